@@ -1,0 +1,177 @@
+"""The public functions: check, unpack duals, choose an implementation, pack duals."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import autograd, backends, ops, validation
+from .options import Options
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Scaled dot-product attention, differentiable forward and backward: softmax(s Q Kᵀ + b) V.
+
+    A drop-in for `torch.nn.functional.scaled_dot_product_attention` with the same names, positions, layout and meaning.
+    Call it plainly, under `torch.func.jvp` or inside `forward_ad.dual_level`: where an input carries a tangent, the output
+    carries its tangent, computed in the same pass over the keys in O(L) memory (mathematics: docs/mathematics.md).
+
+    Args:
+        query: (..., H, L, D), float16, bfloat16, float32 or float64.
+        key: (..., Hk, S, D), query's dtype and device; Hk = H, or a divisor of H with `enable_gqa`.
+        value: (..., Hk, S, Dv), query's dtype and device.
+        attn_mask: broadcastable to (..., H, L, S). Bool: True attends. Floating: added to the scaled scores; it may hold
+            −inf, has a gradient and may have a tangent. A row that attends nothing gives 0.
+        dropout_p: probability of dropping an attention weight, in [0, 1). As in SDPA there is no training flag.
+        is_causal: query i attends keys j <= i (top-left aligned when L != S); may be combined with `attn_mask`.
+        scale: softmax scale s, by default 1/sqrt(D).
+        enable_gqa: let query head h read key/value head h // (H / Hk).
+        backend: "triton", "reference" (plain PyTorch, O(L) memory), or None: the kernels for CUDA tensors in float16,
+            bfloat16 and float32 with head dims up to 256, the reference otherwise.
+
+    Returns:
+        (..., H, L, Dv) in query's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, shape, dtype or device.
+        NotImplementedError: the requested backend cannot serve the inputs, or derivatives of third order, or a jvp of
+            a jvp, are asked for.
+    """
+    q, k, v, bias, options = _prepare(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend
+    )
+    seed = _seed(q, dropout_p)
+    primals, tangents = zip(*map(_unpack, (q, k, v, bias)), strict=True)
+    route = ops if torch.compiler.is_compiling() else autograd
+    if all(t is None for t in tangents):
+        out = route.attention(*primals, seed, options)
+    else:
+        out = forward_ad.make_dual(*route.attention_jvp(*primals, seed, *tangents, options))
+    return _restore(out, query)
+
+
+def attention_jvp(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    t_query: Tensor | None,
+    t_key: Tensor | None,
+    t_value: Tensor | None,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    t_attn_mask: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention and its Jacobian-vector product in one pass, without dual numbers.
+
+    Args:
+        t_query, t_key, t_value: tangents, each with its primal's shape, dtype and device; None means zero and saves the
+            matrix products that it would take part in.
+        t_attn_mask: tangent of a floating `attn_mask`, of its shape; None means zero.
+
+    The other arguments and the errors are those of `attention`.
+
+    Returns:
+        (out, t_out), both (..., H, L, Dv) in query's dtype, both differentiable in every input and tangent.
+    """
+    q, k, v, bias, options = _prepare(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend
+    )
+    for name, t, primal in (
+        ("t_query", t_query, query),
+        ("t_key", t_key, key),
+        ("t_value", t_value, value),
+        ("t_attn_mask", t_attn_mask, attn_mask),
+    ):
+        validation.tangent(name, t, primal)
+    t_q, t_k, t_v = (
+        None if t is None else _four(t).to(q.dtype) for t in (t_query, t_key, t_value)
+    )
+    t_bias = None if t_attn_mask is None else _bias(t_attn_mask, query, key)
+    route = ops if torch.compiler.is_compiling() else autograd
+    seed = _seed(q, dropout_p)
+    out, t_out = route.attention_jvp(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options)
+    return _restore(out, query), _restore(t_out, query)
+
+
+def _prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend):
+    """Checked inputs as q (B, H, L, D), k (B, Hk, S, D), v (B, Hk, S, Dv), bias (b, h, l, s) with b, h, l, s full or 1."""
+    validation.scalars(dropout_p, scale)
+    query, key, value = _autocast(query, key, value)
+    validation.tensors(query, key, value)
+    validation.shapes(query, key, value, enable_gqa)
+    scores = (*query.shape[:-1], key.shape[-2])
+    validation.mask(attn_mask, scores, query.device)
+    q, k, v = map(_four, (query, key, value))
+    bias = None if attn_mask is None else _bias(attn_mask, query, key)
+    options = Options(
+        scale=1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
+        causal=bool(is_causal),
+        dropout_p=float(dropout_p),
+        backend=backends.choose(backend, q, v),
+    )
+    return q, k, v, bias, options
+
+
+def _autocast(*tensors):
+    """Under autocast primals and tangents are cast together, before anything unpacks them."""
+    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    keep = (torch.float64, dtype)
+    return [
+        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype not in keep else x
+        for x in tensors
+    ]
+
+
+def _four(x: Tensor) -> Tensor:
+    """(..., H, L, D) -> (B, H, L, D)."""
+    return x.flatten(0, -4) if x.dim() > 4 else x[(None,) * (4 - x.dim())]
+
+
+def _restore(out: Tensor, query: Tensor) -> Tensor:
+    """(B, H, L, Dv) -> (..., H, L, Dv)."""
+    return out if query.dim() == 4 else out.reshape(*query.shape[:-1], out.shape[-1])
+
+
+def _bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """A mask that broadcasts to (..., H, L, S) as (b, h, l, s) with each of them full or 1."""
+    mask = mask[(None,) * (max(query.dim(), 4) - mask.dim())]
+    if mask.dim() > 4:
+        mask = mask.expand(*query.shape[:-3], *mask.shape[-3:]).flatten(0, -4)
+    return mask
+
+
+def _seed(q: Tensor, dropout_p: float) -> Tensor | None:
+    """One key for the dropout mask, drawn on the device from PyTorch's own generator, so that `torch.manual_seed`,
+    CUDA graphs and vmap's randomness rules apply."""
+    if dropout_p == 0.0:
+        return None
+    return torch.randint(0, 2**62, (1,), device=q.device, dtype=torch.int64)
+
+
+def _unpack(x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if x is None:
+        return None, None
+    primal, t = forward_ad.unpack_dual(x)
+    if t is not None and not torch.compiler.is_compiling() and t._is_zerotensor():
+        t = None  # a symbolic zero costs no matrix products
+    return primal, t

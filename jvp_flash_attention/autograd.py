@@ -1,0 +1,224 @@
+"""The eager path: four autograd.Functions that close under differentiation up to second order.
+
+    Attention        (q, k, v, b) -> O                     backward: AttentionGrad      jvp: AttentionJvp
+    AttentionJvp     (q, k, v, b, tq, tk, tv, tb) -> O, tO backward: AttentionJvpGrad   jvp: raises
+    AttentionGrad    (dO, q, k, v, b) -> dq, dk, dv, db    backward and jvp: AttentionJvp and AttentionJvpGrad
+    AttentionJvpGrad (dO, dtO, ...) -> the eight gradients backward and jvp: raise (third order)
+
+Why AttentionGrad needs nothing of its own: with F = ⟨dq, ddq⟩ + ⟨dk, ddk⟩ + ⟨dv, ddv⟩ + ⟨db, ddb⟩ = ⟨dO, tO(tangents = dd)⟩,
+∂F/∂dO is a forward+JVP with tangents dd, and ∂F/∂(q, k, v, b) its backward with dtO := dO, dO := 0.  The tangent of
+(dq, dk, dv, db) along (tq, tk, tv, tb, tdO) is the backward of (O, tO) with dtO := dO, dO := tdO.
+
+Every Function has `setup_context` (for torch.func) and a vmap rule that folds the mapped dimension into the batch.
+"""
+
+from typing import ClassVar
+
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx
+
+from .backends import implementation
+from .options import Options
+
+THIRD_ORDER = (
+    "attention is differentiable twice, this asks for a third derivative; detach the tangent or the gradient"
+    " (x.detach(), torch.no_grad()) where the third order is not wanted, or use plain PyTorch attention in float64"
+)
+
+
+def attention(q, k, v, bias, seed, options: Options) -> Tensor:
+    """O, differentiable in q, k, v and a floating bias."""
+    return Attention.apply(q, k, v, bias, seed, options)[0]
+
+
+def attention_jvp(
+    q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options: Options
+) -> tuple[Tensor, Tensor]:
+    """(O, tO), differentiable in inputs and tangents; a tangent may be None."""
+    return AttentionJvp.apply(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options)[:2]
+
+
+class _Folded(Function):
+    """A Function whose vmap rule folds the mapped dimension into the batch: (V, B, ...) -> (V·B, ...)."""
+
+    @classmethod
+    def vmap(cls, info, in_dims, *args):
+        V = info.batch_size
+        B = _batch(args[cls.query_index], in_dims[cls.query_index])
+        outputs = cls.apply(*(_fold(x, dim, V, B) for x, dim in zip(args, in_dims, strict=True)))
+        outputs = [x.unflatten(0, (V, B)) for x in outputs]
+        for i, j in cls.bias_grads.items():
+            if args[-1] and _batch(args[j], in_dims[j]) != B:
+                outputs[i] = outputs[i].sum(1, keepdim=True)
+        return tuple(outputs), (0,) * len(outputs)
+
+    query_index = 0
+    bias_grads: ClassVar[dict[int, int]] = {}  # output i is a gradient of the bias, argument j
+
+
+class Attention(_Folded):
+    @staticmethod
+    def forward(q, k, v, bias, seed, options):
+        return implementation(options.backend).forward(q, k, v, bias, seed, options)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs, output):
+        *tensors, ctx.options = inputs
+        out, lse = output
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, out, lse)
+        ctx.save_for_forward(*tensors, out, lse)
+
+    @staticmethod
+    def backward(ctx, d_out, _d_lse):
+        if d_out is None:
+            return (None,) * 6
+        grads = _grad(d_out, *ctx.saved_tensors, ctx.options, ctx.needs_input_grad[3])
+        return (*grads, None, None)
+
+    @staticmethod
+    def jvp(ctx, t_q, t_k, t_v, t_bias, _t_seed, _t_options):
+        q, k, v, bias, seed, _out, _lse = ctx.saved_tensors
+        _out, t_out = attention_jvp(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, ctx.options)
+        return t_out, None
+
+
+class AttentionJvp(_Folded):
+    @staticmethod
+    def forward(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options):
+        return implementation(options.backend).forward_jvp(
+            q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.options = inputs
+        out, t_out, lse, mu = output
+        ctx.mark_non_differentiable(lse, mu)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, out, t_out, lse, mu)
+
+    @staticmethod
+    def backward(ctx, d_out, d_t_out, _d_lse, _d_mu):
+        q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        bias_grad = need[3] or need[8]
+        if d_t_out is None:  # the tangent was detached: an ordinary backward
+            if d_out is None:
+                return (None,) * 10
+            grads = _grad(d_out, q, k, v, bias, seed, out, lse, ctx.options, bias_grad)
+            return (*grads, None, None, None, None, None, None)
+        grads = _jvp_grad(
+            d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias,
+            out, t_out, lse, mu, ctx.options, bias_grad,
+        )  # fmt: skip
+        tangents = (t_q, t_k, t_v, t_bias)
+        t_grads = [g if t is not None else None for g, t in zip(grads[4:], tangents, strict=True)]
+        return (*grads[:4], None, *t_grads, None)
+
+    @staticmethod
+    def jvp(ctx, *_tangents):
+        raise NotImplementedError(
+            "jvp of a jvp of attention is not supported; take the second directional derivative in reverse over forward"
+            " (torch.func.grad or vjp of torch.func.jvp)"
+        )
+
+
+class AttentionGrad(_Folded):
+    query_index = 1
+    bias_grads = {3: 4}
+
+    @staticmethod
+    def forward(d_out, q, k, v, bias, seed, out, lse, options, bias_grad):
+        grads = implementation(options.backend).backward(
+            d_out, q, k, v, bias, seed, out, lse, options, bias_grad
+        )
+        return tuple(g for g in grads if g is not None)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.options, ctx.bias_grad = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx, *dd):
+        d_out, q, k, v, bias, seed, _out, _lse = ctx.saved_tensors
+        dd_q, dd_k, dd_v, dd_bias = (*dd, None)[:4]
+        if all(g is None for g in dd):
+            return (None,) * 10
+        inputs = (q, k, v, bias, seed, dd_q, dd_k, dd_v, dd_bias)
+        out, t_out, lse, mu = AttentionJvp.apply(*inputs, ctx.options)
+        grads = _jvp_grad(
+            None, d_out, *inputs, out, t_out, lse, mu, ctx.options, ctx.needs_input_grad[4]
+        )
+        return (t_out, *grads[:4], None, None, None, None, None)
+
+    @staticmethod
+    def jvp(ctx, t_d_out, t_q, t_k, t_v, t_bias, *_):
+        d_out, q, k, v, bias, seed, out, lse = ctx.saved_tensors
+        options, bias_grad = ctx.options, ctx.bias_grad
+        if all(t is None for t in (t_q, t_k, t_v, t_bias)):  # linear in the cotangent
+            grads = _grad(t_d_out, q, k, v, bias, seed, out, lse, options, bias_grad)
+        else:
+            inputs = (q, k, v, bias, seed, t_q, t_k, t_v, t_bias)
+            saved = AttentionJvp.apply(*inputs, options)
+            grads = _jvp_grad(t_d_out, d_out, *inputs, *saved, options, bias_grad)[:4]
+        return tuple(grads[:4] if bias_grad else grads[:3])
+
+
+class AttentionJvpGrad(_Folded):
+    query_index = 2
+    bias_grads = {3: 5, 7: 5}
+
+    @staticmethod
+    def forward(
+        d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu,
+        options, bias_grad,
+    ):  # fmt: skip
+        grads = implementation(options.backend).backward_jvp(
+            d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu,
+            options, bias_grad,
+        )  # fmt: skip
+        return tuple(g for g in grads if g is not None)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(THIRD_ORDER)
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise NotImplementedError(THIRD_ORDER)
+
+
+def _grad(d_out, q, k, v, bias, seed, out, lse, options, bias_grad):
+    """(dq, dk, dv, db) with db None unless `bias_grad`."""
+    grads = AttentionGrad.apply(d_out, q, k, v, bias, seed, out, lse, options, bias_grad)
+    return grads if bias_grad else (*grads, None)
+
+
+def _jvp_grad(*args):
+    """(dq, dk, dv, db, dtq, dtk, dtv, dtb) with db and dtb None unless the last argument, `bias_grad`."""
+    grads = AttentionJvpGrad.apply(*args)
+    return grads if args[-1] else (*grads[:3], None, *grads[3:], None)
+
+
+def _batch(x: Tensor, dim: int | None) -> int:
+    """Length of the batch dimension of a tensor mapped over `dim`."""
+    return x.shape[1 if dim == 0 else 0]
+
+
+def _fold(x, dim: int | None, V: int, B: int):
+    if not isinstance(x, Tensor):
+        return x
+    x = x.unsqueeze(0).expand(V, *x.shape) if dim is None else x.movedim(dim, 0)
+    if x.dim() == 5 and x.shape[1] == 1:  # a bias broadcast over the batch
+        x = x.expand(V, B, *x.shape[2:])
+    return x.flatten(0, 1)

@@ -1,0 +1,165 @@
+"""The compiled path: the four passes as opaque `torch.library` operators with fakes and registered gradients.
+
+`torch.compile` cannot see a Function's jvp rule, and an operator has none, so neither is ever exposed: `api` unpacks the
+duals and calls these, and every derivative below is reverse mode.  An absent gradient is a tensor without elements,
+because an operator cannot return None.
+"""
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from .backends import implementation
+from .options import Options
+
+
+def attention(q, k, v, bias, seed, options: Options) -> Tensor:
+    """As `autograd.attention`."""
+    return forward(q, k, v, bias, seed, *options)[0]
+
+
+def attention_jvp(
+    q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options: Options
+) -> tuple[Tensor, Tensor]:
+    """As `autograd.attention_jvp`."""
+    return forward_jvp(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, *options)[:2]
+
+
+@custom_op("jvp_flash_attention::forward", mutates_args=())
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None,
+    scale: float, causal: bool, dropout_p: float, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    options = Options(scale, causal, dropout_p, backend)
+    return implementation(backend).forward(q, k, v, bias, seed, options)
+
+
+@custom_op("jvp_flash_attention::forward_jvp", mutates_args=())
+def forward_jvp(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None,
+    t_q: Tensor | None, t_k: Tensor | None, t_v: Tensor | None, t_bias: Tensor | None,
+    scale: float, causal: bool, dropout_p: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    options = Options(scale, causal, dropout_p, backend)
+    return implementation(backend).forward_jvp(
+        q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options
+    )
+
+
+@custom_op("jvp_flash_attention::backward", mutates_args=())
+def backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None,
+    out: Tensor, lse: Tensor,
+    scale: float, causal: bool, dropout_p: float, backend: str, bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    options = Options(scale, causal, dropout_p, backend)
+    grads = implementation(backend).backward(
+        d_out, q, k, v, bias, seed, out, lse, options, bias_grad
+    )
+    return _absent_as_empty(grads, q)
+
+
+@custom_op("jvp_flash_attention::backward_jvp", mutates_args=())
+def backward_jvp(
+    d_out: Tensor | None, d_t_out: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None,
+    t_q: Tensor | None, t_k: Tensor | None, t_v: Tensor | None, t_bias: Tensor | None,
+    out: Tensor, t_out: Tensor, lse: Tensor, mu: Tensor,
+    scale: float, causal: bool, dropout_p: float, backend: str, bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    options = Options(scale, causal, dropout_p, backend)
+    grads = implementation(backend).backward_jvp(
+        d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu,
+        options, bias_grad,
+    )  # fmt: skip
+    return _absent_as_empty(grads, q)
+
+
+# Fakes: outputs are contiguous, as every implementation allocates them.
+
+
+@forward.register_fake
+def _(q, k, v, bias, seed, scale, causal, dropout_p, backend):
+    return _fake_out(q, v), _fake_rows(q)
+
+
+@forward_jvp.register_fake
+def _(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, scale, causal, dropout_p, backend):
+    return _fake_out(q, v), _fake_out(q, v), _fake_rows(q), _fake_rows(q)
+
+
+@backward.register_fake
+def _(d_out, q, k, v, bias, seed, out, lse, scale, causal, dropout_p, backend, bias_grad):
+    return _fake_grads(q, k, v, bias, bias_grad)
+
+
+@backward_jvp.register_fake
+def _(
+    d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu,
+    scale, causal, dropout_p, backend, bias_grad,
+):  # fmt: skip
+    return _fake_grads(q, k, v, bias, bias_grad) * 2
+
+
+# Gradients.
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.scale, ctx.causal, ctx.dropout_p, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _forward_backward(ctx, d_out, _d_lse):
+    if d_out is None:
+        return (None,) * 9
+    options = (ctx.scale, ctx.causal, ctx.dropout_p, ctx.backend)
+    bias_grad = ctx.needs_input_grad[3]
+    grads = backward(d_out, *ctx.saved_tensors, *options, bias_grad)
+    return (*_empty_as_none(grads, bias_grad), *(None,) * 5)
+
+
+def _forward_jvp_backward(ctx, d_out, d_t_out, _d_lse, _d_mu):
+    q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu = ctx.saved_tensors
+    options = (ctx.scale, ctx.causal, ctx.dropout_p, ctx.backend)
+    bias_grad = ctx.needs_input_grad[3] or ctx.needs_input_grad[8]
+    if d_t_out is None:
+        if d_out is None:
+            return (None,) * 13
+        grads = backward(d_out, q, k, v, bias, seed, out, lse, *options, bias_grad)
+        return (*_empty_as_none(grads, bias_grad), *(None,) * 9)
+    grads = backward_jvp(
+        d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu,
+        *options, bias_grad,
+    )  # fmt: skip
+    t_grads = [
+        None if t is None else g
+        for g, t in zip(_empty_as_none(grads[4:], bias_grad), (t_q, t_k, t_v, t_bias), strict=True)
+    ]
+    return (*_empty_as_none(grads[:4], bias_grad), None, *t_grads, *(None,) * 4)
+
+
+forward.register_autograd(_forward_backward, setup_context=_save)
+forward_jvp.register_autograd(_forward_jvp_backward, setup_context=_save)
+
+
+def _fake_out(q: Tensor, v: Tensor) -> Tensor:
+    return q.new_empty(*q.shape[:3], v.shape[3])
+
+
+def _fake_rows(q: Tensor) -> Tensor:
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape[:3], dtype=wide)
+
+
+def _fake_grads(q, k, v, bias, bias_grad: bool) -> tuple[Tensor, ...]:
+    d_bias = bias.new_empty(bias.shape) if bias_grad else q.new_empty(0)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_bias
+
+
+def _absent_as_empty(grads, q: Tensor):
+    return tuple(q.new_empty(0) if g is None else g for g in grads)
+
+
+def _empty_as_none(grads, bias_grad: bool):
+    return (*grads[:3], grads[3] if bias_grad else None)

@@ -1,0 +1,271 @@
+"""Attention, its tangent and the gradients of both in plain PyTorch: the oracle and the CPU backend.
+
+    S  = s Q Kᵀ + b            tS = s (tQ Kᵀ + Q tKᵀ) + tb
+    P  = softmax(S)            μ  = rowsum(P ∘ tS)            R = P ∘ (tS − μ)
+    O  = (P ∘ Z) V             tO = (R ∘ Z) V + (P ∘ Z) tV
+
+Z is the dropout mask divided by its keep probability (all ones without dropout).  With cotangents dO and dtO:
+
+    h   = rowsum(dtO ∘ O)                 w  = rowsum(dO ∘ O) + rowsum(dtO ∘ tO) − h μ
+    Hm  = Z ∘ (dtO Vᵀ)                    G  = Z ∘ (dO Vᵀ + dtO tVᵀ)
+    dtS = P ∘ (Hm − h)                    dS = P ∘ (G + Hm ∘ (tS − μ) − h tS − w)
+    dQ  = s (dS K + dtS tK)      dK  = s (dSᵀ Q + dtSᵀ tQ)      dV  = (P ∘ Z)ᵀ dO + (R ∘ Z)ᵀ dtO
+    dtQ = s dtS K                dtK = s dtSᵀ Q                 dtV = (P ∘ Z)ᵀ dtO
+    db  = dS                     dtb = dtS                      summed over broadcast dimensions
+
+Queries are taken ROWS at a time against all keys, so memory is O(L + S) in the lengths.  The arithmetic is float64 for
+float64 inputs and float32 for everything else.  Each function has a twin of the same signature in `kernels`.
+
+Shapes: q (B, H, L, D), k (B, Hk, S, D), v (B, Hk, S, Dv), bias broadcastable to (B, H, L, S), LSE and μ (B, H, L).
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .options import Options
+from .philox import keep_mask
+
+ROWS = 512
+
+
+class Block(NamedTuple):
+    """What one block of query rows knows before any product with the values."""
+
+    rows: slice
+    p: Tensor  # (B, H, l, S) probabilities
+    t_s: Tensor | None  # (B, H, l, S) tangent of the scores
+    z: Tensor | None  # (B, H, l, S) dropout factor
+    lse: Tensor  # (B, H, l)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor]:
+    """(O, LSE)."""
+    out, lse = _outputs(q, v)
+    q, k, v = _wide(q, k, v)
+    for block in _blocks(q, k, bias, seed, options):
+        out[:, :, block.rows] = _values(_times(block.p, block.z), v).to(out.dtype)
+        lse[:, :, block.rows] = block.lse
+    return out, lse
+
+
+def forward_jvp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    t_q: Tensor | None,
+    t_k: Tensor | None,
+    t_v: Tensor | None,
+    t_bias: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(O, tO, LSE, μ); an absent tangent is zero."""
+    out, lse = _outputs(q, v)
+    t_out, mu = torch.zeros_like(out), torch.zeros_like(lse)
+    q, k, v, t_q, t_k, t_v = _wide(q, k, v, t_q, t_k, t_v)
+    for block in _blocks(q, k, bias, seed, options, (t_q, t_k, t_bias)):
+        p_z = _times(block.p, block.z)
+        o = _values(p_z, v)
+        t_o = torch.zeros_like(o)
+        if block.t_s is not None:
+            m = (block.p * block.t_s).sum(-1)
+            t_o += _values(p_z * block.t_s, v) - m.unsqueeze(-1) * o
+            mu[:, :, block.rows] = m
+        if t_v is not None:
+            t_o += _values(p_z, t_v)
+        out[:, :, block.rows], t_out[:, :, block.rows] = o.to(out.dtype), t_o.to(out.dtype)
+        lse[:, :, block.rows] = block.lse
+    return out, t_out, lse, mu
+
+
+def backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    options: Options,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(dQ, dK, dV, db); db is None unless `bias_grad`."""
+    grads = [_zeros(x) for x in (q, k, v)]
+    d_q, d_k, d_v = grads
+    d_bias = _zeros(bias) if bias is not None and bias_grad else None
+    dtypes = q.dtype, k.dtype, v.dtype
+    q, k, v, out, d_out = _wide(q, k, v, out, d_out)
+    for block in _blocks(q, k, bias, seed, options):
+        rows = block.rows
+        d_o = d_out[:, :, rows]
+        w = (d_o * out[:, :, rows]).sum(-1, keepdim=True)
+        d_s = block.p * (_times(_scores(d_o, v), block.z) - w)
+        d_q[:, :, rows] = options.scale * _values(d_s, k)
+        d_k += options.scale * _keys(d_s, q[:, :, rows], d_k)
+        d_v += _keys(_times(block.p, block.z), d_o, d_v)
+        _accumulate(d_bias, d_s, rows)
+    d_q, d_k, d_v = (g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True))
+    return d_q, d_k, d_v, _like(d_bias, bias)
+
+
+def backward_jvp(
+    d_out: Tensor | None,
+    d_t_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    t_q: Tensor | None,
+    t_k: Tensor | None,
+    t_v: Tensor | None,
+    t_bias: Tensor | None,
+    out: Tensor,
+    t_out: Tensor,
+    lse: Tensor,
+    mu: Tensor,
+    options: Options,
+    bias_grad: bool,
+) -> tuple[Tensor | None, ...]:
+    """(dQ, dK, dV, db, dtQ, dtK, dtV, dtb); db and dtb are None unless `bias_grad`."""
+    inputs = (q, k, v, bias if bias_grad else None)
+    grads = [None if x is None else _zeros(x) for x in (*inputs, *inputs)]
+    d_q, d_k, d_v, d_bias, d_t_q, d_t_k, d_t_v, d_t_bias = grads
+    q, k, v, t_q, t_k, t_v, out, t_out = _wide(q, k, v, t_q, t_k, t_v, out, t_out)
+    d_out, d_t_out = _wide(d_out, d_t_out)
+    scale = options.scale
+    for block in _blocks(q, k, bias, seed, options, (t_q, t_k, t_bias)):
+        rows, p, t_s = block.rows, block.p, block.t_s
+        q_i, d_to, p_z = q[:, :, rows], d_t_out[:, :, rows], _times(block.p, block.z)
+        m = mu[:, :, rows].unsqueeze(-1).to(p.dtype)
+        h = (d_to * out[:, :, rows]).sum(-1, keepdim=True)
+        w = (d_to * t_out[:, :, rows]).sum(-1, keepdim=True) - h * m
+        h_m = _times(_scores(d_to, v), block.z)
+        g = torch.zeros_like(p)
+        d_t_v += _keys(p_z, d_to, d_t_v)
+        if d_out is not None:
+            d_o = d_out[:, :, rows]
+            w = w + (d_o * out[:, :, rows]).sum(-1, keepdim=True)
+            g = g + _times(_scores(d_o, v), block.z)
+            d_v += _keys(p_z, d_o, d_v)
+        if t_v is not None:
+            g = g + _times(_scores(d_to, t_v), block.z)
+        if t_s is not None:
+            g = g + h_m * (t_s - m) - h * t_s
+            d_v += _keys(p_z * (t_s - m), d_to, d_v)
+        d_t_s, d_s = p * (h_m - h), p * (g - w)
+        d_q[:, :, rows] = scale * _values(d_s, k)
+        d_k += scale * _keys(d_s, q_i, d_k)
+        if t_k is not None:
+            d_q[:, :, rows] += scale * _values(d_t_s, t_k)
+        if t_q is not None:
+            d_k += scale * _keys(d_t_s, t_q[:, :, rows], d_k)
+        d_t_q[:, :, rows] = scale * _values(d_t_s, k)
+        d_t_k += scale * _keys(d_t_s, q_i, d_t_k)
+        _accumulate(d_bias, d_s, rows)
+        _accumulate(d_t_bias, d_t_s, rows)
+    return tuple(_like(g, x) for g, x in zip(grads, (*inputs, *inputs), strict=True))
+
+
+def _blocks(q, k, bias, seed, options: Options, tangents=(None, None, None)) -> Iterator[Block]:
+    t_q, t_k, t_bias = tangents
+    B, H, L, _ = q.shape
+    S = k.shape[2]
+    if bias is not None:
+        bias = bias.expand(B, H, L, S)
+    if t_bias is not None:
+        t_bias = t_bias.expand(B, H, L, S)
+    for start in range(0, L, ROWS):
+        rows = slice(start, min(start + ROWS, L))
+        s = _scores(q[:, :, rows], k) * options.scale
+        t_s = _sum(
+            None if t_q is None else _scores(t_q[:, :, rows], k) * options.scale,
+            None if t_k is None else _scores(q[:, :, rows], t_k) * options.scale,
+            None if t_bias is None else t_bias[:, :, rows].to(s.dtype),
+        )
+        masked = None
+        if bias is not None and bias.dtype == torch.bool:
+            masked = ~bias[:, :, rows]
+        elif bias is not None:
+            s = s + bias[:, :, rows].to(s.dtype)
+            masked = bias[:, :, rows] == float("-inf")
+        if options.causal:
+            i = torch.arange(start, rows.stop, device=q.device).unsqueeze(-1)
+            future = torch.arange(S, device=q.device) > i
+            masked = future if masked is None else masked | future
+        if masked is not None:
+            # scores and tangents of masked pairs count for nothing, even where they are not finite
+            s = s.masked_fill(masked, float("-inf"))
+            t_s = None if t_s is None else t_s.masked_fill(masked, 0.0)
+        lse = torch.logsumexp(s, -1)
+        # a fully masked row has LSE = −inf; against 0 its probabilities are exp(−inf) = 0
+        p = torch.exp(s - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1))
+        z = None
+        if options.dropout_p > 0.0:
+            keep = keep_mask(seed, (B, H, L, S), rows, options.dropout_p)
+            z = keep.to(s.dtype) / (1.0 - options.dropout_p)
+        yield Block(rows, p, t_s, z, lse)
+
+
+def _scores(x: Tensor, y: Tensor) -> Tensor:
+    """(B, H, l, D) and (B, Hk, S, D) -> (B, H, l, S); the query heads of a group are folded into the rows."""
+    B, H, l, D = x.shape
+    Hk, S = y.shape[1:3]
+    return (x.reshape(B, Hk, H // Hk * l, D) @ y.mT).view(B, H, l, S)
+
+
+def _values(p: Tensor, y: Tensor) -> Tensor:
+    """(B, H, l, S) and (B, Hk, S, D) -> (B, H, l, D)."""
+    B, H, l, S = p.shape
+    Hk, D = y.shape[1], y.shape[3]
+    return (p.reshape(B, Hk, H // Hk * l, S) @ y).view(B, H, l, D)
+
+
+def _keys(p: Tensor, x: Tensor, like: Tensor) -> Tensor:
+    """(B, H, l, S)ᵀ and (B, H, l, D) -> (B, Hk, S, D), the shape of `like`, summed over the heads of a group."""
+    B, H, l, S = p.shape
+    Hk = like.shape[1]
+    return p.reshape(B, Hk, H // Hk * l, S).mT @ x.reshape(B, Hk, H // Hk * l, x.shape[3])
+
+
+def _times(p: Tensor, z: Tensor | None) -> Tensor:
+    return p if z is None else p * z
+
+
+def _sum(*terms: Tensor | None) -> Tensor | None:
+    present = [t for t in terms if t is not None]
+    return sum(present[1:], present[0]) if present else None
+
+
+def _wide(*tensors):
+    return [x if x is None or x.dtype == torch.float64 else x.float() for x in tensors]
+
+
+def _zeros(x: Tensor) -> Tensor:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.zeros(x.shape, dtype=dtype, device=x.device)
+
+
+def _like(grad: Tensor | None, x: Tensor | None) -> Tensor | None:
+    return None if grad is None or x is None else grad.to(x.dtype)
+
+
+def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    B, H, L, _ = q.shape
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(B, H, L, v.shape[3]), q.new_empty(B, H, L, dtype=wide)
+
+
+def _accumulate(d_bias: Tensor | None, d_s: Tensor, rows: slice) -> None:
+    """Adds a block of dS to the gradient of the bias, summed over the dimensions in which the bias was broadcast."""
+    if d_bias is None:
+        return
+    target = d_bias if d_bias.shape[2] == 1 else d_bias[:, :, rows]
+    target += d_s.sum_to_size(target.shape)
