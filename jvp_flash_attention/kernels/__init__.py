@@ -1,0 +1,193 @@
+"""The Triton implementation: the same four functions as `reference`, for (B, H, L, D) tensors on one device."""
+
+import torch
+from torch import Tensor
+
+from ..options import Options
+from .backward import keys_kernel, queries_kernel, row_sums_kernel
+from .forward import forward_kernel
+from .launch import cdiv, mask, on_device, operand, pointer, problem, unit
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor]:
+    """(O, LSE)."""
+    out, lse = _outputs(q, v)
+    _forward(q, k, v, bias, seed, None, None, None, None, out, None, lse, None, options)
+    return out, lse
+
+
+def forward_jvp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    t_q: Tensor | None,
+    t_k: Tensor | None,
+    t_v: Tensor | None,
+    t_bias: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(O, tO, LSE, μ); an absent tangent is zero."""
+    out, lse = _outputs(q, v)
+    t_out, mu = torch.empty_like(out), torch.empty_like(lse)
+    _forward(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu, options)
+    return out, t_out, lse, mu
+
+
+def backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    options: Options,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(dQ, dK, dV, db); db is None unless `bias_grad`."""
+    return _backward(
+        d_out, None, q, k, v, bias, seed, None, None, None, None, out, None, lse, None, options, bias_grad
+    )[:4]  # fmt: skip
+
+
+def backward_jvp(
+    d_out: Tensor | None,
+    d_t_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    t_q: Tensor | None,
+    t_k: Tensor | None,
+    t_v: Tensor | None,
+    t_bias: Tensor | None,
+    out: Tensor,
+    t_out: Tensor,
+    lse: Tensor,
+    mu: Tensor,
+    options: Options,
+    bias_grad: bool,
+) -> tuple[Tensor | None, ...]:
+    """(dQ, dK, dV, db, dtQ, dtK, dtV, dtb); db and dtb are None unless `bias_grad`."""
+    return _backward(
+        d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu, options, bias_grad
+    )  # fmt: skip
+
+
+def _forward(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu, options):
+    q, k, v, t_q, t_k, t_v = map(unit, (q, k, v, t_q, t_k, t_v))
+    p = problem(q, k, v, bias, options, t_q, t_k, t_v)
+    tile = p.tile("forward", jvp=t_out is not None)
+    grid = (cdiv(p.L, tile.BM) * p.B * p.H,)
+    if grid[0] == 0:
+        return
+    with on_device(q):
+        forward_kernel[grid](
+            operand(q, p, tile.BM, p.block_d),
+            operand(k, p, tile.BN, p.block_d),
+            operand(v, p, tile.BN, p.block_dv),
+            operand(t_q, p, tile.BM, p.block_d),
+            operand(t_k, p, tile.BN, p.block_d),
+            operand(t_v, p, tile.BN, p.block_dv),
+            mask(bias, p),
+            mask(t_bias, p),
+            seed,
+            pointer(out),
+            pointer(t_out),
+            lse,
+            mu,
+            *p.numbers(seed),
+            PRESCALE=bias is not None or options.scale <= 0.0,
+            **p.switches(tile, whole=p.S % tile.BN == 0 and not options.causal),
+        )
+
+
+def _backward(
+    d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu, options, bias_grad
+):  # fmt: skip
+    jvp = d_t_out is not None
+    q, k, v, t_q, t_k, t_v = map(unit, (q, k, v, t_q, t_k, t_v))
+    d_out, d_t_out, out, t_out = map(unit, (d_out, d_t_out, out, t_out))
+    p = problem(q, k, v, bias, options, t_q, t_k, t_v, d_out, d_t_out)
+    d_q, d_k, d_v = map(_contiguous_like, (q, k, v))
+    d_t_q, d_t_k, d_t_v = (_contiguous_like(x) if jvp else None for x in (q, k, v))
+    d_bias = _bias_accumulator(bias, p) if bias_grad else None
+    d_t_bias = _bias_accumulator(bias, p) if bias_grad and jvp else None
+    w_sum = torch.empty_like(lse)
+    h_sum = torch.empty_like(lse) if jvp else None
+    numbers = p.numbers(seed)
+
+    with on_device(q):
+        BM = 64
+        grid = (cdiv(p.L, BM) * p.B * p.H,)
+        if grid[0] > 0:
+            row_sums_kernel[grid](
+                pointer(d_out), pointer(d_t_out), pointer(out), pointer(t_out), mu, h_sum, w_sum,
+                p.H, p.L, DV=p.DV, BLOCK_DV=p.block_dv, BM=BM,
+            )  # fmt: skip
+
+        def inputs(tile):
+            """The arguments that both gradient kernels begin with."""
+            return (
+                operand(q, p, tile.BM, p.block_d),
+                operand(k, p, tile.BN, p.block_d),
+                operand(v, p, tile.BN, p.block_dv),
+                operand(t_q, p, tile.BM, p.block_d),
+                operand(t_k, p, tile.BN, p.block_d),
+                operand(t_v, p, tile.BN, p.block_dv),
+                mask(bias, p),
+                mask(t_bias, p),
+                seed,
+                operand(d_out, p, tile.BM, p.block_dv),
+                operand(d_t_out, p, tile.BM, p.block_dv),
+                lse,
+                mu,
+                h_sum,
+                w_sum,
+            )
+
+        tile = p.tile("keys", jvp)
+        grid = (cdiv(p.S, tile.BN) * p.B * p.Hk,)
+        if grid[0] > 0:
+            keys_kernel[grid](
+                *inputs(tile), *map(pointer, (d_k, d_v, d_t_k, d_t_v)), *numbers,
+                **p.switches(tile, whole=p.L % tile.BM == 0),
+            )  # fmt: skip
+        tile = p.tile("queries", jvp)
+        grid = (cdiv(p.L, tile.BM) * p.B * p.H,)
+        if grid[0] > 0:
+            queries_kernel[grid](
+                *inputs(tile), *map(pointer, (d_q, d_t_q)), mask(d_bias, p), mask(d_t_bias, p), *numbers,
+                **p.switches(tile, whole=p.S % tile.BN == 0 and not options.causal),
+                BIAS_ROWS=bias is not None and bias.shape[2] == p.L,
+                BIAS_COLUMNS=bias is not None and bias.shape[3] == p.S,
+            )  # fmt: skip
+    d_bias, d_t_bias = (_bias_grad(g, bias) for g in (d_bias, d_t_bias))
+    return d_q, d_k, d_v, d_bias, d_t_q, d_t_k, d_t_v, d_t_bias
+
+
+def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    B, H, L, _ = q.shape
+    return q.new_empty(B, H, L, v.shape[3]), q.new_empty(B, H, L, dtype=torch.float32)
+
+
+def _contiguous_like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _bias_accumulator(bias: Tensor, p) -> Tensor:
+    """Where the atomic additions of a bias's gradient go: its own shape, in float32; the full shape where PyTorch is
+    told to be deterministic, so that no two additions meet."""
+    full = (p.B, p.H, p.L, p.S)
+    shape = full if torch.are_deterministic_algorithms_enabled() else bias.shape
+    return torch.zeros(shape, dtype=torch.float32, device=bias.device)
+
+
+def _bias_grad(accumulator: Tensor | None, bias: Tensor) -> Tensor | None:
+    return None if accumulator is None else accumulator.sum_to_size(bias.shape).to(bias.dtype)

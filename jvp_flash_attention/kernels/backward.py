@@ -1,0 +1,296 @@
+"""Backward of O, and of (O, tO), in three launches: row sums, then the keys' gradients, then the queries'.
+
+Row sums, O(L D) and no matrix product:
+
+    h = rowsum(dtO ∘ O)          w = rowsum(dO ∘ O) + rowsum(dtO ∘ tO) − h μ
+
+Then, tile by tile from the saved LSE and μ (no statistics pass), with P = exp(S − LSE) and R = P ∘ (tS − μ):
+
+    Hm  = Z ∘ (dtO Vᵀ)                    G  = Z ∘ (dO Vᵀ + dtO tVᵀ)
+    dtS = P ∘ (Hm − h)                    dS = P ∘ (G + Hm ∘ (tS − μ) − h tS − w)
+
+    keys:     dK  = s (dSᵀ Q + dtSᵀ tQ)      dV  = (P ∘ Z)ᵀ dO + (R ∘ Z)ᵀ dtO
+              dtK = s dtSᵀ Q                 dtV = (P ∘ Z)ᵀ dtO
+    queries:  dQ  = s (dS K + dtS tK)        dtQ = s dtS K            db = dS    dtb = dtS
+
+Without dtO it is the ordinary backward: dS = P ∘ (Z ∘ dO Vᵀ − w).  Products of a tile: 4 + 3 for the ordinary backward,
+12 + 9 with every tangent; what is absent (None) removes its own.  The keys' kernel holds its tiles transposed, keys by rows.
+"""
+
+import triton
+import triton.language as tl
+
+from .primitives import LOG2E, dot, dropout_factor, head_of, load_bias, load_tile, store_tile, visible
+
+
+@triton.jit
+def row_sums_kernel(
+    D_O, D_T_O, O, T_O, MU, H_SUM, W_SUM, H, L,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """One program: h and w of BM queries of one head."""
+    b, h, tile = head_of(tl.program_id(0), tl.cdiv(L, BM), H, False)
+    m0 = tile * BM
+    i = m0 + tl.arange(0, BM)
+    row = (b * H + h).to(tl.int64) * L + i
+    o = load_tile(O, b, h, m0, L, BM, DV, BLOCK_DV, True, False).to(tl.float32)
+    w = tl.zeros([BM], tl.float32)
+    if D_O is not None:
+        d_o = load_tile(D_O, b, h, m0, L, BM, DV, BLOCK_DV, True, False).to(tl.float32)
+        w += tl.sum(d_o * o, 1)
+    if D_T_O is not None:
+        t_o = load_tile(T_O, b, h, m0, L, BM, DV, BLOCK_DV, True, False).to(tl.float32)
+        d_t_o = load_tile(D_T_O, b, h, m0, L, BM, DV, BLOCK_DV, True, False).to(tl.float32)
+        h_sum = tl.sum(d_t_o * o, 1)
+        w += tl.sum(d_t_o * t_o, 1) - h_sum * tl.load(MU + row, mask=i < L, other=0.0)
+        tl.store(H_SUM + row, h_sum, mask=i < L)
+    tl.store(W_SUM + row, w, mask=i < L)
+
+
+@triton.jit
+def keys_kernel(
+    Q, K, V, T_Q, T_K, T_V, BIAS, T_BIAS, SEED, D_O, D_T_O, LSE, MU, H_SUM, W_SUM,
+    D_K, D_V, D_T_K, D_T_V,
+    scale, threshold, keep_scale, batch_per_seed, H, L, S,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    CAUSAL: tl.constexpr, BOOL: tl.constexpr, WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """One program: BN keys of one key/value head, against every query of the heads that read it."""
+    T_S: tl.constexpr = T_Q is not None or T_K is not None or T_BIAS is not None
+    JVP: tl.constexpr = D_T_O is not None
+    DT: tl.constexpr = D_K[0].dtype.element_ty
+
+    b, hk, tile = head_of(tl.program_id(0), tl.cdiv(S, BN), H // GROUP, False)
+    n0 = tile * BN
+    j = n0 + tl.arange(0, BN)
+    k = load_tile(K, b, hk, n0, S, BN, D, BLOCK_D, True, TMA)
+    v = load_tile(V, b, hk, n0, S, BN, DV, BLOCK_DV, True, TMA)
+    if T_K is not None:
+        t_k = load_tile(T_K, b, hk, n0, S, BN, D, BLOCK_D, True, TMA)
+    if T_V is not None:
+        t_v = load_tile(T_V, b, hk, n0, S, BN, DV, BLOCK_DV, True, TMA)
+
+    d_k = tl.zeros([BN, BLOCK_D], tl.float32)
+    d_v = tl.zeros([BN, BLOCK_DV], tl.float32)
+    d_t_k = tl.zeros([BN, BLOCK_D], tl.float32)
+    d_t_v = tl.zeros([BN, BLOCK_DV], tl.float32)
+    scale2 = scale * LOG2E
+
+    first = 0
+    clear = 0
+    if CAUSAL:  # queries before the tile do not see it; from `clear` on they see all of it
+        first = n0 // BM * BM
+        clear = tl.minimum(tl.cdiv(n0 + BN - 1, BM) * BM, tl.cdiv(L, BM) * BM)
+    for g in range(GROUP):
+        h = hk * GROUP + g
+        row = (b * H + h).to(tl.int64) * L
+        for PHASE in tl.static_range(2 if CAUSAL else 1):
+            DIAGONAL: tl.constexpr = CAUSAL and PHASE == 0
+            for m0 in tl.range(first if DIAGONAL else clear, clear if DIAGONAL else L, BM):
+                i = m0 + tl.arange(0, BM)
+                q = load_tile(Q, b, h, m0, L, BM, D, BLOCK_D, not WHOLE, TMA)
+                zero = tl.zeros([BN, BM], tl.float32)
+                s = dot(k, q.T, zero, PRECISION) * scale2
+                if T_Q is not None:
+                    t_q = load_tile(T_Q, b, h, m0, L, BM, D, BLOCK_D, not WHOLE, TMA)
+                if T_S:
+                    t_s = zero
+                    if T_Q is not None:
+                        t_s = dot(k, t_q.T, t_s, PRECISION)
+                    if T_K is not None:
+                        t_s = dot(t_k, q.T, t_s, PRECISION)
+                    t_s *= scale
+                    if T_BIAS is not None:
+                        t_s += load_bias(T_BIAS, b, h, i[None, :], j[:, None], L, S)
+                bias = zero
+                if BIAS is not None:
+                    bias = load_bias(BIAS, b, h, i[None, :], j[:, None], L, S)
+                    if not BOOL:
+                        s += bias * LOG2E
+                        if T_S:
+                            t_s = tl.where(bias == float("-inf"), 0.0, t_s)
+                # rows past the end have LSE = inf, hence P = 0; so have rows that attend nothing
+                lse = tl.load(LSE + row + i, mask=i < L, other=float("inf")) * LOG2E
+                if BIAS is not None:
+                    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+                p = tl.math.exp2(s - lse[None, :])
+                if DIAGONAL or BOOL:
+                    see = visible(i[None, :], j[:, None], S, bias, DIAGONAL, BOOL)
+                    p = tl.where(see, p, 0.0)
+                    if T_S:
+                        t_s = tl.where(see, t_s, 0.0)
+                p_z = p
+                if SEED is not None:
+                    z = dropout_factor(
+                        SEED, b, h, i[None, :], j[:, None], H, batch_per_seed, threshold, keep_scale
+                    )
+                    p_z = p * z
+
+                w = tl.load(W_SUM + row + i, mask=i < L, other=0.0)
+                d_p = zero
+                if D_O is not None:
+                    d_o = load_tile(D_O, b, h, m0, L, BM, DV, BLOCK_DV, not WHOLE, TMA)
+                    d_p = dot(v, d_o.T, d_p, PRECISION)
+                    d_v = dot(p_z.to(DT), d_o, d_v, PRECISION)
+                if JVP:
+                    h_sum = tl.load(H_SUM + row + i, mask=i < L, other=0.0)
+                    d_t_o = load_tile(D_T_O, b, h, m0, L, BM, DV, BLOCK_DV, not WHOLE, TMA)
+                    if T_V is not None:
+                        d_p = dot(t_v, d_t_o.T, d_p, PRECISION)
+                    h_m = dot(v, d_t_o.T, zero, PRECISION)
+                    d_t_v = dot(p_z.to(DT), d_t_o, d_t_v, PRECISION)
+                    if SEED is not None:
+                        d_p *= z
+                        h_m *= z
+                    if T_S:
+                        mu = tl.load(MU + row + i, mask=i < L, other=0.0)
+                        c_s = t_s - mu[None, :]
+                        d_v = dot((p_z * c_s).to(DT), d_t_o, d_v, PRECISION)
+                        d_p += h_m * c_s - h_sum[None, :] * t_s
+                    d_t_s = (p * (h_m - h_sum[None, :])).to(DT)
+                    d_t_k = dot(d_t_s, q, d_t_k, PRECISION)
+                    if T_Q is not None:
+                        d_k = dot(d_t_s, t_q, d_k, PRECISION)
+                elif SEED is not None:
+                    d_p *= z
+                d_s = (p * (d_p - w[None, :])).to(DT)
+                d_k = dot(d_s, q, d_k, PRECISION)
+
+    store_tile(D_K, d_k * scale, b, hk, n0, S, BN, D, BLOCK_D)
+    store_tile(D_V, d_v, b, hk, n0, S, BN, DV, BLOCK_DV)
+    if JVP:
+        store_tile(D_T_K, d_t_k * scale, b, hk, n0, S, BN, D, BLOCK_D)
+        store_tile(D_T_V, d_t_v, b, hk, n0, S, BN, DV, BLOCK_DV)
+
+
+@triton.jit
+def queries_kernel(
+    Q, K, V, T_Q, T_K, T_V, BIAS, T_BIAS, SEED, D_O, D_T_O, LSE, MU, H_SUM, W_SUM,
+    D_Q, D_T_Q, D_BIAS, D_T_BIAS,
+    scale, threshold, keep_scale, batch_per_seed, H, L, S,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    CAUSAL: tl.constexpr, BOOL: tl.constexpr, WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BIAS_ROWS: tl.constexpr, BIAS_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One program: BM queries of one head, against the keys that they see."""
+    T_S: tl.constexpr = T_Q is not None or T_K is not None or T_BIAS is not None
+    JVP: tl.constexpr = D_T_O is not None
+    DT: tl.constexpr = D_Q[0].dtype.element_ty
+
+    b, h, tile = head_of(tl.program_id(0), tl.cdiv(L, BM), H, CAUSAL)
+    hk = h // GROUP
+    m0 = tile * BM
+    i = m0 + tl.arange(0, BM)
+    row = (b * H + h).to(tl.int64) * L + i
+    q = load_tile(Q, b, h, m0, L, BM, D, BLOCK_D, True, TMA)
+    if T_Q is not None:
+        t_q = load_tile(T_Q, b, h, m0, L, BM, D, BLOCK_D, True, TMA)
+    if D_O is not None:
+        d_o = load_tile(D_O, b, h, m0, L, BM, DV, BLOCK_DV, True, TMA)
+    if JVP:
+        d_t_o = load_tile(D_T_O, b, h, m0, L, BM, DV, BLOCK_DV, True, TMA)
+        h_sum = tl.load(H_SUM + row, mask=i < L, other=0.0)
+        if T_S:
+            mu = tl.load(MU + row, mask=i < L, other=0.0)
+    w = tl.load(W_SUM + row, mask=i < L, other=0.0)
+    lse = tl.load(LSE + row, mask=i < L, other=float("inf")) * LOG2E
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+
+    d_q = tl.zeros([BM, BLOCK_D], tl.float32)
+    d_t_q = tl.zeros([BM, BLOCK_D], tl.float32)
+    scale2 = scale * LOG2E
+
+    end = S
+    full = S // BN * BN
+    if CAUSAL:
+        end = tl.minimum(S, m0 + BM)
+        full = tl.minimum(S, m0 + 1) // BN * BN
+    for PHASE in tl.static_range(1 if WHOLE else 2):
+        CHECK: tl.constexpr = PHASE == 1
+        for n0 in tl.range(0 if PHASE == 0 else full, full if PHASE == 0 else end, BN):
+            j = n0 + tl.arange(0, BN)
+            k = load_tile(K, b, hk, n0, S, BN, D, BLOCK_D, CHECK, TMA)
+            zero = tl.zeros([BM, BN], tl.float32)
+            s = dot(q, k.T, zero, PRECISION) * scale2
+            if T_K is not None:
+                t_k = load_tile(T_K, b, hk, n0, S, BN, D, BLOCK_D, CHECK, TMA)
+            if T_S:
+                t_s = zero
+                if T_Q is not None:
+                    t_s = dot(t_q, k.T, t_s, PRECISION)
+                if T_K is not None:
+                    t_s = dot(q, t_k.T, t_s, PRECISION)
+                t_s *= scale
+                if T_BIAS is not None:
+                    t_s += load_bias(T_BIAS, b, h, i[:, None], j[None, :], L, S)
+            bias = zero
+            if BIAS is not None:
+                bias = load_bias(BIAS, b, h, i[:, None], j[None, :], L, S)
+                if not BOOL:
+                    s += bias * LOG2E
+                    if T_S:
+                        t_s = tl.where(bias == float("-inf"), 0.0, t_s)
+            p = tl.math.exp2(s - lse[:, None])
+            if CHECK or BOOL:
+                see = visible(i[:, None], j[None, :], S, bias, CAUSAL and CHECK, BOOL)
+                p = tl.where(see, p, 0.0)
+                if T_S:
+                    t_s = tl.where(see, t_s, 0.0)
+
+            v = load_tile(V, b, hk, n0, S, BN, DV, BLOCK_DV, CHECK, TMA)
+            d_p = zero
+            if D_O is not None:
+                d_p = dot(d_o, v.T, d_p, PRECISION)
+            if T_V is not None and JVP:
+                t_v = load_tile(T_V, b, hk, n0, S, BN, DV, BLOCK_DV, CHECK, TMA)
+                d_p = dot(d_t_o, t_v.T, d_p, PRECISION)
+            if JVP:
+                h_m = dot(d_t_o, v.T, zero, PRECISION)
+            if SEED is not None:
+                z = dropout_factor(
+                    SEED, b, h, i[:, None], j[None, :], H, batch_per_seed, threshold, keep_scale
+                )
+                d_p *= z
+                if JVP:
+                    h_m *= z
+            if JVP:
+                if T_S:
+                    d_p += h_m * (t_s - mu[:, None]) - h_sum[:, None] * t_s
+                d_t_s = p * (h_m - h_sum[:, None])
+                d_t_q = dot(d_t_s.to(DT), k, d_t_q, PRECISION)
+                if T_K is not None:
+                    d_q = dot(d_t_s.to(DT), t_k, d_q, PRECISION)
+                if D_T_BIAS is not None:
+                    add_bias_grad(D_T_BIAS, d_t_s, b, h, i, j, L, S, BIAS_ROWS, BIAS_COLUMNS)
+            d_s = p * (d_p - w[:, None])
+            d_q = dot(d_s.to(DT), k, d_q, PRECISION)
+            if D_BIAS is not None:
+                add_bias_grad(D_BIAS, d_s, b, h, i, j, L, S, BIAS_ROWS, BIAS_COLUMNS)
+
+    store_tile(D_Q, d_q * scale, b, h, m0, L, BM, D, BLOCK_D)
+    if JVP:
+        store_tile(D_T_Q, d_t_q * scale, b, h, m0, L, BM, D, BLOCK_D)
+
+
+@triton.jit
+def add_bias_grad(
+    D_BIAS, d_s, b, h, i, j, L, S, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Adds a tile of dS to the bias's gradient; ROWS, COLUMNS: the bias has those dimensions, or was broadcast."""
+    if ROWS and COLUMNS:
+        at = _bias_at(D_BIAS, b, h, i[:, None], j[None, :])
+        tl.atomic_add(at, d_s, mask=(i < L)[:, None] & (j < S)[None, :], sem="relaxed")
+    elif COLUMNS:
+        tl.atomic_add(_bias_at(D_BIAS, b, h, 0 * j, j), tl.sum(d_s, 0), mask=j < S, sem="relaxed")
+    elif ROWS:
+        tl.atomic_add(_bias_at(D_BIAS, b, h, i, 0 * i), tl.sum(d_s, 1), mask=i < L, sem="relaxed")
+    else:
+        tl.atomic_add(D_BIAS[0] + tl.cast(b, tl.int64) * D_BIAS[1] + tl.cast(h, tl.int64) * D_BIAS[2], tl.sum(d_s))
+
+
+@triton.jit
+def _bias_at(D_BIAS, b, h, i, j):
+    head = D_BIAS[0] + tl.cast(b, tl.int64) * D_BIAS[1] + tl.cast(h, tl.int64) * D_BIAS[2]
+    return head + tl.cast(i, tl.int64) * D_BIAS[3] + tl.cast(j, tl.int64) * D_BIAS[4]

@@ -1,0 +1,147 @@
+"""Forward, and forward with its JVP, in one pass over the keys.
+
+    S = s QKᵀ + b        tS = s (tQ Kᵀ + Q tKᵀ) + tb        P = softmax(S)        μ = rowsum(P ∘ tS)
+    O = P V              tO = (P ∘ (tS − μ)) V + P tV
+
+Online over tiles of keys, with the running maximum m, P̃ = exp(S − m), α = exp(m_old − m_new):
+
+    l ← α l + rowsum(P̃)          r ← α r + rowsum(P̃ ∘ tS)
+    o ← α o + P̃ V                t ← α t + (P̃ ∘ tS) V + P̃ tV           one accumulator t, not two
+    O = o / l                     tO = t / l − (r / l) O
+    LSE = m + log l               μ = r / l
+
+Products of a tile: 2 for the value; with all tangents 6, and an absent tangent removes its own.  The softmax runs in base 2.
+With dropout, Z multiplies P̃ in the products with the values and nowhere else.
+"""
+
+import triton
+import triton.language as tl
+
+from .primitives import (
+    LN2,
+    LOG2E,
+    dot,
+    dropout_factor,
+    head_of,
+    load_bias,
+    load_tile,
+    store_tile,
+    visible,
+)
+
+
+@triton.jit
+def forward_kernel(
+    Q, K, V, T_Q, T_K, T_V, BIAS, T_BIAS, SEED, O, T_O, LSE, MU,
+    scale, threshold, keep_scale, batch_per_seed, H, L, S,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    CAUSAL: tl.constexpr, BOOL: tl.constexpr, WHOLE: tl.constexpr, PRESCALE: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """One program: BM queries of one head.  WHOLE: every tile of keys is full and needs no check.  PRESCALE: scores are
+    scaled before their maximum is taken, as a bias or a scale <= 0 requires."""
+    T_S: tl.constexpr = T_Q is not None or T_K is not None or T_BIAS is not None
+    JVP: tl.constexpr = T_O is not None
+    DT: tl.constexpr = O[0].dtype.element_ty
+
+    b, h, tile = head_of(tl.program_id(0), tl.cdiv(L, BM), H, CAUSAL)
+    hk = h // GROUP
+    m0 = tile * BM
+    i = m0 + tl.arange(0, BM)
+    q = load_tile(Q, b, h, m0, L, BM, D, BLOCK_D, True, TMA)
+    if T_Q is not None:
+        t_q = load_tile(T_Q, b, h, m0, L, BM, D, BLOCK_D, True, TMA)
+
+    m = tl.full([BM], float("-inf"), tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    r = tl.zeros([BM], tl.float32)
+    o = tl.zeros([BM, BLOCK_DV], tl.float32)
+    t = tl.zeros([BM, BLOCK_DV], tl.float32)
+    scale2 = scale * LOG2E
+
+    end = S
+    full = S // BN * BN
+    if CAUSAL:
+        end = tl.minimum(S, m0 + BM)
+        full = tl.minimum(S, m0 + 1) // BN * BN
+    # first the tiles that every query sees whole, then those that cross the end of the keys or the diagonal
+    for PHASE in tl.static_range(1 if WHOLE else 2):
+        CHECK: tl.constexpr = PHASE == 1
+        for n0 in tl.range(0 if PHASE == 0 else full, full if PHASE == 0 else end, BN):
+            j = n0 + tl.arange(0, BN)
+            k = load_tile(K, b, hk, n0, S, BN, D, BLOCK_D, CHECK, TMA)
+            zero = tl.zeros([BM, BN], tl.float32)
+            s = dot(q, k.T, zero, PRECISION)
+            if T_S:
+                t_s = zero
+                if T_Q is not None:
+                    t_s = dot(t_q, k.T, t_s, PRECISION)
+                if T_K is not None:
+                    t_k = load_tile(T_K, b, hk, n0, S, BN, D, BLOCK_D, CHECK, TMA)
+                    t_s = dot(q, t_k.T, t_s, PRECISION)
+                t_s *= scale
+                if T_BIAS is not None:
+                    t_s += load_bias(T_BIAS, b, h, i[:, None], j[None, :], L, S)
+            if PRESCALE:
+                s *= scale2
+            bias = zero
+            if BIAS is not None:
+                bias = load_bias(BIAS, b, h, i[:, None], j[None, :], L, S)
+                if not BOOL:
+                    s += bias * LOG2E
+                    if T_S:
+                        t_s = tl.where(bias == float("-inf"), 0.0, t_s)
+            if CHECK or BOOL:
+                see = visible(i[:, None], j[None, :], S, bias, CAUSAL and CHECK, BOOL)
+                s = tl.where(see, s, float("-inf"))
+                if T_S:
+                    t_s = tl.where(see, t_s, 0.0)
+
+            if PRESCALE:
+                m_new = tl.maximum(m, tl.max(s, 1))
+            else:
+                m_new = tl.maximum(m, tl.max(s, 1) * scale2)
+            base = m_new
+            if BIAS is not None:  # a row that has attended nothing yet: exp2(−inf − 0) = 0, not NaN
+                base = tl.where(m_new == float("-inf"), 0.0, m_new)
+            if PRESCALE:
+                p = tl.math.exp2(s - base[:, None])
+            else:
+                p = tl.math.exp2(s * scale2 - base[:, None])
+            alpha = tl.math.exp2(m - base)
+            m = m_new
+            l = l * alpha + tl.sum(p, 1)
+            o = o * alpha[:, None]
+            if T_S:
+                p_t_s = p * t_s
+                r = r * alpha + tl.sum(p_t_s, 1)
+            if JVP:
+                t = t * alpha[:, None]
+            if SEED is not None:
+                z = dropout_factor(
+                    SEED, b, h, i[:, None], j[None, :], H, batch_per_seed, threshold, keep_scale
+                )
+                p = p * z
+                if T_S:
+                    p_t_s = p_t_s * z
+
+            v = load_tile(V, b, hk, n0, S, BN, DV, BLOCK_DV, CHECK, TMA)
+            o = dot(p.to(DT), v, o, PRECISION)
+            if T_S:
+                t = dot(p_t_s.to(DT), v, t, PRECISION)
+            if T_V is not None:
+                t_v = load_tile(T_V, b, hk, n0, S, BN, DV, BLOCK_DV, CHECK, TMA)
+                t = dot(p.to(DT), t_v, t, PRECISION)
+
+    inverse = 1.0 / tl.where(l == 0.0, 1.0, l)  # a row that attends nothing gives 0
+    o = o * inverse[:, None]
+    mu = r * inverse
+    row = (b * H + h).to(tl.int64) * L + i
+    store_tile(O, o, b, h, m0, L, BM, DV, BLOCK_DV)
+    tl.store(LSE + row, m * LN2 + tl.log(tl.where(l == 0.0, 1.0, l)), mask=i < L)
+    if JVP:
+        t = t * inverse[:, None]
+        if T_S:
+            t -= mu[:, None] * o
+        store_tile(T_O, t, b, h, m0, L, BM, DV, BLOCK_DV)
+        tl.store(MU + row, mu, mask=i < L)

@@ -1,0 +1,132 @@
+"""From tensors to kernel arguments: operands, options, tiles, grids."""
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..options import Options
+from . import configs
+
+
+class Problem(NamedTuple):
+    """Sizes and switches that the kernels of one call share."""
+
+    B: int
+    H: int
+    Hk: int
+    L: int
+    S: int
+    D: int
+    DV: int
+    tma: bool
+    hopper: bool
+    itemsize: int
+    options: Options
+    bool_bias: bool
+
+    @property
+    def block_d(self) -> int:
+        return _padded(self.D)
+
+    @property
+    def block_dv(self) -> int:
+        return _padded(self.DV)
+
+    def tile(self, kind: str, jvp: bool = False) -> configs.Tile:
+        """The tile of a pass, by the wider of the two head dims."""
+        block = max(self.block_d, self.block_dv)
+        return configs.tile(f"{kind}_jvp" if jvp else kind, block, self.itemsize, self.hopper)
+
+    def numbers(self, seed: Tensor | None) -> tuple:
+        """scale, dropout threshold, 1 / keep probability, batch entries a seed, H, L, S."""
+        p = self.options.dropout_p
+        group = 1 if seed is None else max(self.B // seed.numel(), 1)
+        return self.options.scale, int(p * 2**32), 1.0 / (1.0 - p), group, self.H, self.L, self.S
+
+    def switches(self, tile: configs.Tile, whole: bool) -> dict:
+        """Compile-time arguments common to the kernels."""
+        return {
+            "GROUP": self.H // self.Hk,
+            "D": self.D,
+            "DV": self.DV,
+            "BLOCK_D": self.block_d,
+            "BLOCK_DV": self.block_dv,
+            "CAUSAL": self.options.causal,
+            "BOOL": self.bool_bias,
+            "WHOLE": whole,
+            "PRECISION": precision(self.itemsize),
+            "TMA": self.tma,
+            "BM": tile.BM,
+            "BN": tile.BN,
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        }
+
+
+def problem(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: Options, *operands) -> Problem:
+    """Sizes and switches of a call; `operands` are the other tensors that are read as tiles."""
+    B, H, L, D = q.shape
+    Hk, S, DV = v.shape[1:]
+    hopper = q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device)[0] >= 9
+    tma = hopper and q.element_size() == 2 and all(map(_tma_can_read, (q, k, v, *operands)))
+    bool_bias = bias is not None and bias.dtype == torch.bool
+    return Problem(B, H, Hk, L, S, D, DV, tma, hopper, q.element_size(), options, bool_bias)
+
+
+def precision(itemsize: int) -> str:
+    """How float32 products are computed: three TF32 products keep float32's accuracy, one where the user allows TF32."""
+    if itemsize != 4:
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def unit(x: Tensor | None) -> Tensor | None:
+    """The tensor itself where its last dimension has unit stride, as the kernels read it; otherwise a copy."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def operand(x: Tensor | None, p: Problem, rows: int, block_d: int):
+    """A tensor (B, heads, rows, D) as the kernels take it: a TMA descriptor, or pointer and strides."""
+    if x is None:
+        return None
+    if p.tma:
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, block_d])
+    return pointer(x)
+
+
+def pointer(x: Tensor | None):
+    """(pointer, stride_b, stride_h, stride_row)."""
+    return None if x is None else (x, *x.stride()[:3])
+
+
+def mask(bias: Tensor | None, p: Problem):
+    """(pointer, four strides) of a mask broadcast to (B, H, L, S); a bool mask as int8."""
+    if bias is None:
+        return None
+    bias = bias.expand(p.B, p.H, p.L, p.S)
+    return (bias.view(torch.int8) if p.bool_bias else bias, *bias.stride())
+
+
+def on_device(x: Tensor):
+    """The kernels launch on the device of their inputs, whichever is current."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def cdiv(a: int, b: int) -> int:
+    return triton.cdiv(a, b)
+
+
+def _padded(d: int) -> int:
+    return max(16, triton.next_power_of_2(d))
+
+
+def _tma_can_read(x: Tensor | None) -> bool:
+    """TMA wants 16-byte aligned rows and real strides; anything else is read through pointers."""
+    if x is None:
+        return True
+    unit = 16 // x.element_size()
+    return x.data_ptr() % 16 == 0 and all(s % unit == 0 and s > 0 for s in x.stride()[:3])
