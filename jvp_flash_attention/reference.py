@@ -6,9 +6,9 @@
 
 Z is the dropout mask divided by its keep probability (all ones without dropout).  With cotangents dO and dtO:
 
-    h   = rowsum(dtO ∘ O)                 w  = rowsum(dO ∘ O) + rowsum(dtO ∘ tO) − h μ
-    Hm  = Z ∘ (dtO Vᵀ)                    G  = Z ∘ (dO Vᵀ + dtO tVᵀ)
-    dtS = P ∘ (Hm − h)                    dS = P ∘ (G + Hm ∘ (tS − μ) − h tS − w)
+    h   = rowsum(dtO ∘ O)                 w  = rowsum(dO ∘ O) + rowsum(dtO ∘ tO)
+    Hm  = Z ∘ (dtO Vᵀ) − h                G  = Z ∘ (dO Vᵀ + dtO tVᵀ)
+    dtS = P ∘ Hm                          dS = P ∘ (G + Hm ∘ (tS − μ) − w)
     dQ  = s (dS K + dtS tK)      dK  = s (dSᵀ Q + dtSᵀ tQ)      dV  = (P ∘ Z)ᵀ dO + (R ∘ Z)ᵀ dtO
     dtQ = s dtS K                dtK = s dtSᵀ Q                 dtV = (P ∘ Z)ᵀ dtO
     db  = dS                     dtb = dtS                      summed over broadcast dimensions
@@ -144,10 +144,8 @@ def backward_jvp(
     for block in _blocks(q, k, bias, seed, options, (t_q, t_k, t_bias)):
         rows, p, t_s = block.rows, block.p, block.t_s
         q_i, d_to, p_z = q[:, :, rows], d_t_out[:, :, rows], _times(block.p, block.z)
-        m = mu[:, :, rows].unsqueeze(-1).to(p.dtype)
-        h = (d_to * out[:, :, rows]).sum(-1, keepdim=True)
-        w = (d_to * t_out[:, :, rows]).sum(-1, keepdim=True) - h * m
-        h_m = _times(_scores(d_to, v), block.z)
+        w = (d_to * t_out[:, :, rows]).sum(-1, keepdim=True)
+        h_m = _times(_scores(d_to, v), block.z) - (d_to * out[:, :, rows]).sum(-1, keepdim=True)
         g = torch.zeros_like(p)
         d_t_v += _keys(p_z, d_to, d_t_v)
         if d_out is not None:
@@ -158,9 +156,10 @@ def backward_jvp(
         if t_v is not None:
             g = g + _times(_scores(d_to, t_v), block.z)
         if t_s is not None:
-            g = g + h_m * (t_s - m) - h * t_s
-            d_v += _keys(p_z * (t_s - m), d_to, d_v)
-        d_t_s, d_s = p * (h_m - h), p * (g - w)
+            t_s = t_s - mu[:, :, rows].unsqueeze(-1)
+            g = g + h_m * t_s
+            d_v += _keys(p_z * t_s, d_to, d_v)
+        d_t_s, d_s = p * h_m, p * (g - w)
         d_q[:, :, rows] = scale * _values(d_s, k)
         d_k += scale * _keys(d_s, q_i, d_k)
         if t_k is not None:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..options import Options
+from . import configs
 from .backward import keys_kernel, queries_kernel, row_sums_kernel
 from .forward import forward_kernel
 from .launch import cdiv, mask, on_device, operand, pointer, problem, unit
@@ -128,7 +129,7 @@ def _backward(
         grid = (cdiv(p.L, BM) * p.B * p.H,)
         if grid[0] > 0:
             row_sums_kernel[grid](
-                pointer(d_out), pointer(d_t_out), pointer(out), pointer(t_out), mu, h_sum, w_sum,
+                pointer(d_out), pointer(d_t_out), pointer(out), pointer(t_out), h_sum, w_sum,
                 p.H, p.L, DV=p.DV, BLOCK_DV=p.block_dv, BM=BM,
             )  # fmt: skip
 
@@ -152,13 +153,17 @@ def _backward(
                 w_sum,
             )
 
+        together = (d_k, d_v, d_t_k, d_t_v)
+        apart = (None, d_v, None, d_t_v), (d_k, None, d_t_k, None)
+        wide = jvp and max(p.block_d, p.block_dv) >= configs.SPLIT_KEYS
         tile = p.tile("keys", jvp)
         grid = (cdiv(p.S, tile.BN) * p.B * p.Hk,)
-        if grid[0] > 0:
-            keys_kernel[grid](
-                *inputs(tile), *map(pointer, (d_k, d_v, d_t_k, d_t_v)), *numbers,
-                **p.switches(tile, whole=p.L % tile.BM == 0),
-            )  # fmt: skip
+        for grads in apart if wide else (together,):
+            if grid[0] > 0:
+                keys_kernel[grid](
+                    *inputs(tile), *map(pointer, grads), *numbers,
+                    **p.switches(tile, whole=p.L % tile.BM == 0),
+                )  # fmt: skip
         tile = p.tile("queries", jvp)
         grid = (cdiv(p.L, tile.BM) * p.B * p.H,)
         if grid[0] > 0:

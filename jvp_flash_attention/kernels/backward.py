@@ -2,12 +2,12 @@
 
 Row sums, O(L D) and no matrix product:
 
-    h = rowsum(dtO ∘ O)          w = rowsum(dO ∘ O) + rowsum(dtO ∘ tO) − h μ
+    h = rowsum(dtO ∘ O)          w = rowsum(dO ∘ O) + rowsum(dtO ∘ tO)
 
 Then, tile by tile from the saved LSE and μ (no statistics pass), with P = exp(S − LSE) and R = P ∘ (tS − μ):
 
-    Hm  = Z ∘ (dtO Vᵀ)                    G  = Z ∘ (dO Vᵀ + dtO tVᵀ)
-    dtS = P ∘ (Hm − h)                    dS = P ∘ (G + Hm ∘ (tS − μ) − h tS − w)
+    Hm  = Z ∘ (dtO Vᵀ) − h                G  = Z ∘ (dO Vᵀ + dtO tVᵀ)
+    dtS = P ∘ Hm                          dS = P ∘ (G + Hm ∘ (tS − μ) − w)
 
     keys:     dK  = s (dSᵀ Q + dtSᵀ tQ)      dV  = (P ∘ Z)ᵀ dO + (R ∘ Z)ᵀ dtO
               dtK = s dtSᵀ Q                 dtV = (P ∘ Z)ᵀ dtO
@@ -15,17 +15,19 @@ Then, tile by tile from the saved LSE and μ (no statistics pass), with P = exp(
 
 Without dtO it is the ordinary backward: dS = P ∘ (Z ∘ dO Vᵀ − w).  Products of a tile: 4 + 3 for the ordinary backward,
 12 + 9 with every tangent; what is absent (None) removes its own.  The keys' kernel holds its tiles transposed, keys by rows.
+Four accumulators of 128 columns leave no registers for the rest (a warp owns 16 rows of each: 256 registers a thread), so
+from that width on (dV, dtV) and (dK, dtK) are two launches, 6 + 9 products instead of 12 and still twice as fast.
 """
 
 import triton
 import triton.language as tl
 
-from .primitives import LOG2E, dot, dropout_factor, head_of, load_bias, load_tile, store_tile, visible
+from .primitives import LOG2E, UNSPECIALIZED, dot, dropout_factor, head_of, load_bias, load_tile, store_tile, visible
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "L"])
 def row_sums_kernel(
-    D_O, D_T_O, O, T_O, MU, H_SUM, W_SUM, H, L,
+    D_O, D_T_O, O, T_O, H_SUM, W_SUM, H, L,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """One program: h and w of BM queries of one head."""
@@ -42,12 +44,12 @@ def row_sums_kernel(
         t_o = load_tile(T_O, b, h, m0, L, BM, DV, BLOCK_DV, True, False).to(tl.float32)
         d_t_o = load_tile(D_T_O, b, h, m0, L, BM, DV, BLOCK_DV, True, False).to(tl.float32)
         h_sum = tl.sum(d_t_o * o, 1)
-        w += tl.sum(d_t_o * t_o, 1) - h_sum * tl.load(MU + row, mask=i < L, other=0.0)
+        w += tl.sum(d_t_o * t_o, 1)
         tl.store(H_SUM + row, h_sum, mask=i < L)
     tl.store(W_SUM + row, w, mask=i < L)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def keys_kernel(
     Q, K, V, T_Q, T_K, T_V, BIAS, T_BIAS, SEED, D_O, D_T_O, LSE, MU, H_SUM, W_SUM,
     D_K, D_V, D_T_K, D_T_V,
@@ -59,16 +61,16 @@ def keys_kernel(
     """One program: BN keys of one key/value head, against every query of the heads that read it."""
     T_S: tl.constexpr = T_Q is not None or T_K is not None or T_BIAS is not None
     JVP: tl.constexpr = D_T_O is not None
-    DT: tl.constexpr = D_K[0].dtype.element_ty
 
     b, hk, tile = head_of(tl.program_id(0), tl.cdiv(S, BN), H // GROUP, False)
     n0 = tile * BN
     j = n0 + tl.arange(0, BN)
     k = load_tile(K, b, hk, n0, S, BN, D, BLOCK_D, True, TMA)
-    v = load_tile(V, b, hk, n0, S, BN, DV, BLOCK_DV, True, TMA)
+    if D_K is not None:
+        v = load_tile(V, b, hk, n0, S, BN, DV, BLOCK_DV, True, TMA)
     if T_K is not None:
         t_k = load_tile(T_K, b, hk, n0, S, BN, D, BLOCK_D, True, TMA)
-    if T_V is not None:
+    if T_V is not None and D_K is not None:
         t_v = load_tile(T_V, b, hk, n0, S, BN, DV, BLOCK_DV, True, TMA)
 
     d_k = tl.zeros([BN, BLOCK_D], tl.float32)
@@ -86,8 +88,7 @@ def keys_kernel(
         h = hk * GROUP + g
         row = (b * H + h).to(tl.int64) * L
         for PHASE in tl.static_range(2 if CAUSAL else 1):
-            DIAGONAL: tl.constexpr = CAUSAL and PHASE == 0
-            for m0 in tl.range(first if DIAGONAL else clear, clear if DIAGONAL else L, BM):
+            for m0 in tl.range(first if PHASE == 1 else clear, clear if PHASE == 1 else L, BM):
                 i = m0 + tl.arange(0, BM)
                 q = load_tile(Q, b, h, m0, L, BM, D, BLOCK_D, not WHOLE, TMA)
                 zero = tl.zeros([BN, BM], tl.float32)
@@ -115,8 +116,8 @@ def keys_kernel(
                 if BIAS is not None:
                     lse = tl.where(lse == float("-inf"), float("inf"), lse)
                 p = tl.math.exp2(s - lse[None, :])
-                if DIAGONAL or BOOL:
-                    see = visible(i[None, :], j[:, None], S, bias, DIAGONAL, BOOL)
+                if PHASE == 1 or BOOL:
+                    see = visible(i[None, :], j[:, None], S, bias, PHASE == 1, BOOL)
                     p = tl.where(see, p, 0.0)
                     if T_S:
                         t_s = tl.where(see, t_s, 0.0)
@@ -127,44 +128,54 @@ def keys_kernel(
                     )
                     p_z = p * z
 
-                w = tl.load(W_SUM + row + i, mask=i < L, other=0.0)
-                d_p = zero
                 if D_O is not None:
                     d_o = load_tile(D_O, b, h, m0, L, BM, DV, BLOCK_DV, not WHOLE, TMA)
-                    d_p = dot(v, d_o.T, d_p, PRECISION)
-                    d_v = dot(p_z.to(DT), d_o, d_v, PRECISION)
                 if JVP:
-                    h_sum = tl.load(H_SUM + row + i, mask=i < L, other=0.0)
                     d_t_o = load_tile(D_T_O, b, h, m0, L, BM, DV, BLOCK_DV, not WHOLE, TMA)
-                    if T_V is not None:
+                    if T_S:
+                        t_s -= tl.load(MU + row + i, mask=i < L, other=0.0)[None, :]
+
+                if D_V is not None:
+                    if D_O is not None:
+                        d_v = dot(p_z.to(k.dtype), d_o, d_v, PRECISION)
+                    if JVP:
+                        d_t_v = dot(p_z.to(k.dtype), d_t_o, d_t_v, PRECISION)
+                        if T_S:
+                            d_v = dot((p_z * t_s).to(k.dtype), d_t_o, d_v, PRECISION)
+
+                if D_K is not None:
+                    d_p = zero
+                    if D_O is not None:
+                        d_p = dot(v, d_o.T, d_p, PRECISION)
+                    if JVP and T_V is not None:
                         d_p = dot(t_v, d_t_o.T, d_p, PRECISION)
-                    h_m = dot(v, d_t_o.T, zero, PRECISION)
-                    d_t_v = dot(p_z.to(DT), d_t_o, d_t_v, PRECISION)
                     if SEED is not None:
                         d_p *= z
-                        h_m *= z
-                    if T_S:
-                        mu = tl.load(MU + row + i, mask=i < L, other=0.0)
-                        c_s = t_s - mu[None, :]
-                        d_v = dot((p_z * c_s).to(DT), d_t_o, d_v, PRECISION)
-                        d_p += h_m * c_s - h_sum[None, :] * t_s
-                    d_t_s = (p * (h_m - h_sum[None, :])).to(DT)
-                    d_t_k = dot(d_t_s, q, d_t_k, PRECISION)
-                    if T_Q is not None:
-                        d_k = dot(d_t_s, t_q, d_k, PRECISION)
-                elif SEED is not None:
-                    d_p *= z
-                d_s = (p * (d_p - w[None, :])).to(DT)
-                d_k = dot(d_s, q, d_k, PRECISION)
+                    if JVP:
+                        h_m = dot(v, d_t_o.T, zero, PRECISION)
+                        if SEED is not None:
+                            h_m *= z
+                        h_m -= tl.load(H_SUM + row + i, mask=i < L, other=0.0)[None, :]
+                        if T_S:
+                            d_p += h_m * t_s
+                        d_t_s = (p * h_m).to(k.dtype)
+                        d_t_k = dot(d_t_s, q, d_t_k, PRECISION)
+                        if T_Q is not None:
+                            d_k = dot(d_t_s, t_q, d_k, PRECISION)
+                    d_p -= tl.load(W_SUM + row + i, mask=i < L, other=0.0)[None, :]
+                    d_k = dot((p * d_p).to(k.dtype), q, d_k, PRECISION)
 
-    store_tile(D_K, d_k * scale, b, hk, n0, S, BN, D, BLOCK_D)
-    store_tile(D_V, d_v, b, hk, n0, S, BN, DV, BLOCK_DV)
-    if JVP:
-        store_tile(D_T_K, d_t_k * scale, b, hk, n0, S, BN, D, BLOCK_D)
-        store_tile(D_T_V, d_t_v, b, hk, n0, S, BN, DV, BLOCK_DV)
+    if D_K is not None:
+        store_tile(D_K, d_k * scale, b, hk, n0, S, BN, D, BLOCK_D)
+        if JVP:
+            store_tile(D_T_K, d_t_k * scale, b, hk, n0, S, BN, D, BLOCK_D)
+    if D_V is not None:
+        store_tile(D_V, d_v, b, hk, n0, S, BN, DV, BLOCK_DV)
+        if JVP:
+            store_tile(D_T_V, d_t_v, b, hk, n0, S, BN, DV, BLOCK_DV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def queries_kernel(
     Q, K, V, T_Q, T_K, T_V, BIAS, T_BIAS, SEED, D_O, D_T_O, LSE, MU, H_SUM, W_SUM,
     D_Q, D_T_Q, D_BIAS, D_T_BIAS,
@@ -208,14 +219,13 @@ def queries_kernel(
         end = tl.minimum(S, m0 + BM)
         full = tl.minimum(S, m0 + 1) // BN * BN
     for PHASE in tl.static_range(1 if WHOLE else 2):
-        CHECK: tl.constexpr = PHASE == 1
         for n0 in tl.range(0 if PHASE == 0 else full, full if PHASE == 0 else end, BN):
             j = n0 + tl.arange(0, BN)
-            k = load_tile(K, b, hk, n0, S, BN, D, BLOCK_D, CHECK, TMA)
+            k = load_tile(K, b, hk, n0, S, BN, D, BLOCK_D, PHASE == 1, TMA)
             zero = tl.zeros([BM, BN], tl.float32)
             s = dot(q, k.T, zero, PRECISION) * scale2
             if T_K is not None:
-                t_k = load_tile(T_K, b, hk, n0, S, BN, D, BLOCK_D, CHECK, TMA)
+                t_k = load_tile(T_K, b, hk, n0, S, BN, D, BLOCK_D, PHASE == 1, TMA)
             if T_S:
                 t_s = zero
                 if T_Q is not None:
@@ -233,32 +243,32 @@ def queries_kernel(
                     if T_S:
                         t_s = tl.where(bias == float("-inf"), 0.0, t_s)
             p = tl.math.exp2(s - lse[:, None])
-            if CHECK or BOOL:
-                see = visible(i[:, None], j[None, :], S, bias, CAUSAL and CHECK, BOOL)
+            if PHASE == 1 or BOOL:
+                see = visible(i[:, None], j[None, :], S, bias, CAUSAL and PHASE == 1, BOOL)
                 p = tl.where(see, p, 0.0)
                 if T_S:
                     t_s = tl.where(see, t_s, 0.0)
 
-            v = load_tile(V, b, hk, n0, S, BN, DV, BLOCK_DV, CHECK, TMA)
+            v = load_tile(V, b, hk, n0, S, BN, DV, BLOCK_DV, PHASE == 1, TMA)
             d_p = zero
             if D_O is not None:
                 d_p = dot(d_o, v.T, d_p, PRECISION)
-            if T_V is not None and JVP:
-                t_v = load_tile(T_V, b, hk, n0, S, BN, DV, BLOCK_DV, CHECK, TMA)
+            if JVP and T_V is not None:
+                t_v = load_tile(T_V, b, hk, n0, S, BN, DV, BLOCK_DV, PHASE == 1, TMA)
                 d_p = dot(d_t_o, t_v.T, d_p, PRECISION)
-            if JVP:
-                h_m = dot(d_t_o, v.T, zero, PRECISION)
             if SEED is not None:
                 z = dropout_factor(
                     SEED, b, h, i[:, None], j[None, :], H, batch_per_seed, threshold, keep_scale
                 )
                 d_p *= z
-                if JVP:
-                    h_m *= z
             if JVP:
+                h_m = dot(d_t_o, v.T, zero, PRECISION)
+                if SEED is not None:
+                    h_m *= z
+                h_m -= h_sum[:, None]
                 if T_S:
-                    d_p += h_m * (t_s - mu[:, None]) - h_sum[:, None] * t_s
-                d_t_s = p * (h_m - h_sum[:, None])
+                    d_p += h_m * (t_s - mu[:, None])
+                d_t_s = p * h_m
                 d_t_q = dot(d_t_s.to(DT), k, d_t_q, PRECISION)
                 if T_K is not None:
                     d_q = dot(d_t_s.to(DT), t_k, d_q, PRECISION)

@@ -20,6 +20,7 @@ import triton.language as tl
 from .primitives import (
     LN2,
     LOG2E,
+    UNSPECIALIZED,
     dot,
     dropout_factor,
     head_of,
@@ -30,7 +31,7 @@ from .primitives import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def forward_kernel(
     Q, K, V, T_Q, T_K, T_V, BIAS, T_BIAS, SEED, O, T_O, LSE, MU,
     scale, threshold, keep_scale, batch_per_seed, H, L, S,
@@ -66,10 +67,9 @@ def forward_kernel(
         full = tl.minimum(S, m0 + 1) // BN * BN
     # first the tiles that every query sees whole, then those that cross the end of the keys or the diagonal
     for PHASE in tl.static_range(1 if WHOLE else 2):
-        CHECK: tl.constexpr = PHASE == 1
         for n0 in tl.range(0 if PHASE == 0 else full, full if PHASE == 0 else end, BN):
             j = n0 + tl.arange(0, BN)
-            k = load_tile(K, b, hk, n0, S, BN, D, BLOCK_D, CHECK, TMA)
+            k = load_tile(K, b, hk, n0, S, BN, D, BLOCK_D, PHASE == 1, TMA)
             zero = tl.zeros([BM, BN], tl.float32)
             s = dot(q, k.T, zero, PRECISION)
             if T_S:
@@ -77,7 +77,7 @@ def forward_kernel(
                 if T_Q is not None:
                     t_s = dot(t_q, k.T, t_s, PRECISION)
                 if T_K is not None:
-                    t_k = load_tile(T_K, b, hk, n0, S, BN, D, BLOCK_D, CHECK, TMA)
+                    t_k = load_tile(T_K, b, hk, n0, S, BN, D, BLOCK_D, PHASE == 1, TMA)
                     t_s = dot(q, t_k.T, t_s, PRECISION)
                 t_s *= scale
                 if T_BIAS is not None:
@@ -91,8 +91,8 @@ def forward_kernel(
                     s += bias * LOG2E
                     if T_S:
                         t_s = tl.where(bias == float("-inf"), 0.0, t_s)
-            if CHECK or BOOL:
-                see = visible(i[:, None], j[None, :], S, bias, CAUSAL and CHECK, BOOL)
+            if PHASE == 1 or BOOL:
+                see = visible(i[:, None], j[None, :], S, bias, CAUSAL and PHASE == 1, BOOL)
                 s = tl.where(see, s, float("-inf"))
                 if T_S:
                     t_s = tl.where(see, t_s, 0.0)
@@ -125,12 +125,12 @@ def forward_kernel(
                 if T_S:
                     p_t_s = p_t_s * z
 
-            v = load_tile(V, b, hk, n0, S, BN, DV, BLOCK_DV, CHECK, TMA)
+            v = load_tile(V, b, hk, n0, S, BN, DV, BLOCK_DV, PHASE == 1, TMA)
             o = dot(p.to(DT), v, o, PRECISION)
             if T_S:
                 t = dot(p_t_s.to(DT), v, t, PRECISION)
             if T_V is not None:
-                t_v = load_tile(T_V, b, hk, n0, S, BN, DV, BLOCK_DV, CHECK, TMA)
+                t_v = load_tile(T_V, b, hk, n0, S, BN, DV, BLOCK_DV, PHASE == 1, TMA)
                 t = dot(p.to(DT), t_v, t, PRECISION)
 
     inverse = 1.0 / tl.where(l == 0.0, 1.0, l)  # a row that attends nothing gives 0

@@ -26,6 +26,7 @@ class Problem(NamedTuple):
     hopper: bool
     itemsize: int
     options: Options
+    bias: bool
     bool_bias: bool
 
     @property
@@ -39,7 +40,9 @@ class Problem(NamedTuple):
     def tile(self, kind: str, jvp: bool = False) -> configs.Tile:
         """The tile of a pass, by the wider of the two head dims."""
         block = max(self.block_d, self.block_dv)
-        return configs.tile(f"{kind}_jvp" if jvp else kind, block, self.itemsize, self.hopper)
+        extras = self.bias or self.options.dropout_p > 0.0
+        kind = f"{kind}_jvp" if jvp else kind
+        return configs.tile(kind, block, self.itemsize, self.hopper, extras)
 
     def numbers(self, seed: Tensor | None) -> tuple:
         """scale, dropout threshold, 1 / keep probability, batch entries a seed, H, L, S."""
@@ -58,7 +61,7 @@ class Problem(NamedTuple):
             "CAUSAL": self.options.causal,
             "BOOL": self.bool_bias,
             "WHOLE": whole,
-            "PRECISION": precision(self.itemsize),
+            "PRECISION": precision(self.itemsize, max(self.block_d, self.block_dv)),
             "TMA": self.tma,
             "BM": tile.BM,
             "BN": tile.BN,
@@ -74,14 +77,19 @@ def problem(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: Optio
     hopper = q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device)[0] >= 9
     tma = hopper and q.element_size() == 2 and all(map(_tma_can_read, (q, k, v, *operands)))
     bool_bias = bias is not None and bias.dtype == torch.bool
-    return Problem(B, H, Hk, L, S, D, DV, tma, hopper, q.element_size(), options, bool_bias)
+    return Problem(
+        B, H, Hk, L, S, D, DV, tma, hopper, q.element_size(), options, bias is not None, bool_bias
+    )
 
 
-def precision(itemsize: int) -> str:
-    """How float32 products are computed: three TF32 products keep float32's accuracy, one where the user allows TF32."""
+def precision(itemsize: int, block: int) -> str:
+    """How float32 products are computed: one TF32 product where the user allows it; otherwise three, which keep
+    float32's accuracy, or plain float32 at head dim 256, where the split operands outgrow shared memory."""
     if itemsize != 4:
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    if torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "tf32x3" if block < 256 else "ieee"
 
 
 def unit(x: Tensor | None) -> Tensor | None:

@@ -12,6 +12,9 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+# lengths and counts that must not make a kernel compile anew
+UNSPECIALIZED = ("threshold", "batch_per_seed", "H", "L", "S")
+
 
 @triton.jit
 def load_tile(

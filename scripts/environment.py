@@ -1,0 +1,39 @@
+"""Machine, versions and commit, for every result file."""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+
+
+def environment() -> dict[str, str | None]:
+    """What a reader of a result needs to reproduce it."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "cuda": torch.version.cuda if cuda else None,
+        "cpu": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "flash_jvp": _version("flash-jvp"),
+        "commit": _commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The checked-out commit; a copy without a repository names it in the variable COMMIT."""
+    command = ["git", "rev-parse", "--short=12", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("COMMIT")

@@ -1,0 +1,155 @@
+"""Random problems, their float64 solution and the comparison by name, for every implementation alike."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from jvp_flash_attention import reference
+from jvp_flash_attention.options import Options
+from tests import tolerances
+
+FIRST = ("out", "t_out", "d_q", "d_k", "d_v", "d_bias")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call.  `tangents` names the inputs that have one, among q, k, v and b (the bias)."""
+
+    B: int = 2
+    H: int = 2
+    Hk: int = 2
+    L: int = 33
+    S: int = 40
+    D: int = 16
+    Dv: int | None = None
+    causal: bool = False
+    bias: str | None = None  # bool, key (B,1,1,S), row (1,H,L,1), full (B,H,L,S) with a row of -inf
+    tangents: str = "qkvb"
+    dropout_p: float = 0.0
+    scale: float | None = None
+    layout: str = "bhld"  # bhld: contiguous; blhd: a transposed view; padded: rows with a gap
+    seed: int = 0
+
+    def __str__(self):
+        base = f"B{self.B}H{self.H}.{self.Hk}L{self.L}S{self.S}D{self.D}"
+        more = [f"Dv{self.Dv}"] if self.Dv else []
+        more += ["causal"] if self.causal else []
+        more += [self.bias] if self.bias else []
+        more += [f"t_{self.tangents}"] if self.tangents != "qkvb" else []
+        more += [f"drop{self.dropout_p}"] if self.dropout_p else []
+        more += [f"scale{self.scale}"] if self.scale else []
+        more += [self.layout] if self.layout != "bhld" else []
+        return "-".join([base, *more])
+
+
+@dataclass
+class Problem:
+    """The tensors of a case in one dtype on one device."""
+
+    primals: list[Tensor | None]
+    tangents: list[Tensor | None]
+    seed: Tensor | None
+    d_out: Tensor
+    d_t_out: Tensor
+    options: Options
+    bias_grad: bool
+    errors: dict = field(default_factory=dict)
+
+    def double(self) -> "Problem":
+        wide = lambda x: x.double() if x is not None and x.is_floating_point() else x  # noqa: E731
+        return Problem(
+            list(map(wide, self.primals)), list(map(wide, self.tangents)), self.seed,
+            wide(self.d_out), wide(self.d_t_out), self.options, self.bias_grad,
+        )  # fmt: skip
+
+
+def build(case: Case, dtype: torch.dtype, device="cpu", backend="triton") -> Problem:
+    """Draws N(0, 1) inputs, tangents and O(1) cotangents."""
+    rng = torch.Generator(device).manual_seed(case.seed)
+    draw = lambda *shape: torch.randn(*shape, generator=rng, device=device).to(dtype)  # noqa: E731
+    B, H, Hk, L, S, D = case.B, case.H, case.Hk, case.L, case.S, case.D
+    Dv = case.Dv or D
+
+    def tile(b, h, rows, d):
+        if case.layout == "blhd":
+            return draw(b, rows, h, d).transpose(1, 2)
+        if case.layout == "padded":
+            return draw(b, h, rows, d + 3)[..., :d]
+        return draw(b, h, rows, d)
+
+    q, k, v = tile(B, H, L, D), tile(B, Hk, S, D), tile(B, Hk, S, Dv)
+    bias = None
+    if case.bias == "bool":
+        bias = torch.rand(1, H, L, S, generator=rng, device=device) > 0.4
+        bias[:, :, 0] = False  # a fully masked row
+    elif case.bias == "key":
+        bias = draw(B, 1, 1, S)
+    elif case.bias == "row":
+        bias = draw(1, H, L, 1)
+    elif case.bias == "full":
+        bias = draw(B, H, L, S)
+        bias[:, :, L // 2] = float("-inf")
+    floating = bias is not None and bias.is_floating_point()
+    tangents = [
+        torch.randn(x.shape, generator=rng, device=device).to(dtype) if name in case.tangents else None
+        for name, x in zip("qkv", (q, k, v), strict=True)
+    ]
+    tangents.append(draw(*bias.shape) if floating and "b" in case.tangents else None)
+    seed = torch.tensor([2**40 + 7], device=device) if case.dropout_p else None
+    scale = D**-0.5 if case.scale is None else case.scale
+    options = Options(scale, case.causal, case.dropout_p, backend)
+    return Problem(
+        [q, k, v, bias], tangents, seed, tile(B, H, L, Dv), tile(B, H, L, Dv), options, floating
+    )
+
+
+def relative(x: Tensor, exact: Tensor) -> float:
+    """Frobenius error over the norm of the exact tensor; root mean square of the error where that is (nearly) zero."""
+    norm = exact.norm()
+    zero = norm <= 1e-6 * exact.numel() ** 0.5
+    return float((x.double() - exact).norm() / (exact.numel() ** 0.5 if zero else norm))
+
+
+def solve(implementation, p: Problem) -> dict[str, Tensor]:
+    """Every tensor that an implementation's four functions return, by name."""
+    out, lse = implementation.forward(*p.primals, p.seed, p.options)
+    first = implementation.backward(
+        p.d_out, *p.primals, p.seed, out, lse, p.options, p.bias_grad
+    )
+    saved = implementation.forward_jvp(*p.primals, p.seed, *p.tangents, p.options)
+    second = implementation.backward_jvp(
+        p.d_out, p.d_t_out, *p.primals, p.seed, *p.tangents, *saved, p.options, p.bias_grad
+    )
+    only_tangent = implementation.backward_jvp(
+        None, p.d_t_out, *p.primals, p.seed, *p.tangents, *saved, p.options, p.bias_grad
+    )
+    names = {
+        "out": out,
+        "out_of_jvp": saved[0],
+        "t_out": saved[1],
+        **dict(zip(("d_q", "d_k", "d_v", "d_bias"), first, strict=True)),
+    }
+    eight = ("q", "k", "v", "bias", "t_q", "t_k", "t_v", "t_bias")
+    names |= {f"dd_{name}": x for name, x in zip(eight, second, strict=True)}
+    names |= {f"dt_{name}": x for name, x in zip(eight[:4], only_tangent[:4], strict=True)}
+    return {name: x for name, x in names.items() if x is not None}
+
+
+def errors(implementation, case: Case, dtype: torch.dtype, device="cpu", backend="triton") -> dict[str, float]:
+    """Relative error of every output by name, against the reference in float64 from the same inputs."""
+    p = build(case, dtype, device, backend)
+    exact = solve(reference, p.double())
+    got = solve(implementation, p)
+    return {name: relative(got[name], exact[name]) for name in exact}
+
+
+def check(found: dict[str, float], dtype: torch.dtype) -> None:
+    """All outputs that miss their tolerance, reported together."""
+    first, second = tolerances.FIRST[dtype], tolerances.SECOND[dtype]
+    bad = {
+        name: error
+        for name, error in found.items()
+        if not error <= (second if name.startswith(("dd_", "dt_")) else first)
+    }
+    assert not bad, f"beyond {first:.0e} (first order) or {second:.0e} (second order): {bad}"

@@ -1,0 +1,55 @@
+"""Without a GPU the kernels run in Triton's interpreter; `--report PATH` writes what the tests measured as JSON."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def device() -> str:
+    """Where the Triton kernels run: the GPU, or the CPU through the interpreter."""
+    return DEVICE
+
+
+def pytest_addoption(parser):
+    parser.addoption("--report", help="write the errors that the tests recorded to this JSON file")
+
+
+def pytest_collection_modifyitems(items):
+    if DEVICE == "cuda":
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+class _Report:
+    def __init__(self, path: str):
+        self.path, self.rows = Path(path), []
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call":
+            row = {"test": report.nodeid.split("::", 1)[1], "outcome": report.outcome}
+            self.rows.append(row | dict(report.user_properties))
+
+    def pytest_sessionfinish(self):
+        from scripts.environment import environment
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"environment": environment(), "tests": sorted(self.rows, key=lambda r: r["test"])}
+        self.path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def pytest_configure(config):
+    if config.getoption("--report") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Report(config.getoption("--report")))

@@ -1,0 +1,181 @@
+"""Compiles kernels for a GPU that is not there and reads what the assembler says of them.
+
+The library's own launchers run on CPU tensors, but every launch is turned into a compilation for the given target, so what
+is compiled is exactly what a call on that GPU would compile.
+"""
+
+import re
+import subprocess
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from jvp_flash_attention import kernels
+from jvp_flash_attention.kernels import launch
+from jvp_flash_attention.options import Options
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+class Compiled(NamedTuple):
+    """One kernel as assembled: registers a thread, bytes of stack a thread (spills), bytes of shared memory a block."""
+
+    kernel: str
+    registers: int
+    stack: int
+    shared: int
+    hgmma: int
+
+
+class _Driver:
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+@contextmanager
+def _compiling_for(name: str, tma: bool | None = None):
+    """Every launch inside compiles for target `name` and is appended to the list that this yields."""
+    target, done = TARGETS[name], []
+    hopper = target.backend == "cuda" and int(target.arch) >= 90
+    run, problem = JITFunction.run, launch.problem
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        # a full float32 check of "is this launchable" needs the device; compilation does not
+        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
+        done.append((self.fn.__name__, compiled))
+        return compiled
+
+    def there(*args):
+        p = problem(*args)
+        use = hopper and p.itemsize == 2 and all(map(launch._tma_can_read, args[:3]))
+        return p._replace(hopper=hopper, tma=use if tma is None else tma)
+
+    with (
+        mock.patch.object(driver, "_active", _Driver(target)),
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(kernels, "problem", there),
+    ):
+        yield done
+
+
+def compile_passes(
+    target: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    passes=("forward", "forward_jvp", "backward", "backward_jvp"),
+    causal=False,
+    length=256,
+    bias=None,
+    tma: bool | None = None,
+    dropout_p=0.0,
+) -> list[Compiled]:
+    """Compiles every kernel of the named passes at (1, 2, length, head_dim)."""
+    q, k, v, t_q, t_k, t_v, d, d_t = (
+        torch.zeros(1, 2, length, head_dim, dtype=dtype) for _ in range(8)
+    )
+    options = Options(head_dim**-0.5, causal, dropout_p, "triton")
+    seed = torch.zeros(1, dtype=torch.int64) if dropout_p else None
+    bias_grad = bias is not None and bias.is_floating_point()
+    t_bias = torch.zeros_like(bias) if bias_grad else None
+    rows = torch.zeros(1, 2, length)
+    with _compiling_for(target, tma) as done:
+        if "forward" in passes:
+            kernels.forward(q, k, v, bias, seed, options)
+        if "forward_jvp" in passes:
+            kernels.forward_jvp(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options)
+        if "backward" in passes:
+            kernels.backward(d, q, k, v, bias, seed, q, rows, options, bias_grad)
+        if "backward_jvp" in passes:
+            kernels.backward_jvp(
+                d, d_t, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, q, q, rows, rows, options, bias_grad
+            )  # fmt: skip
+    return [_inspect(name, compiled) for name, compiled in done]
+
+
+def _inspect(name: str, compiled) -> Compiled:
+    shared = compiled.metadata.shared
+    if "cubin" not in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        read = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", text).group(1))  # noqa: E731
+        return Compiled(name, read("vgpr_count"), read("private_segment_fixed_size"), shared, 0)
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _output(tools / "cuobjdump", "-res-usage", file.name)
+        sass = _output(tools / "cuobjdump", "-sass", file.name)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    return Compiled(name, registers, stack, shared, sass.count("HGMMA"))
+
+
+def _output(*command) -> str:
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=True).stdout
+
+
+SHARED = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB a block may use
+
+
+def table(target: str, head_dims, dtypes, variants=("plain",), **kwargs):
+    """Rows (head dim, dtype, variant, kernel, registers, stack, shared) for every pass; names of what does not fit."""
+    masks = {
+        "plain": {},
+        "causal": {"causal": True, "length": 200},
+        "bool": {"bias": torch.zeros(1, 1, 200, 200, dtype=torch.bool), "length": 200},
+        "bias": {"bias": torch.zeros(1, 1, 200, 200), "length": 200},
+        "dropout": {"dropout_p": 0.1},
+    }
+    for dtype in dtypes:
+        for head_dim in head_dims:
+            for variant in variants:
+                for c in compile_passes(target, head_dim, dtype, **masks[variant], **kwargs):
+                    yield head_dim, str(dtype).removeprefix("torch."), variant, c
+
+
+if __name__ == "__main__":
+    import argparse
+
+    parser = argparse.ArgumentParser(description="Compile every kernel for a GPU that is not there.")
+    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[16, 32, 64, 128, 256])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--variants", nargs="+", default=["plain", "causal", "bool", "bias", "dropout"])
+    arguments = parser.parse_args()
+    failed = False
+    dtypes = [getattr(torch, name) for name in arguments.dtypes]
+    for head_dim, dtype, variant, c in table(
+        arguments.target, arguments.head_dims, dtypes, arguments.variants
+    ):
+        fits = c.shared <= SHARED[arguments.target] * 1024
+        failed |= not fits
+        print(
+            f"{arguments.target:7} D{head_dim:<4} {dtype:9} {variant:8} {c.kernel:17} registers {c.registers:3}"
+            f" stack {c.stack:5} shared {c.shared:6} wgmma {c.hgmma:3}{'' if fits else '  DOES NOT FIT'}",
+            flush=True,
+        )
+    raise SystemExit(failed)

@@ -1,0 +1,204 @@
+"""The command line as users type it: files, values, names, errors, interrupts."""
+
+import csv
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FAST = ["trainer=cpu", "logger=csv", "data.batch_size=16", "model.depth=2", "model.width=48"]
+METRICS = {
+    "train/loss",
+    "train/error",
+    "train/v_loss",
+    "train/dudt_rms",
+    "train/tangent_norm",
+    "train/weight",
+    "train/grad_norm",
+    "train/lr",
+    "perf/step_ms",
+    "perf/samples_per_s",
+    "sample_accuracy",
+}
+
+
+def command(script, *arguments):
+    return [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
+
+
+def call(script, *arguments, cwd):
+    return subprocess.run(
+        command(script, *arguments), cwd=cwd, capture_output=True, text=True, timeout=240
+    )
+
+
+def succeed(script, *arguments, cwd):
+    result = call(script, *arguments, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def rows(run):
+    with (run / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def column(run, name):
+    return [float(row[name]) for row in rows(run) if row[name]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Thirty steps with each attention, every step logged; the first one logs to W&B too."""
+    folder = tmp_path_factory.mktemp("runs")
+    outputs = {}
+    for attention in ("jvp", "sdpa", "reference"):
+        arguments = ["trainer=cpu", "trainer.max_steps=30", "trainer.log_every_n_steps=1"]
+        arguments += ["logger=wandb_offline" if attention == "jvp" else "logger=csv"]
+        arguments += [f"attention={attention}", f"hydra.run.dir={folder / attention}"]
+        outputs[attention] = succeed("train.py", *arguments, cwd=folder).stdout
+    return folder, outputs
+
+
+@pytest.mark.parametrize("attention", ["jvp", "sdpa", "reference"])
+def test_thirty_steps_leave_all_files_and_a_table(runs, attention):
+    folder, outputs = runs
+    run = folder / attention
+    for name in ("config.yaml", "checkpoints/last.ckpt", "samples/step_000030.png"):
+        assert (run / name).stat().st_size > 100, name
+    assert (run / "samples/step_000030.png").read_bytes().startswith(b"\x89PNG")
+    assert set(rows(run)[0]) >= METRICS
+    errors = column(run, "train/error")
+    assert len(errors) == 30
+    assert errors[-1] < errors[0]  # it learns
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["sample_accuracy"] == column(run, "sample_accuracy")[-1]
+    assert summary["steps"] == 30
+    for title in ("error (unweighted)", "du/dt RMS", "samples per second", "accuracy of samples"):
+        assert title in outputs[attention]
+
+
+def test_wandb_logs_offline_beside_the_rest(runs):
+    assert list((runs[0] / "jvp" / "wandb").glob("offline-run-*"))
+    assert not (runs[0] / "sdpa" / "wandb").exists()
+
+
+@pytest.mark.parametrize("attention", ["jvp", "reference"])
+@pytest.mark.parametrize("name", ["train/loss", "train/error", "train/dudt_rms"])
+def test_the_first_twenty_losses_agree_with_sdpa(runs, attention, name):
+    ours, theirs = (column(runs[0] / a, name)[:20] for a in (attention, "sdpa"))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert len(set(theirs)) > 10
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nfe=1", "n=64"], ["nfe=2", "n=5", "label=3", "weights=net"]]
+)
+def test_sample_writes_a_grid_from_a_checkpoint(runs, tmp_path, arguments):
+    folder, _ = runs
+    path = tmp_path / "grid.png"
+    ckpt = folder / "jvp" / "checkpoints" / "last.ckpt"
+    result = succeed("sample.py", f"ckpt={ckpt}", f"output={path}", *arguments, cwd=tmp_path)
+    assert result.stdout.strip() == str(path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in tmp_path.iterdir()] == ["grid.png"]  # and nothing else
+
+
+def test_flow_matching_trains_and_samples(tmp_path):
+    arguments = ["objective=flow_matching", "trainer.max_steps=5", "sampler.nfe=4", *FAST]
+    succeed("train.py", *arguments, f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 5
+
+
+def test_resume_continues_exactly_with_one_metrics_file(tmp_path):
+    """The schedule is constant, so that a run of 6 steps is the beginning of one of 12."""
+    arguments = [*FAST, "trainer.log_every_n_steps=1", "optimizer.schedule=constant"]
+    arguments += ["callbacks.accuracy=null", "attention=sdpa"]
+    a, b = tmp_path / "a", tmp_path / "b"
+    succeed("train.py", *arguments, "trainer.max_steps=12", f"hydra.run.dir={a}", cwd=tmp_path)
+    succeed("train.py", *arguments, "trainer.max_steps=6", f"hydra.run.dir={b}", cwd=tmp_path)
+    resume = ["trainer.max_steps=12", "ckpt_path=last", f"hydra.run.dir={b}"]
+    succeed("train.py", *arguments, *resume, cwd=tmp_path)
+    assert column(b, "step") == list(range(12))
+    for name in ("train/loss", "train/error", "train/grad_norm", "train/lr"):
+        assert column(a, name) == column(b, name)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_a_checkpoint_that_resumes(tmp_path, number):
+    arguments = [*FAST, "trainer.log_every_n_steps=1", f"hydra.run.dir={tmp_path}"]
+    process = subprocess.Popen(
+        command("train.py", *arguments, "trainer.max_steps=100000"),
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "metrics.csv").exists() or len(rows(tmp_path)) < 3:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 128 + number
+    assert stderr.strip().startswith("interrupted after step ")
+    assert len(stderr.strip().splitlines()) == 1
+    step = int(stderr.split()[3].rstrip(";"))
+    more = [f"trainer.max_steps={step + 2}", "ckpt_path=last", "callbacks.accuracy=null"]
+    succeed("train.py", *arguments, *more, cwd=tmp_path)
+    assert column(tmp_path, "step") == list(range(step + 2))
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "says"),
+    [
+        ("train.py", ["attention=flash9"], "jvp reference sdpa"),
+        ("train.py", ["experiment=nothing"], "experiment/nothing"),
+        ("train.py", ["attentoin=jvp"], "'attentoin'"),
+        ("train.py", ["objective.q=1"], "'objective.q'"),
+        ("train.py", ["trainer.max_stps=1"], "'trainer.max_stps'"),
+        ("train.py", ["objective.p=-1"], "objective.p must be >= 0"),
+        ("train.py", ["objective.jvp.mode=triple"], "objective.jvp.mode must be one of"),
+        ("train.py", ["model.size=H/2"], "model.size must be one of"),
+        ("train.py", ["data.batch_size=5000"], "data.batch_size"),
+        ("train.py", ["trainer.precision=33"], "precision"),
+        ("train.py", ["seed=abc"], "seed"),
+        ("train.py", ["ckpt_path=last"], "ckpt_path=last: there is no"),
+        ("train.py", ["ckpt_path=nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
+        ("train.py", ["optimizer.lr=0"], "optimizer.lr must be > 0"),
+        ("train.py", ["optimizer.lr=1e38", *FAST], "not finite (NaN or infinite) for 10 steps"),
+        ("sample.py", ["ckpt=nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
+        ("sample.py", [], "ckpt"),
+        ("sample.py", ["ckpt=x", "n=0"], "n must be an integer >= 1"),
+    ],
+    ids=lambda x: "_".join(x)[:40] if isinstance(x, list) else None,
+)
+def test_a_mistake_gives_one_line_and_exit_code_1(
+    tmp_path, monkeypatch, capfd, script, arguments, says
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 1
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert says in lines[0]
+
+
+def test_a_mistake_in_a_process_of_its_own_gives_one_line_too(tmp_path):
+    result = call("train.py", "attention=flash9", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1

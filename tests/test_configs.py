@@ -1,0 +1,108 @@
+"""Every option of every group composes and builds what it names."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import OmegaConf, open_dict
+
+from training.build import build_data, build_module
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+GROUPS = sorted(p.name for p in CONFIGS.iterdir() if p.is_dir() and p.name != "hydra")
+OPTIONS = sorted((p.parent.name, p.stem) for p in CONFIGS.glob("*/*.yaml"))
+EXPERIMENTS = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml"))
+
+
+def composed(*overrides, name="train", run_dir="unused"):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose(name, list(overrides), return_hydra_config=True)
+    with open_dict(config):
+        config.hydra.runtime.output_dir = str(run_dir)
+    HydraConfig.instance().set_config(config)
+    return config
+
+
+def training_part(config):
+    hydra_free = OmegaConf.masked_copy(config, [k for k in config if k != "hydra"])
+    return OmegaConf.to_container(hydra_free, resolve=True)
+
+
+def build(config):
+    """The module on the meta device: shapes only, whatever the size."""
+    data = build_data(config)
+    with torch.device("meta"):
+        return build_module(OmegaConf.create(training_part(config)), data)
+
+
+def test_every_group_mirrors_the_code():
+    code = {p.name for p in Path(CONFIGS.parent, "training").iterdir()}
+    for group in set(GROUPS) - {"experiment"}:
+        homes = {group, f"{group}s", f"{group}s.py", f"{group}.py"}
+        assert homes & code or group == "trainer", group  # trainer's arguments are Lightning's
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda x: str(x))
+def test_every_option_of_every_group_composes(group, option):
+    config = composed(f"{'+' if group == 'experiment' else ''}{group}={option}".lstrip("+"))
+    assert training_part(config)["seed"] == 0
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_builds(experiment):
+    module = build(composed(f"experiment={experiment}"))
+    assert sum(p.numel() for p in module.parameters()) > 100_000
+
+
+@pytest.mark.parametrize("model", sorted(p.stem for p in (CONFIGS / "model").glob("*.yaml")))
+def test_every_model_builds_with_the_injected_attention(model):
+    config = composed(f"model={model}", "attention=sdpa")
+    module = build(config)
+    assert module.net.blocks[0].attention.attention.func.__name__ == "sdpa"
+
+
+@pytest.mark.parametrize("group", ["callbacks", "logger"])
+def test_every_option_with_parts_builds_them(group, tmp_path):
+    for path in (CONFIGS / group).glob("*.yaml"):
+        if path.stem.startswith("wandb"):
+            continue  # starts a service; the command line's test runs it
+        for part in composed(f"{group}={path.stem}", run_dir=tmp_path)[group].values():
+            assert instantiate(part) is not None
+
+
+@pytest.mark.parametrize("trainer", ["default", "cpu"])
+def test_trainers_are_lightnings(trainer):
+    assert instantiate(composed(f"trainer={trainer}").trainer, logger=False).max_epochs == -1
+
+
+def test_gpu_trainers_name_their_devices():
+    assert composed("trainer=gpu").trainer.accelerator == "gpu"
+    ddp = composed("trainer=ddp").trainer
+    assert (ddp.accelerator, ddp.strategy, ddp.devices) == ("gpu", "ddp", -1)
+
+
+def test_the_main_job_is_the_experiment_of_its_name():
+    default, named = composed(), composed("experiment=digits_meanflow")
+    assert training_part(default) == training_part(named)
+
+
+def test_an_objective_brings_its_sampler_and_the_user_can_choose_another():
+    assert composed("objective=flow_matching").sampler.method == "euler"
+    assert composed("objective=flow_matching", "sampler=heun").sampler.method == "heun"
+    assert composed("experiment=digits_flow_matching").sampler.method == "euler"
+    assert "method" not in composed("objective=meanflow").sampler
+
+
+def test_a_model_receives_the_attention_that_is_asked_for():
+    for attention in ("jvp", "sdpa", "reference"):
+        config = composed(f"attention={attention}", "experiment=meanflow_b4")
+        assert config.model.attention == config.attention
+    assert config.attention.backend == "reference"
+
+
+def test_sampling_composes():
+    config = composed("ckpt=x.ckpt", "nfe=2", "sampler=heun", name="sample")
+    assert (config.nfe, config.n, config.sampler.method) == (2, 64, "heun")

@@ -1,0 +1,15 @@
+"""The one table of tolerances: relative Frobenius error against float64, by dtype.
+
+First order: O, tO and the gradients of O.  Second order (gradients through the tangent, double backward, jvp of grad) may
+err twice as much.
+"""
+
+import torch
+
+FIRST = {
+    torch.float64: 1e-13,
+    torch.float32: 3e-6,
+    torch.float16: 5e-4,
+    torch.bfloat16: 3e-3,
+}
+SECOND = {dtype: 2 * tolerance for dtype, tolerance in FIRST.items()}

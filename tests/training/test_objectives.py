@@ -1,0 +1,223 @@
+"""Exact statements about flow matching and MeanFlow."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.utils._pytree import tree_map
+
+from jvp_flash_attention import attention as jvp_attention
+from training.attentions import sdpa
+from training.objectives.flow_matching import FlowMatching
+from training.objectives.meanflow import MeanFlow, MeanFlowSample
+from training.objectives.paths import expand, linear_path
+from training.objectives.tangents import MODES, Jvp
+from training.objectives.times import Times
+from training.objectives.weighting import adaptive_weight
+from training.randomness import generator
+
+ATTENTIONS = {
+    "sdpa": sdpa,
+    "jvp": jvp_attention,
+    "reference": partial(jvp_attention, backend="reference"),
+}
+NULL = 10
+
+
+def gradients(net, loss):
+    return torch.autograd.grad(loss, list(net.parameters()), materialize_grads=True)
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+def flat(tensors):
+    return torch.cat([t.flatten() for t in tensors])
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_at_initialisation_both_errors_are_exactly_the_squared_velocity(
+    tiny, batch, draws, attention, reduce
+):
+    net = tiny(ATTENTIONS[attention], awake=False)
+    for objective in (FlowMatching(reduce=reduce), MeanFlow(reduce=reduce, equal_share=0.5)):
+        sample = objective.draw(*batch, NULL, draws)
+        v = sample.v.flatten(1).square()
+        expected = (v.sum(1) if reduce == "sum" else v.mean(1)).mean()
+        error = objective.loss(net, sample).metrics["error"]
+        torch.testing.assert_close(error, expected, rtol=1e-6, atol=0)
+
+
+def test_at_initialisation_du_dt_is_exactly_zero(tiny, batch, draws):
+    objective = MeanFlow(equal_share=0)
+    metrics = objective.loss(tiny(awake=False), objective.draw(*batch, NULL, draws)).metrics
+    assert metrics["dudt_rms"] == 0
+    assert metrics["tangent_norm"] == 0
+
+
+class GaussianMeanFlow:
+    """The average velocity of data x ~ N(mu, sigma² I), and its marginal velocity."""
+
+    mu, sigma = 0.7, 0.4
+
+    def moments(self, t):
+        return (1 - t) * self.mu, ((1 - t) ** 2 * self.sigma**2 + t**2).sqrt()
+
+    def __call__(self, z, t, r, y):
+        t, r = expand(t, z), expand(r, z)
+        (m_t, a_t), (m_r, a_r) = self.moments(t), self.moments(r)
+        return ((z - m_t) * (1 - a_r / a_t) + m_t - m_r) / (t - r)
+
+    def velocity(self, z, t):
+        t = expand(t, z)
+        m_t, a_t = self.moments(t)
+        return (t - (1 - t) * self.sigma**2) / a_t**2 * (z - m_t) - self.mu
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_closed_form_gaussian_meanflow_has_no_error_to_float64_round_off(mode):
+    torch.manual_seed(0)
+    net = GaussianMeanFlow()
+    z = torch.randn(64, 3, dtype=torch.float64)
+    t = 0.3 + 0.7 * torch.rand(64, dtype=torch.float64)
+    r = t * torch.rand(64, dtype=torch.float64) * 0.9
+    y = torch.zeros(64, dtype=torch.int64)
+    sample = MeanFlowSample(z, net.velocity(z, t), t, r, y, y > 0, torch.tensor(NULL))
+    objective = MeanFlow(Jvp(mode), equal_share=0, p=0, reduce="mean")
+    assert objective.loss(net, sample).metrics["error"] < 1e-28
+    # The test sees a wrong time: the same network is not the average velocity of another interval.
+    wrong = sample._replace(v=net.velocity(z, t - 0.1))
+    assert objective.loss(net, wrong).metrics["error"] > 1e-4
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_modes_single_and_double_give_the_same_loss_and_gradients(tiny, batch, draws, dropout):
+    net = tiny(dropout=dropout).train()
+    results = []
+    for mode in MODES:
+        objective = MeanFlow(Jvp(mode), equal_share=0.25, p=0)
+        torch.manual_seed(2)
+        loss = objective.loss(net, objective.draw(*batch, NULL, draws)).loss
+        results.append((loss, flat(gradients(net, loss))))
+    (loss_a, grad_a), (loss_b, grad_b) = results
+    assert relative(loss_a, loss_b) < 5e-7
+    assert relative(grad_a, grad_b) < 5e-7
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_tangent_is_a_constant_of_the_loss(tiny, batch, draws, mode):
+    net = tiny()
+    objective = MeanFlow(Jvp(mode), equal_share=0, p=0)
+    sample = objective.draw(*batch, NULL, draws)
+    z, v, t, r, y, *_ = sample
+    f = lambda z, t, r: net(z, t, r, y)  # noqa: E731
+    u, dudt = torch.func.jvp(f, (z, t, r), (v, torch.ones_like(t), torch.zeros_like(r)))
+    target = (v - expand(t - r, v) * dudt).detach()
+    by_hand = (u - target).square().flatten(1).sum(1).mean()
+    loss = objective.loss(net, sample).loss
+    assert relative(loss, by_hand) < 1e-6
+    assert relative(flat(gradients(net, loss)), flat(gradients(net, by_hand))) < 1e-6
+
+
+def test_leaving_out_the_derivative_where_r_equals_t_changes_nothing(tiny, batch, draws):
+    net = tiny()
+    objective = MeanFlow(equal_share=0.5, p=0.5)
+    sample = objective.draw(*batch, NULL, draws)
+    assert (sample.r == sample.t).sum() == 6
+    everywhere = MeanFlow(
+        equal_share=0, p=0.5
+    )  # computes the derivative of all, also where t - r = 0
+    a, b = objective.loss(net, sample), everywhere.loss(net, sample)
+    assert relative(a.loss, b.loss) < 1e-6
+    assert relative(flat(gradients(net, a.loss)), flat(gradients(net, b.loss))) < 1e-5
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("attention", ["jvp", "reference"])
+def test_loss_and_gradients_do_not_depend_on_the_attention(tiny, batch, draws, attention, mode):
+    objective = MeanFlow(Jvp(mode), equal_share=0.25, p=0)
+    sample = tree_map(
+        lambda a: a.double() if a.is_floating_point() else a, objective.draw(*batch, NULL, draws)
+    )
+    losses, grads = [], []
+    for function in (sdpa, ATTENTIONS[attention]):
+        net = tiny(function).double()
+        loss = objective.loss(net, sample).loss
+        losses.append(loss)
+        grads.append(flat(gradients(net, loss)))
+    assert relative(losses[1], losses[0]) < 1e-12
+    assert relative(grads[1], grads[0]) < 1e-11
+
+
+def test_guidance_mixes_three_velocities_inside_its_interval_and_for_kept_labels(
+    tiny, batch, draws
+):
+    net = tiny()
+    objective = MeanFlow(
+        omega=0.2, kappa=0.9, guidance_start=0.2, guidance_end=0.6, label_dropout=0.5, p=0
+    )
+    sample = objective.draw(*batch, NULL, draws)
+    z, v, t, _, y, dropped, null = sample
+    v_g = objective._guided_velocity(net, sample)
+    mixed = (
+        0.2 * v + (1 - 0.2 - 0.9) * net(z, t, t, torch.full_like(y, NULL)) + 0.9 * net(z, t, t, y)
+    )
+    guided = (t >= 0.2) & (t <= 0.6) & ~dropped
+    assert 0 < guided.sum() < len(t)
+    assert (y[dropped] == null).all()
+    torch.testing.assert_close(v_g[guided], mixed[guided], rtol=1e-5, atol=1e-6)
+    assert torch.equal(v_g[~guided], v[~guided])
+    assert not v_g.requires_grad
+
+
+def test_adaptive_weight_is_one_over_error_plus_c_to_the_p():
+    error = torch.tensor([1.0, 3.0], requires_grad=True)
+    weight = adaptive_weight(error, p=0.75, c=1e-3)
+    torch.testing.assert_close(weight, torch.tensor([1.001**-0.75, 3.001**-0.75]))
+    assert not weight.requires_grad
+    assert torch.equal(adaptive_weight(error, p=0, c=1e-2), torch.ones(2))
+
+
+def test_linear_path_runs_from_data_to_noise_with_constant_velocity():
+    x, e = torch.randn(2, 5, 3, dtype=torch.float64)
+    for t, expected in ((0.0, x), (1.0, e)):
+        z, v = linear_path(x, e, torch.full((5,), t, dtype=torch.float64))
+        assert torch.equal(z, expected)
+        assert torch.equal(v, e - x)
+
+
+def test_time_pairs_are_ordered_equal_for_the_share_and_distributed_as_asked():
+    times = Times("logit_normal", -0.4, 1.0)
+    t, r = times.draw_pairs(20_000, 5_000, generator(0, 0, 0, "times"))
+    assert (t >= r).all()
+    assert (t[:5000] == r[:5000]).all()
+    assert (t[5000:] > r[5000:]).all()
+    normal = torch.logit(times.draw(100_000, generator=generator(0, 0, 0, "times")))
+    assert abs(normal.mean() + 0.4) < 0.02
+    assert abs(normal.std() - 1) < 0.02
+    uniform = Times("uniform").draw(100_000, generator=generator(0, 0, 0, "times"))
+    assert abs(uniform.mean() - 0.5) < 0.01
+    assert abs(uniform.var() - 1 / 12) < 0.001
+
+
+@pytest.mark.parametrize(
+    ("build", "key"),
+    [
+        (lambda: MeanFlow(p=-1), "objective.p"),
+        (lambda: MeanFlow(c=0), "objective.c"),
+        (lambda: MeanFlow(p="one"), "objective.p"),
+        (lambda: MeanFlow(reduce="max"), "objective.reduce"),
+        (lambda: MeanFlow(equal_share=1.5), "objective.equal_share"),
+        (lambda: MeanFlow(guidance_start=0.5, guidance_end=0.2), "objective.guidance_end"),
+        (lambda: MeanFlow(time_sampler="beta"), "objective.time_sampler"),
+        (lambda: MeanFlow(time_std=0), "objective.time_std"),
+        (lambda: MeanFlow(label_dropout=2), "objective.label_dropout"),
+        (lambda: FlowMatching(reduce=None), "objective.reduce"),
+        (lambda: Jvp("triple"), "objective.jvp.mode"),
+    ],
+)
+def test_a_wrong_flag_raises_an_error_that_names_its_key(build, key):
+    with pytest.raises((ValueError, TypeError), match=key.replace(".", r"\.")):
+        build()

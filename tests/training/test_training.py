@@ -1,0 +1,226 @@
+"""Training through Lightning: continuing exactly, averaging, guarding, compiling, logging."""
+
+import copy
+import csv
+
+import lightning as L
+import pytest
+import torch
+from lightning import Callback, Trainer
+
+from training.attentions import sdpa
+from training.callbacks.checkpoint import Interrupted, LastCheckpoint
+from training.callbacks.ema import EMA
+from training.callbacks.guard import Diverged, Guard
+from training.checkpoints import AtomicCheckpointIO, find_checkpoint, load_checkpoint
+from training.data.digits import Digits
+from training.loggers.csv import CSVFile
+from training.models.dit import DiT
+from training.module import GenerativeModule
+from training.objectives.meanflow import MeanFlow
+from training.optimizers import adamw
+
+
+class Losses(Callback):
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.values.append(float(outputs["metrics"]["error"]))
+
+
+def train(folder, steps, *callbacks, resume=None, max_steps=None, optimizer=None, **options):
+    """The losses and the module of a short run; ``max_steps`` is the length of its schedule."""
+    losses, data = Losses(), Digits(seed=3, batch_size=16)
+    settings = {"depth": 1, "width": 32, "dropout": options.pop("dropout", 0.1)}
+    L.seed_everything(3, verbose=False)
+    net = DiT(sdpa, image_size=8, channels=1, num_classes=10, **settings)
+    compile = options.pop("compile", False)
+    schedule = lambda p, _: (optimizer or adamw)(  # noqa: E731
+        p, max_steps or steps, lr=1e-2, schedule="cosine", warmup_steps=2
+    )
+    module = GenerativeModule(net, MeanFlow(equal_share=0.5, p=0.5), schedule, 3, compile)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=-1,
+        logger=options.pop("logger", False),
+        callbacks=[losses, EMA(), *callbacks],
+        plugins=[AtomicCheckpointIO()],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=any(isinstance(c, LastCheckpoint) for c in callbacks),
+        default_root_dir=folder,
+        **options,
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    return losses.values, module
+
+
+def last(folder, **options):
+    return LastCheckpoint(folder / "checkpoints", **options)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_resumed_run_continues_exactly(tmp_path, accumulate):
+    options = {"max_steps": 8, "accumulate_grad_batches": accumulate}
+    whole, module = train(tmp_path, 8, last(tmp_path / "whole"), **options)
+    first, _ = train(tmp_path, 5, last(tmp_path), **options)
+    path = find_checkpoint("last", tmp_path)
+    second, resumed = train(tmp_path, 8, last(tmp_path), resume=path, **options)
+    assert first + second == whole
+    for name, weight in module.net.named_parameters():
+        assert torch.equal(weight, resumed.net.get_parameter(name)), name
+    a, b = (load_checkpoint(p / "checkpoints/last.ckpt") for p in (tmp_path / "whole", tmp_path))
+    assert a["ema"]["updates"] == b["ema"]["updates"] == 8
+    for name in a["ema"]["average"]:
+        assert torch.equal(a["ema"]["average"][name], b["ema"]["average"][name]), name
+
+
+def test_a_run_resumed_from_the_middle_of_a_killed_one_continues_exactly(tmp_path):
+    class Killed(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 5:
+                raise RuntimeError("power cut")
+
+    whole, _ = train(tmp_path, 8)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(tmp_path, 8, last(tmp_path, every_n_steps=3), Killed())
+    again, _ = train(tmp_path, 8, resume=find_checkpoint("last", tmp_path))
+    assert again == whole[3:]
+
+
+def test_a_signal_finishes_the_step_and_writes_a_checkpoint(tmp_path):
+    class Signal(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 2:
+                import signal
+
+                signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="after step 3; resume with ckpt_path=last"):
+        train(tmp_path, 8, last(tmp_path), Signal())
+    assert load_checkpoint(tmp_path / "checkpoints/last.ckpt")["global_step"] == 3
+
+
+def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(tmp_path):
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"config": {}, "x": 1}, path)
+    with pytest.raises(Exception, match=r"pickle|local"):
+        AtomicCheckpointIO().save_checkpoint({"config": {}, "x": lambda: 0}, path)
+    assert load_checkpoint(path)["x"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_missing_or_foreign_checkpoint_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"ckpt_path=last.*hydra\.run\.dir"):
+        find_checkpoint("last", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.ckpt"):
+        find_checkpoint("nowhere.ckpt", tmp_path)
+    (tmp_path / "text.ckpt").write_text("not a checkpoint")
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        load_checkpoint(tmp_path / "text.ckpt")
+
+
+def test_ema_is_the_weighted_mean_of_the_weights_so_far(tmp_path):
+    class Expected(Callback):
+        def on_train_start(self, trainer, module):
+            self.average = copy.deepcopy(list(module.net.parameters()))
+
+        def on_train_batch_end(self, trainer, module, *_):
+            n = trainer.global_step
+            beta = min(0.5, (1 + n) / (10 + n))
+            for a, w in zip(self.average, module.net.parameters(), strict=True):
+                a.data = beta * a.data + (1 - beta) * w.data
+
+    ema, expected = EMA(decay=0.5), Expected()
+    train(tmp_path, 12, ema, expected)
+    for a, b in zip(ema.average.values(), expected.average, strict=True):
+        torch.testing.assert_close(a, b.data, rtol=1e-5, atol=1e-6)
+
+
+class Poison(Callback):
+    """Makes the gradient of some steps NaN."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_after_backward(self, trainer, module):
+        if trainer.global_step in self.steps:
+            next(module.net.parameters()).grad.fill_(float("nan"))
+
+
+def test_a_non_finite_step_is_skipped_and_counted(tmp_path):
+    guard = Guard(patience=3)
+    losses, module = train(tmp_path, 8, Poison({2, 3, 6}), guard)
+    assert guard.skipped == 3
+    assert len(losses) == 8
+    assert torch.tensor(losses).isfinite().all()
+    assert all(p.isfinite().all() for p in module.net.parameters())
+
+
+def test_too_many_non_finite_steps_in_a_row_stop_the_run(tmp_path):
+    with pytest.raises(Diverged, match=r"3 steps in a row.*optimizer\.lr"):
+        train(tmp_path, 8, Poison({2, 3, 4}), Guard(patience=3))
+
+
+@pytest.mark.compile
+@pytest.mark.slow
+def test_a_compiled_objective_trains_like_an_eager_one(tmp_path):
+    eager, _ = train(tmp_path, 3, dropout=0.0)
+    compiled, _ = train(tmp_path, 3, dropout=0.0, compile=True)
+    assert compiled == pytest.approx(eager, rel=1e-4)
+
+
+def test_two_seeds_differ_and_one_seed_repeats(tmp_path):
+    first, _ = train(tmp_path, 3)
+    second, _ = train(tmp_path, 3)
+    assert first == second
+    assert len(set(first)) == 3
+
+
+def test_metrics_csv_joins_values_of_a_step_and_continues_on_resuming(tmp_path):
+    logger = CSVFile(tmp_path)
+    for step in range(4):
+        logger.log_metrics({"loss": step / 2, "epoch": 0}, step)
+    logger.log_metrics({"accuracy": 0.5}, 3)
+    resumed = CSVFile(tmp_path)
+    resumed.resume(2)
+    resumed.log_metrics({"loss": 7.0}, 2)
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["step"], row["loss"]) for row in rows] == [
+        ("0", "0.0"),
+        ("1", "0.5"),
+        ("2", "7.0"),
+    ]
+    assert set(rows[0]) == {"step", "loss", "accuracy"}
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"lr": 0}, "optimizer.lr"),
+        ({"schedule": "linear"}, "optimizer.schedule"),
+        ({"schedule": "cosine", "max_steps": -1}, "optimizer.schedule"),
+        ({"warmup_steps": -1}, "optimizer.warmup_steps"),
+    ],
+)
+def test_a_wrong_option_of_the_optimizer_raises_an_error_that_names_its_key(options, key):
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match=key.replace(".", r"\.")):
+        adamw([parameter], **({"max_steps": 10} | options))
+
+
+def test_the_learning_rate_rises_then_falls_to_zero():
+    optimizer, scheduler = adamw(
+        [torch.nn.Parameter(torch.zeros(1))], 10, lr=1.0, schedule="cosine", warmup_steps=3
+    )
+    rates = []
+    for _ in range(11):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    assert rates[-1] == 0
