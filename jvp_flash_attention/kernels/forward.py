@@ -5,10 +5,13 @@
 
 Online over tiles of keys, with the running maximum m, P̃ = exp(S − m), α = exp(m_old − m_new):
 
-    l ← α l + rowsum(P̃)          r ← α r + rowsum(P̃ ∘ tS)
-    o ← α o + P̃ V                t ← α t + (P̃ ∘ tS) V + P̃ tV           one accumulator t, not two
+    l ← α l + rowsum(P̃)          r ← α r + rowsum(P̃ ∘ (tS − c))
+    o ← α o + P̃ V                t ← α t + (P̃ ∘ (tS − c)) V + P̃ tV      one accumulator t, not two
     O = o / l                     tO = t / l − (r / l) O
-    LSE = m + log l               μ = r / l
+    LSE = m + log l               μ = r / l + c
+
+The constant c of a row changes nothing in exact arithmetic; as the mean of tS over the first tile of keys it is near μ and
+keeps P̃ ∘ (tS − c), which is rounded to 16 bits for its product with V, as small as what remains of it in tO.
 
 Products of a tile: 2 for the value; with all tangents 6, and an absent tangent removes its own.  The softmax runs in base 2.
 With dropout, Z multiplies P̃ in the products with the values and nowhere else.
@@ -58,6 +61,7 @@ def forward_kernel(
     r = tl.zeros([BM], tl.float32)
     o = tl.zeros([BM, BLOCK_DV], tl.float32)
     t = tl.zeros([BM, BLOCK_DV], tl.float32)
+    c = tl.zeros([BM], tl.float32)
     scale2 = scale * LOG2E
 
     end = S
@@ -110,11 +114,16 @@ def forward_kernel(
                 p = tl.math.exp2(s * scale2 - base[:, None])
             alpha = tl.math.exp2(m - base)
             m = m_new
-            l = l * alpha + tl.sum(p, 1)
+            row_p = tl.sum(p, 1)
+            l = l * alpha + row_p
             o = o * alpha[:, None]
             if T_S:
                 p_t_s = p * t_s
-                r = r * alpha + tl.sum(p_t_s, 1)
+                row_t_s = tl.sum(p_t_s, 1)
+                if n0 == 0:
+                    c = row_t_s / tl.where(row_p == 0.0, 1.0, row_p)
+                p_t_s -= p * c[:, None]
+                r = r * alpha + (row_t_s - row_p * c)
             if JVP:
                 t = t * alpha[:, None]
             if SEED is not None:
@@ -135,13 +144,13 @@ def forward_kernel(
 
     inverse = 1.0 / tl.where(l == 0.0, 1.0, l)  # a row that attends nothing gives 0
     o = o * inverse[:, None]
-    mu = r * inverse
     row = (b * H + h).to(tl.int64) * L + i
     store_tile(O, o, b, h, m0, L, BM, DV, BLOCK_DV)
     tl.store(LSE + row, m * LN2 + tl.log(tl.where(l == 0.0, 1.0, l)), mask=i < L)
     if JVP:
         t = t * inverse[:, None]
+        r = r * inverse
         if T_S:
-            t -= mu[:, None] * o
+            t -= r[:, None] * o
         store_tile(T_O, t, b, h, m0, L, BM, DV, BLOCK_DV)
-        tl.store(MU + row, mu, mask=i < L)
+        tl.store(MU + row, r + c, mask=i < L)
