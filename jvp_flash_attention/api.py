@@ -171,7 +171,9 @@ def _seed(q: Tensor, dropout_p: float) -> Tensor | None:
 def _unpack(x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     if x is None:
         return None, None
+    if torch.compiler.is_compiling():
+        # names the level: `forward_ad` reads a global that the compiler takes for a constant, "no level" for the whole graph
+        # when a plain call comes first
+        return torch._VF._unpack_dual(x, level=0)
     primal, t = forward_ad.unpack_dual(x)
-    if t is not None and not torch.compiler.is_compiling() and t._is_zerotensor():
-        t = None  # a symbolic zero costs no matrix products
-    return primal, t
+    return primal, None if t is None or t._is_zerotensor() else t  # a symbolic zero costs no products

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+# One thread: OpenMP's waiting threads must not fight with whatever else the machine does.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": "0"}
 FAST = ["trainer=cpu", "logger=csv", "data.batch_size=16", "model.depth=2", "model.width=48"]
 METRICS = {
     "train/loss",
@@ -35,7 +37,12 @@ def command(script, *arguments):
 
 def call(script, *arguments, cwd):
     return subprocess.run(
-        command(script, *arguments), cwd=cwd, capture_output=True, text=True, timeout=240
+        command(script, *arguments),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=ENVIRONMENT,
     )
 
 
@@ -115,6 +122,8 @@ def test_flow_matching_trains_and_samples(tmp_path):
     arguments = ["objective=flow_matching", "trainer.max_steps=5", "sampler.nfe=4", *FAST]
     succeed("train.py", *arguments, f"hydra.run.dir={tmp_path}", cwd=tmp_path)
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 5
+    assert column(tmp_path, "step") == [4, 5]  # the last step, and the accuracy after it
+    assert all(error > 0 for error in column(tmp_path, "train/error"))
 
 
 def test_resume_continues_exactly_with_one_metrics_file(tmp_path):
@@ -140,7 +149,7 @@ def test_an_interrupted_run_leaves_a_checkpoint_that_resumes(tmp_path, number):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ,
+        env=ENVIRONMENT,
     )
     deadline = time.monotonic() + 120
     while not (tmp_path / "metrics.csv").exists() or len(rows(tmp_path)) < 3:
@@ -172,6 +181,7 @@ def test_an_interrupted_run_leaves_a_checkpoint_that_resumes(tmp_path, number):
         ("train.py", ["data.batch_size=5000"], "data.batch_size"),
         ("train.py", ["trainer.precision=33"], "precision"),
         ("train.py", ["seed=abc"], "seed"),
+        ("train.py", ["trainer.max_steps=many"], "trainer.max_steps must be an integer"),
         ("train.py", ["ckpt_path=last"], "ckpt_path=last: there is no"),
         ("train.py", ["ckpt_path=nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
         ("train.py", ["optimizer.lr=0"], "optimizer.lr must be > 0"),

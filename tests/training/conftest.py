@@ -8,6 +8,15 @@ from training.models.dit import DiT
 from training.randomness import generator
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny tensors: a second thread only waits, and fights with whatever else the machine does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def draws():
     return lambda purpose: generator(0, 0, 0, purpose)

@@ -29,7 +29,7 @@ def gradients(net, loss):
 
 
 def relative(a, b):
-    return float((a - b).norm() / b.norm())
+    return float(((a - b).norm() / b.norm()).detach())
 
 
 def flat(tensors):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning import Callback, Trainer
 
+from jvp_flash_attention import attention as jvp_attention
 from training.attentions import sdpa
 from training.callbacks.checkpoint import Interrupted, LastCheckpoint
 from training.callbacks.ema import EMA
@@ -34,7 +35,7 @@ def train(folder, steps, *callbacks, resume=None, max_steps=None, optimizer=None
     losses, data = Losses(), Digits(seed=3, batch_size=16)
     settings = {"depth": 1, "width": 32, "dropout": options.pop("dropout", 0.1)}
     L.seed_everything(3, verbose=False)
-    net = DiT(sdpa, image_size=8, channels=1, num_classes=10, **settings)
+    net = DiT(options.pop("attention", sdpa), image_size=8, channels=1, num_classes=10, **settings)
     compile = options.pop("compile", False)
     schedule = lambda p, _: (optimizer or adamw)(  # noqa: E731
         p, max_steps or steps, lr=1e-2, schedule="cosine", warmup_steps=2
@@ -167,8 +168,8 @@ def test_too_many_non_finite_steps_in_a_row_stop_the_run(tmp_path):
 @pytest.mark.compile
 @pytest.mark.slow
 def test_a_compiled_objective_trains_like_an_eager_one(tmp_path):
-    eager, _ = train(tmp_path, 3, dropout=0.0)
-    compiled, _ = train(tmp_path, 3, dropout=0.0, compile=True)
+    eager, _ = train(tmp_path, 3, dropout=0.0, attention=jvp_attention)
+    compiled, _ = train(tmp_path, 3, dropout=0.0, attention=jvp_attention, compile=True)
     assert compiled == pytest.approx(eager, rel=1e-4)
 
 

@@ -1,0 +1,48 @@
+"""Train: ``python scripts/train.py attention=jvp``; ``--help`` lists the choices."""
+
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from training.build import build_data, build_module
+from training.checkpoints import AtomicCheckpointIO, find_checkpoint, load_checkpoint, load_weights
+from training.cli import one_line_errors, run
+from training.loggers.csv import CSVFile
+from training.validation import integer, positive_integer
+
+
+def train(config: DictConfig, run_dir: Path) -> None:
+    integer("trainer.max_steps", config.trainer.max_steps)
+    positive_integer("trainer.log_every_n_steps", config.trainer.log_every_n_steps)
+    resumed = find_checkpoint(config.ckpt_path, run_dir) if config.ckpt_path else None
+    data = build_data(config)
+    module = build_module(config, data)
+    callbacks = [instantiate(c) for c in config.callbacks.values() if c]
+    loggers = [logger for c in config.logger.values() if c and (logger := instantiate(c))]
+    trainer = instantiate(
+        config.trainer, callbacks=callbacks, logger=loggers, plugins=[AtomicCheckpointIO()]
+    )
+    if trainer.is_global_zero:
+        OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
+    if resumed:
+        checkpoint = load_checkpoint(resumed)
+        load_weights(module, checkpoint, resumed)  # says clearly whether they fit
+        for logger in loggers:
+            if isinstance(logger, CSVFile):
+                logger.resume(checkpoint["global_step"])
+    for logger in loggers:
+        logger.log_hyperparams(module.config)
+    trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="train")
+def main(config: DictConfig) -> None:
+    with one_line_errors():
+        train(config, Path(HydraConfig.get().runtime.output_dir))
+
+
+if __name__ == "__main__":
+    run(main)

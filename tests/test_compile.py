@@ -1,0 +1,108 @@
+"""`torch.compile(fullgraph=True)` trains with the same gradients as eager."""
+
+import pytest
+import torch
+from torch import nn
+from torch.func import jvp
+
+from jvp_flash_attention import attention, attention_jvp, ops
+from tests.cases import Case, build
+
+pytestmark = [pytest.mark.compile, pytest.mark.slow]
+
+
+class Net(nn.Module):
+    """One attention layer conditioned on a time t."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out, self.time = nn.Linear(32, 96), nn.Linear(32, 32), nn.Linear(1, 32)
+
+    def forward(self, x, t):
+        q, k, v = self.qkv(x + self.time(t)[:, None]).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        return self.out(attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def plain(net, x, t, v):
+    return (net(x, t) - v).square().mean()
+
+
+def meanflow(net, x, t, v):
+    u, du = jvp(net, (x, t), (v, torch.ones_like(t)))
+    return (u - (v - 0.3 * du).detach()).square().mean()
+
+
+@pytest.mark.parametrize("step", [plain, meanflow], ids=lambda f: f.__name__)
+def test_compiled_step_has_the_gradients_of_eager(step):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    net = Net()
+    args = torch.randn(2, 9, 32), torch.rand(2, 1), torch.randn(2, 9, 32)
+    eager_loss = step(net, *args)
+    eager_loss.backward()
+    eager = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    loss = torch.compile(lambda *x: step(net, *x), fullgraph=True)(*args)
+    loss.backward()
+    torch.testing.assert_close(loss, eager_loss)
+    for p, exact in zip(net.parameters(), eager, strict=True):
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad, exact, rtol=1e-4, atol=1e-6)
+
+
+def value_then_tangent(q, t):
+    return attention(q, q, q) + jvp(lambda x: attention(x, x, x), (q,), (t,))[1]
+
+
+def test_a_plain_call_before_a_jvp_in_one_graph():
+    torch._dynamo.reset()
+    q, t = torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
+    compiled = torch.compile(value_then_tangent, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, t), value_then_tangent(q, t))
+
+
+def test_one_graph_serves_every_length():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(value_then_tangent, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (9, 12, 31):
+        q, t = torch.randn(1, 2, length, 8), torch.randn(1, 2, length, 8)
+        torch.testing.assert_close(compiled(q, t), value_then_tangent(q, t))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_both_outputs_of_the_explicit_form_have_their_gradients():
+    torch._dynamo.reset()
+    x = [torch.randn(1, 2, 9, 8, dtype=torch.float64, requires_grad=True) for _ in range(6)]
+    weights = torch.randn(2, 1, 2, 9, 8, dtype=torch.float64)
+
+    def loss(*x):
+        out, t_out = attention_jvp(*x)
+        return (out * weights[0]).sum() + (t_out * weights[1]).sum()
+
+    exact = torch.autograd.grad(loss(*x), x)
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*x), x)
+    for g, e in zip(got, exact, strict=True):
+        torch.testing.assert_close(g, e)
+
+
+@pytest.mark.parametrize("case", [Case(L=5, S=6, D=4), Case(L=5, S=6, D=4, Dv=3, bias="key", causal=True)], ids=str)
+def test_operators_pass_opcheck(case):
+    p = build(case, torch.float64)
+    options = tuple(p.options._replace(backend="reference"))
+    q, k, v, bias = (None if x is None else x.requires_grad_() for x in p.primals)
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration")
+    torch.library.opcheck(ops.forward, (q, k, v, bias, None, *options), test_utils=checks)
+    torch.library.opcheck(
+        ops.forward_jvp, (q, k, v, bias, None, *p.tangents, *options), test_utils=checks
+    )
+    out, t_out, lse, mu = (x.detach() for x in ops.forward_jvp(q, k, v, bias, None, *p.tangents, *options))
+    primals = [None if x is None else x.detach() for x in (q, k, v, bias)]
+    torch.library.opcheck(
+        ops.backward, (p.d_out, *primals, None, out, lse, *options, p.bias_grad), test_utils=checks[:2]
+    )
+    torch.library.opcheck(
+        ops.backward_jvp,
+        (p.d_out, p.d_t_out, *primals, None, *p.tangents, out, t_out, lse, mu, *options, p.bias_grad),
+        test_utils=checks[:2],
+    )

@@ -1,0 +1,93 @@
+"""The Triton kernels against the float64 reference: in Triton's interpreter on a CPU, compiled on a GPU."""
+
+import pytest
+import torch
+
+from jvp_flash_attention import attention, attention_jvp, kernels
+from tests.cases import Case, check, errors
+
+CASES = (
+    Case(H=2, Hk=1, L=37, S=50, D=8, B=1),
+    Case(B=1, L=70, S=50, D=16, Dv=24, causal=True),
+    Case(L=33, S=64, bias="bool"),
+    Case(B=1, L=33, S=64, bias="bool", causal=True),
+    Case(L=33, S=64, bias="key", causal=True),
+    Case(L=33, S=40, bias="row"),
+    Case(H=2, Hk=1, L=33, S=40, bias="full", causal=True),
+    Case(L=33, S=40, tangents="v"),
+    Case(L=33, S=40, tangents="q"),
+    Case(L=33, S=40, tangents="k"),
+    Case(L=33, S=40, tangents="b", bias="key"),
+    Case(L=33, S=40, dropout_p=0.3),
+    Case(B=1, L=33, S=40, dropout_p=0.3, bias="full", causal=True),
+    Case(L=33, S=40, scale=-0.5),
+    Case(L=33, S=40, layout="blhd"),
+    Case(L=33, S=40, layout="padded", D=24),
+    Case(B=1, L=1, S=3),
+    Case(B=1, L=3, S=1, causal=True),
+    Case(B=1, L=3, S=0),
+    Case(B=0, L=3, S=4),
+    Case(B=1, H=1, Hk=1, L=40, S=40, D=72),
+    Case(B=1, H=1, Hk=1, L=20, S=36, D=136, causal=True),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_output_in_float32(case, device):
+    check(errors(kernels, case, torch.float32, device, rows=1), torch.float32)
+
+
+@pytest.mark.parametrize("case", CASES[:3], ids=str)
+def test_every_output_in_float16(case, device):
+    check(errors(kernels, case, torch.float16, device), torch.float16)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_tiles_through_tma_descriptors_equal_tiles_through_pointers(causal, device, monkeypatch):
+    """The descriptors of Hopper and later, on the CPU through the interpreter."""
+    problem = kernels.problem
+    monkeypatch.setattr(kernels, "problem", lambda *args: problem(*args)._replace(tma=True))
+    case = Case(L=33, S=64, D=24, H=4, Hk=2, causal=causal)
+    check(errors(kernels, case, torch.float16, device), torch.float16)
+
+
+def test_public_functions_reach_the_kernels(device):
+    q, k, v, t = (torch.randn(1, 2, 9, 8, device=device) for _ in range(4))
+    out, t_out = attention_jvp(q, k, v, t, None, t, backend="triton")
+    exact, t_exact = attention_jvp(q, k, v, t, None, t, backend="reference")
+    torch.testing.assert_close(out, exact)
+    torch.testing.assert_close(t_out, t_exact)
+    torch.testing.assert_close(attention(q, k, v, backend="triton"), exact)
+
+
+def test_not_a_number_in_a_query_reaches_its_row_only(device):
+    q, k, v = (torch.randn(1, 2, 20, 16, device=device) for _ in range(3))
+    q[0, 1, 3, 5] = float("nan")
+    out = attention(q, k, v, backend="triton")
+    expected = torch.zeros(1, 2, 20, dtype=torch.bool, device=device)
+    expected[0, 1, 3] = True
+    assert torch.equal(out.isnan().all(-1), expected)
+    assert torch.equal(out.isnan().any(-1), expected)
+
+
+def test_not_a_number_in_a_masked_key_reaches_nothing(device):
+    q, k, v = (torch.randn(1, 2, 20, 16, device=device) for _ in range(3))
+    k[0, :, 7] = float("nan")
+    see = torch.ones(20, dtype=torch.bool, device=device)
+    see[7] = False
+    for backend in ("triton", "reference"):
+        out, t_out = attention_jvp(q, k, v, q, None, v, see, backend=backend)
+        assert out.isfinite().all()
+        assert t_out.isfinite().all()
+
+
+def test_deterministic_algorithms_give_the_same_bias_gradient(device):
+    case = Case(L=33, S=40, bias="key")
+    found = errors(kernels, case, torch.float32, device, rows=1)
+    torch.use_deterministic_algorithms(True)
+    try:
+        again = errors(kernels, case, torch.float32, device, rows=1)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    check(again, torch.float32)
+    assert found.keys() == again.keys()

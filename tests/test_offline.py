@@ -1,0 +1,36 @@
+"""Every shipped kernel compiles for GPUs that are not there, and fits their shared memory."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
+ROOT = Path(__file__).parent.parent
+
+
+def compile_for(target: str, *arguments: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.offline", target, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_every_pass_compiles_and_fits(target):
+    table = compile_for(target, "--head-dims", "64", "--dtypes", "bfloat16", "--variants", "plain", "bias")
+    assert table.count("forward_kernel") == 4
+    assert table.count("keys_kernel") == 4
+    assert table.count("queries_kernel") == 4
+
+
+def test_the_forward_passes_on_hopper_use_wgmma_and_do_not_spill():
+    table = compile_for("sm_90", "--head-dims", "64", "128", "--dtypes", "bfloat16", "--variants", "plain")
+    rows = [line for line in table.splitlines() if "forward_kernel" in line]
+    assert len(rows) == 4
+    for row in rows:
+        assert " stack     0 " in row, row
+        assert int(row.split("wgmma")[1]) > 0, row

@@ -1,0 +1,162 @@
+"""The reference against PyTorch's own differentiation of dense attention, in float64."""
+
+import math
+
+import pytest
+import torch
+from torch.func import grad, jvp
+
+from jvp_flash_attention import attention, attention_jvp, reference
+from jvp_flash_attention.options import Options
+from tests.cases import Case, build
+
+CASES = (
+    Case(L=7, S=9, D=5, Dv=6),
+    Case(L=9, S=5, D=8, causal=True),
+    Case(H=4, Hk=2, L=7, S=9, D=5, bias="full", causal=True),
+    Case(L=7, S=9, bias="bool"),
+    Case(L=7, S=9, bias="key"),
+    Case(L=1, S=1),
+    Case(L=7, S=9, scale=-0.7),
+)
+
+
+def dense(q, k, v, bias=None, causal=False, scale=None):
+    """softmax(s Q Kᵀ + b) V, materialised; masked scores are finite so that autograd needs no care."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.mT * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    hidden = torch.zeros(1, 1, *scores.shape[2:], dtype=torch.bool)
+    if causal:
+        hidden = hidden | torch.ones_like(hidden).triu(1)
+    if bias is not None and bias.dtype == torch.bool:
+        hidden = hidden | ~bias
+    elif bias is not None:
+        hidden = hidden | (bias == float("-inf"))
+        scores = scores + bias.masked_fill(bias == float("-inf"), 0.0)
+    scores = scores.masked_fill(hidden, -1e300)
+    p = (scores - scores.amax(-1, keepdim=True).detach()).exp()
+    p = p / p.sum(-1, keepdim=True)
+    return p.masked_fill(hidden.expand_as(p).all(-1, keepdim=True), 0.0) @ v
+
+
+def close(got, exact):
+    torch.testing.assert_close(got, exact, rtol=1e-11, atol=1e-11)
+
+
+@pytest.fixture(params=CASES, ids=str)
+def problem(request):
+    case = request.param
+    p = build(case, torch.float64, backend="reference")
+    primals = [x for x in p.primals if x is not None]
+    tangents = [t if t is not None else torch.zeros_like(x) for x, t in zip(p.primals, p.tangents, strict=True) if x is not None]
+    options = {"is_causal": case.causal, "scale": case.scale, "enable_gqa": True}
+    ours = lambda *x: attention(*x, **options)  # noqa: E731
+    theirs = lambda *x: dense(*x, causal=case.causal, scale=case.scale)  # noqa: E731
+    floating = tuple(i for i, x in enumerate(primals) if x.is_floating_point())
+    return ours, theirs, primals, tangents, floating, p
+
+
+def test_value_and_tangent_equal_those_of_dense_attention(problem):
+    ours, theirs, primals, tangents, floating, _ = problem
+
+    def of(f):
+        def g(*x):
+            full = list(primals)
+            for i, y in zip(floating, x, strict=True):
+                full[i] = y
+            return f(*full)
+
+        return jvp(g, tuple(primals[i] for i in floating), tuple(tangents[i] for i in floating))
+
+    for got, exact in zip(of(ours), of(theirs), strict=True):
+        close(got, exact)
+
+
+def test_gradients_through_value_and_tangent_equal_those_of_dense_attention(problem):
+    ours, theirs, primals, tangents, floating, p = problem
+
+    def loss(f):
+        def g(x, t):
+            full = list(primals)
+
+            def inner(*y):
+                for i, z in zip(floating, y, strict=True):
+                    full[i] = z
+                return f(*full)
+
+            out, t_out = jvp(inner, tuple(x), tuple(t))
+            return (out * p.d_out).sum() + (t_out * p.d_t_out).sum()
+
+        return grad(g, (0, 1))([primals[i] for i in floating], [tangents[i] for i in floating])
+
+    for got, exact in zip(sum(loss(ours), []), sum(loss(theirs), []), strict=True):
+        close(got, exact)
+
+
+def test_gradcheck_and_gradgradcheck_pass_in_forward_and_reverse():
+    p = build(Case(B=1, H=2, Hk=1, L=3, S=4, D=3, bias="key"), torch.float64)
+    inputs = [x.requires_grad_() for x in p.primals]
+    f = lambda q, k, v, b: attention(q, k, v, b, enable_gqa=True)  # noqa: E731
+    assert torch.autograd.gradcheck(f, inputs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(f, inputs)
+    g = lambda q, k, v, b, *t: attention_jvp(q, k, v, *t, b, enable_gqa=True)  # noqa: E731
+    tangents = [t.requires_grad_() for t in p.tangents[:3]]
+    assert torch.autograd.gradcheck(g, inputs + tangents)
+
+
+def test_rows_are_taken_in_blocks_without_changing_anything(monkeypatch):
+    case = Case(L=23, S=9, bias="full", causal=True)
+    p = build(case, torch.float64)
+    whole = reference.forward_jvp(*p.primals, None, *p.tangents, p.options)
+    whole_grads = reference.backward_jvp(
+        p.d_out, p.d_t_out, *p.primals, None, *p.tangents, *whole, p.options, True
+    )
+    monkeypatch.setattr(reference, "ROWS", 5)
+    blocks = reference.forward_jvp(*p.primals, None, *p.tangents, p.options)
+    grads = reference.backward_jvp(
+        p.d_out, p.d_t_out, *p.primals, None, *p.tangents, *blocks, p.options, True
+    )
+    for got, exact in zip((*blocks, *grads), (*whole, *whole_grads), strict=True):
+        close(got, exact)
+
+
+def test_no_keys_and_no_batch_give_zeros_and_nothing():
+    q, k = torch.randn(1, 2, 3, 4, requires_grad=True), torch.randn(1, 2, 0, 4, requires_grad=True)
+    out = attention(q, k, k)
+    assert out.eq(0).all()
+    assert out.shape == (1, 2, 3, 4)
+    out.sum().backward()
+    assert q.grad.eq(0).all()
+    assert attention(q[:0], k[:0], k[:0]).shape == (0, 2, 3, 4)
+
+
+def test_dropout_keeps_the_stated_share_and_is_one_mask_for_value_and_tangent():
+    torch.manual_seed(0)
+    B, H, L, S = 2, 3, 64, 96
+    q, k = torch.zeros(B, H, L, 8, dtype=torch.float64), torch.zeros(B, H, S, 8, dtype=torch.float64)
+    v = torch.eye(S, dtype=torch.float64).expand(B, H, S, S).contiguous()
+    out, t_out = attention_jvp(q, k, v, None, None, v, dropout_p=0.25)
+    kept = out != 0
+    assert abs(kept.double().mean().item() - 0.75) < 0.01
+    close(out[kept], torch.full_like(out[kept], 1 / S / 0.75))
+    close(t_out, out)
+
+
+def test_dropout_follows_manual_seed():
+    q = torch.randn(1, 2, 16, 8)
+    draws = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        draws.append(attention(q, q, q, dropout_p=0.5))
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_half_precision_inputs_are_computed_in_float32():
+    q = torch.randn(1, 2, 16, 8).bfloat16()
+    out, lse = reference.forward(q, q, q, None, None, Options(8**-0.5))
+    assert out.dtype == torch.bfloat16
+    assert lse.dtype == torch.float32
+    exact = reference.forward(q.double(), q.double(), q.double(), None, None, Options(8**-0.5))[0]
+    assert (out.double() - exact).norm() / exact.norm() < 3e-3

@@ -1,0 +1,1 @@
+"""Training framework for flow maps and consistency models: models, objectives, samplers, data."""

@@ -1,0 +1,26 @@
+"""Attention functions other than this project's own, with the signature of SDPA."""
+
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+def sdpa(
+    query: torch.Tensor,  # (B, H, L, D)
+    key: torch.Tensor,  # (B, H, S, D)
+    value: torch.Tensor,  # (B, H, S, Dv)
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:  # (B, H, L, Dv)
+    """PyTorch's attention on the MATH backend, always.
+
+    MATH is the only backend with a forward-mode derivative (the fused ones have none, on a CPU
+    neither); it materialises the L x S matrix, which is the cost that ``attention=jvp`` avoids.
+    """
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )

@@ -1,0 +1,71 @@
+"""Progress on the terminal."""
+
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+FIELDS = "step {step:.1f} ms  loss {loss:.4f}  error {error:.4f}"
+
+
+class RichProgress(ProgressBar):
+    """A bar with the time of a step, loss and unweighted error; a line every tenth of the run where
+    the output is not a terminal.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.console = Console()
+        self.bar: Progress | None = None
+        self.enabled = True
+
+    def disable(self) -> None:
+        self.enabled = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.enabled or not self.console.is_terminal:
+            return
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=self.console,
+            transient=True,
+        )
+        total = trainer.max_steps if trainer.max_steps > 0 else None
+        self.task = self.bar.add_task("", total=total, completed=trainer.global_step, text="")
+        self.bar.start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step, last = trainer.global_step, trainer.max_steps
+        every = 10 if self.bar else max(1, last // 10)
+        if not self.enabled or (step % every and step != last):
+            return
+        text = FIELDS.format(
+            step=float(trainer.callback_metrics.get("perf/step_ms", float("nan"))),
+            loss=float(outputs["loss"]),
+            error=float(outputs["metrics"]["error"]),
+        )
+        if self.bar:
+            self.bar.update(self.task, completed=step, text=text)
+        else:
+            self.console.print(f"{step}/{last}  {text}", highlight=False)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self.bar:
+            self.bar.stop()
+            self.bar = None

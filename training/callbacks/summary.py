@@ -1,0 +1,80 @@
+"""The end of a run, on the terminal and in summary.json."""
+
+import json
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+
+from training.callbacks.accuracy import Accuracy
+
+# summary.json's name of a metric -> its row in the table
+ROWS = {
+    "steps": "steps",
+    "seconds": "seconds",
+    "loss": "loss",
+    "error": "error (unweighted)",
+    "dudt_rms": "du/dt RMS",
+    "step_ms": "ms per step",
+    "samples_per_s": "samples per second",
+    "skipped": "steps skipped (not finite)",
+    "sample_accuracy": "accuracy of samples (SVM)",
+    "real_accuracy": "accuracy of held-out images (SVM)",
+    "run_dir": "written to",
+}
+
+
+class Summary(Callback):
+    """Means of loss and metrics over the last ``window`` steps, throughput and accuracy."""
+
+    def __init__(self, directory: str, window: int = 100) -> None:
+        self.directory = Path(directory)
+        self.history: deque[dict[str, torch.Tensor]] = deque(maxlen=window)
+        self.start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.history.append({"loss": outputs["loss"].detach(), **outputs["metrics"]})
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Whatever the logging interval, the last step is logged."""
+        if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=trainer.global_step - 1)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero or not self.history:
+            return
+        now = trainer.callback_metrics
+        summary: dict[str, Any] = {
+            "steps": trainer.global_step,
+            "seconds": round(time.perf_counter() - self.start, 1),
+        }
+        for name in self.history[-1]:
+            summary[name] = float(torch.stack([terms[name] for terms in self.history]).mean())
+        for name in ("perf/step_ms", "perf/samples_per_s", "train/skipped"):
+            if name in now:
+                summary[name.split("/")[1]] = float(now[name])
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Accuracy):
+                summary |= callback.result
+        summary["seed"] = pl_module.seed
+        summary["torch"] = torch.__version__
+        summary["run_dir"] = str(self.directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+        table = Table(show_header=False)
+        for name, title in ROWS.items():
+            if name in summary:
+                value = summary[name]
+                text = f"{value:.4g}" if isinstance(value, float) else str(value)
+                table.add_row(title, f"{value:.1%}" if name.endswith("_accuracy") else text)
+        Console().print(table)

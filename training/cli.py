@@ -1,0 +1,78 @@
+"""What every script does around its work: one clear line for a user's error, quiet libraries."""
+
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from hydra.errors import HydraException, InstantiationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf.errors import OmegaConfBaseException
+
+from training.callbacks.checkpoint import Interrupted
+from training.callbacks.guard import Diverged
+
+USER_ERRORS = (
+    ValueError,
+    TypeError,
+    NotImplementedError,
+    OSError,
+    ModuleNotFoundError,
+    MisconfigurationException,
+    HydraException,
+    OmegaConfBaseException,
+    Diverged,
+)
+NOISE = ("does not have many workers", "before the epoch ended", r"isinstance\(treespec")
+FULL = "HYDRA_FULL_ERROR"
+TRACEBACKS = os.environ.get(FULL) == "1"  # the user wants to see where errors come from
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a Hydra main, whose task wraps its work in ``one_line_errors`` too."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for text in NOISE:
+        warnings.filterwarnings("ignore", message=f".*{text}.*")
+    with one_line_errors():
+        os.environ[FULL] = "1"  # so that Hydra hands errors of the configuration on to here
+        main()
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Errors of the user's making end with one line on stderr and exit code 1; HYDRA_FULL_ERROR=1
+    shows where they came from. An interrupt ends with 128 + the signal's number.
+    """
+    os.environ[FULL] = str(int(TRACEBACKS))
+    try:
+        yield
+    except Interrupted as interrupt:
+        print(interrupt, file=sys.stderr)
+        sys.exit(128 + interrupt.signal)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except USER_ERRORS as error:
+        if TRACEBACKS:
+            raise
+        print(f"error: {message(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def message(error: BaseException) -> str:
+    """What an error says, without Hydra's wrapping, on one line."""
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split()) or type(error).__name__
+    if unknown := re.match(r"Could not override '([^']*)'", text):
+        return (
+            f"unknown configuration key '{unknown[1]}'; --cfg job lists all keys, --help the groups"
+        )
+    if "No supported gpu backend" in text:
+        return (
+            "trainer.accelerator=gpu: this machine has no GPU that PyTorch can use; use trainer=cpu"
+        )
+    return re.split(r" Config search path:| full_key: | object_type=", text)[0]

@@ -1,0 +1,64 @@
+"""Glue between a network, an objective and Lightning; no mathematics here."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import nn
+
+from training.objectives.objective import Objective
+from training.randomness import generator, key
+
+
+class GenerativeModule(LightningModule):
+    """Trains ``net`` with ``objective``.
+
+    Args:
+        optimizer: (parameters, max_steps) -> (optimizer, scheduler of the steps).
+        seed: of every random draw, see ``training.randomness``.
+        compile: compile the objective's step, a pure function of tensors. The module itself is
+        never
+            compiled: Lightning's logging breaks under ``torch.compile``.
+        config: what was configured, stored in every checkpoint so that it can be rebuilt from it.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        objective: Objective,
+        optimizer: Callable[..., Any],
+        seed: int,
+        compile: bool = False,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.net, self.objective, self.optimizer = net, objective, optimizer
+        self.seed, self.config = seed, config or {}
+        self.step = torch.compile(objective.loss, fullgraph=True) if compile else objective.loss
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> dict:
+        x, y = batch
+        accumulate = self.trainer.accumulate_grad_batches
+        number = self.global_step * accumulate + batch_idx % accumulate
+        where = (self.seed, number, self.global_rank)
+        torch.manual_seed(key(*where, "layers"))  # dropout inside the network
+        draws = lambda purpose: generator(*where, purpose, device=x.device)  # noqa: E731
+        null_label: int = self.net.null_label  # type: ignore[assignment]
+        loss, metrics = self.step(self.net, self.objective.draw(x, y, null_label, draws))
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log_dict({f"train/{name}": value for name, value in metrics.items()})
+        return {"loss": loss, "metrics": metrics}
+
+    def configure_optimizers(self) -> Any:
+        optimizer, scheduler = self.optimizer(self.net.parameters(), self.trainer.max_steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.log("train/lr", optimizer.param_groups[0]["lr"])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["config"] = self.config

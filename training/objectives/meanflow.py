@@ -1,0 +1,141 @@
+"""MeanFlow (arXiv 2505.13447): the network learns the average velocity u over an interval [r, t].
+
+    z_t = (1 - t) x + t e,   v = e - x                                            (linear path)
+    v_g = ω v + (1 - ω - κ) u(z, t, t | ∅) + κ u(z, t, t | y)                      (Appendix B.1)
+    u, du/dt = jvp(u, (z, t, r), (v_g, 1, 0))                                      (Equation 8)
+    error = ‖u - sg(v_g - (t - r) du/dt)‖²                                         (Equations 9-11)
+    loss  = error / sg(error + c)^p                                                (Appendix B.2)
+
+For a share of the batch r := t: there the derivative is multiplied by 0, so it is not computed at
+all.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from training.objectives.objective import Net, Terms, drop_labels
+from training.objectives.paths import expand, linear_path
+from training.objectives.tangents import Jvp
+from training.objectives.times import Times
+from training.objectives.weighting import adaptive_weight, squared_error
+from training.randomness import Draws
+from training.validation import between, one_of
+
+
+class MeanFlowSample(NamedTuple):
+    z: torch.Tensor  # (B, C, H, W)
+    v: torch.Tensor  # (B, C, H, W)
+    t: torch.Tensor  # (B,)
+    r: torch.Tensor  # (B,), equal to t for the first round(equal_share B) samples
+    y: torch.Tensor  # (B,), dropped labels already replaced by the null label
+    dropped: torch.Tensor  # (B,), which labels were dropped
+    null_label: torch.Tensor  # ()
+
+
+class MeanFlow:
+    """The MeanFlow objective.
+
+    Args:
+        jvp: how du/dt is computed (``tangents.Jvp``).
+        equal_share: share of the batch with r = t (0.75 for ImageNet, 0.25 for CIFAR-10).
+        reduce: ``sum`` or ``mean`` over the elements of a sample; it changes what ``c`` means.
+        p, c: of the adaptive weight; p = 0 is the plain squared error.
+        time_sampler, time_mean, time_std: see ``times.Times``.
+        omega, kappa: guidance built into the target; ω = 1, κ = 0 is none; scale ω / (1 - κ).
+        guidance_start, guidance_end: guidance acts for t in this interval.
+        label_dropout: share of samples without label; their target is the plain v.
+    """
+
+    def __init__(
+        self,
+        jvp: Jvp | None = None,
+        equal_share: float = 0.75,
+        reduce: str = "sum",
+        p: float = 1.0,
+        c: float = 1e-2,
+        time_sampler: str = "logit_normal",
+        time_mean: float = -0.4,
+        time_std: float = 1.0,
+        omega: float = 1.0,
+        kappa: float = 0.0,
+        guidance_start: float = 0.0,
+        guidance_end: float = 1.0,
+        label_dropout: float = 0.1,
+    ) -> None:
+        one_of("objective.reduce", reduce, ("sum", "mean"))
+        between("objective.equal_share", equal_share, 0, 1)
+        between("objective.p", p, 0)
+        between("objective.c", c, 0, open_low=True)
+        between("objective.omega", omega, 0)
+        between("objective.kappa", kappa, 0)
+        between("objective.guidance_start", guidance_start, 0, 1)
+        between("objective.guidance_end", guidance_end, guidance_start, 1)
+        between("objective.label_dropout", label_dropout, 0, 1)
+        self.jvp = jvp or Jvp()
+        self.times = Times(time_sampler, time_mean, time_std)
+        self.equal_share, self.reduce, self.p, self.c = equal_share, reduce, p, c
+        self.omega, self.kappa, self.interval = omega, kappa, (guidance_start, guidance_end)
+        self.label_dropout = label_dropout
+
+    def draw(
+        self, x: torch.Tensor, y: torch.Tensor, null_label: int, draws: Draws
+    ) -> MeanFlowSample:
+        t, r = self.times.draw_pairs(len(x), self._equal(len(x)), draws("times"))
+        e = torch.randn(x.shape, generator=draws("noise"), device=x.device)
+        z, v = linear_path(x, e, t)
+        y, dropped = drop_labels(y, self.label_dropout, null_label, draws("labels"))
+        return MeanFlowSample(z, v, t, r, y, dropped, y.new_tensor(null_label))
+
+    def loss(self, net: Net, sample: MeanFlowSample) -> Terms:
+        z, _, t, r, y, *_ = sample
+        v_g = self._guided_velocity(net, sample)
+
+        n = self._equal(len(z))
+        u, targets = [], []
+        if n:
+            u.append(net(z[:n], t[:n], r[:n], y[:n]))
+            targets.append(v_g[:n])
+        tangent = v_g.new_zeros(1, 1)  # (t - r) du/dt, (B - n, ...)
+        dudt = tangent
+        if n < len(z):
+            z, t, r, y = z[n:], t[n:], r[n:], y[n:]
+            u_rest, dudt = self.jvp(
+                lambda z, t, r: net(z, t, r, y),
+                (z, t, r),
+                (v_g[n:], torch.ones_like(t), torch.zeros_like(r)),
+            )
+            tangent = expand(t - r, z) * dudt
+            u.append(u_rest)
+            targets.append(v_g[n:] - tangent)
+
+        prediction, target = torch.cat(u), torch.cat(targets)
+        error = squared_error(prediction, target, self.reduce)  # (B,)
+        weight = adaptive_weight(error, self.p, self.c)
+        with torch.no_grad():
+            metrics = {
+                "error": error.mean(),
+                "v_loss": squared_error(prediction, v_g, self.reduce).mean(),
+                "dudt_rms": dudt.square().mean().sqrt(),
+                "tangent_norm": tangent.flatten(1).norm(dim=1).mean(),
+                "weight": weight.mean(),
+            }
+        return Terms((weight * error).mean(), metrics)
+
+    def _equal(self, n: int) -> int:
+        return round(self.equal_share * n)
+
+    @torch.no_grad()
+    def _guided_velocity(self, net: Net, sample: MeanFlowSample) -> torch.Tensor:
+        """v_g; dropped labels and times outside the interval keep v."""
+        z, v, t, _, y, dropped, null_label = sample
+        if self.omega == 1 and self.kappa == 0:
+            return v
+        v_g = self.omega * v
+        if (unconditional := 1 - self.omega - self.kappa) != 0:
+            v_g = v_g + unconditional * net(z, t, t, null_label.expand_as(y))
+        if self.kappa != 0:
+            v_g = v_g + self.kappa * net(z, t, t, y)
+        start, end = self.interval
+        guided = (t >= start) & (t <= end) & ~dropped
+        return torch.where(expand(guided, v), v_g, v)

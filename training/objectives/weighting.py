@@ -1,0 +1,17 @@
+"""Errors of a sample and their adaptive weights."""
+
+import torch
+
+
+def squared_error(a: torch.Tensor, b: torch.Tensor, reduce: str) -> torch.Tensor:
+    """‖a - b‖² of every sample, summed or averaged over its elements. (B, ...) -> (B,)"""
+    square = (a - b).square().flatten(1)
+    return square.sum(1) if reduce == "sum" else square.mean(1)
+
+
+def adaptive_weight(error: torch.Tensor, p: float, c: float) -> torch.Tensor:
+    """w = 1 / sg(error + c)^p (arXiv 2505.13447, Appendix B.2). (B,) -> (B,)
+
+    With p = 1 the weighted loss is about 1 whatever happens: watch the unweighted error.
+    """
+    return (error.detach() + c) ** -p

@@ -1,0 +1,31 @@
+"""Checks of values that come from the configuration; each error names the key and the remedy."""
+
+import math
+from collections.abc import Sequence
+
+
+def one_of(key: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{key} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def between(
+    key: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False
+) -> None:
+    """low <= value <= high, or low < value <= high with ``open_low``."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise TypeError(f"{key} must be a finite number; got {value!r}")
+    if not (low < value if open_low else low <= value) or not value <= high:
+        below = f"> {low:g}" if open_low else f">= {low:g}"
+        above = "" if high == math.inf else f" and <= {high:g}"
+        raise ValueError(f"{key} must be {below}{above}; got {value!r}")
+
+
+def integer(key: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{key} must be an integer; got {value!r}")
+
+
+def positive_integer(key: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{key} must be an integer >= 1; got {value!r}")
