@@ -24,41 +24,47 @@ def attention(
 ) -> Tensor:
     """Scaled dot-product attention, differentiable forward and backward: softmax(s Q Kᵀ + b) V.
 
-    A drop-in for `torch.nn.functional.scaled_dot_product_attention` with the same names, positions, layout and meaning.
-    Call it plainly, under `torch.func.jvp` or inside `forward_ad.dual_level`: where an input carries a tangent, the output
-    carries its tangent, computed in the same pass over the keys in O(L) memory (mathematics: docs/mathematics.md).
+    A drop-in for `torch.nn.functional.scaled_dot_product_attention` with the same names, positions,
+    layout and meaning. Call it plainly, under `torch.func.jvp` or inside `forward_ad.dual_level`:
+    where an input carries a tangent, the output carries its tangent, computed in the same pass over
+    the keys in O(L) memory (mathematics: docs/mathematics.md).
 
     Args:
         query: (..., H, L, D), float16, bfloat16, float32 or float64.
         key: (..., Hk, S, D), query's dtype and device; Hk = H, or a divisor of H with `enable_gqa`.
         value: (..., Hk, S, Dv), query's dtype and device.
-        attn_mask: broadcastable to (..., H, L, S). Bool: True attends. Floating: added to the scaled scores; it may hold
-            −inf, has a gradient and may have a tangent. A row that attends nothing gives 0.
-        dropout_p: probability of dropping an attention weight, in [0, 1). As in SDPA there is no training flag.
-        is_causal: query i attends keys j <= i (top-left aligned when L != S); may be combined with `attn_mask`.
+        attn_mask: broadcastable to (..., H, L, S). Bool: True attends. Floating: added to the
+            scaled scores; it may hold −inf, has a gradient and may have a tangent. A row that
+            attends nothing gives 0.
+        dropout_p: probability of dropping an attention weight, in [0, 1). As in SDPA there is no
+            training flag.
+        is_causal: query i attends keys j <= i (top-left aligned when L != S); may be combined with
+            `attn_mask`.
         scale: softmax scale s, by default 1/sqrt(D).
         enable_gqa: let query head h read key/value head h // (H / Hk).
-        backend: "triton", "reference" (plain PyTorch, O(L) memory), or None: the kernels for CUDA tensors in float16,
-            bfloat16 and float32 with head dims up to 256, the reference otherwise.
+        backend: "triton", "reference" (plain PyTorch, O(L) memory), or None: the kernels for CUDA
+            tensors in float16, bfloat16 and float32 with head dims up to 256, the reference
+            otherwise.
 
     Returns:
         (..., H, L, Dv) in query's dtype.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, shape, dtype or device.
-        NotImplementedError: the requested backend cannot serve the inputs, or derivatives of third order, or a jvp of
-            a jvp, are asked for.
+        NotImplementedError: the requested backend cannot serve the inputs, or a third derivative or
+            a jvp of a jvp is asked for.
     """
     q, k, v, bias, options = _prepare(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend
     )
     seed = _seed(q, dropout_p)
-    primals, tangents = zip(*map(_unpack, (q, k, v, bias)), strict=True)
+    (q, t_q), (k, t_k), (v, t_v), (bias, t_bias) = map(_unpack, (q, k, v, bias))
     route = ops if torch.compiler.is_compiling() else autograd
-    if all(t is None for t in tangents):
-        out = route.attention(*primals, seed, options)
+    if t_q is t_k is t_v is t_bias is None:
+        out = route.attention(q, k, v, bias, seed, options)
     else:
-        out = forward_ad.make_dual(*route.attention_jvp(*primals, seed, *tangents, options))
+        out, t_out = route.attention_jvp(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options)
+        out = forward_ad.make_dual(out, t_out)
     return _restore(out, query)
 
 
@@ -80,15 +86,15 @@ def attention_jvp(
 ) -> tuple[Tensor, Tensor]:
     """Attention and its Jacobian-vector product in one pass, without dual numbers.
 
-    Args:
-        t_query, t_key, t_value: tangents, each with its primal's shape, dtype and device; None means zero and saves the
+    Args: t_query, t_key, t_value: tangents, each with its primal's shape, dtype and device; None
+        means zero and saves the
             matrix products that it would take part in.
         t_attn_mask: tangent of a floating `attn_mask`, of its shape; None means zero.
 
     The other arguments and the errors are those of `attention`.
 
-    Returns:
-        (out, t_out), both (..., H, L, Dv) in query's dtype, both differentiable in every input and tangent.
+    Returns: (out, t_out), both (..., H, L, Dv) in query's dtype, both differentiable in every input
+        and tangent.
     """
     q, k, v, bias, options = _prepare(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend
@@ -100,9 +106,7 @@ def attention_jvp(
         ("t_attn_mask", t_attn_mask, attn_mask),
     ):
         validation.tangent(name, t, primal)
-    t_q, t_k, t_v = (
-        None if t is None else _four(t).to(q.dtype) for t in (t_query, t_key, t_value)
-    )
+    t_q, t_k, t_v = (None if t is None else _four(t).to(q.dtype) for t in (t_query, t_key, t_value))
     t_bias = None if t_attn_mask is None else _bias(t_attn_mask, query, key)
     route = ops if torch.compiler.is_compiling() else autograd
     seed = _seed(q, dropout_p)
@@ -111,7 +115,8 @@ def attention_jvp(
 
 
 def _prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend):
-    """Checked inputs as q (B, H, L, D), k (B, Hk, S, D), v (B, Hk, S, Dv), bias (b, h, l, s) with b, h, l, s full or 1."""
+    """Checked inputs as q (B, H, L, D), k (B, Hk, S, D), v (B, Hk, S, Dv), bias (b, h, l, s) with
+    b, h, l, s full or 1."""
     validation.scalars(dropout_p, scale)
     query, key, value = _autocast(query, key, value)
     validation.tensors(query, key, value)
@@ -137,7 +142,9 @@ def _autocast(*tensors):
     dtype = torch.get_autocast_dtype(kind)
     keep = (torch.float64, dtype)
     return [
-        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype not in keep else x
+        x.to(dtype)
+        if isinstance(x, Tensor) and x.is_floating_point() and x.dtype not in keep
+        else x
         for x in tensors
     ]
 
@@ -161,8 +168,8 @@ def _bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
 
 
 def _seed(q: Tensor, dropout_p: float) -> Tensor | None:
-    """One key for the dropout mask, drawn on the device from PyTorch's own generator, so that `torch.manual_seed`,
-    CUDA graphs and vmap's randomness rules apply."""
+    """One key for the dropout mask, drawn on the device from PyTorch's own generator, so that
+    `torch.manual_seed`, CUDA graphs and vmap's randomness rules apply."""
     if dropout_p == 0.0:
         return None
     return torch.randint(0, 2**62, (1,), device=q.device, dtype=torch.int64)
@@ -172,8 +179,12 @@ def _unpack(x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     if x is None:
         return None, None
     if torch.compiler.is_compiling():
-        # names the level: `forward_ad` reads a global that the compiler takes for a constant, "no level" for the whole graph
+        # names the level: `forward_ad` reads a global that the compiler takes for a constant, "no
+        # level" for the whole graph
         # when a plain call comes first
         return torch._VF._unpack_dual(x, level=0)
     primal, t = forward_ad.unpack_dual(x)
-    return primal, None if t is None or t._is_zerotensor() else t  # a symbolic zero costs no products
+    return (
+        primal,
+        None if t is None or t._is_zerotensor() else t,
+    )  # a symbolic zero costs no products

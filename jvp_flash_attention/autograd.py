@@ -1,29 +1,31 @@
 """The eager path: four autograd.Functions that close under differentiation up to second order.
 
-    Attention        (q, k, v, b) -> O                     backward: AttentionGrad      jvp: AttentionJvp
-    AttentionJvp     (q, k, v, b, tq, tk, tv, tb) -> O, tO backward: AttentionJvpGrad   jvp: raises
-    AttentionGrad    (dO, q, k, v, b) -> dq, dk, dv, db    backward and jvp: AttentionJvp and AttentionJvpGrad
-    AttentionJvpGrad (dO, dtO, ...) -> the eight gradients backward and jvp: raise (third order)
+    Attention        (q, k, v, b) -> O                      backward AttentionGrad, jvp AttentionJvp
+    AttentionJvp     (q, k, v, b, tq, tk, tv, tb) -> O, tO  backward AttentionJvpGrad, jvp raises
+    AttentionGrad    (dO, q, k, v, b) -> dq, dk, dv, db     backward and jvp by the two Jvp ones
+    AttentionJvpGrad (dO, dtO, ...) -> all eight gradients  backward and jvp raise: third order
 
-Why AttentionGrad needs nothing of its own: with F = ⟨dq, ddq⟩ + ⟨dk, ddk⟩ + ⟨dv, ddv⟩ + ⟨db, ddb⟩ = ⟨dO, tO(tangents = dd)⟩,
-∂F/∂dO is a forward+JVP with tangents dd, and ∂F/∂(q, k, v, b) its backward with dtO := dO, dO := 0.  The tangent of
-(dq, dk, dv, db) along (tq, tk, tv, tb, tdO) is the backward of (O, tO) with dtO := dO, dO := tdO.
+Why AttentionGrad needs nothing of its own: with F = ⟨dq, ddq⟩ + ⟨dk, ddk⟩ + ⟨dv, ddv⟩ + ⟨db, ddb⟩ =
+⟨dO, tO(tangents = dd)⟩, ∂F/∂dO is a forward+JVP with tangents dd, and ∂F/∂(q, k, v, b) its backward
+with dtO := dO, dO := 0. The tangent of (dq, dk, dv, db) along (tq, tk, tv, tb, tdO) is the backward
+of (O, tO) with dtO := dO, dO := tdO.
 
-Every Function has `setup_context` (for torch.func) and a vmap rule that folds the mapped dimension into the batch.
+Every Function has `setup_context` (for torch.func) and a vmap rule that folds the mapped dimension
+into the batch.
 """
 
 from typing import ClassVar
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import FunctionCtx
 
 from .backends import implementation
 from .options import Options
 
 THIRD_ORDER = (
-    "attention is differentiable twice, this asks for a third derivative; detach the tangent or the gradient"
-    " (x.detach(), torch.no_grad()) where the third order is not wanted, or use plain PyTorch attention in float64"
+    "attention is differentiable twice, this asks for a third derivative; detach the tangent or"
+    " the gradient (x.detach(), torch.no_grad()) where the third order is not wanted, or use plain"
+    " PyTorch attention in float64"
 )
 
 
@@ -40,7 +42,8 @@ def attention_jvp(
 
 
 class _Folded(Function):
-    """A Function whose vmap rule folds the mapped dimension into the batch: (V, B, ...) -> (V·B, ...)."""
+    """A Function whose vmap rule folds the mapped dimension into the batch: (V, B, ...) -> (V·B,
+    ...)."""
 
     @classmethod
     def vmap(cls, info, in_dims, *args):
@@ -63,7 +66,7 @@ class Attention(_Folded):
         return implementation(options.backend).forward(q, k, v, bias, seed, options)
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs, output):
+    def setup_context(ctx, inputs, output):
         *tensors, ctx.options = inputs
         out, lse = output
         ctx.mark_non_differentiable(lse)
@@ -75,7 +78,9 @@ class Attention(_Folded):
     def backward(ctx, d_out, _d_lse):
         if d_out is None:
             return (None,) * 6
-        grads = _grad(d_out, *ctx.saved_tensors, ctx.options, ctx.needs_input_grad[3])
+        q, k, v, bias, seed, out, lse = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        grads = _grad(d_out, q, k, v, bias, seed, out, lse, ctx.options, need[3])
         return (*grads, None, None)
 
     @staticmethod
@@ -121,14 +126,14 @@ class AttentionJvp(_Folded):
     @staticmethod
     def jvp(ctx, *_tangents):
         raise NotImplementedError(
-            "jvp of a jvp of attention is not supported; take the second directional derivative in reverse over forward"
-            " (torch.func.grad or vjp of torch.func.jvp)"
+            "jvp of a jvp of attention is not supported; take the second directional derivative in"
+            " reverse over forward (torch.func.grad or vjp of torch.func.jvp)"
         )
 
 
 class AttentionGrad(_Folded):
     query_index = 1
-    bias_grads = {3: 4}
+    bias_grads: ClassVar = {3: 4}
 
     @staticmethod
     def forward(d_out, q, k, v, bias, seed, out, lse, options, bias_grad):
@@ -172,7 +177,7 @@ class AttentionGrad(_Folded):
 
 class AttentionJvpGrad(_Folded):
     query_index = 2
-    bias_grads = {3: 5, 7: 5}
+    bias_grads: ClassVar = {3: 5, 7: 5}
 
     @staticmethod
     def forward(
@@ -205,7 +210,8 @@ def _grad(d_out, q, k, v, bias, seed, out, lse, options, bias_grad):
 
 
 def _jvp_grad(*args):
-    """(dq, dk, dv, db, dtq, dtk, dtv, dtb) with db and dtb None unless the last argument, `bias_grad`."""
+    """(dq, dk, dv, db, dtq, dtk, dtv, dtb) with db and dtb None unless the last argument,
+    `bias_grad`."""
     grads = AttentionJvpGrad.apply(*args)
     return grads if args[-1] else (*grads[:3], None, *grads[3:], None)
 

@@ -1,4 +1,6 @@
-"""Which implementation serves a call.  Both have the functions forward, forward_jvp, backward and backward_jvp."""
+"""Which implementation serves a call.  Both have the functions forward, forward_jvp, backward and
+backward_jvp.
+"""
 
 from importlib import import_module
 from types import ModuleType
@@ -9,7 +11,10 @@ from torch import Tensor
 try:
     from triton import knobs
 
-    TRITON, INTERPRETED = True, knobs.runtime.interpret  # constants: torch.compile traces through `choose`
+    TRITON, INTERPRETED = (
+        True,
+        knobs.runtime.interpret,
+    )  # constants: torch.compile traces through `choose`
 except ImportError:
     TRITON, INTERPRETED = False, False
 
@@ -19,7 +24,8 @@ TRITON_MAX_HEAD_DIM = 256
 
 
 def choose(backend: str | None, q: Tensor, v: Tensor) -> str:
-    """The name of the backend: the one asked for, or raise; without a wish the kernels wherever they can serve."""
+    """The name of the backend: the one asked for, or raise; without a wish the kernels wherever
+    they can serve."""
     obstacle = _triton_obstacle(q, v)
     if backend is None:
         return "reference" if obstacle or not q.is_cuda else "triton"
@@ -27,13 +33,15 @@ def choose(backend: str | None, q: Tensor, v: Tensor) -> str:
         raise ValueError(f"backend must be one of {BACKENDS} or None, got {backend!r}")
     if backend == "triton" and obstacle:
         raise NotImplementedError(
-            f"backend='triton' {obstacle}; leave backend=None to choose automatically, or use backend='reference'"
+            f"backend='triton' {obstacle}; leave backend=None to choose automatically, or use"
+            " backend='reference'"
         )
     return backend
 
 
 def implementation(name: str) -> ModuleType:
-    """The module that implements backend `name`; the kernels are imported on first use, Triton is not needed before."""
+    """The module that implements backend `name`; the kernels are imported on first use, Triton is
+    not needed before."""
     return import_module({"triton": ".kernels", "reference": ".reference"}[name], __package__)
 
 
@@ -41,10 +49,11 @@ def _triton_obstacle(q: Tensor, v: Tensor) -> str | None:
     if not TRITON:
         return "needs the triton package, which is not installed"
     if not q.is_cuda and not INTERPRETED:
-        return f"needs CUDA tensors (or TRITON_INTERPRET=1 in the environment), got device {q.device}"
+        return (
+            f"needs CUDA tensors (or TRITON_INTERPRET=1 in the environment), got device {q.device}"
+        )
     if q.dtype not in TRITON_DTYPES:
         return f"serves float16, bfloat16 and float32, got {q.dtype}"
     if max(q.shape[-1], v.shape[-1]) > TRITON_MAX_HEAD_DIM:
         return f"serves head dims up to {TRITON_MAX_HEAD_DIM}, got {q.shape[-1]} and {v.shape[-1]}"
     return None
-

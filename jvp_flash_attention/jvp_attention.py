@@ -2,17 +2,20 @@
 
     from jvp_flash_attention.jvp_attention import JVPAttn, attention, MASK_CONST
 
-All of them are `jvp_flash_attention.attention`, which needs no second entry point for dual tensors.  What the tuning
-switches used to choose is chosen by the library now; they are accepted and do nothing.  Three results differ from the
-earlier package because they were wrong there: an additive mask is added after scaling, second-order gradients are whole,
-and lengths and head dims need not be powers of two.
+All of them are `jvp_flash_attention.attention`, which needs no second entry point for dual tensors.
+What the tuning switches used to choose is chosen by the library now; they are accepted and do
+nothing. Three results differ from the earlier package because they were wrong there: an additive
+mask is added after scaling, second-order gradients are whole, and lengths and head dims need not be
+powers of two.
 """
 
 from torch import Tensor
 
 from . import api
 
-MASK_CONST = -1.0e2  # what additive masks of the earlier package hold where they mask; −inf is exact and preferable
+MASK_CONST = (
+    -1.0e2
+)  # what additive masks of the earlier package hold where they mask; −inf is exact and preferable
 
 
 def attention(
@@ -27,17 +30,13 @@ def attention(
     USE_TMA: bool = True,
     verify_attn_mask: bool = True,
 ) -> Tensor:
-    """`jvp_flash_attention.attention(q, k, v, attn_mask, dropout_p, causal, sm_scale)` by its earlier names.
+    """`jvp_flash_attention.attention(q, k, v, attn_mask, dropout_p, causal, sm_scale)` by its
+    earlier names.
 
-    Args:
-        q: (B, H, L, D).
-        k: (B, H, S, D).
-        v: (B, H, S, Dv).
-        attn_mask: broadcastable to (B, H, L, S); bool (True attends) or floating (added after scaling).
-        dropout_p: probability of dropping an attention weight.
-        causal: query i attends keys j <= i.
-        sm_scale: softmax scale, by default 1/sqrt(D).
-        warp_specialize, USE_TMA, verify_attn_mask: ignored.
+    Args: q: (B, H, L, D). k: (B, H, S, D). v: (B, H, S, Dv). attn_mask: broadcastable to (B, H, L,
+        S); bool (True attends) or floating (added after scaling). dropout_p: probability of
+        dropping an attention weight. causal: query i attends keys j <= i. sm_scale: softmax scale,
+        by default 1/sqrt(D). warp_specialize, USE_TMA, verify_attn_mask: ignored.
 
     Returns:
         (B, H, L, Dv), a dual tensor where an input is one.

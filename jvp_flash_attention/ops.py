@@ -1,9 +1,12 @@
-"""The compiled path: the four passes as opaque `torch.library` operators with fakes and registered gradients.
+"""The compiled path: the four passes as opaque `torch.library` operators with fakes and registered
+gradients.
 
-`torch.compile` cannot see a Function's jvp rule, and an operator has none, so neither is ever exposed: `api` unpacks the
-duals and calls these, and every derivative below is reverse mode.  An absent gradient is a tensor without elements,
-because an operator cannot return None.
+`torch.compile` cannot see a Function's jvp rule, and an operator has none, so neither is ever
+exposed: `api` unpacks the duals and calls these, and every derivative below is reverse mode. An
+absent gradient is a tensor without elements, because an operator cannot return None.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,9 +44,7 @@ def forward_jvp(
     scale: float, causal: bool, dropout_p: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     options = Options(scale, causal, dropout_p, backend)
-    return implementation(backend).forward_jvp(
-        q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options
-    )
+    return implementation(backend).forward_jvp(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options)
 
 
 @custom_op("jvp_flash_attention::backward", mutates_args=())
@@ -159,7 +160,7 @@ def _fake_grads(q, k, v, bias, bias_grad: bool) -> tuple[Tensor, ...]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_bias
 
 
-def _absent_as_empty(grads, q: Tensor):
+def _absent_as_empty(grads, q: Tensor) -> Any:
     return tuple(q.new_empty(0) if g is None else g for g in grads)
 
 

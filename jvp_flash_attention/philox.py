@@ -1,10 +1,11 @@
 """Counter-based dropout: Philox-4x32-10 (Salmon et al., SC 2011) in PyTorch integers.
 
-Whether pair (b, h, i, j) is dropped depends on nothing but (seed, b, h, i, j): forward, tangent and backward see the same
-mask whatever their tiling.  The kernels call `tl.philox` with the same key and counters, so both backends drop the same pairs.
+Whether pair (b, h, i, j) is dropped depends on nothing but (seed, b, h, i, j): forward, tangent and
+backward see the same mask whatever their tiling. The kernels call `tl.philox` with the same key and
+counters, so both backends drop the same pairs.
 
-`seed` holds n integers; the batch is divided in n equal groups, each with its own seed and counting from zero.  Plain calls
-have n = 1; `vmap` folds its dimension into the batch with one seed a sample.
+`seed` holds n integers; the batch is divided in n equal groups, each with its own seed and counting
+from zero. Plain calls have n = 1; `vmap` folds its dimension into the batch with one seed a sample.
 """
 
 import torch
@@ -15,13 +16,18 @@ _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
 
 
-def keep_mask(seed: Tensor, shape: tuple[int, int, int, int], rows: slice, dropout_p: float) -> Tensor:
-    """Bool (B, H, l, S), True where the pair is kept, for the query rows `rows` of scores of `shape` (B, H, L, S)."""
+def keep_mask(
+    seed: Tensor, shape: tuple[int, int, int, int], rows: slice, dropout_p: float
+) -> Tensor:
+    """Bool (B, H, l, S), True where the pair is kept, for the query rows `rows` of scores of
+    `shape` (B, H, L, S)."""
     B, H, _, S = shape
     group = max(B // seed.numel(), 1)
     batch = torch.arange(B, device=seed.device)
     key = seed.reshape(-1)[batch // group].view(B, 1, 1, 1)
-    head = (batch % group).view(B, 1, 1, 1) * H + torch.arange(H, device=seed.device).view(1, H, 1, 1)
+    head = (batch % group).view(B, 1, 1, 1) * H + torch.arange(H, device=seed.device).view(
+        1, H, 1, 1
+    )
     i = torch.arange(rows.start, rows.stop, device=seed.device).view(1, 1, -1, 1)
     j = torch.arange(S, device=seed.device).view(1, 1, 1, S)
     return _philox(key, j, i, head) >= int(dropout_p * 2**32)
@@ -43,6 +49,7 @@ def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
 
 
 def _high(a: int, b: Tensor) -> Tensor:
-    """Upper 32 bits of the product of two unsigned 32-bit integers, without leaving signed 64-bit range."""
+    """Upper 32 bits of the product of two unsigned 32-bit integers, without leaving signed 64-bit
+    range."""
     low, high = a & 0xFFFF, a >> 16
     return (high * b + (low * b >> 16)) >> 16

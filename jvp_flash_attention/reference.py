@@ -1,10 +1,12 @@
-"""Attention, its tangent and the gradients of both in plain PyTorch: the oracle and the CPU backend.
+"""Attention, its tangent and the gradients of both in plain PyTorch: the oracle and the CPU
+backend.
 
     S  = s Q Kᵀ + b            tS = s (tQ Kᵀ + Q tKᵀ) + tb
     P  = softmax(S)            μ  = rowsum(P ∘ tS)            R = P ∘ (tS − μ)
     O  = (P ∘ Z) V             tO = (R ∘ Z) V + (P ∘ Z) tV
 
-Z is the dropout mask divided by its keep probability (all ones without dropout).  With cotangents dO and dtO:
+Z is the dropout mask divided by its keep probability (all ones without dropout). With cotangents dO
+and dtO:
 
     h   = rowsum(dtO ∘ O)                 w  = rowsum(dO ∘ O) + rowsum(dtO ∘ tO)
     Hm  = Z ∘ (dtO Vᵀ) − h                G  = Z ∘ (dO Vᵀ + dtO tVᵀ)
@@ -13,14 +15,16 @@ Z is the dropout mask divided by its keep probability (all ones without dropout)
     dtQ = s dtS K                dtK = s dtSᵀ Q                 dtV = (P ∘ Z)ᵀ dtO
     db  = dS                     dtb = dtS                      summed over broadcast dimensions
 
-Queries are taken ROWS at a time against all keys, so memory is O(L + S) in the lengths.  The arithmetic is float64 for
-float64 inputs and float32 for everything else.  Each function has a twin of the same signature in `kernels`.
+Queries are taken ROWS at a time against all keys, so memory is O(L + S) in the lengths. The
+arithmetic is float64 for float64 inputs and float32 for everything else. Each function has a twin
+of the same signature in `kernels`.
 
-Shapes: q (B, H, L, D), k (B, Hk, S, D), v (B, Hk, S, Dv), bias broadcastable to (B, H, L, S), LSE and μ (B, H, L).
+Shapes: q (B, H, L, D), k (B, Hk, S, D), v (B, Hk, S, Dv), bias broadcastable to (B, H, L, S), LSE
+and μ (B, H, L).
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,7 +101,7 @@ def backward(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dQ, dK, dV, db); db is None unless `bias_grad`."""
-    grads = [_zeros(x) for x in (q, k, v)]
+    grads: Any = [_zeros(x) for x in (q, k, v)]
     d_q, d_k, d_v = grads
     d_bias = _zeros(bias) if bias is not None and bias_grad else None
     dtypes = q.dtype, k.dtype, v.dtype
@@ -136,7 +140,7 @@ def backward_jvp(
 ) -> tuple[Tensor | None, ...]:
     """(dQ, dK, dV, db, dtQ, dtK, dtV, dtb); db and dtb are None unless `bias_grad`."""
     inputs = (q, k, v, bias if bias_grad else None)
-    grads = [None if x is None else _zeros(x) for x in (*inputs, *inputs)]
+    grads: Any = [None if x is None else _zeros(x) for x in (*inputs, *inputs)]
     d_q, d_k, d_v, d_bias, d_t_q, d_t_k, d_t_v, d_t_bias = grads
     q, k, v, t_q, t_k, t_v, out, t_out = _wide(q, k, v, t_q, t_k, t_v, out, t_out)
     d_out, d_t_out = _wide(d_out, d_t_out)
@@ -214,7 +218,8 @@ def _blocks(q, k, bias, seed, options: Options, tangents=(None, None, None)) -> 
 
 
 def _scores(x: Tensor, y: Tensor) -> Tensor:
-    """(B, H, l, D) and (B, Hk, S, D) -> (B, H, l, S); the query heads of a group are folded into the rows."""
+    """(B, H, l, D) and (B, Hk, S, D) -> (B, H, l, S); the query heads of a group are folded into
+    the rows."""
     B, H, l, D = x.shape
     Hk, S = y.shape[1:3]
     return (x.reshape(B, Hk, H // Hk * l, D) @ y.mT).view(B, H, l, S)
@@ -228,7 +233,8 @@ def _values(p: Tensor, y: Tensor) -> Tensor:
 
 
 def _keys(p: Tensor, x: Tensor, like: Tensor) -> Tensor:
-    """(B, H, l, S)ᵀ and (B, H, l, D) -> (B, Hk, S, D), the shape of `like`, summed over the heads of a group."""
+    """(B, H, l, S)ᵀ and (B, H, l, D) -> (B, Hk, S, D), the shape of `like`, summed over the heads
+    of a group."""
     B, H, l, S = p.shape
     Hk = like.shape[1]
     return p.reshape(B, Hk, H // Hk * l, S).mT @ x.reshape(B, Hk, H // Hk * l, x.shape[3])
@@ -243,7 +249,7 @@ def _sum(*terms: Tensor | None) -> Tensor | None:
     return sum(present[1:], present[0]) if present else None
 
 
-def _wide(*tensors):
+def _wide(*tensors: Tensor | None) -> Any:
     return [x if x is None or x.dtype == torch.float64 else x.float() for x in tensors]
 
 
@@ -263,7 +269,8 @@ def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _accumulate(d_bias: Tensor | None, d_s: Tensor, rows: slice) -> None:
-    """Adds a block of dS to the gradient of the bias, summed over the dimensions in which the bias was broadcast."""
+    """Adds a block of dS to the gradient of the bias, summed over the dimensions in which the bias
+    was broadcast."""
     if d_bias is None:
         return
     target = d_bias if d_bias.shape[2] == 1 else d_bias[:, :, rows]

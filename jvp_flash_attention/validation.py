@@ -14,25 +14,37 @@ def tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.layout != torch.strided:
-            raise NotImplementedError(f"{name} must be a dense strided tensor, got layout {x.layout}")
+            raise NotImplementedError(
+                f"{name} must be a dense strided tensor, got layout {x.layout}"
+            )
         if x.dim() < 2:
-            raise ValueError(f"{name} must have shape (..., heads, length, head dim), got {tuple(x.shape)}")
+            raise ValueError(
+                f"{name} must have shape (..., heads, length, head dim), got {tuple(x.shape)}"
+            )
         if x.dtype not in DTYPES:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
     for name, x in (("key", key), ("value", value)):
         if x.dtype != query.dtype:
-            raise TypeError(f"{name} must have query's dtype {query.dtype}, got {x.dtype}; cast one of them")
+            raise TypeError(
+                f"{name} must have query's dtype {query.dtype}, got {x.dtype}; cast one of them"
+            )
         if x.device != query.device:
-            raise ValueError(f"{name} must be on query's device {query.device}, got {x.device}; move one of them")
+            raise ValueError(
+                f"{name} must be on query's device {query.device}, got {x.device}; move one of them"
+            )
 
 
 def shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
     """Agreement of batch, heads, lengths and head dims."""
     q, k, v = ((1,) * (3 - x.dim()) + tuple(x.shape) for x in (query, key, value))
     if not q[:-3] == k[:-3] == v[:-3]:
-        raise ValueError(f"query, key and value must share their batch dimensions, got shapes {q}, {k} and {v}")
+        raise ValueError(
+            f"query, key and value must share their batch dimensions, got shapes {q}, {k} and {v}"
+        )
     if q[-1] == 0 or v[-1] == 0:
-        raise ValueError(f"head dim must be at least 1, got {q[-1]} for query and {v[-1]} for value")
+        raise ValueError(
+            f"head dim must be at least 1, got {q[-1]} for query and {v[-1]} for value"
+        )
     if k[-1] != q[-1]:
         raise ValueError(f"key must have query's head dim {q[-1]}, got {k[-1]}")
     if v[-2] != k[-2]:
@@ -43,10 +55,14 @@ def shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
         return
     if not enable_gqa:
         raise ValueError(
-            f"key and value must have query's {q[-3]} heads, got {k[-3]}; pass enable_gqa=True for grouped-query attention"
+            f"key and value must have query's {q[-3]} heads, got {k[-3]};"
+            " pass enable_gqa=True for grouped-query attention"
         )
     if k[-3] == 0 or q[-3] % k[-3]:
-        raise ValueError(f"with enable_gqa the query heads must be a multiple of the key heads, got {q[-3]} and {k[-3]}")
+        raise ValueError(
+            "with enable_gqa the query heads must be a multiple of the key heads,"
+            f" got {q[-3]} and {k[-3]}"
+        )
 
 
 def mask(attn_mask: Tensor | None, scores: tuple[int, ...], device: torch.device) -> None:
@@ -57,14 +73,20 @@ def mask(attn_mask: Tensor | None, scores: tuple[int, ...], device: torch.device
         raise TypeError(f"attn_mask must be a torch.Tensor or None, got {type(attn_mask).__name__}")
     if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise TypeError(
-            f"attn_mask must be bool (True attends) or floating (added to the scores), got {attn_mask.dtype};"
+            "attn_mask must be bool (True attends) or floating (added to the scores),"
+            f" got {attn_mask.dtype};"
             " use attn_mask.bool()"
         )
     if attn_mask.device != device:
         raise ValueError(f"attn_mask must be on query's device {device}, got {attn_mask.device}")
     padded = (1,) * (len(scores) - attn_mask.dim()) + tuple(attn_mask.shape)
-    if len(padded) != len(scores) or any(m not in (1, n) for m, n in zip(padded, scores, strict=True)):
-        raise ValueError(f"attn_mask must broadcast to (..., heads, L, S) = {scores}, got {tuple(attn_mask.shape)}")
+    if len(padded) != len(scores) or any(
+        m not in (1, n) for m, n in zip(padded, scores, strict=True)
+    ):
+        raise ValueError(
+            f"attn_mask must broadcast to (..., heads, L, S) = {scores},"
+            f" got {tuple(attn_mask.shape)}"
+        )
 
 
 def scalars(dropout_p: float, scale: float | None) -> None:
@@ -84,7 +106,9 @@ def tangent(name: str, t: Tensor | None, primal: Tensor | None) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor or None, got {type(t).__name__}")
     if t.shape != primal.shape:
-        raise ValueError(f"{name} must have its primal's shape {tuple(primal.shape)}, got {tuple(t.shape)}")
+        raise ValueError(
+            f"{name} must have its primal's shape {tuple(primal.shape)}, got {tuple(t.shape)}"
+        )
     if t.dtype != primal.dtype:
         raise TypeError(f"{name} must have its primal's dtype {primal.dtype}, got {t.dtype}")
     if t.device != primal.device:

@@ -1,4 +1,6 @@
-"""Random problems, their float64 solution and the comparison by name, for every implementation alike."""
+"""Random problems, their float64 solution and the comparison by name, for every implementation
+alike.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -89,7 +91,9 @@ def build(case: Case, dtype: torch.dtype, device="cpu", backend="triton") -> Pro
         bias[:, :, L // 2] = float("-inf")
     floating = bias is not None and bias.is_floating_point()
     tangents = [
-        torch.randn(x.shape, generator=rng, device=device).to(dtype) if name in case.tangents else None
+        torch.randn(x.shape, generator=rng, device=device).to(dtype)
+        if name in case.tangents
+        else None
         for name, x in zip("qkv", (q, k, v), strict=True)
     ]
     tangents.append(draw(*bias.shape) if floating and "b" in case.tangents else None)
@@ -102,8 +106,9 @@ def build(case: Case, dtype: torch.dtype, device="cpu", backend="triton") -> Pro
 
 
 def relative(x: Tensor, exact: Tensor, terms: float = 1.0) -> tuple[float, float]:
-    """(squared error, squared scale).  The scale is the norm of the exact tensor; where that is zero by cancellation, as
-    the gradient of scores that have a single key, it is that of a sum of `terms` O(1) terms an element."""
+    """(squared error, squared scale). The scale is the norm of the exact tensor; where that is zero
+    by cancellation, as the gradient of scores that have a single key, it is that of a sum of
+    `terms` O(1) terms an element."""
     norm = float(exact.norm()) ** 2
     if norm <= 1e-12 * exact.numel():
         norm = exact.numel() * terms
@@ -113,9 +118,7 @@ def relative(x: Tensor, exact: Tensor, terms: float = 1.0) -> tuple[float, float
 def solve(implementation, p: Problem) -> dict[str, Tensor]:
     """Every tensor that an implementation's four functions return, by name."""
     out, lse = implementation.forward(*p.primals, p.seed, p.options)
-    first = implementation.backward(
-        p.d_out, *p.primals, p.seed, out, lse, p.options, p.bias_grad
-    )
+    first = implementation.backward(p.d_out, *p.primals, p.seed, out, lse, p.options, p.bias_grad)
     saved = implementation.forward_jvp(*p.primals, p.seed, *p.tangents, p.options)
     second = implementation.backward_jvp(
         p.d_out, p.d_t_out, *p.primals, p.seed, *p.tangents, *saved, p.options, p.bias_grad
@@ -138,10 +141,11 @@ def solve(implementation, p: Problem) -> dict[str, Tensor]:
 def errors(
     implementation, case: Case, dtype: torch.dtype, device="cpu", backend="triton", rows=512
 ) -> dict[str, float]:
-    """Relative Frobenius error of every output by name, against the reference in float64 from the same inputs.
+    """Relative Frobenius error of every output by name, against the reference in float64 from the
+    same inputs.
 
-    A case of few query rows is drawn anew until `rows` are pooled: over six rows rounding alone scatters by half.
-    """
+    A case of few query rows is drawn anew until `rows` are pooled: over six rows rounding alone
+    scatters by half."""
     pooled: dict[str, list[float]] = {}
     for draw in range(max(1, rows // max(case.B * case.H * case.L, 1))):
         p = build(replace(case, seed=case.seed + 1000 * draw), dtype, device, backend)
@@ -153,7 +157,9 @@ def errors(
             total = pooled.setdefault(name, [0.0, 0.0])
             total[0] += square
             total[1] += norm
-    return {name: (square / norm) ** 0.5 if norm else square for name, (square, norm) in pooled.items()}
+    return {
+        name: (square / norm) ** 0.5 if norm else square for name, (square, norm) in pooled.items()
+    }
 
 
 def check(found: dict[str, float], dtype: torch.dtype) -> None:

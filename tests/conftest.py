@@ -1,4 +1,6 @@
-"""Without a GPU the kernels run in Triton's interpreter; `--report PATH` writes what the tests measured as JSON."""
+"""Without a GPU the kernels run in Triton's interpreter; `--report PATH` writes what the tests
+measured as JSON.
+"""
 
 import json
 import os
@@ -46,7 +48,10 @@ class _Report:
         from scripts.environment import environment
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"environment": environment(), "tests": sorted(self.rows, key=lambda r: r["test"])}
+        content = {
+            "environment": environment(),
+            "tests": sorted(self.rows, key=lambda r: r["test"]),
+        }
         self.path.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -1,7 +1,7 @@
 """Compiles kernels for a GPU that is not there and reads what the assembler says of them.
 
-The library's own launchers run on CPU tensors, but every launch is turned into a compilation for the given target, so what
-is compiled is exactly what a call on that GPU would compile.
+The library's own launchers run on CPU tensors, but every launch is turned into a compilation for
+the given target, so what is compiled is exactly what a call on that GPU would compile.
 """
 
 import re
@@ -32,7 +32,8 @@ TARGETS = {
 
 
 class Compiled(NamedTuple):
-    """One kernel as assembled: registers a thread, bytes of stack a thread (spills), bytes of shared memory a block."""
+    """One kernel as assembled: registers a thread, bytes of stack a thread (spills), bytes of
+    shared memory a block."""
 
     kernel: str
     registers: int
@@ -60,7 +61,7 @@ class _Driver:
 
 @contextmanager
 def _compiling_for(name: str, tma: bool | None = None):
-    """Every launch inside compiles for target `name` and is appended to the list that this yields."""
+    """Every launch inside compiles for target `name` and is appended to the list yielded."""
     target, done = TARGETS[name], []
     hopper = target.backend == "cuda" and int(target.arch) >= 90
     run, problem = JITFunction.run, launch.problem
@@ -113,7 +114,8 @@ def compile_passes(
             kernels.backward(d, q, k, v, bias, seed, q, rows, options, bias_grad)
         if "backward_jvp" in passes:
             kernels.backward_jvp(
-                d, d_t, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, q, q, rows, rows, options, bias_grad
+                d, d_t, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, q, q, rows, rows,
+                options, bias_grad,
             )  # fmt: skip
     return [_inspect(name, compiled) for name, compiled in done]
 
@@ -138,11 +140,18 @@ def _output(*command) -> str:
     return subprocess.run([*map(str, command)], capture_output=True, text=True, check=True).stdout
 
 
-SHARED = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB a block may use
+SHARED = {
+    "sm_80": 163,
+    "sm_89": 99,
+    "sm_90": 227,
+    "sm_100": 227,
+    "gfx942": 64,
+}  # KiB a block may use
 
 
 def table(target: str, head_dims, dtypes, variants=("plain",), **kwargs):
-    """Rows (head dim, dtype, variant, kernel, registers, stack, shared) for every pass; names of what does not fit."""
+    """Rows (head dim, dtype, variant, kernel, registers, stack, shared) for every pass; names of
+    what does not fit."""
     masks = {
         "plain": {},
         "causal": {"causal": True, "length": 200},
@@ -160,11 +169,15 @@ def table(target: str, head_dims, dtypes, variants=("plain",), **kwargs):
 if __name__ == "__main__":
     import argparse
 
-    parser = argparse.ArgumentParser(description="Compile every kernel for a GPU that is not there.")
+    parser = argparse.ArgumentParser(
+        description="Compile every kernel for a GPU that is not there."
+    )
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--head-dims", type=int, nargs="+", default=[16, 32, 64, 128, 256])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--variants", nargs="+", default=["plain", "causal", "bool", "bias", "dropout"])
+    parser.add_argument(
+        "--variants", nargs="+", default=["plain", "causal", "bool", "bias", "dropout"]
+    )
     arguments = parser.parse_args()
     failed = False
     dtypes = [getattr(torch, name) for name in arguments.dtypes]
@@ -174,8 +187,10 @@ if __name__ == "__main__":
         fits = c.shared <= SHARED[arguments.target] * 1024
         failed |= not fits
         print(
-            f"{arguments.target:7} D{head_dim:<4} {dtype:9} {variant:8} {c.kernel:17} registers {c.registers:3}"
-            f" stack {c.stack:5} shared {c.shared:6} wgmma {c.hgmma:3}{'' if fits else '  DOES NOT FIT'}",
+            f"{arguments.target:7} D{head_dim:<4} {dtype:9} {variant:8} {c.kernel:17}"
+            f" registers {c.registers:3}"
+            f" stack {c.stack:5} shared {c.shared:6} wgmma {c.hgmma:3}"
+            f"{'' if fits else '  DOES NOT FIT'}",
             flush=True,
         )
     raise SystemExit(failed)

@@ -1,4 +1,6 @@
-"""Every composition of PyTorch's transforms gives the derivative of dense attention, or raises; none is silently wrong."""
+"""Every composition of PyTorch's transforms gives the derivative of dense attention, or raises;
+none is silently wrong.
+"""
 
 import pytest
 import torch
@@ -10,7 +12,11 @@ from tests.test_reference import close, dense
 
 torch.manual_seed(0)
 DRAW = {"dtype": torch.float64}
-Q, K, V = torch.randn(2, 4, 5, 3, **DRAW), torch.randn(2, 2, 6, 3, **DRAW), torch.randn(2, 2, 6, 4, **DRAW)
+Q, K, V = (
+    torch.randn(2, 4, 5, 3, **DRAW),
+    torch.randn(2, 2, 6, 3, **DRAW),
+    torch.randn(2, 2, 6, 4, **DRAW),
+)
 BIAS = torch.randn(1, 4, 1, 6, **DRAW)
 INPUTS = (Q, K, V, BIAS)
 TANGENTS = tuple(torch.randn_like(x) for x in INPUTS)
@@ -53,9 +59,9 @@ COMPOSITIONS = {
     "vmap of grad in an unmapped bias": lambda f: vmap(
         lambda q: grad(lambda b: (f(q, K, V, b) * D_OUT).sum())(BIAS)
     )(torch.stack([Q, 2 * Q])),
-    "vmap of jvp over tangents": lambda f: vmap(lambda t: jvp(lambda q: f(q, K, V, BIAS), (Q,), (t,))[1])(
-        torch.stack([TANGENTS[0], Q])
-    ),
+    "vmap of jvp over tangents": lambda f: vmap(
+        lambda t: jvp(lambda q: f(q, K, V, BIAS), (Q,), (t,))[1]
+    )(torch.stack([TANGENTS[0], Q])),
     "grad of vmap": lambda f: grad(
         lambda b: vmap(lambda q: f(q, K, V, b))(torch.stack([Q, 2 * Q])).square().sum()
     )(BIAS),
@@ -120,12 +126,16 @@ def test_explicit_form_equals_jvp_and_none_equals_a_zero_tangent():
         close(got, exact)
     zeros = [torch.zeros_like(x) for x in INPUTS]
     none = attention_jvp(Q, K, V, None, TANGENTS[1], None, BIAS, enable_gqa=True)
-    for got, exact in zip(none, jvp(dense, INPUTS, (zeros[0], TANGENTS[1], *zeros[2:])), strict=True):
+    for got, exact in zip(
+        none, jvp(dense, INPUTS, (zeros[0], TANGENTS[1], *zeros[2:])), strict=True
+    ):
         close(got, exact)
 
 
 THIRD = {
-    "jvp of jvp": lambda: jvp(lambda q: jvp(lambda p: ours(p, K, V, BIAS), (q,), (Q,))[1], (Q,), (Q,)),
+    "jvp of jvp": lambda: jvp(
+        lambda q: jvp(lambda p: ours(p, K, V, BIAS), (q,), (Q,))[1], (Q,), (Q,)
+    ),
     "grad of grad of jvp": lambda: grad(
         lambda q: grad(lambda p: jvp(lambda x: ours(x, K, V, BIAS), (p,), (Q,))[1].sum())(q).sum()
     )(Q),
@@ -133,7 +143,9 @@ THIRD = {
         grad(lambda p: jvp(lambda x: ours(x, K, V, BIAS), (p,), (Q,))[1].sum()), (Q,), (Q,)
     ),
     "grad of grad of grad": lambda: grad(
-        lambda z: grad(lambda q: grad(lambda p: ours(p, K, V, BIAS).square().sum())(q).sum())(z).sum()
+        lambda z: grad(lambda q: grad(lambda p: ours(p, K, V, BIAS).square().sum())(q).sum())(
+            z
+        ).sum()
     )(Q),
     "jvp of jvp of grad": lambda: jvp(
         lambda z: jvp(grad(lambda p: ours(p, K, V, BIAS).square().sum()), (z,), (Q,))[1], (Q,), (Q,)
@@ -166,13 +178,17 @@ def test_leading_dimensions_are_free():
     exact = torch.nn.functional.scaled_dot_product_attention(q, q, q, mask)
     torch.testing.assert_close(attention(q, q, q, mask), exact)
     for x in (q[0, 0], q[0, 0, 0]):
-        torch.testing.assert_close(attention(x, x, x), torch.nn.functional.scaled_dot_product_attention(x, x, x))
+        torch.testing.assert_close(
+            attention(x, x, x), torch.nn.functional.scaled_dot_product_attention(x, x, x)
+        )
 
 
 def test_dropout_under_vmap_follows_its_randomness_rules():
     q = torch.randn(3, 1, 2, 16, 8)
     f = lambda x: attention(x, x, x, dropout_p=0.5)  # noqa: E731
-    same = vmap(lambda x: attention(q[0], q[0], x, dropout_p=0.5), randomness="same")(q[:1].expand(3, 1, 2, 16, 8))
+    same = vmap(lambda x: attention(q[0], q[0], x, dropout_p=0.5), randomness="same")(
+        q[:1].expand(3, 1, 2, 16, 8)
+    )
     assert torch.equal(same[0], same[1])
     different = vmap(lambda x: attention(q[0], q[0], x, dropout_p=0.5), randomness="different")(
         q[:1].expand(3, 1, 2, 16, 8)

@@ -19,7 +19,9 @@ class Net(nn.Module):
         self.qkv, self.out, self.time = nn.Linear(32, 96), nn.Linear(32, 32), nn.Linear(1, 32)
 
     def forward(self, x, t):
-        q, k, v = self.qkv(x + self.time(t)[:, None]).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(x + self.time(t)[:, None]).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        )
         return self.out(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -86,23 +88,46 @@ def test_both_outputs_of_the_explicit_form_have_their_gradients():
         torch.testing.assert_close(g, e)
 
 
-@pytest.mark.parametrize("case", [Case(L=5, S=6, D=4), Case(L=5, S=6, D=4, Dv=3, bias="key", causal=True)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(L=5, S=6, D=4), Case(L=5, S=6, D=4, Dv=3, bias="key", causal=True)], ids=str
+)
 def test_operators_pass_opcheck(case):
     p = build(case, torch.float64)
     options = tuple(p.options._replace(backend="reference"))
     q, k, v, bias = (None if x is None else x.requires_grad_() for x in p.primals)
-    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration")
+    checks = (
+        "test_schema",
+        "test_faketensor",
+        "test_aot_dispatch_dynamic",
+        "test_autograd_registration",
+    )
     torch.library.opcheck(ops.forward, (q, k, v, bias, None, *options), test_utils=checks)
     torch.library.opcheck(
         ops.forward_jvp, (q, k, v, bias, None, *p.tangents, *options), test_utils=checks
     )
-    out, t_out, lse, mu = (x.detach() for x in ops.forward_jvp(q, k, v, bias, None, *p.tangents, *options))
+    out, t_out, lse, mu = (
+        x.detach() for x in ops.forward_jvp(q, k, v, bias, None, *p.tangents, *options)
+    )
     primals = [None if x is None else x.detach() for x in (q, k, v, bias)]
     torch.library.opcheck(
-        ops.backward, (p.d_out, *primals, None, out, lse, *options, p.bias_grad), test_utils=checks[:2]
+        ops.backward,
+        (p.d_out, *primals, None, out, lse, *options, p.bias_grad),
+        test_utils=checks[:2],
     )
     torch.library.opcheck(
         ops.backward_jvp,
-        (p.d_out, p.d_t_out, *primals, None, *p.tangents, out, t_out, lse, mu, *options, p.bias_grad),
+        (
+            p.d_out,
+            p.d_t_out,
+            *primals,
+            None,
+            *p.tangents,
+            out,
+            t_out,
+            lse,
+            mu,
+            *options,
+            p.bias_grad,
+        ),
         test_utils=checks[:2],
     )

@@ -1,4 +1,4 @@
-"""The kernels on a GPU against the float64 reference, at the lengths and head dims that people use."""
+"""The kernels on a GPU against the float64 reference, at lengths and head dims that people use."""
 
 import pytest
 import torch

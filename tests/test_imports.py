@@ -1,4 +1,6 @@
-"""Who may import whom: the library knows nothing of the training, kernels and reference nothing of each other."""
+"""Who may import whom: the library knows nothing of the training, kernels and reference nothing of
+each other.
+"""
 
 import ast
 import subprocess
@@ -91,5 +93,9 @@ def test_the_wheel_holds_the_library_and_needs_torch_and_triton_only(tmp_path):
         names = archive.namelist()
         metadata = archive.read(next(n for n in names if n.endswith("METADATA"))).decode()
     assert all(n.startswith(("jvp_flash_attention/", "flash_jvp-")) for n in names)
-    needs = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra" not in line]
+    needs = [
+        line
+        for line in metadata.splitlines()
+        if line.startswith("Requires-Dist") and "extra" not in line
+    ]
     assert sorted(line.split()[1].split(">")[0] for line in needs) == ["torch", "triton"]

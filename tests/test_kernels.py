@@ -1,4 +1,6 @@
-"""The Triton kernels against the float64 reference: in Triton's interpreter on a CPU, compiled on a GPU."""
+"""The Triton kernels against the float64 reference: in Triton's interpreter on a CPU, compiled on a
+GPU.
+"""
 
 import pytest
 import torch

@@ -21,14 +21,18 @@ def compile_for(target: str, *arguments: str) -> str:
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_every_pass_compiles_and_fits(target):
-    table = compile_for(target, "--head-dims", "64", "--dtypes", "bfloat16", "--variants", "plain", "bias")
+    table = compile_for(
+        target, "--head-dims", "64", "--dtypes", "bfloat16", "--variants", "plain", "bias"
+    )
     assert table.count("forward_kernel") == 4
     assert table.count("keys_kernel") == 4
     assert table.count("queries_kernel") == 4
 
 
 def test_the_forward_passes_on_hopper_use_wgmma_and_do_not_spill():
-    table = compile_for("sm_90", "--head-dims", "64", "128", "--dtypes", "bfloat16", "--variants", "plain")
+    table = compile_for(
+        "sm_90", "--head-dims", "64", "128", "--dtypes", "bfloat16", "--variants", "plain"
+    )
     rows = [line for line in table.splitlines() if "forward_kernel" in line]
     assert len(rows) == 4
     for row in rows:

@@ -10,22 +10,62 @@ BAD = {
     "not a tensor": (TypeError, "query must be a torch.Tensor", lambda: attention([1.0], Q, Q)),
     "one dimension": (ValueError, "key must have shape", lambda: attention(Q, Q[0, 0, 0], Q)),
     "integer": (TypeError, "query must be float16", lambda: attention(Q.long(), Q, Q)),
-    "dtypes differ": (TypeError, "value must have query's dtype", lambda: attention(Q, Q, Q.double())),
-    "devices differ": (ValueError, "key must be on query's device", lambda: attention(Q, Q.to("meta"), Q)),
-    "batches differ": (ValueError, "share their batch dimensions", lambda: attention(Q, Q[:1], Q[:1])),
-    "head dims differ": (ValueError, "key must have query's head dim 8", lambda: attention(Q, Q[..., :4], Q)),
-    "head dim zero": (ValueError, "head dim must be at least 1", lambda: attention(Q[..., :0], Q[..., :0], Q)),
-    "lengths differ": (ValueError, "value must have key's length 5", lambda: attention(Q, Q, Q[:, :, :4])),
+    "dtypes differ": (
+        TypeError,
+        "value must have query's dtype",
+        lambda: attention(Q, Q, Q.double()),
+    ),
+    "devices differ": (
+        ValueError,
+        "key must be on query's device",
+        lambda: attention(Q, Q.to("meta"), Q),
+    ),
+    "batches differ": (
+        ValueError,
+        "share their batch dimensions",
+        lambda: attention(Q, Q[:1], Q[:1]),
+    ),
+    "head dims differ": (
+        ValueError,
+        "key must have query's head dim 8",
+        lambda: attention(Q, Q[..., :4], Q),
+    ),
+    "head dim zero": (
+        ValueError,
+        "head dim must be at least 1",
+        lambda: attention(Q[..., :0], Q[..., :0], Q),
+    ),
+    "lengths differ": (
+        ValueError,
+        "value must have key's length 5",
+        lambda: attention(Q, Q, Q[:, :, :4]),
+    ),
     "heads differ": (ValueError, "pass enable_gqa=True", lambda: attention(Q, Q[:, :2], Q[:, :2])),
     "heads do not divide": (
         ValueError,
         "multiple of the key heads",
         lambda: attention(Q, Q[:, :3], Q[:, :3], enable_gqa=True),
     ),
-    "integer mask": (TypeError, "attn_mask must be bool", lambda: attention(Q, Q, Q, torch.ones(5, 5).long())),
-    "mask of another shape": (ValueError, "attn_mask must broadcast", lambda: attention(Q, Q, Q, torch.ones(5, 4) > 0)),
-    "mask not a tensor": (TypeError, "attn_mask must be a torch.Tensor", lambda: attention(Q, Q, Q, "causal")),
-    "dropout": (ValueError, r"dropout_p must be in \[0, 1\)", lambda: attention(Q, Q, Q, dropout_p=1.0)),
+    "integer mask": (
+        TypeError,
+        "attn_mask must be bool",
+        lambda: attention(Q, Q, Q, torch.ones(5, 5).long()),
+    ),
+    "mask of another shape": (
+        ValueError,
+        "attn_mask must broadcast",
+        lambda: attention(Q, Q, Q, torch.ones(5, 4) > 0),
+    ),
+    "mask not a tensor": (
+        TypeError,
+        "attn_mask must be a torch.Tensor",
+        lambda: attention(Q, Q, Q, "causal"),
+    ),
+    "dropout": (
+        ValueError,
+        r"dropout_p must be in \[0, 1\)",
+        lambda: attention(Q, Q, Q, dropout_p=1.0),
+    ),
     "scale": (ValueError, "scale must be finite", lambda: attention(Q, Q, Q, scale=float("nan"))),
     "backend": (ValueError, "backend must be one of", lambda: attention(Q, Q, Q, backend="cudnn")),
     "kernels in float64": (
@@ -46,7 +86,9 @@ BAD = {
     "tangent of a bool mask": (
         ValueError,
         "t_attn_mask must be None",
-        lambda: attention_jvp(Q, Q, Q, None, None, None, torch.ones(5, 5) > 0, t_attn_mask=torch.ones(5, 5)),
+        lambda: attention_jvp(
+            Q, Q, Q, None, None, None, torch.ones(5, 5) > 0, t_attn_mask=torch.ones(5, 5)
+        ),
     ),
     "sparse": (NotImplementedError, "dense strided", lambda: attention(Q.to_sparse(), Q, Q)),
 }

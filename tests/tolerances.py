@@ -1,7 +1,7 @@
 """The one table of tolerances: relative Frobenius error against float64, by dtype.
 
-First order: O, tO and the gradients of O.  Second order (gradients through the tangent, double backward, jvp of grad) may
-err twice as much.
+First order: O, tO and the gradients of O. Second order (gradients through the tangent, double
+backward, jvp of grad) may err twice as much.
 """
 
 import torch

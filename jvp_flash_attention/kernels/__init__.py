@@ -1,4 +1,10 @@
-"""The Triton implementation: the same four functions as `reference`, for (B, H, L, D) tensors on one device."""
+"""The Triton implementation: the same four functions as `reference`, for (B, H, L, D) tensors on
+one device.
+"""
+
+# Triton's annotations name what a kernel receives, not what its caller passes.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 import torch
 from torch import Tensor
@@ -52,7 +58,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dQ, dK, dV, db); db is None unless `bias_grad`."""
     return _backward(
-        d_out, None, q, k, v, bias, seed, None, None, None, None, out, None, lse, None, options, bias_grad
+        d_out, None, q, k, v, bias, seed, None, None, None, None, out, None, lse, None,
+        options, bias_grad,
     )[:4]  # fmt: skip
 
 
@@ -77,7 +84,8 @@ def backward_jvp(
 ) -> tuple[Tensor | None, ...]:
     """(dQ, dK, dV, db, dtQ, dtK, dtV, dtb); db and dtb are None unless `bias_grad`."""
     return _backward(
-        d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu, options, bias_grad
+        d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu,
+        options, bias_grad,
     )  # fmt: skip
 
 
@@ -110,7 +118,8 @@ def _forward(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu, op
 
 
 def _backward(
-    d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu, options, bias_grad
+    d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu,
+    options, bias_grad,
 ):  # fmt: skip
     jvp = d_t_out is not None
     q, k, v, t_q, t_k, t_v = map(unit, (q, k, v, t_q, t_k, t_v))
@@ -168,7 +177,8 @@ def _backward(
         grid = (cdiv(p.L, tile.BM) * p.B * p.H,)
         if grid[0] > 0:
             queries_kernel[grid](
-                *inputs(tile), *map(pointer, (d_q, d_t_q)), mask(d_bias, p), mask(d_t_bias, p), *numbers,
+                *inputs(tile),
+                *map(pointer, (d_q, d_t_q)), mask(d_bias, p), mask(d_t_bias, p), *numbers,
                 **p.switches(tile, whole=p.S % tile.BN == 0 and not options.causal),
                 BIAS_ROWS=bias is not None and bias.shape[2] == p.L,
                 BIAS_COLUMNS=bias is not None and bias.shape[3] == p.S,
@@ -187,8 +197,8 @@ def _contiguous_like(x: Tensor) -> Tensor:
 
 
 def _bias_accumulator(bias: Tensor, p) -> Tensor:
-    """Where the atomic additions of a bias's gradient go: its own shape, in float32; the full shape where PyTorch is
-    told to be deterministic, so that no two additions meet."""
+    """Where the atomic additions of a bias's gradient go: its own shape, in float32; the full shape
+    where PyTorch is told to be deterministic, so that no two additions meet."""
     full = (p.B, p.H, p.L, p.S)
     shape = full if torch.are_deterministic_algorithms_enabled() else bias.shape
     return torch.zeros(shape, dtype=torch.float32, device=bias.device)

@@ -1,10 +1,12 @@
-"""Backward of O, and of (O, tO), in three launches: row sums, then the keys' gradients, then the queries'.
+"""Backward of O, and of (O, tO), in three launches: row sums, then the keys' gradients, then the
+queries'.
 
 Row sums, O(L D) and no matrix product:
 
     h = rowsum(dtO ∘ O)          w = rowsum(dO ∘ O) + rowsum(dtO ∘ tO)
 
-Then, tile by tile from the saved LSE and μ (no statistics pass), with P = exp(S − LSE) and R = P ∘ (tS − μ):
+Then, tile by tile from the saved LSE and μ (no statistics pass), with P = exp(S − LSE) and R = P ∘
+(tS − μ):
 
     Hm  = Z ∘ (dtO Vᵀ) − h                G  = Z ∘ (dO Vᵀ + dtO tVᵀ)
     dtS = P ∘ Hm                          dS = P ∘ (G + Hm ∘ (tS − μ) − w)
@@ -13,16 +15,31 @@ Then, tile by tile from the saved LSE and μ (no statistics pass), with P = exp(
               dtK = s dtSᵀ Q                 dtV = (P ∘ Z)ᵀ dtO
     queries:  dQ  = s (dS K + dtS tK)        dtQ = s dtS K            db = dS    dtb = dtS
 
-Without dtO it is the ordinary backward: dS = P ∘ (Z ∘ dO Vᵀ − w).  Products of a tile: 4 + 3 for the ordinary backward,
-12 + 9 with every tangent; what is absent (None) removes its own.  The keys' kernel holds its tiles transposed, keys by rows.
-Four accumulators of 128 columns leave no registers for the rest (a warp owns 16 rows of each: 256 registers a thread), so
-from that width on (dV, dtV) and (dK, dtK) are two launches, 6 + 9 products instead of 12 and still twice as fast.
+Without dtO it is the ordinary backward: dS = P ∘ (Z ∘ dO Vᵀ − w). Products of a tile: 4 + 3 for the
+ordinary backward, 12 + 9 with every tangent; what is absent (None) removes its own. The keys'
+kernel holds its tiles transposed, keys by rows. Four accumulators of 128 columns leave no registers
+for the rest (a warp owns 16 rows of each: 256 registers a thread), so from that width on (dV, dtV)
+and (dK, dtK) are two launches, 6 + 9 products instead of 12 and still twice as fast.
 """
+
+# Triton's annotations name what a kernel receives, not what its caller passes.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
 
-from .primitives import LOG2E, UNSPECIALIZED, dot, dropout_factor, head_of, load_bias, load_tile, store_tile, visible
+from .primitives import (
+    LOG2E,
+    UNSPECIALIZED,
+    dot,
+    dropout_factor,
+    head_of,
+    load_bias,
+    load_tile,
+    store_tile,
+    visible,
+)
 
 
 @triton.jit(do_not_specialize=["H", "L"])
@@ -54,7 +71,8 @@ def keys_kernel(
     Q, K, V, T_Q, T_K, T_V, BIAS, T_BIAS, SEED, D_O, D_T_O, LSE, MU, H_SUM, W_SUM,
     D_K, D_V, D_T_K, D_T_V,
     scale, threshold, keep_scale, batch_per_seed, H, L, S,
-    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     CAUSAL: tl.constexpr, BOOL: tl.constexpr, WHOLE: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -180,7 +198,8 @@ def queries_kernel(
     Q, K, V, T_Q, T_K, T_V, BIAS, T_BIAS, SEED, D_O, D_T_O, LSE, MU, H_SUM, W_SUM,
     D_Q, D_T_Q, D_BIAS, D_T_BIAS,
     scale, threshold, keep_scale, batch_per_seed, H, L, S,
-    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     CAUSAL: tl.constexpr, BOOL: tl.constexpr, WHOLE: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BIAS_ROWS: tl.constexpr, BIAS_COLUMNS: tl.constexpr,
@@ -288,7 +307,8 @@ def queries_kernel(
 def add_bias_grad(
     D_BIAS, d_s, b, h, i, j, L, S, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """Adds a tile of dS to the bias's gradient; ROWS, COLUMNS: the bias has those dimensions, or was broadcast."""
+    """Adds a tile of dS to the bias's gradient; ROWS, COLUMNS: the bias has those dimensions, or
+    was broadcast."""
     if ROWS and COLUMNS:
         at = _bias_at(D_BIAS, b, h, i[:, None], j[None, :])
         tl.atomic_add(at, d_s, mask=(i < L)[:, None] & (j < S)[None, :], sem="relaxed")
@@ -297,7 +317,10 @@ def add_bias_grad(
     elif ROWS:
         tl.atomic_add(_bias_at(D_BIAS, b, h, i, 0 * i), tl.sum(d_s, 1), mask=i < L, sem="relaxed")
     else:
-        tl.atomic_add(D_BIAS[0] + tl.cast(b, tl.int64) * D_BIAS[1] + tl.cast(h, tl.int64) * D_BIAS[2], tl.sum(d_s))
+        tl.atomic_add(
+            D_BIAS[0] + tl.cast(b, tl.int64) * D_BIAS[1] + tl.cast(h, tl.int64) * D_BIAS[2],
+            tl.sum(d_s),
+        )
 
 
 @triton.jit

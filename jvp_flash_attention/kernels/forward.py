@@ -10,12 +10,18 @@ Online over tiles of keys, with the running maximum m, P̃ = exp(S − m), α = 
     O = o / l                     tO = t / l − (r / l) O
     LSE = m + log l               μ = r / l + c
 
-The constant c of a row changes nothing in exact arithmetic; as the mean of tS over the first tile of keys it is near μ and
-keeps P̃ ∘ (tS − c), which is rounded to 16 bits for its product with V, as small as what remains of it in tO.
+The constant c of a row changes nothing in exact arithmetic; as the mean of tS over the first tile
+of keys it is near μ and keeps P̃ ∘ (tS − c), which is rounded to 16 bits for its product with V, as
+small as what remains of it in tO.
 
-Products of a tile: 2 for the value; with all tangents 6, and an absent tangent removes its own.  The softmax runs in base 2.
-With dropout, Z multiplies P̃ in the products with the values and nowhere else.
+Products of a tile: 2 for the value; with all tangents 6, and an absent tangent removes its own. The
+softmax runs in base 2. With dropout, Z multiplies P̃ in the products with the values and nowhere
+else.
 """
+
+# Triton's annotations name what a kernel receives, not what its caller passes.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
@@ -38,12 +44,14 @@ from .primitives import (
 def forward_kernel(
     Q, K, V, T_Q, T_K, T_V, BIAS, T_BIAS, SEED, O, T_O, LSE, MU,
     scale, threshold, keep_scale, batch_per_seed, H, L, S,
-    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     CAUSAL: tl.constexpr, BOOL: tl.constexpr, WHOLE: tl.constexpr, PRESCALE: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """One program: BM queries of one head.  WHOLE: every tile of keys is full and needs no check.  PRESCALE: scores are
-    scaled before their maximum is taken, as a bias or a scale <= 0 requires."""
+    """One program: BM queries of one head. WHOLE: every tile of keys is full and needs no check.
+    PRESCALE: scores are scaled before their maximum is taken, as a bias or a scale <= 0
+    requires."""
     T_S: tl.constexpr = T_Q is not None or T_K is not None or T_BIAS is not None
     JVP: tl.constexpr = T_O is not None
     DT: tl.constexpr = O[0].dtype.element_ty
@@ -69,7 +77,8 @@ def forward_kernel(
     if CAUSAL:
         end = tl.minimum(S, m0 + BM)
         full = tl.minimum(S, m0 + 1) // BN * BN
-    # first the tiles that every query sees whole, then those that cross the end of the keys or the diagonal
+    # first the tiles that every query sees whole, then those that cross the end of the keys or the
+    # diagonal
     for PHASE in tl.static_range(1 if WHOLE else 2):
         for n0 in tl.range(0 if PHASE == 0 else full, full if PHASE == 0 else end, BN):
             j = n0 + tl.arange(0, BN)

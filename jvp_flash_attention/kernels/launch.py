@@ -4,7 +4,6 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -70,11 +69,17 @@ class Problem(NamedTuple):
         }
 
 
-def problem(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: Options, *operands) -> Problem:
+def problem(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: Options, *operands
+) -> Problem:
     """Sizes and switches of a call; `operands` are the other tensors that are read as tiles."""
     B, H, L, D = q.shape
     Hk, S, DV = v.shape[1:]
-    hopper = q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device)[0] >= 9
+    hopper = (
+        q.is_cuda
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(q.device)[0] >= 9
+    )
     tma = hopper and q.element_size() == 2 and all(map(_tma_can_read, (q, k, v, *operands)))
     bool_bias = bias is not None and bias.dtype == torch.bool
     return Problem(
@@ -83,8 +88,9 @@ def problem(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: Optio
 
 
 def precision(itemsize: int, block: int) -> str:
-    """How float32 products are computed: one TF32 product where the user allows it; otherwise three, which keep
-    float32's accuracy, or plain float32 at head dim 256, where the split operands outgrow shared memory."""
+    """How float32 products are computed: one TF32 product where the user allows it; otherwise
+    three, which keep float32's accuracy, or plain float32 at head dim 256, where the split operands
+    outgrow shared memory."""
     if itemsize != 4:
         return "ieee"
     if torch.get_float32_matmul_precision() != "highest":
@@ -93,12 +99,14 @@ def precision(itemsize: int, block: int) -> str:
 
 
 def unit(x: Tensor | None) -> Tensor | None:
-    """The tensor itself where its last dimension has unit stride, as the kernels read it; otherwise a copy."""
+    """The tensor itself where its last dimension has unit stride, as the kernels read it; otherwise
+    a copy."""
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
 def operand(x: Tensor | None, p: Problem, rows: int, block_d: int):
-    """A tensor (B, heads, rows, D) as the kernels take it: a TMA descriptor, or pointer and strides."""
+    """A tensor (B, heads, rows, D) as the kernels take it: a TMA descriptor, or pointer and
+    strides."""
     if x is None:
         return None
     if p.tma:
@@ -125,11 +133,13 @@ def on_device(x: Tensor):
 
 
 def cdiv(a: int, b: int) -> int:
-    return triton.cdiv(a, b)
+    """a / b, rounded up."""
+    return -(-a // b)
 
 
 def _padded(d: int) -> int:
-    return max(16, triton.next_power_of_2(d))
+    """The head dim a tile is given: a power of two, at least what a matrix product takes."""
+    return max(16, 1 << (d - 1).bit_length())
 
 
 def _tma_can_read(x: Tensor | None) -> bool:

@@ -1,10 +1,15 @@
 """What every kernel is written with: operands, masks, dropout, products.
 
-An operand is a 4-D tensor (B, H, rows, D) handed over as a tuple (pointer, stride_b, stride_h, stride_row) with unit stride
-in D, or as a TMA descriptor of block (1, 1, BLOCK, BLOCK_D); rows and columns outside the tensor read as zero.  A mask is
-(pointer, stride_b, stride_h, stride_l, stride_s), zero strides where it is broadcast.  What is absent is None, and the code
-that would use it is not compiled.
+An operand is a 4-D tensor (B, H, rows, D) handed over as a tuple (pointer, stride_b, stride_h,
+stride_row) with unit stride in D, or as a TMA descriptor of block (1, 1, BLOCK, BLOCK_D); rows and
+columns outside the tensor read as zero. A mask is (pointer, stride_b, stride_h, stride_l,
+stride_s), zero strides where it is broadcast. What is absent is None, and the code that would use
+it is not compiled.
 """
+
+# Triton's annotations name what a kernel receives, not what its caller passes.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
@@ -22,7 +27,8 @@ def load_tile(
     BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     CHECK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Rows row ... row + BLOCK of head (b, h) as (BLOCK, BLOCK_D); CHECK where they may pass the end, `rows`."""
+    """Rows row ... row + BLOCK of head (b, h) as (BLOCK, BLOCK_D); CHECK where they may pass the
+    end, `rows`."""
     if TMA:
         x = X.load([b, h, row, 0]).reshape(BLOCK, BLOCK_D)
     else:
@@ -41,10 +47,8 @@ def load_tile(
 
 
 @triton.jit
-def store_tile(
-    X, x, b, h, row, rows, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Stores (BLOCK, BLOCK_D) into rows row ... row + BLOCK of head (b, h), as far as they exist."""
+def store_tile(X, x, b, h, row, rows, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Stores (BLOCK, BLOCK_D) into rows row ... row + BLOCK of head (b, h), where they exist."""
     i = tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)
     at = _row(X, b, h, row) + i[:, None] * X[3] + d[None, :]
@@ -54,14 +58,16 @@ def store_tile(
 
 @triton.jit
 def load_bias(BIAS, b, h, i, j, L, S):
-    """The mask at rows i (l, 1) and columns j (1, s), or the transposed: float32, 0 outside; a bool mask reads 0 or 1."""
+    """The mask at rows i (l, 1) and columns j (1, s), or the transposed: float32, 0 outside; a bool
+    mask reads 0 or 1."""
     at = _head(BIAS, b, h) + tl.cast(i, tl.int64) * BIAS[3] + tl.cast(j, tl.int64) * BIAS[4]
     return tl.load(at, mask=(i < L) & (j < S), other=0).to(tl.float32)
 
 
 @triton.jit
 def visible(i, j, S, bias, CAUSAL: tl.constexpr, BOOL: tl.constexpr):
-    """Which pairs of rows i and columns j attend: inside the keys, not in the future, selected by a bool mask."""
+    """Which pairs of rows i and columns j attend: inside the keys, not in the future, selected by a
+    bool mask."""
     see = (j < S) & (i >= 0)
     if CAUSAL:
         see = see & (i >= j)
@@ -72,7 +78,8 @@ def visible(i, j, S, bias, CAUSAL: tl.constexpr, BOOL: tl.constexpr):
 
 @triton.jit
 def dropout_factor(SEED, b, h, i, j, H, batch_per_seed, threshold, keep_scale):
-    """Z: 0 for dropped pairs, 1 / (1 − p) for the others; the same for (seed, b, h, i, j) in every kernel (philox.py)."""
+    """Z: 0 for dropped pairs, 1 / (1 − p) for the others; the same for (seed, b, h, i, j) in every
+    kernel (philox.py)."""
     seed = tl.load(SEED + b // batch_per_seed)
     c0 = j + i * 0
     c1 = i + j * 0
@@ -89,7 +96,8 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def head_of(pid, tiles, H, REVERSED: tl.constexpr):
-    """Batch, head and tile of a program; the tiles of a head are neighbours, so its keys stay in L2."""
+    """Batch, head and tile of a program; the tiles of a head are neighbours, so its keys stay in
+    L2."""
     t = pid % tiles
     bh = pid // tiles
     if REVERSED:  # under a causal mask the last tile has the most work and starts first
