@@ -18,8 +18,10 @@ from typing import ClassVar
 
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn import Parameter
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .backends import implementation
+from . import backends, ops
 from .options import Options
 
 THIRD_ORDER = (
@@ -39,6 +41,13 @@ def attention_jvp(
 ) -> tuple[Tensor, Tensor]:
     """(O, tO), differentiable in inputs and tangents; a tangent may be None."""
     return AttentionJvp.apply(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options)[:2]
+
+
+def _implementation(options: Options, q: Tensor):
+    """The backend itself; behind operators where a dispatch mode or a tensor subclass watches,
+    which would see a kernel's outputs being allocated and not being written."""
+    watched = _get_current_dispatch_mode() is not None or type(q) not in (Tensor, Parameter)
+    return ops if watched else backends.implementation(options.backend)
 
 
 class _Folded(Function):
@@ -63,7 +72,7 @@ class _Folded(Function):
 class Attention(_Folded):
     @staticmethod
     def forward(q, k, v, bias, seed, options):
-        return implementation(options.backend).forward(q, k, v, bias, seed, options)
+        return _implementation(options, q).forward(q, k, v, bias, seed, options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -93,7 +102,7 @@ class Attention(_Folded):
 class AttentionJvp(_Folded):
     @staticmethod
     def forward(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options):
-        return implementation(options.backend).forward_jvp(
+        return _implementation(options, q).forward_jvp(
             q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options
         )
 
@@ -137,7 +146,7 @@ class AttentionGrad(_Folded):
 
     @staticmethod
     def forward(d_out, q, k, v, bias, seed, out, lse, options, bias_grad):
-        grads = implementation(options.backend).backward(
+        grads = _implementation(options, q).backward(
             d_out, q, k, v, bias, seed, out, lse, options, bias_grad
         )
         return tuple(g for g in grads if g is not None)
@@ -184,7 +193,7 @@ class AttentionJvpGrad(_Folded):
         d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu,
         options, bias_grad,
     ):  # fmt: skip
-        grads = implementation(options.backend).backward_jvp(
+        grads = _implementation(options, q).backward_jvp(
             d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu,
             options, bias_grad,
         )  # fmt: skip

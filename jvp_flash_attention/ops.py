@@ -1,9 +1,11 @@
-"""The compiled path: the four passes as opaque `torch.library` operators with fakes and registered
-gradients.
+"""The four passes as opaque `torch.library` operators, with fakes and registered gradients.
 
 `torch.compile` cannot see a Function's jvp rule, and an operator has none, so neither is ever
-exposed: `api` unpacks the duals and calls these, and every derivative below is reverse mode. An
-absent gradient is a tensor without elements, because an operator cannot return None.
+exposed: `api` unpacks the duals and calls `attention` or `attention_jvp` here, and every derivative
+below is reverse mode. The other four functions are an implementation like `reference` and
+`kernels`: they run the one that the options name behind an operator, for whoever watches operators
+and not memory (`make_fx`, fake tensors). An absent gradient is a tensor without elements, because
+an operator cannot return None.
 """
 
 from typing import Any
@@ -18,18 +20,46 @@ from .options import Options
 
 def attention(q, k, v, bias, seed, options: Options) -> Tensor:
     """As `autograd.attention`."""
-    return forward(q, k, v, bias, seed, *options)[0]
+    return forward(q, k, v, bias, seed, options)[0]
 
 
 def attention_jvp(
     q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options: Options
 ) -> tuple[Tensor, Tensor]:
     """As `autograd.attention_jvp`."""
-    return forward_jvp(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, *options)[:2]
+    return forward_jvp(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options)[:2]
+
+
+def forward(q, k, v, bias, seed, options: Options):
+    """As `reference.forward`."""
+    return forward_op(q, k, v, bias, seed, *options)
+
+
+def forward_jvp(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options: Options):
+    """As `reference.forward_jvp`."""
+    return forward_jvp_op(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, *options)
+
+
+def backward(d_out, q, k, v, bias, seed, out, lse, options: Options, bias_grad: bool):
+    """As `reference.backward`."""
+    grads = backward_op(d_out, q, k, v, bias, seed, out, lse, *options, bias_grad)
+    return _empty_as_none(grads, bias_grad)
+
+
+def backward_jvp(
+    d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu,
+    options: Options, bias_grad: bool,
+):  # fmt: skip
+    """As `reference.backward_jvp`."""
+    grads = backward_jvp_op(
+        d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu,
+        *options, bias_grad,
+    )  # fmt: skip
+    return *_empty_as_none(grads[:4], bias_grad), *_empty_as_none(grads[4:], bias_grad)
 
 
 @custom_op("jvp_flash_attention::forward", mutates_args=())
-def forward(
+def forward_op(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None,
     scale: float, causal: bool, dropout_p: float, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -38,7 +68,7 @@ def forward(
 
 
 @custom_op("jvp_flash_attention::forward_jvp", mutates_args=())
-def forward_jvp(
+def forward_jvp_op(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None,
     t_q: Tensor | None, t_k: Tensor | None, t_v: Tensor | None, t_bias: Tensor | None,
     scale: float, causal: bool, dropout_p: float, backend: str,
@@ -48,7 +78,7 @@ def forward_jvp(
 
 
 @custom_op("jvp_flash_attention::backward", mutates_args=())
-def backward(
+def backward_op(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None,
     out: Tensor, lse: Tensor,
     scale: float, causal: bool, dropout_p: float, backend: str, bias_grad: bool,
@@ -61,7 +91,7 @@ def backward(
 
 
 @custom_op("jvp_flash_attention::backward_jvp", mutates_args=())
-def backward_jvp(
+def backward_jvp_op(
     d_out: Tensor | None, d_t_out: Tensor,
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None,
     t_q: Tensor | None, t_k: Tensor | None, t_v: Tensor | None, t_bias: Tensor | None,
@@ -79,22 +109,22 @@ def backward_jvp(
 # Fakes: outputs are contiguous, as every implementation allocates them.
 
 
-@forward.register_fake
+@forward_op.register_fake
 def _(q, k, v, bias, seed, scale, causal, dropout_p, backend):
     return _fake_out(q, v), _fake_rows(q)
 
 
-@forward_jvp.register_fake
+@forward_jvp_op.register_fake
 def _(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, scale, causal, dropout_p, backend):
     return _fake_out(q, v), _fake_out(q, v), _fake_rows(q), _fake_rows(q)
 
 
-@backward.register_fake
+@backward_op.register_fake
 def _(d_out, q, k, v, bias, seed, out, lse, scale, causal, dropout_p, backend, bias_grad):
     return _fake_grads(q, k, v, bias, bias_grad)
 
 
-@backward_jvp.register_fake
+@backward_jvp_op.register_fake
 def _(
     d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu,
     scale, causal, dropout_p, backend, bias_grad,
@@ -107,7 +137,8 @@ def _(
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.causal, ctx.dropout_p, ctx.backend = inputs
+    *tensors, scale, causal, dropout_p, backend = inputs
+    ctx.options = Options(scale, causal, dropout_p, backend)
     ctx.mark_non_differentiable(*(x for x in output if x.dim() == 3))  # LSE and μ
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
@@ -116,34 +147,31 @@ def _save(ctx, inputs, output):
 def _forward_backward(ctx, d_out, _d_lse):
     if d_out is None:
         return (None,) * 9
-    options = (ctx.scale, ctx.causal, ctx.dropout_p, ctx.backend)
+    q, k, v, bias, seed, out, lse = ctx.saved_tensors
     bias_grad = ctx.needs_input_grad[3]
-    grads = backward(d_out, *ctx.saved_tensors, *options, bias_grad)
-    return (*_empty_as_none(grads, bias_grad), *(None,) * 5)
+    grads = backward(d_out, q, k, v, bias, seed, out, lse, ctx.options, bias_grad)
+    return (*grads, *(None,) * 5)
 
 
 def _forward_jvp_backward(ctx, d_out, d_t_out, _d_lse, _d_mu):
     q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu = ctx.saved_tensors
-    options = (ctx.scale, ctx.causal, ctx.dropout_p, ctx.backend)
     bias_grad = ctx.needs_input_grad[3] or ctx.needs_input_grad[8]
     if d_t_out is None:
         if d_out is None:
             return (None,) * 13
-        grads = backward(d_out, q, k, v, bias, seed, out, lse, *options, bias_grad)
-        return (*_empty_as_none(grads, bias_grad), *(None,) * 9)
+        grads = backward(d_out, q, k, v, bias, seed, out, lse, ctx.options, bias_grad)
+        return (*grads, *(None,) * 9)
     grads = backward_jvp(
         d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu,
-        *options, bias_grad,
+        ctx.options, bias_grad,
     )  # fmt: skip
-    t_grads = [
-        None if t is None else g
-        for g, t in zip(_empty_as_none(grads[4:], bias_grad), (t_q, t_k, t_v, t_bias), strict=True)
-    ]
-    return (*_empty_as_none(grads[:4], bias_grad), None, *t_grads, *(None,) * 4)
+    tangents = (t_q, t_k, t_v, t_bias)
+    t_grads = [g if t is not None else None for g, t in zip(grads[4:], tangents, strict=True)]
+    return (*grads[:4], None, *t_grads, *(None,) * 4)
 
 
-forward.register_autograd(_forward_backward, setup_context=_save)
-forward_jvp.register_autograd(_forward_jvp_backward, setup_context=_save)
+forward_op.register_autograd(_forward_backward, setup_context=_save)
+forward_jvp_op.register_autograd(_forward_jvp_backward, setup_context=_save)
 
 
 def _fake_out(q: Tensor, v: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ def solve(implementation, p: Problem) -> dict[str, Tensor]:
 
 
 def errors(
-    implementation, case: Case, dtype: torch.dtype, device="cpu", backend="triton", rows=512
+    implementation, case: Case, dtype: torch.dtype, device="cpu", backend="triton", rows=128
 ) -> dict[str, float]:
     """Relative Frobenius error of every output by name, against the reference in float64 from the
     same inputs.

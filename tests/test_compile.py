@@ -101,21 +101,21 @@ def test_operators_pass_opcheck(case):
         "test_aot_dispatch_dynamic",
         "test_autograd_registration",
     )
-    torch.library.opcheck(ops.forward, (q, k, v, bias, None, *options), test_utils=checks)
+    torch.library.opcheck(ops.forward_op, (q, k, v, bias, None, *options), test_utils=checks)
     torch.library.opcheck(
-        ops.forward_jvp, (q, k, v, bias, None, *p.tangents, *options), test_utils=checks
+        ops.forward_jvp_op, (q, k, v, bias, None, *p.tangents, *options), test_utils=checks
     )
     out, t_out, lse, mu = (
-        x.detach() for x in ops.forward_jvp(q, k, v, bias, None, *p.tangents, *options)
+        x.detach() for x in ops.forward_jvp_op(q, k, v, bias, None, *p.tangents, *options)
     )
     primals = [None if x is None else x.detach() for x in (q, k, v, bias)]
     torch.library.opcheck(
-        ops.backward,
+        ops.backward_op,
         (p.d_out, *primals, None, out, lse, *options, p.bias_grad),
         test_utils=checks[:2],
     )
     torch.library.opcheck(
-        ops.backward_jvp,
+        ops.backward_jvp_op,
         (
             p.d_out,
             p.d_t_out,

@@ -1,10 +1,14 @@
 """The kernels on a GPU against the float64 reference, at lengths and head dims that people use."""
 
+from unittest import mock
+
 import pytest
 import torch
 
-from jvp_flash_attention import kernels
+from jvp_flash_attention import attention_jvp, kernels
+from tests import test_autograd, test_compile, tolerances
 from tests.cases import Case, check, errors
+from tests.test_autograd import COMPOSITIONS, flat
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 
@@ -58,3 +62,88 @@ def test_every_output_for_every_kind_of_input(dtype, case, record_property):
     found = errors(kernels, case, dtype, "cuda")
     record_property("errors", found)
     check(found, dtype)
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_composition_equals_dense_attention_through_the_kernels(name, record_property):
+    """The float64 compositions of test_autograd in float32, where attention runs on the kernels."""
+    compose = COMPOSITIONS[name]
+    cuda = lambda x: x.cuda() if isinstance(x, torch.Tensor) else tuple(map(cuda, x))  # noqa: E731
+    names = ("Q", "K", "V", "BIAS", "INPUTS", "TANGENTS", "D_OUT", "D_T_OUT")
+
+    def solve(f, dtype):
+        cast = lambda x: x.to(dtype) if isinstance(x, torch.Tensor) else tuple(map(cast, x))  # noqa: E731
+        with mock.patch.multiple(
+            test_autograd, **{n: cast(cuda(getattr(test_autograd, n))) for n in names}
+        ):
+            return flat(compose(f))
+
+    dense_cuda = lambda *x: test_autograd.dense(*x)  # noqa: E731
+    exact = solve(dense_cuda, torch.float64)
+    got = solve(test_autograd.ours, torch.float32)
+    worst = max(float((g - e).norm() / e.norm()) for g, e in zip(got, exact, strict=True))
+    record_property("errors", {"worst": worst})
+    assert worst < 1e-5
+
+
+@pytest.mark.parametrize(
+    "step", [test_compile.plain, test_compile.meanflow], ids=lambda f: f.__name__
+)
+def test_compiled_step_trains_like_eager_through_the_kernels(step):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    net = test_compile.Net().cuda()
+    args = [x.cuda() for x in (torch.randn(2, 9, 32), torch.rand(2, 1), torch.randn(2, 9, 32))]
+    step(net, *args).backward()
+    eager = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    torch.compile(lambda *x: step(net, *x), fullgraph=True)(*args).backward()
+    for p, exact in zip(net.parameters(), eager, strict=True):
+        torch.testing.assert_close(p.grad, exact, rtol=1e-3, atol=1e-5)
+
+
+def test_memory_beyond_outputs_is_linear_in_the_length(record_property):
+    extra = {}
+    for L in (4096, 16384, 65536):
+        x = [torch.randn(1, 1, L, 64, device="cuda", dtype=torch.bfloat16) for _ in range(6)]
+        for t in x:
+            t.requires_grad_()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out, t_out = attention_jvp(*x)
+        forward = torch.cuda.max_memory_allocated() - before
+        torch.autograd.grad(out.float().sum() + t_out.float().square().sum(), x)
+        extra[L] = [forward, torch.cuda.max_memory_allocated() - before]
+    record_property("bytes", {str(L): sizes for L, sizes in extra.items()})
+    for i in range(2):
+        assert extra[65536][i] <= 16.5 * extra[4096][i]
+
+
+def test_more_heads_than_a_grid_dimension_and_more_than_two_billion_elements():
+    q, k, v, t = (
+        torch.randn(70_000, 1, 512, 64, device="cuda", dtype=torch.bfloat16) for _ in range(4)
+    )
+    assert q.numel() > 2**31
+    out, t_out = attention_jvp(q, k, v, t, None, None)
+    for at in (slice(0, 2), slice(-2, None)):
+        x = [z[at].double() for z in (q, k, v, t)]
+        exact, t_exact = attention_jvp(*x, None, None)
+        assert (out[at] - exact).norm() / exact.norm() < tolerances.FIRST[torch.bfloat16]
+        assert (t_out[at] - t_exact).norm() / t_exact.norm() < tolerances.FIRST[torch.bfloat16]
+
+
+def test_a_captured_graph_replays_forward_and_backward():
+    x = [torch.randn(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16) for _ in range(8)]
+
+    def step():
+        leaves = [z.detach().requires_grad_() for z in x[:6]]
+        out, t_out = attention_jvp(*leaves)
+        return torch.autograd.grad((out, t_out), leaves, x[6:])
+
+    exact = step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for got, e in zip(captured, exact, strict=True):
+        assert torch.equal(got, e)

@@ -93,3 +93,11 @@ def test_deterministic_algorithms_give_the_same_bias_gradient(device):
         torch.use_deterministic_algorithms(False)
     check(again, torch.float32)
     assert found.keys() == again.keys()
+
+
+def test_tracing_records_the_kernels_and_not_their_memory(device):
+    """`linearize` replays a trace; a launch that it did not see would leave the outputs unwritten."""
+    q, k, v, t = (torch.randn(1, 2, 9, 8, device=device) for _ in range(4))
+    f = lambda q: attention(q, k, v, backend="triton")  # noqa: E731
+    exact = torch.func.jvp(f, (q,), (t,))[1]
+    torch.testing.assert_close(torch.func.linearize(f, q)[1](t), exact)

@@ -27,7 +27,7 @@ def dense(q, k, v, bias=None, causal=False, scale=None):
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = q @ k.mT * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    hidden = torch.zeros(1, 1, *scores.shape[2:], dtype=torch.bool)
+    hidden = torch.zeros(1, 1, *scores.shape[2:], dtype=torch.bool, device=q.device)
     if causal:
         hidden = hidden | torch.ones_like(hidden).triu(1)
     if bias is not None and bias.dtype == torch.bool:

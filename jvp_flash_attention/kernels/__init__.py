@@ -172,6 +172,7 @@ def _backward(
                 keys_kernel[grid](
                     *inputs(tile), *map(pointer, grads), *numbers,
                     **p.switches(tile, whole=p.L % tile.BM == 0),
+                    SINGLE=p.S <= tile.BN,
                 )  # fmt: skip
         tile = p.tile("queries", jvp)
         grid = (cdiv(p.L, tile.BM) * p.B * p.H,)
@@ -180,6 +181,7 @@ def _backward(
                 *inputs(tile),
                 *map(pointer, (d_q, d_t_q)), mask(d_bias, p), mask(d_t_bias, p), *numbers,
                 **p.switches(tile, whole=p.S % tile.BN == 0 and not options.causal),
+                SINGLE=p.S <= tile.BN,
                 BIAS_ROWS=bias is not None and bias.shape[2] == p.L,
                 BIAS_COLUMNS=bias is not None and bias.shape[3] == p.S,
             )  # fmt: skip

@@ -20,6 +20,10 @@ ordinary backward, 12 + 9 with every tangent; what is absent (None) removes its 
 kernel holds its tiles transposed, keys by rows. Four accumulators of 128 columns leave no registers
 for the rest (a warp owns 16 rows of each: 256 registers a thread), so from that width on (dV, dtV)
 and (dK, dtK) are two launches, 6 + 9 products instead of 12 and still twice as fast.
+
+With few keys the rounding of O to 16 bits is felt in h and w, which are what it takes to make the
+rows of dtS and dS sum to zero. Where one tile holds every key (SINGLE) they are taken from the
+tile: h = rowsum(P ∘ Hm) and w = rowsum(P ∘ (G + Hm ∘ (tS − μ))).
 """
 
 # Triton's annotations name what a kernel receives, not what its caller passes.
@@ -73,7 +77,7 @@ def keys_kernel(
     scale, threshold, keep_scale, batch_per_seed, H, L, S,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    CAUSAL: tl.constexpr, BOOL: tl.constexpr, WHOLE: tl.constexpr,
+    CAUSAL: tl.constexpr, BOOL: tl.constexpr, WHOLE: tl.constexpr, SINGLE: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One program: BN keys of one key/value head, against every query of the heads that read it."""
@@ -134,7 +138,7 @@ def keys_kernel(
                 if BIAS is not None:
                     lse = tl.where(lse == float("-inf"), float("inf"), lse)
                 p = tl.math.exp2(s - lse[None, :])
-                if PHASE == 1 or BOOL:
+                if PHASE == 1 or BOOL or SINGLE:
                     see = visible(i[None, :], j[:, None], S, bias, PHASE == 1, BOOL)
                     p = tl.where(see, p, 0.0)
                     if T_S:
@@ -173,14 +177,20 @@ def keys_kernel(
                         h_m = dot(v, d_t_o.T, zero, PRECISION)
                         if SEED is not None:
                             h_m *= z
-                        h_m -= tl.load(H_SUM + row + i, mask=i < L, other=0.0)[None, :]
+                        if SINGLE:
+                            h_m -= tl.sum(p * h_m, 0)[None, :]
+                        else:
+                            h_m -= tl.load(H_SUM + row + i, mask=i < L, other=0.0)[None, :]
                         if T_S:
                             d_p += h_m * t_s
                         d_t_s = (p * h_m).to(k.dtype)
                         d_t_k = dot(d_t_s, q, d_t_k, PRECISION)
                         if T_Q is not None:
                             d_k = dot(d_t_s, t_q, d_k, PRECISION)
-                    d_p -= tl.load(W_SUM + row + i, mask=i < L, other=0.0)[None, :]
+                    if SINGLE:
+                        d_p -= tl.sum(p * d_p, 0)[None, :]
+                    else:
+                        d_p -= tl.load(W_SUM + row + i, mask=i < L, other=0.0)[None, :]
                     d_k = dot((p * d_p).to(k.dtype), q, d_k, PRECISION)
 
     if D_K is not None:
@@ -200,7 +210,7 @@ def queries_kernel(
     scale, threshold, keep_scale, batch_per_seed, H, L, S,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    CAUSAL: tl.constexpr, BOOL: tl.constexpr, WHOLE: tl.constexpr,
+    CAUSAL: tl.constexpr, BOOL: tl.constexpr, WHOLE: tl.constexpr, SINGLE: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BIAS_ROWS: tl.constexpr, BIAS_COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -284,6 +294,8 @@ def queries_kernel(
                 h_m = dot(d_t_o, v.T, zero, PRECISION)
                 if SEED is not None:
                     h_m *= z
+                if SINGLE:
+                    h_sum = tl.sum(p * h_m, 1)
                 h_m -= h_sum[:, None]
                 if T_S:
                     d_p += h_m * (t_s - mu[:, None])
@@ -293,6 +305,8 @@ def queries_kernel(
                     d_q = dot(d_t_s.to(DT), t_k, d_q, PRECISION)
                 if D_T_BIAS is not None:
                     add_bias_grad(D_T_BIAS, d_t_s, b, h, i, j, L, S, BIAS_ROWS, BIAS_COLUMNS)
+            if SINGLE:
+                w = tl.sum(p * d_p, 1)
             d_s = p * (d_p - w[:, None])
             d_q = dot(d_s.to(DT), k, d_q, PRECISION)
             if D_BIAS is not None:
