@@ -2,10 +2,10 @@
 
     python scripts/benchmark_attention.py --workloads long_4k_128 --output docs/results/speed.json
 
-Every row is the median over repeated launches with the L2 cache flushed in between. TFLOP/s count the
-matrix products that the pass needs (2 forward, 6 forward+JVP, 5 backward, 15 backward of both), so a
-kernel that computes more of them pays for it. The roof is a bfloat16 product 8192 x 8192 x 8192 in the
-same run.
+Every row is the median over repeated launches with the L2 cache flushed in between. TFLOP/s count
+the matrix products that the pass needs (2 forward, 6 forward+JVP, 5 backward, 15 backward of both),
+so a kernel that computes more of them pays for it. The roof is a bfloat16 product 8192³
+in the same run.
 """
 
 import argparse
@@ -57,16 +57,13 @@ def call(implementation: str, name: str, workload: Workload, dtype: torch.dtype)
     if name == "forward_jvp":
         return lambda: both(x, causal)
     leaves = [z.requires_grad_() for z in (x[:3] if name == "backward" else x)]
-    if name == "backward":
-        outputs = (plain(implementation, x, causal),)
-    else:
-        outputs = both(x, causal)
+    outputs = (plain(implementation, x, causal),) if name == "backward" else both(x, causal)
     cotangents = [torch.randn_like(o) for o in outputs]
     return lambda: torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True)
 
 
 def measure(implementation: str, name: str, workload: Workload, dtype: torch.dtype) -> dict:
-    """Milliseconds, TFLOP/s and peak memory of one call; what stopped it, where it could not run."""
+    """Milliseconds, TFLOP/s and peak memory of one call, or what stopped it."""
     try:
         f = call(implementation, name, workload, dtype)
         f()
@@ -75,7 +72,7 @@ def measure(implementation: str, name: str, workload: Workload, dtype: torch.dty
         before = torch.cuda.memory_allocated()
         f()
         memory = torch.cuda.max_memory_allocated() - before
-        ms = do_bench(f, warmup=25, rep=100, return_mode="median")
+        ms = milliseconds(f)
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
         return {"error": "out of memory"}
@@ -83,10 +80,15 @@ def measure(implementation: str, name: str, workload: Workload, dtype: torch.dty
     return {"ms": round(ms, 4), "tflops": round(tflops, 1), "mebibytes": round(memory / 2**20, 1)}
 
 
+def milliseconds(f) -> float:
+    """Median time on the device, the L2 cache flushed before every launch."""
+    return float(do_bench(f, warmup=25, rep=100, return_mode="median"))  # pyright: ignore
+
+
 def roof() -> float:
     """TFLOP/s of a bfloat16 product 8192 x 8192 x 8192 through the vendor's library."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * 8192**3 / do_bench(lambda: a @ b, return_mode="median") / 1e9
+    return 2 * 8192**3 / milliseconds(lambda: a @ b) / 1e9
 
 
 def host_microseconds() -> dict[str, float]:
@@ -123,7 +125,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the results to this JSON file")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.error("this benchmark needs a CUDA device, and torch sees none")
+        raise SystemExit("this benchmark needs a CUDA device, and torch sees none; run it on a GPU")
 
     result = {"environment": environment(), "gemm_tflops": round(roof(), 1)}
     result |= {"host_microseconds": host_microseconds(), "rows": []}

@@ -96,7 +96,7 @@ def test_deterministic_algorithms_give_the_same_bias_gradient(device):
 
 
 def test_tracing_records_the_kernels_and_not_their_memory(device):
-    """`linearize` replays a trace; a launch that it did not see would leave the outputs unwritten."""
+    """`linearize` replays a trace; a launch that it did not see would leave outputs unwritten."""
     q, k, v, t = (torch.randn(1, 2, 9, 8, device=device) for _ in range(4))
     f = lambda q: attention(q, k, v, backend="triton")  # noqa: E731
     exact = torch.func.jvp(f, (q,), (t,))[1]
