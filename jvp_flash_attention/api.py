@@ -4,6 +4,8 @@ import math
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
+from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
 from . import autograd, backends, ops, validation
@@ -58,7 +60,7 @@ def attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend
     )
     seed = _seed(q, dropout_p)
-    (q, t_q), (k, t_k), (v, t_v), (bias, t_bias) = map(_unpack, (q, k, v, bias))
+    (q, t_q), (k, t_k), (v, t_v), (bias, t_bias) = _unpack(q, k, v, bias)
     route = ops if torch.compiler.is_compiling() else autograd
     if t_q is t_k is t_v is t_bias is None:
         out = route.attention(q, k, v, bias, seed, options)
@@ -108,6 +110,10 @@ def attention_jvp(
         validation.tangent(name, t, primal)
     t_q, t_k, t_v = (None if t is None else _four(t).to(q.dtype) for t in (t_query, t_key, t_value))
     t_bias = None if t_attn_mask is None else _bias(t_attn_mask, query, key)
+    if torch.compiler.is_compiling():
+        pairs = _unpack(q, k, v, bias, t_q, t_k, t_v, t_bias)
+        if any(t is not None for _, t in pairs):
+            raise NotImplementedError(autograd.NESTED_JVP)
     route = ops if torch.compiler.is_compiling() else autograd
     seed = _seed(q, dropout_p)
     out, t_out = route.attention_jvp(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options)
@@ -175,16 +181,17 @@ def _seed(q: Tensor, dropout_p: float) -> Tensor | None:
     return torch.randint(0, 2**62, (1,), device=q.device, dtype=torch.int64)
 
 
-def _unpack(x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    if x is None:
-        return None, None
+def _unpack(*inputs: Tensor | None) -> list[tuple[Tensor | None, Tensor | None]]:
+    """(primal, tangent) of each input at the current level of differentiation."""
     if torch.compiler.is_compiling():
+        if eager_transforms.JVP_NESTING > 1:
+            raise NotImplementedError(autograd.NESTED_JVP)  # operators would return a zero tangent
         # names the level: `forward_ad` reads a global that the compiler takes for a constant, "no
-        # level" for the whole graph
-        # when a plain call comes first
-        return torch._VF._unpack_dual(x, level=0)
-    primal, t = forward_ad.unpack_dual(x)
-    return (
-        primal,
-        None if t is None or t._is_zerotensor() else t,
-    )  # a symbolic zero costs no products
+        # level" for the whole graph when a plain call comes first
+        return [(x, None) if x is None else torch._VF._unpack_dual(x, level=0) for x in inputs]
+    if any(x is not None and is_batchedtensor(x) for x in inputs):
+        # duals lie below vmap's wrapper, out of reach; the Function's own jvp rule meets them there
+        return [(x, None) for x in inputs]
+    pairs = [(x, None) if x is None else forward_ad.unpack_dual(x) for x in inputs]
+    # a symbolic zero costs no matrix products
+    return [(x, None if t is None or t._is_zerotensor() else t) for x, t in pairs]

@@ -29,6 +29,10 @@ THIRD_ORDER = (
     " the gradient (x.detach(), torch.no_grad()) where the third order is not wanted, or use plain"
     " PyTorch attention in float64"
 )
+NESTED_JVP = (
+    "jvp of a jvp of attention is not supported; take the second directional derivative in reverse"
+    " over forward (torch.func.grad or vjp of torch.func.jvp)"
+)
 
 
 def attention(q, k, v, bias, seed, options: Options) -> Tensor:
@@ -134,10 +138,7 @@ class AttentionJvp(_Folded):
 
     @staticmethod
     def jvp(ctx, *_tangents):
-        raise NotImplementedError(
-            "jvp of a jvp of attention is not supported; take the second directional derivative in"
-            " reverse over forward (torch.func.grad or vjp of torch.func.jvp)"
-        )
+        raise NotImplementedError(NESTED_JVP)
 
 
 class AttentionGrad(_Folded):

@@ -34,7 +34,15 @@ def meanflow(net, x, t, v):
     return (u - (v - 0.3 * du).detach()).square().mean()
 
 
-@pytest.mark.parametrize("step", [plain, meanflow], ids=lambda f: f.__name__)
+def through_the_tangent(net, x, t, v):
+    u, du = jvp(net, (x, t), (v, torch.ones_like(t)))
+    return (u - v + 0.3 * du).square().mean()
+
+
+STEPS = (plain, meanflow, through_the_tangent)
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda f: f.__name__)
 def test_compiled_step_has_the_gradients_of_eager(step):
     torch.manual_seed(0)
     torch._dynamo.reset()
@@ -131,3 +139,21 @@ def test_operators_pass_opcheck(case):
         ),
         test_utils=checks[:2],
     )
+
+
+def test_a_compiled_jvp_of_a_jvp_raises_and_is_not_zero():
+    torch._dynamo.reset()
+    q = torch.randn(1, 2, 9, 8)
+    inner = lambda x: jvp(lambda y: attention(y, q, q), (x,), (q,))[1]  # noqa: E731
+    twice = lambda x: jvp(inner, (x,), (q,))[1]  # noqa: E731
+    for fullgraph in (True, False):
+        with pytest.raises(Exception, match="jvp of a jvp"):
+            torch.compile(twice, fullgraph=fullgraph, backend="aot_eager")(q)
+
+
+def test_a_compiled_jvp_of_the_explicit_form_raises_and_is_not_zero():
+    torch._dynamo.reset()
+    q = torch.randn(1, 2, 9, 8)
+    f = lambda x: jvp(lambda y: attention_jvp(y, q, q, q, None, None), (x,), (q,))[1]  # noqa: E731
+    with pytest.raises(Exception, match="jvp of a jvp"):
+        torch.compile(f, fullgraph=True, backend="aot_eager")(q)

@@ -1,14 +1,11 @@
 """The kernels on a GPU against the float64 reference, at lengths and head dims that people use."""
 
-from unittest import mock
-
 import pytest
 import torch
 
-from jvp_flash_attention import attention_jvp, kernels
-from tests import test_autograd, test_compile, tolerances
+from jvp_flash_attention import attention_jvp, kernels, selfcheck
+from tests import test_compile, tolerances
 from tests.cases import Case, check, errors
-from tests.test_autograd import COMPOSITIONS, flat
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 
@@ -64,31 +61,17 @@ def test_every_output_for_every_kind_of_input(dtype, case, record_property):
     check(found, dtype)
 
 
-@pytest.mark.parametrize("name", COMPOSITIONS)
+@pytest.mark.parametrize("name", selfcheck.COMPOSITIONS)
 def test_composition_equals_dense_attention_through_the_kernels(name, record_property):
-    """The float64 compositions of test_autograd in float32, where attention runs on the kernels."""
-    compose = COMPOSITIONS[name]
-    cuda = lambda x: x.cuda() if isinstance(x, torch.Tensor) else tuple(map(cuda, x))  # noqa: E731
-    names = ("Q", "K", "V", "BIAS", "INPUTS", "TANGENTS", "D_OUT", "D_T_OUT")
-
-    def solve(f, dtype):
-        cast = lambda x: x.to(dtype) if isinstance(x, torch.Tensor) else tuple(map(cast, x))  # noqa: E731
-        with mock.patch.multiple(
-            test_autograd, **{n: cast(cuda(getattr(test_autograd, n))) for n in names}
-        ):
-            return flat(compose(f))
-
-    dense_cuda = lambda *x: test_autograd.dense(*x)  # noqa: E731
-    exact = solve(dense_cuda, torch.float64)
-    got = solve(test_autograd.ours, torch.float32)
-    worst = max(float((g - e).norm() / e.norm()) for g, e in zip(got, exact, strict=True))
+    compose = selfcheck.COMPOSITIONS[name]
+    got = compose(selfcheck.Inputs(torch.float32, "cuda"), selfcheck.ours)
+    exact = compose(selfcheck.Inputs(torch.float64, "cuda"), selfcheck.dense)
+    worst = selfcheck.error(got, exact)
     record_property("errors", {"worst": worst})
     assert worst < 1e-5
 
 
-@pytest.mark.parametrize(
-    "step", [test_compile.plain, test_compile.meanflow], ids=lambda f: f.__name__
-)
+@pytest.mark.parametrize("step", test_compile.STEPS, ids=lambda f: f.__name__)
 def test_compiled_step_trains_like_eager_through_the_kernels(step):
     torch.manual_seed(0)
     torch._dynamo.reset()

@@ -1,6 +1,5 @@
 """The reference against PyTorch's own differentiation of dense attention, in float64."""
 
-import math
 from itertools import chain
 
 import pytest
@@ -9,7 +8,8 @@ from torch.func import grad, jvp
 
 from jvp_flash_attention import attention, attention_jvp, reference
 from jvp_flash_attention.options import Options
-from tests.cases import Case, build
+from jvp_flash_attention.selfcheck import dense
+from tests.cases import Case, build, close
 
 CASES = (
     Case(L=7, S=9, D=5, Dv=6),
@@ -20,29 +20,6 @@ CASES = (
     Case(L=1, S=1),
     Case(L=7, S=9, scale=-0.7),
 )
-
-
-def dense(q, k, v, bias=None, causal=False, scale=None):
-    """softmax(s Q Kᵀ + b) V, materialised; masked scores stay finite for autograd's sake."""
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = q @ k.mT * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    hidden = torch.zeros(1, 1, *scores.shape[2:], dtype=torch.bool, device=q.device)
-    if causal:
-        hidden = hidden | torch.ones_like(hidden).triu(1)
-    if bias is not None and bias.dtype == torch.bool:
-        hidden = hidden | ~bias
-    elif bias is not None:
-        hidden = hidden | (bias == float("-inf"))
-        scores = scores + bias.masked_fill(bias == float("-inf"), 0.0)
-    scores = scores.masked_fill(hidden, -1e300)
-    p = (scores - scores.amax(-1, keepdim=True).detach()).exp()
-    p = p / p.sum(-1, keepdim=True)
-    return p.masked_fill(hidden.expand_as(p).all(-1, keepdim=True), 0.0) @ v
-
-
-def close(got, exact):
-    torch.testing.assert_close(got, exact, rtol=1e-11, atol=1e-11)
 
 
 @pytest.fixture(params=CASES, ids=str)

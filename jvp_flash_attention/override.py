@@ -1,0 +1,67 @@
+"""Every `F.scaled_dot_product_attention` of a block of code through this attention."""
+
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from .api import attention
+
+
+class sdpa_override(TorchFunctionMode):
+    """Context manager: each call of `torch.nn.functional.scaled_dot_product_attention` inside goes
+    to `jvp_flash_attention.attention` with the same arguments, and so has a tangent.
+
+        with sdpa_override():
+            out, t_out = torch.func.jvp(model, (x,), (t,))      # timm, diffusers, transformers, ...
+
+    Weights, modules and code stay as they are. The block may hold `torch.func` transforms, lie
+    inside them, call a compiled function or be part of one; it nests and ends with an exception.
+    `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` are covered, and leave their inference
+    kernels, which have no tangent, by themselves: they do so under any torch function mode.
+
+    Like every torch function mode it acts on the calls of this thread while the block runs. Not
+    seen, and without a tangent as ever, are `torch.jit.script`, `torch.export` graphs, the threads
+    of `DataParallel` and what `torch.utils.checkpoint` recomputes after the block; put the `with`
+    inside the checkpointed function.
+
+    Args:
+        backend: as in `attention`, for every call.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: those of `attention`, from the call itself.
+    """
+
+    def __init__(self, *, backend: str | None = None) -> None:
+        super().__init__()
+        if backend is not None and backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {BACKENDS} or None, got {backend!r}")
+        self.backend = backend
+
+    def __torch_function__(self, func, types, args=(), kwargs=None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return attention(*args, **kwargs, backend=self.backend)
+        if func is F.multi_head_attention_forward:
+            return _MULTI_HEAD[self.backend](*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _multi_head(backend: str | None) -> FunctionType:
+    """`F.multi_head_attention_forward` with its global `scaled_dot_product_attention` replaced.
+
+    It is a torch function itself and written in Python: the mode sees the outer call, and is off in
+    its body, where the attention is. Only the globals that the body reads are given, without
+    `__name__`, by which the compiler would look them up in PyTorch's module again.
+    """
+    original = F.multi_head_attention_forward
+    reads = set(original.__code__.co_names) | {"__builtins__"}
+    names = {name: value for name, value in vars(F).items() if name in reads}
+    names["scaled_dot_product_attention"] = partial(attention, backend=backend)
+    names["has_torch_function"] = lambda tensors: False  # asked before this mode got the call
+    return FunctionType(original.__code__, names, original.__name__, original.__defaults__)
+
+
+_MULTI_HEAD = {backend: _multi_head(backend) for backend in (None, *BACKENDS)}

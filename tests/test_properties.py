@@ -1,0 +1,103 @@
+"""Random problems: any shape, stride, mask, grouping, and each input with or without a tangent.
+
+On a CPU the public functions on the float64 reference against dense attention, and the interpreted
+kernels against the reference; on a GPU the compiled kernels, more than a thousand of them.
+"""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+
+from jvp_flash_attention import attention, attention_jvp, kernels
+from jvp_flash_attention.selfcheck import dense
+from tests.cases import Case, build, check, close, errors
+
+QUIET = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+
+
+@st.composite
+def cases(draw, lengths, head_dims, tangents) -> Case:
+    """Any problem with lengths and head dims from the given strategies."""
+    Hk, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    D = draw(head_dims)
+    return Case(
+        B=draw(st.integers(1, 3)),
+        H=Hk * group,
+        Hk=Hk,
+        L=draw(lengths),
+        S=draw(lengths),
+        D=D,
+        Dv=draw(st.sampled_from([None, None, 2 * D])),
+        causal=draw(st.booleans()),
+        bias=draw(st.sampled_from([None, None, "bool", "key", "row", "full"])),
+        tangents=draw(tangents),
+        scale=draw(st.sampled_from([None, 0.3, -0.5])),
+        layout=draw(st.sampled_from(["bhld", "blhd", "padded"])),
+        seed=draw(st.integers(0, 10**6)),
+    )
+
+
+SUBSETS = st.sets(st.sampled_from("qkvb"), min_size=1).map(lambda s: "".join(sorted(s)))
+
+
+@seed(0)
+@settings(max_examples=250, **QUIET)
+@given(cases(st.integers(1, 12), st.integers(1, 9), SUBSETS))
+def test_the_public_functions_equal_dense_attention(case):
+    p = build(case, torch.float64)
+    options = {"is_causal": case.causal, "scale": case.scale, "enable_gqa": True}
+    q, k, v, bias = p.primals
+    t_q, t_k, t_v, t_bias = p.tangents
+    out, t_out = attention_jvp(q, k, v, t_q, t_k, t_v, bias, t_attn_mask=t_bias, **options)
+    inputs = [x for x in p.primals if x is not None and x.is_floating_point()]
+    tangents = [
+        torch.zeros_like(x) if t is None else t
+        for x, t in zip(p.primals, p.tangents, strict=True)
+        if x is not None and x.is_floating_point()
+    ]
+    mask = () if len(inputs) == 4 else (bias,)
+    f = lambda *x: dense(*x, *mask, causal=case.causal, scale=case.scale)  # noqa: E731
+    exact, t_exact = torch.func.jvp(f, tuple(inputs), tuple(tangents))
+    close(out, exact)
+    close(t_out, t_exact)
+    ours = lambda *x: (attention(*x, *mask, **options) * p.d_out).sum()  # noqa: E731
+    theirs = lambda *x: (f(*x) * p.d_out).sum()  # noqa: E731
+    at = tuple(range(len(inputs)))
+    for got, e in zip(
+        torch.func.grad(ours, at)(*inputs), torch.func.grad(theirs, at)(*inputs), strict=True
+    ):
+        close(got, e)
+
+
+@seed(0)
+@settings(max_examples=50, **QUIET)
+@given(
+    cases(st.integers(1, 40), st.integers(8, 24), SUBSETS),
+    st.sampled_from([torch.float32, torch.float16]),
+)
+def test_the_kernels_equal_the_reference(case, dtype):
+    check(errors(kernels, case, dtype, "cpu", rows=1), dtype, slack=2.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("number", range(20))
+def test_the_compiled_kernels_equal_the_reference(number, record_property):
+    """A few head dims and tangents, so that kernels are compiled for more than one case each."""
+    worst: dict[str, float] = {}
+    dtypes = [torch.float32, torch.float16, torch.bfloat16]
+    dtype, head_dim = dtypes[number % 3], (16, 64, 72, 128)[number % 4]
+
+    @seed(number)
+    @settings(max_examples=52, **QUIET)
+    @given(cases(st.integers(1, 300), st.just(head_dim), st.sampled_from(["qkvb", "qkvb", "q"])))
+    def run(case):
+        found = errors(kernels, case, dtype, "cuda")
+        for name, error in found.items():
+            worst[name] = max(worst.get(name, 0.0), error)
+        check(found, dtype, slack=2.0)
+
+    run()
+    record_property("errors", worst)
+    record_property("examples", 52)
