@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .api import attention
+from .backends import BACKENDS
 
 
 class sdpa_override(TorchFunctionMode):

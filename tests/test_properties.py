@@ -4,6 +4,8 @@ On a CPU the public functions on the float64 reference against dense attention, 
 kernels against the reference; on a GPU the compiled kernels, more than a thousand of them.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, seed, settings
@@ -84,15 +86,17 @@ def test_the_kernels_equal_the_reference(case, dtype):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("number", range(20))
 def test_the_compiled_kernels_equal_the_reference(number, record_property):
-    """A few head dims and tangents, so that kernels are compiled for more than one case each."""
+    """Few head dims, and groups tied to layouts, so that a compiled kernel serves several cases."""
     worst: dict[str, float] = {}
-    dtypes = [torch.float32, torch.float16, torch.bfloat16]
-    dtype, head_dim = dtypes[number % 3], (16, 64, 72, 128)[number % 4]
+    dtype = (torch.float32, torch.float16, torch.bfloat16)[number % 3]
+    head_dim = st.just((40, 64)[number // 3 % 2])
 
     @seed(number)
     @settings(max_examples=52, **QUIET)
-    @given(cases(st.integers(1, 300), st.just(head_dim), st.sampled_from(["qkvb", "qkvb", "q"])))
+    @given(cases(st.integers(1, 300), head_dim, st.just("qkvb")))
     def run(case):
+        H = case.Hk * (2 if case.layout == "blhd" else 1)
+        case = replace(case, H=H, Dv=None, scale=None)
         found = errors(kernels, case, dtype, "cuda")
         for name, error in found.items():
             worst[name] = max(worst.get(name, 0.0), error)
