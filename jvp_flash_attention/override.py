@@ -4,6 +4,8 @@ from functools import partial
 from types import FunctionType
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -47,6 +49,8 @@ class sdpa_override(TorchFunctionMode):
             return attention(*args, **kwargs, backend=self.backend)
         if func is F.multi_head_attention_forward:
             return _MULTI_HEAD[self.backend](*args, **kwargs)
+        if func is Tensor.unflatten and torch.compiler.is_compiling():
+            func = torch.unflatten  # the method is Python with a `super()` that cannot be traced
         return func(*args, **kwargs)
 
 
@@ -62,7 +66,17 @@ def _multi_head(backend: str | None) -> FunctionType:
     names = {name: value for name, value in vars(F).items() if name in reads}
     names["scaled_dot_product_attention"] = partial(attention, backend=backend)
     names["has_torch_function"] = lambda tensors: False  # asked before this mode got the call
+    names["_check_key_padding_mask"] = _check_key_padding_mask
     return FunctionType(original.__code__, names, original.__name__, original.__defaults__)
+
+
+def _check_key_padding_mask(mask: Tensor, src_len: int, bsz: int) -> None:
+    """PyTorch's check, whose `torch._check` on a tensor the compiler cannot trace."""
+    if tuple(mask.shape) != (bsz, src_len):
+        raise ValueError(
+            f"key_padding_mask must have shape (batch, S) = {(bsz, src_len)},"
+            f" got {tuple(mask.shape)}"
+        )
 
 
 _MULTI_HEAD = {backend: _multi_head(backend) for backend in (None, *BACKENDS)}

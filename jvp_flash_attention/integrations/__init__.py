@@ -1,0 +1,1 @@
+"""This attention inside other libraries, one module a library; each imports its library itself."""
