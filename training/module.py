@@ -18,8 +18,7 @@ class GenerativeModule(LightningModule):
         optimizer: (parameters, max_steps) -> (optimizer, scheduler of the steps).
         seed: of every random draw, see ``training.randomness``.
         compile: compile the objective's step, a pure function of tensors. The module itself is
-        never
-            compiled: Lightning's logging breaks under ``torch.compile``.
+            never compiled: Lightning's logging breaks under ``torch.compile``.
         config: what was configured, stored in every checkpoint so that it can be rebuilt from it.
     """
 

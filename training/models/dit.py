@@ -30,15 +30,17 @@ CONDITIONINGS = ("t_h", "t_r", "t")
 
 
 class DiT(nn.Module):
-    """A DiT of the given size; ``patch``, ``depth``, ``width`` and ``heads`` override what the size
-    says.
+    """A DiT of the given size.
 
     Args:
         attention: a function with SDPA's signature and layout (B, H, N, D).
-        image_size, channels: of the square images (or latents), (B, channels, image_size,
-        image_size). num_classes: labels are 0 ... num_classes - 1; ``null_label`` = num_classes
-        means no condition. conditioning: which times are embedded: ``t_h`` is (t, t - r), ``t_r``
-        is (t, r), ``t`` ignores r. dropout: inside the perceptrons of the blocks.
+        image_size, channels: of the square images (or latents), (B, channels, size, size).
+        size: a row of ``SIZES``; ``patch``, ``depth``, ``width`` and ``heads`` override it.
+        num_classes: labels are 0 ... num_classes - 1; ``null_label`` = num_classes means no
+            condition.
+        conditioning: which times are embedded: ``t_h`` is (t, t - r), ``t_r`` is (t, r), ``t``
+            ignores r.
+        dropout: inside the perceptrons of the blocks.
     """
 
     def __init__(

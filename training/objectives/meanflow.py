@@ -1,10 +1,10 @@
 """MeanFlow (arXiv 2505.13447): the network learns the average velocity u over an interval [r, t].
 
-    z_t = (1 - t) x + t e,   v = e - x                                            (linear path)
-    v_g = ω v + (1 - ω - κ) u(z, t, t | ∅) + κ u(z, t, t | y)                      (Appendix B.1)
-    u, du/dt = jvp(u, (z, t, r), (v_g, 1, 0))                                      (Equation 8)
-    error = ‖u - sg(v_g - (t - r) du/dt)‖²                                         (Equations 9-11)
-    loss  = error / sg(error + c)^p                                                (Appendix B.2)
+    z_t = (1 - t) x + t e,   v = e - x                          (linear path)
+    v_g = ω v + (1 - ω - κ) u(z, t, t | ∅) + κ u(z, t, t | y)
+    u, du/dt = jvp(u, (z, t, r), (v_g, 1, 0))
+    error = ‖u - sg(v_g - (t - r) du/dt)‖²                        (the MeanFlow identity)
+    loss  = error / sg(error + c)^p                                 (adaptive weight)
 
 For a share of the batch r := t: there the derivative is multiplied by 0, so it is not computed at
 all.

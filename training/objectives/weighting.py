@@ -10,7 +10,7 @@ def squared_error(a: torch.Tensor, b: torch.Tensor, reduce: str) -> torch.Tensor
 
 
 def adaptive_weight(error: torch.Tensor, p: float, c: float) -> torch.Tensor:
-    """w = 1 / sg(error + c)^p (arXiv 2505.13447, Appendix B.2). (B,) -> (B,)
+    """w = 1 / sg(error + c)^p (arXiv 2505.13447, adaptive loss weighting). (B,) -> (B,)
 
     With p = 1 the weighted loss is about 1 whatever happens: watch the unweighted error.
     """

@@ -1,6 +1,4 @@
-"""Sampling with an average velocity: z_r = z_t - (t - r) u(z_t, t, r) (arXiv 2505.13447, Equation
-12).
-"""
+"""Sampling with an average velocity: z_r = z_t - (t - r) u(z_t, t, r) (arXiv 2505.13447)."""
 
 from itertools import pairwise
 
