@@ -19,7 +19,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Hopper and later: operands through TMA, wgmma from shared memory.
+# Hopper and data-centre Blackwell: operands through TMA, 227 KB of shared memory.
 HOPPER = {
     "forward": ((64, 128, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
     "forward_jvp": ((128, 128, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),

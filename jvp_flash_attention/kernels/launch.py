@@ -75,11 +75,7 @@ def problem(
     """Sizes and switches of a call; `operands` are the other tensors that are read as tiles."""
     B, H, L, D = q.shape
     Hk, S, DV = v.shape[1:]
-    hopper = (
-        q.is_cuda
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(q.device)[0] >= 9
-    )
+    hopper = q.is_cuda and torch.version.hip is None and _is_hopper(q.device)
     tma = hopper and q.element_size() == 2 and all(map(_tma_can_read, (q, k, v, *operands)))
     bool_bias = bias is not None and bias.dtype == torch.bool
     return Problem(
@@ -135,6 +131,11 @@ def on_device(x: Tensor):
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)
+
+
+def _is_hopper(device: torch.device) -> bool:
+    """Hopper and data-centre Blackwell: TMA, and 227 KB of shared memory, which 12.x has not."""
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def _padded(d: int) -> int:
