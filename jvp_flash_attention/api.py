@@ -123,7 +123,7 @@ def attention_jvp(
 def _prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend):
     """Checked inputs as q (B, H, L, D), k (B, Hk, S, D), v (B, Hk, S, Dv), bias (b, h, l, s) with
     b, h, l, s full or 1."""
-    validation.scalars(dropout_p, scale)
+    validation.scalars(dropout_p, is_causal, scale)
     query, key, value = _autocast(query, key, value)
     validation.tensors(query, key, value)
     validation.shapes(query, key, value, enable_gqa)
@@ -189,9 +189,19 @@ def _unpack(*inputs: Tensor | None) -> list[tuple[Tensor | None, Tensor | None]]
         # names the level: `forward_ad` reads a global that the compiler takes for a constant, "no
         # level" for the whole graph when a plain call comes first
         return [(x, None) if x is None else torch._VF._unpack_dual(x, level=0) for x in inputs]
-    if any(x is not None and is_batchedtensor(x) for x in inputs):
-        # duals lie below vmap's wrapper, out of reach; the Function's own jvp rule meets them there
+    if any(x is not None and is_batchedtensor(x) for x in inputs) or _graph_of_duals(inputs):
+        # the Function's own jvp rule meets the duals: below vmap's wrapper they are out of reach,
+        # and a graph recorded from bare primals would forget the tangent of a gradient
         return [(x, None) for x in inputs]
     pairs = [(x, None) if x is None else forward_ad.unpack_dual(x) for x in inputs]
     # a symbolic zero costs no matrix products
     return [(x, None if t is None or t._is_zerotensor() else t) for x, t in pairs]
+
+
+def _graph_of_duals(inputs) -> bool:
+    """Whether autograd records a graph of `forward_ad` duals, outside of torch.func."""
+    return (
+        torch.is_grad_enabled()
+        and not torch._C._are_functorch_transforms_active()
+        and any(x is not None and x.requires_grad for x in inputs)
+    )

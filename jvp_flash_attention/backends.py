@@ -52,6 +52,8 @@ def _triton_obstacle(q: Tensor, v: Tensor) -> str | None:
         return (
             f"needs CUDA tensors (or TRITON_INTERPRET=1 in the environment), got device {q.device}"
         )
+    if INTERPRETED and q.dtype == torch.bfloat16:
+        return "cannot serve bfloat16 in Triton's interpreter, whose products of it are wrong"
     if q.dtype not in TRITON_DTYPES:
         return f"serves float16, bfloat16 and float32, got {q.dtype}"
     if max(q.shape[-1], v.shape[-1]) > TRITON_MAX_HEAD_DIM:

@@ -208,8 +208,9 @@ def _blocks(q, k, bias, seed, options: Options, tangents=(None, None, None)) -> 
             s = s.masked_fill(masked, float("-inf"))
             t_s = None if t_s is None else t_s.masked_fill(masked, 0.0)
         lse = torch.logsumexp(s, -1)
-        # a fully masked row has LSE = −inf; against 0 its probabilities are exp(−inf) = 0
-        p = torch.exp(s - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1))
+        # not exp(s − LSE): beside a finite mask of −1e9 in every column, LSE has no digits left
+        # for log l; a fully masked row attends nothing
+        p = torch.softmax(s, -1).masked_fill((lse == float("-inf")).unsqueeze(-1), 0.0)
         z = None
         if options.dropout_p > 0.0:
             keep = keep_mask(seed, (B, H, L, S), rows, options.dropout_p)

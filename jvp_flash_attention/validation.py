@@ -89,8 +89,15 @@ def mask(attn_mask: Tensor | None, scores: tuple[int, ...], device: torch.device
         )
 
 
-def scalars(dropout_p: float, scale: float | None) -> None:
-    """Ranges of the numbers."""
+def scalars(dropout_p: float, is_causal: bool, scale: float | None) -> None:
+    """Kinds and ranges of the numbers."""
+    for name, x in (("dropout_p", dropout_p), ("scale", scale)):
+        if isinstance(x, Tensor):  # it would be read once, and have neither gradient nor tangent
+            raise TypeError(
+                f"{name} must be a Python number, got a torch.Tensor; fold it into query"
+            )
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal must be a bool, got {is_causal!r}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if scale is not None and not math.isfinite(scale):

@@ -4,6 +4,7 @@ none is silently wrong.
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.func import jvp, vmap
 
 from jvp_flash_attention import attention, attention_jvp, selfcheck
@@ -85,3 +86,25 @@ def test_dropout_under_vmap_follows_its_randomness_rules():
     assert not torch.equal(different[0], different[1])
     with pytest.raises(RuntimeError, match="randomness"):
         vmap(f)(q)
+
+
+def test_hessian_vector_product_in_a_dual_level():
+    """Forward over reverse without torch.func: the graph is recorded from duals."""
+    i = Inputs()
+
+    def run(f):
+        q = i.q.clone().requires_grad_()
+        with forward_ad.dual_level():
+            out = i.of_q(f)(forward_ad.make_dual(q, i.tangents[0]))
+            (g,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+            return forward_ad.unpack_dual(g).tangent
+
+    close(run(ours), run(dense))
+
+
+def test_rows_masked_by_a_finite_constant_are_those_of_a_softmax():
+    i = Inputs()
+    bias = torch.zeros(2, 1, 1, 6, dtype=torch.float64)
+    bias[1] = -1e9
+    run = lambda f: torch.func.grad(lambda q: f(q, i.k, i.v, bias).square().sum())(i.q)  # noqa: E731
+    torch.testing.assert_close(run(ours), run(dense), rtol=1e-5, atol=1e-7)

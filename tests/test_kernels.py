@@ -101,3 +101,20 @@ def test_tracing_records_the_kernels_and_not_their_memory(device):
     f = lambda q: attention(q, k, v, backend="triton")  # noqa: E731
     exact = torch.func.jvp(f, (q,), (t,))[1]
     torch.testing.assert_close(torch.func.linearize(f, q)[1](t), exact)
+
+
+def test_one_dropout_mask_serves_a_mapped_pullback(device):
+    q, k, v = (torch.randn(1, 2, 9, 8, device=device) for _ in range(3))
+    out, pullback = torch.func.vjp(lambda q: attention(q, k, v, dropout_p=0.5, backend="triton"), q)
+    cotangents = torch.randn(3, *out.shape, device=device)
+    exact = torch.stack([pullback(c)[0] for c in cotangents])
+    torch.testing.assert_close(torch.func.vmap(lambda c: pullback(c)[0])(cotangents), exact)
+
+
+def test_infinite_keys_behind_a_mask_and_negative_views_count_for_nothing(device):
+    q, k, v = (torch.randn(1, 2, 20, 16, device=device) for _ in range(3))
+    bias = torch.randn(20, 20, device=device)
+    exact = attention(q, k, v, -bias.index_fill(1, torch.tensor([7], device=device), torch.inf))
+    k[0, :, 7] = float("inf")
+    hidden = torch._neg_view(bias.index_fill(1, torch.tensor([7], device=device), torch.inf))
+    torch.testing.assert_close(attention(q, k, v, hidden, backend="triton"), exact)

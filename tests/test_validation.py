@@ -67,6 +67,16 @@ BAD = {
         lambda: attention(Q, Q, Q, dropout_p=1.0),
     ),
     "scale": (ValueError, "scale must be finite", lambda: attention(Q, Q, Q, scale=float("nan"))),
+    "tensor scale": (
+        TypeError,
+        "scale must be a Python number",
+        lambda: attention(Q, Q, Q, scale=torch.tensor(0.5)),
+    ),
+    "causal by name": (
+        TypeError,
+        "is_causal must be a bool",
+        lambda: attention(Q, Q, Q, is_causal="no"),
+    ),
     "backend": (ValueError, "backend must be one of", lambda: attention(Q, Q, Q, backend="cudnn")),
     "kernels in float64": (
         NotImplementedError,

@@ -13,7 +13,7 @@ from ..options import Options
 from . import configs
 from .backward import keys_kernel, queries_kernel, row_sums_kernel
 from .forward import forward_kernel
-from .launch import cdiv, mask, on_device, operand, pointer, problem, unit
+from .launch import cdiv, mask, on_device, operand, packed, pointer, problem, unit
 
 
 def forward(
@@ -91,6 +91,7 @@ def backward_jvp(
 
 def _forward(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu, options):
     q, k, v, t_q, t_k, t_v = map(unit, (q, k, v, t_q, t_k, t_v))
+    seed = packed(seed)
     p = problem(q, k, v, bias, options, t_q, t_k, t_v)
     tile = p.tile("forward", jvp=t_out is not None)
     grid = (cdiv(p.L, tile.BM) * p.B * p.H,)
@@ -124,6 +125,7 @@ def _backward(
     jvp = d_t_out is not None
     q, k, v, t_q, t_k, t_v = map(unit, (q, k, v, t_q, t_k, t_v))
     d_out, d_t_out, out, t_out = map(unit, (d_out, d_t_out, out, t_out))
+    seed, lse, mu = map(packed, (seed, lse, mu))
     p = problem(q, k, v, bias, options, t_q, t_k, t_v, d_out, d_t_out)
     d_q, d_k, d_v = map(_contiguous_like, (q, k, v))
     d_t_q, d_t_k, d_t_v = (_contiguous_like(x) if jvp else None for x in (q, k, v))

@@ -130,9 +130,10 @@ def keys_kernel(
                 if BIAS is not None:
                     bias = load_bias(BIAS, b, h, i[None, :], j[:, None], L, S)
                     if not BOOL:
-                        s += bias * LOG2E
+                        hidden = bias == float("-inf")
+                        s = tl.where(hidden, float("-inf"), s + bias * LOG2E)
                         if T_S:
-                            t_s = tl.where(bias == float("-inf"), 0.0, t_s)
+                            t_s = tl.where(hidden, 0.0, t_s)
                 # rows past the end have LSE = inf, hence P = 0; so have rows that attend nothing
                 lse = tl.load(LSE + row + i, mask=i < L, other=float("inf")) * LOG2E
                 if BIAS is not None:
@@ -268,9 +269,10 @@ def queries_kernel(
             if BIAS is not None:
                 bias = load_bias(BIAS, b, h, i[:, None], j[None, :], L, S)
                 if not BOOL:
-                    s += bias * LOG2E
+                    hidden = bias == float("-inf")
+                    s = tl.where(hidden, float("-inf"), s + bias * LOG2E)
                     if T_S:
-                        t_s = tl.where(bias == float("-inf"), 0.0, t_s)
+                        t_s = tl.where(hidden, 0.0, t_s)
             p = tl.math.exp2(s - lse[:, None])
             if PHASE == 1 or BOOL:
                 see = visible(i[:, None], j[None, :], S, bias, CAUSAL and PHASE == 1, BOOL)

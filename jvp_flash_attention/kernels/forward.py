@@ -101,9 +101,10 @@ def forward_kernel(
             if BIAS is not None:
                 bias = load_bias(BIAS, b, h, i[:, None], j[None, :], L, S)
                 if not BOOL:
-                    s += bias * LOG2E
+                    hidden = bias == float("-inf")
+                    s = tl.where(hidden, float("-inf"), s + bias * LOG2E)
                     if T_S:
-                        t_s = tl.where(bias == float("-inf"), 0.0, t_s)
+                        t_s = tl.where(hidden, 0.0, t_s)
             if PHASE == 1 or BOOL:
                 see = visible(i[:, None], j[None, :], S, bias, CAUSAL and PHASE == 1, BOOL)
                 s = tl.where(see, s, float("-inf"))

@@ -95,9 +95,17 @@ def precision(itemsize: int, block: int) -> str:
 
 
 def unit(x: Tensor | None) -> Tensor | None:
-    """The tensor itself where its last dimension has unit stride, as the kernels read it; otherwise
-    a copy."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+    """The tensor itself where the kernels can read it: unit stride in the last dimension, and rows
+    so close that 128 of them are counted in 32 bits; otherwise a copy."""
+    if x is None:
+        return None
+    x = x.resolve_neg()
+    return x if x.stride(-1) == 1 and x.stride(-2) < 2**24 else x.contiguous()
+
+
+def packed(x: Tensor | None) -> Tensor | None:
+    """One that the kernels read without strides, contiguous: vmap may have expanded it."""
+    return None if x is None else x.contiguous()
 
 
 def operand(x: Tensor | None, p: Problem, rows: int, block_d: int):
@@ -119,7 +127,7 @@ def mask(bias: Tensor | None, p: Problem):
     """(pointer, four strides) of a mask broadcast to (B, H, L, S); a bool mask as int8."""
     if bias is None:
         return None
-    bias = bias.expand(p.B, p.H, p.L, p.S)
+    bias = bias.resolve_neg().expand(p.B, p.H, p.L, p.S)
     return (bias.view(torch.int8) if p.bool_bias else bias, *bias.stride())
 
 
