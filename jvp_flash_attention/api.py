@@ -4,12 +4,18 @@ import math
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor
+from torch._C._functorch import TransformType, is_batchedtensor
 from torch._functorch import eager_transforms
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 
 from . import autograd, backends, ops, validation
 from .options import Options
+
+COMPILED_INSIDE = (
+    "in a compiled torch.func.jvp attention must not lie inside another transform (grad, vjp,"
+    " vmap); run this jvp without torch.compile"
+)
 
 
 def attention(
@@ -186,6 +192,8 @@ def _unpack(*inputs: Tensor | None) -> list[tuple[Tensor | None, Tensor | None]]
     if torch.compiler.is_compiling():
         if eager_transforms.JVP_NESTING > 1:
             raise NotImplementedError(autograd.NESTED_JVP)  # operators would return a zero tangent
+        if eager_transforms.JVP_NESTING == 1 and not _jvp_is_innermost():
+            raise NotImplementedError(COMPILED_INSIDE)  # here too the tangent would be lost
         # names the level: `forward_ad` reads a global that the compiler takes for a constant, "no
         # level" for the whole graph when a plain call comes first
         return [(x, None) if x is None else torch._VF._unpack_dual(x, level=0) for x in inputs]
@@ -196,6 +204,11 @@ def _unpack(*inputs: Tensor | None) -> list[tuple[Tensor | None, Tensor | None]]
     pairs = [(x, None) if x is None else forward_ad.unpack_dual(x) for x in inputs]
     # a symbolic zero costs no matrix products
     return [(x, None if t is None or t._is_zerotensor() else t) for x, t in pairs]
+
+
+def _jvp_is_innermost() -> bool:
+    """Whether the innermost torch.func transform is a jvp."""
+    return retrieve_current_functorch_interpreter().key() == TransformType.Jvp
 
 
 def _graph_of_duals(inputs) -> bool:

@@ -157,3 +157,11 @@ def test_a_compiled_jvp_of_the_explicit_form_raises_and_is_not_zero():
     f = lambda x: jvp(lambda y: attention_jvp(y, q, q, q, None, None), (x,), (q,))[1]  # noqa: E731
     with pytest.raises(Exception, match="jvp of a jvp"):
         torch.compile(f, fullgraph=True, backend="aot_eager")(q)
+
+
+def test_a_compiled_jvp_over_the_grad_of_something_else_raises_and_is_not_zero():
+    torch._dynamo.reset()
+    q, k, v, t, y = (torch.randn(1, 2, 5, 4) for _ in range(5))
+    of_y = lambda q: torch.func.grad(lambda x: (attention(q, k, v) * x).sum())(y)  # noqa: E731
+    with pytest.raises(Exception, match="must not lie inside another transform"):
+        torch.compile(lambda q, t: jvp(of_y, (q,), (t,)), fullgraph=True, backend="aot_eager")(q, t)
