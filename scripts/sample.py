@@ -37,6 +37,10 @@ def sample(config: DictConfig) -> None:
     if config.weights == "ema" and "ema" in checkpoint:
         net = with_weights(net, checkpoint["ema"]["average"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.label is not None and config.label not in range(data.num_classes):
+        raise ValueError(
+            f"label must be one of 0 ... {data.num_classes - 1} or null (all), got {config.label}"
+        )
     classes = data.num_classes if config.label is None else 1
     y = balanced_labels(config.n, classes) + (config.label or 0)
     images = generate(net.to(device), instantiate(sampler), y, data.shape, config.seed)

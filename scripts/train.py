@@ -25,14 +25,14 @@ def train(config: DictConfig, run_dir: Path) -> None:
     trainer = instantiate(
         config.trainer, callbacks=callbacks, logger=loggers, plugins=[AtomicCheckpointIO()]
     )
-    if trainer.is_global_zero:
-        OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
     if resumed:
         checkpoint = load_checkpoint(resumed)
         load_weights(module, checkpoint, resumed)  # says clearly whether they fit
         for logger in loggers:
             if isinstance(logger, CSVFile):
                 logger.resume(checkpoint["global_step"])
+    if trainer.is_global_zero:
+        OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
     for logger in loggers:
         logger.log_hyperparams(module.config)
     trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)

@@ -212,3 +212,21 @@ def test_a_mistake_in_a_process_of_its_own_gives_one_line_too(tmp_path):
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.startswith("error: ")
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_an_infinite_error_of_weight_zero_ends_the_run(tmp_path):
+    """Its gradient is exactly 0 and finite; the run must not count as a success."""
+    command = [sys.executable, "scripts/train.py", "attention=sdpa", "trainer.max_steps=40"]
+    more = ["optimizer.lr=1e30", "logger=csv", f"hydra.run.dir={tmp_path}"]
+    done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "the loss or its gradient was not finite" in done.stderr
+
+
+def test_compiling_the_double_mode_says_what_to_do(tmp_path):
+    command = [sys.executable, "scripts/train.py", "compile=true", "objective.jvp.mode=double"]
+    done = subprocess.run(
+        [*command, f"hydra.run.dir={tmp_path}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "use objective.jvp.mode=single or compile=false" in done.stderr

@@ -18,6 +18,11 @@ def build_data(config: DictConfig) -> Any:
 def build_module(config: DictConfig, data: Any) -> GenerativeModule:
     """The module of a configuration; its initial weights depend on ``seed`` alone."""
     L.seed_everything(config.seed, workers=True, verbose=False)
+    if config.compile and OmegaConf.select(config, "objective.jvp.mode") == "double":
+        raise NotImplementedError(
+            "compile=true cannot replay the random state between the two forwards of"
+            " objective.jvp.mode=double; use objective.jvp.mode=single or compile=false"
+        )
     channels, image_size, _ = data.shape
     net = instantiate(
         config.model, channels=channels, image_size=image_size, num_classes=data.num_classes
