@@ -94,15 +94,16 @@ def attention_jvp(
 ) -> tuple[Tensor, Tensor]:
     """Attention and its Jacobian-vector product in one pass, without dual numbers.
 
-    Args: t_query, t_key, t_value: tangents, each with its primal's shape, dtype and device; None
-        means zero and saves the
-            matrix products that it would take part in.
+    Args:
+        t_query, t_key, t_value: tangents, each with its primal's shape, dtype and device; None
+            means zero and saves the matrix products that it would take part in.
         t_attn_mask: tangent of a floating `attn_mask`, of its shape; None means zero.
 
     The other arguments and the errors are those of `attention`.
 
-    Returns: (out, t_out), both (..., H, L, Dv) in query's dtype, both differentiable in every input
-        and tangent.
+    Returns:
+        (out, t_out), both (..., H, L, Dv) in query's dtype, both differentiable in every input and
+        tangent.
     """
     q, k, v, bias, options = _prepare(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend
@@ -116,11 +117,12 @@ def attention_jvp(
         validation.tangent(name, t, primal)
     t_q, t_k, t_v = (None if t is None else _four(t).to(q.dtype) for t in (t_query, t_key, t_value))
     t_bias = None if t_attn_mask is None else _bias(t_attn_mask, query, key)
+    route = autograd
     if torch.compiler.is_compiling():
+        route = ops
         pairs = _unpack(q, k, v, bias, t_q, t_k, t_v, t_bias)
         if any(t is not None for _, t in pairs):
             raise NotImplementedError(autograd.NESTED_JVP)
-    route = ops if torch.compiler.is_compiling() else autograd
     seed = _seed(q, dropout_p)
     out, t_out = route.attention_jvp(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options)
     return _restore(out, query), _restore(t_out, query)

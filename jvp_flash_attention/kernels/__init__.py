@@ -184,8 +184,8 @@ def _backward(
                 *map(pointer, (d_q, d_t_q)), mask(d_bias, p), mask(d_t_bias, p), *numbers,
                 **p.switches(tile, whole=p.S % tile.BN == 0 and not options.causal),
                 SINGLE=p.S <= tile.BN,
-                BIAS_ROWS=bias is not None and bias.shape[2] == p.L,
-                BIAS_COLUMNS=bias is not None and bias.shape[3] == p.S,
+                BIAS_ROWS=d_bias is not None and d_bias.shape[2] == p.L,
+                BIAS_COLUMNS=d_bias is not None and d_bias.shape[3] == p.S,
             )  # fmt: skip
     d_bias, d_t_bias = (_bias_grad(g, bias) for g in (d_bias, d_t_bias))
     return d_q, d_k, d_v, d_bias, d_t_q, d_t_k, d_t_v, d_t_bias
