@@ -111,12 +111,12 @@ def backward_jvp_op(
 
 @forward_op.register_fake
 def _(q, k, v, bias, seed, scale, causal, dropout_p, backend):
-    return _fake_out(q, v), _fake_rows(q)
+    return _fake_out(q, v), _fake_lse(q, bias, backend)
 
 
 @forward_jvp_op.register_fake
 def _(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, scale, causal, dropout_p, backend):
-    return _fake_out(q, v), _fake_out(q, v), _fake_rows(q), _fake_rows(q)
+    return _fake_out(q, v), _fake_out(q, v), _fake_lse(q, bias, backend), _fake_rows(q)
 
 
 @backward_op.register_fake
@@ -139,7 +139,7 @@ def _(
 def _save(ctx, inputs, output):
     *tensors, scale, causal, dropout_p, backend = inputs
     ctx.options = Options(scale, causal, dropout_p, backend)
-    ctx.mark_non_differentiable(*(x for x in output if x.dim() == 3))  # LSE and μ
+    ctx.mark_non_differentiable(*output[len(output) // 2 :])  # LSE and μ
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
 
@@ -178,9 +178,15 @@ def _fake_out(q: Tensor, v: Tensor) -> Tensor:
     return q.new_empty(*q.shape[:3], v.shape[3])
 
 
-def _fake_rows(q: Tensor) -> Tensor:
+def _fake_rows(q: Tensor, *more: int) -> Tensor:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape[:3], dtype=wide)
+    return q.new_empty(*q.shape[:3], *more, dtype=wide)
+
+
+def _fake_lse(q: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    """The kernels keep m and log l apart beside a floating mask."""
+    split = backend == "triton" and bias is not None and bias.dtype != torch.bool
+    return _fake_rows(q, *[2] * split)
 
 
 def _fake_grads(q, k, v, bias, bias_grad: bool) -> tuple[Tensor, ...]:

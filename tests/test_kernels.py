@@ -5,8 +5,8 @@ GPU.
 import pytest
 import torch
 
-from jvp_flash_attention import attention, attention_jvp, kernels
-from tests.cases import Case, check, errors
+from jvp_flash_attention import attention, attention_jvp, kernels, reference
+from tests.cases import Case, build, check, errors, solve
 
 CASES = (
     Case(H=2, Hk=1, L=37, S=50, D=8, B=1),
@@ -118,3 +118,14 @@ def test_infinite_keys_behind_a_mask_and_negative_views_count_for_nothing(device
     k[0, :, 7] = float("inf")
     hidden = torch._neg_view(bias.index_fill(1, torch.tensor([7], device=device), torch.inf))
     torch.testing.assert_close(attention(q, k, v, hidden, backend="triton"), exact)
+
+
+@pytest.mark.parametrize("low", [-1e4, -1e9, torch.finfo(torch.float32).min])
+def test_rows_masked_by_a_finite_constant_are_those_of_a_softmax(device, low):
+    """Every key of the second batch entry, and some of the first's; LSE alone would lose log l."""
+    p = build(Case(bias="key"), torch.float32, device)
+    p.primals[3][0, ..., :9] = p.primals[3][1] = low
+    exact, got = solve(reference, p), solve(kernels, p)
+    for name, x in exact.items():
+        norm = float(x.norm())
+        assert float((got[name] - x).norm()) <= 2e-3 * norm, name  # float32 has digits of 1e4 / 2^24

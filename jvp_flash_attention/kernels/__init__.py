@@ -20,7 +20,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
     """(O, LSE)."""
-    out, lse = _outputs(q, v)
+    out, lse = _outputs(q, v, bias)
     _forward(q, k, v, bias, seed, None, None, None, None, out, None, lse, None, options)
     return out, lse
 
@@ -38,8 +38,8 @@ def forward_jvp(
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(O, tO, LSE, μ); an absent tangent is zero."""
-    out, lse = _outputs(q, v)
-    t_out, mu = torch.empty_like(out), torch.empty_like(lse)
+    out, lse = _outputs(q, v, bias)
+    t_out, mu = torch.empty_like(out), _row_vector(q)
     _forward(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu, options)
     return out, t_out, lse, mu
 
@@ -131,8 +131,8 @@ def _backward(
     d_t_q, d_t_k, d_t_v = (_contiguous_like(x) if jvp else None for x in (q, k, v))
     d_bias = _bias_accumulator(bias, p) if bias_grad else None
     d_t_bias = _bias_accumulator(bias, p) if bias_grad and jvp else None
-    w_sum = torch.empty_like(lse)
-    h_sum = torch.empty_like(lse) if jvp else None
+    w_sum = _row_vector(q)
+    h_sum = _row_vector(q) if jvp else None
     numbers = p.numbers(seed)
 
     with on_device(q):
@@ -191,9 +191,15 @@ def _backward(
     return d_q, d_k, d_v, d_bias, d_t_q, d_t_k, d_t_v, d_t_bias
 
 
-def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    B, H, L, _ = q.shape
-    return q.new_empty(B, H, L, v.shape[3]), q.new_empty(B, H, L, dtype=torch.float32)
+def _outputs(q: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """O, and the row statistics: LSE (B, H, L); with a floating mask m and log l apart, (B, H, L,
+    2)."""
+    split = bias is not None and bias.dtype != torch.bool
+    return q.new_empty(*q.shape[:3], v.shape[3]), _row_vector(q, *[2] * split)
+
+
+def _row_vector(q: Tensor, *more: int) -> Tensor:
+    return q.new_empty(*q.shape[:3], *more, dtype=torch.float32)
 
 
 def _contiguous_like(x: Tensor) -> Tensor:

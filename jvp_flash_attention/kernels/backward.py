@@ -36,11 +36,14 @@ import triton.language as tl
 from .primitives import (
     LOG2E,
     UNSPECIALIZED,
+    add_bias,
     dot,
     dropout_factor,
     head_of,
     load_bias,
+    load_row_statistics,
     load_tile,
+    probabilities,
     store_tile,
     visible,
 )
@@ -83,6 +86,7 @@ def keys_kernel(
     """One program: BN keys of one key/value head, against every query of the heads that read it."""
     T_S: tl.constexpr = T_Q is not None or T_K is not None or T_BIAS is not None
     JVP: tl.constexpr = D_T_O is not None
+    SPLIT: tl.constexpr = BIAS is not None and not BOOL
 
     b, hk, tile = head_of(tl.program_id(0), tl.cdiv(S, BN), H // GROUP, False)
     n0 = tile * BN
@@ -130,15 +134,11 @@ def keys_kernel(
                 if BIAS is not None:
                     bias = load_bias(BIAS, b, h, i[None, :], j[:, None], L, S)
                     if not BOOL:
-                        hidden = bias == float("-inf")
-                        s = tl.where(hidden, float("-inf"), s + bias * LOG2E)
+                        s, hidden = add_bias(s, bias)
                         if T_S:
                             t_s = tl.where(hidden, 0.0, t_s)
-                # rows past the end have LSE = inf, hence P = 0; so have rows that attend nothing
-                lse = tl.load(LSE + row + i, mask=i < L, other=float("inf")) * LOG2E
-                if BIAS is not None:
-                    lse = tl.where(lse == float("-inf"), float("inf"), lse)
-                p = tl.math.exp2(s - lse[None, :])
+                m, log_l = load_row_statistics(LSE, row + i, i < L, BIAS is not None, SPLIT)
+                p = probabilities(s, m[None, :], log_l[None, :] if SPLIT else log_l, SPLIT)
                 if PHASE == 1 or BOOL or SINGLE:
                     see = visible(i[None, :], j[:, None], S, bias, PHASE == 1, BOOL)
                     p = tl.where(see, p, 0.0)
@@ -218,6 +218,7 @@ def queries_kernel(
     """One program: BM queries of one head, against the keys that they see."""
     T_S: tl.constexpr = T_Q is not None or T_K is not None or T_BIAS is not None
     JVP: tl.constexpr = D_T_O is not None
+    SPLIT: tl.constexpr = BIAS is not None and not BOOL
     DT: tl.constexpr = D_Q[0].dtype.element_ty
 
     b, h, tile = head_of(tl.program_id(0), tl.cdiv(L, BM), H, CAUSAL)
@@ -236,8 +237,7 @@ def queries_kernel(
         if T_S:
             mu = tl.load(MU + row, mask=i < L, other=0.0)
     w = tl.load(W_SUM + row, mask=i < L, other=0.0)
-    lse = tl.load(LSE + row, mask=i < L, other=float("inf")) * LOG2E
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    m, log_l = load_row_statistics(LSE, row, i < L, True, SPLIT)
 
     d_q = tl.zeros([BM, BLOCK_D], tl.float32)
     d_t_q = tl.zeros([BM, BLOCK_D], tl.float32)
@@ -269,11 +269,10 @@ def queries_kernel(
             if BIAS is not None:
                 bias = load_bias(BIAS, b, h, i[:, None], j[None, :], L, S)
                 if not BOOL:
-                    hidden = bias == float("-inf")
-                    s = tl.where(hidden, float("-inf"), s + bias * LOG2E)
+                    s, hidden = add_bias(s, bias)
                     if T_S:
                         t_s = tl.where(hidden, 0.0, t_s)
-            p = tl.math.exp2(s - lse[:, None])
+            p = probabilities(s, m[:, None], log_l[:, None] if SPLIT else log_l, SPLIT)
             if PHASE == 1 or BOOL:
                 see = visible(i[:, None], j[None, :], S, bias, CAUSAL and PHASE == 1, BOOL)
                 p = tl.where(see, p, 0.0)

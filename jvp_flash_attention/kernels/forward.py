@@ -27,14 +27,15 @@ import triton
 import triton.language as tl
 
 from .primitives import (
-    LN2,
     LOG2E,
     UNSPECIALIZED,
+    add_bias,
     dot,
     dropout_factor,
     head_of,
     load_bias,
     load_tile,
+    store_row_statistics,
     store_tile,
     visible,
 )
@@ -101,8 +102,7 @@ def forward_kernel(
             if BIAS is not None:
                 bias = load_bias(BIAS, b, h, i[:, None], j[None, :], L, S)
                 if not BOOL:
-                    hidden = bias == float("-inf")
-                    s = tl.where(hidden, float("-inf"), s + bias * LOG2E)
+                    s, hidden = add_bias(s, bias)
                     if T_S:
                         t_s = tl.where(hidden, 0.0, t_s)
             if PHASE == 1 or BOOL:
@@ -156,7 +156,7 @@ def forward_kernel(
     o = o * inverse[:, None]
     row = (b * H + h).to(tl.int64) * L + i
     store_tile(O, o, b, h, m0, L, BM, DV, BLOCK_DV)
-    tl.store(LSE + row, m * LN2 + tl.log(tl.where(l == 0.0, 1.0, l)), mask=i < L)
+    store_row_statistics(LSE, row, m, l, i < L, BIAS is not None and not BOOL)
     if JVP:
         t = t * inverse[:, None]
         r = r * inverse

@@ -65,6 +65,54 @@ def load_bias(BIAS, b, h, i, j, L, S):
 
 
 @triton.jit
+def add_bias(s, bias):
+    """(S + b in base 2, which pairs −inf hides), for the loaded bias; a finite one stays finite."""
+    hidden = bias == float("-inf")
+    bias = tl.where(bias < -2e38, -3e38, bias * LOG2E)
+    return tl.where(hidden, float("-inf"), s + bias), hidden
+
+
+@triton.jit
+def store_row_statistics(LSE, row, m, l, inside, SPLIT: tl.constexpr):
+    """What the backward needs to find P again, from the running maximum m (base 2) and sum l:
+    LSE = m + log l. SPLIT, for a floating mask: the pair (m, log2 l), because beside a mask of −1e9
+    in every column a sum has no digits left for log l."""
+    l = tl.where(l == 0.0, 1.0, l)
+    if SPLIT:
+        tl.store(LSE + 2 * row, m, mask=inside)
+        tl.store(LSE + 2 * row + 1, tl.log2(l), mask=inside)
+    else:
+        tl.store(LSE + row, m * LN2 + tl.log(l), mask=inside)
+
+
+@triton.jit
+def load_row_statistics(LSE, row, inside, MASKED: tl.constexpr, SPLIT: tl.constexpr):
+    """(m, log2 l), or (LSE in base 2, 0); m = inf, hence P = 0, for rows past the end and for those
+    that attend nothing."""
+    log_l = 0.0
+    if SPLIT:
+        m = tl.load(LSE + 2 * row, mask=inside, other=float("inf"))
+        log_l = tl.load(LSE + 2 * row + 1, mask=inside, other=0.0)
+    else:
+        m = tl.load(LSE + row, mask=inside, other=float("inf")) * LOG2E
+    if MASKED:
+        m = tl.where(m == float("-inf"), float("inf"), m)
+    return m, log_l
+
+
+@triton.jit
+def probabilities(s, m, log_l, SPLIT: tl.constexpr):
+    """P from scores in base 2 and row statistics broadcast to their shape."""
+    if SPLIT:
+        # S, summed in another order than the forward's, must not exceed its maximum: far from 0 its
+        # last digit is worth more than exp2 can hold
+        p = tl.math.exp2(tl.minimum(s - m, 0.0, tl.PropagateNan.ALL) - log_l)
+    else:
+        p = tl.math.exp2(s - m)
+    return p
+
+
+@triton.jit
 def visible(i, j, S, bias, CAUSAL: tl.constexpr, BOOL: tl.constexpr):
     """Which pairs of rows i and columns j attend: inside the keys, not in the future, selected by a
     bool mask."""
