@@ -74,7 +74,7 @@ def _compiling_for(name: str, tma: bool | None = None):
 
     def there(*args):
         p = problem(*args)
-        use = hopper and p.itemsize == 2 and all(map(launch._tma_can_read, args[:3]))
+        use = hopper and p.itemsize == 2 and all(map(launch.tma_can_read, args[:3]))
         return p._replace(hopper=hopper, tma=use if tma is None else tma)
 
     with (

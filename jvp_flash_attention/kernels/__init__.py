@@ -93,6 +93,12 @@ def _forward(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu, op
     q, k, v, t_q, t_k, t_v = map(unit, (q, k, v, t_q, t_k, t_v))
     seed = packed(seed)
     p = problem(q, k, v, bias, options, t_q, t_k, t_v)
+    if t_out is not None and p.warpgroups:
+        from . import launch_hopper  # Gluon, only where it can run
+
+        if launch_hopper.serves(p, bias, t_bias):
+            launch_hopper.forward_jvp(p, q, k, v, bias, t_q, t_k, t_v, out, t_out, lse, mu)
+            return
     tile = p.tile("forward", jvp=t_out is not None)
     grid = (cdiv(p.L, tile.BM) * p.B * p.H,)
     if grid[0] == 0:

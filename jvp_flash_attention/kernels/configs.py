@@ -62,3 +62,27 @@ def tile(kind: str, block_d: int, itemsize: int, hopper: bool, extras: bool) -> 
     if kind.startswith("keys"):
         return tile._replace(BM=max(tile.BM // 2, 16))
     return tile._replace(BN=max(tile.BN // 2, 16))
+
+
+class Rings(NamedTuple):
+    """The warp-specialised pass (hopper.py): a head dim in two pieces, keys a tile, and how many
+    tiles of keys, of values and of query pairs are in flight."""
+
+    D1: int
+    D2: int
+    BN: int
+    KS: int
+    VS: int
+    QS: int
+    EARLY: bool
+
+
+def warp_specialized(head_dim: int, masked: bool) -> Rings:
+    """A mask's tile leaves no registers for 128 keys."""
+    if head_dim <= 64:
+        return Rings(64, 0, 64, 2, 2, 2, True) if masked else Rings(64, 0, 128, 2, 2, 2, False)
+    if head_dim <= 80:
+        return Rings(64, 16, 64, 2, 2, 2, True)
+    if head_dim <= 96:
+        return Rings(64, 32, 64, 2, 2, 1 if masked else 2, True)
+    return Rings(128, 0, 64, 2, 2, 1, True)

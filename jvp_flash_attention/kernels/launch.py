@@ -1,6 +1,7 @@
 """From tensors to kernel arguments: operands, options, tiles, grids."""
 
 from contextlib import nullcontext
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ class Problem(NamedTuple):
     DV: int
     tma: bool
     hopper: bool
+    warpgroups: bool  # Hopper's asynchronous products, which Blackwell has not
     itemsize: int
     options: Options
     bias: bool
@@ -75,12 +77,14 @@ def problem(
     """Sizes and switches of a call; `operands` are the other tensors that are read as tiles."""
     B, H, L, D = q.shape
     Hk, S, DV = v.shape[1:]
-    hopper = q.is_cuda and torch.version.hip is None and _is_hopper(q.device)
-    tma = hopper and q.element_size() == 2 and all(map(_tma_can_read, (q, k, v, *operands)))
+    major = _major(q.device) if q.is_cuda else 0
+    hopper = major in (9, 10)  # and data-centre Blackwell: TMA, and 227 KB of shared memory
+    tma = hopper and q.element_size() == 2 and all(map(tma_can_read, (q, k, v, *operands)))
     bool_bias = bias is not None and bias.dtype == torch.bool
     return Problem(
-        B, H, Hk, L, S, D, DV, tma, hopper, q.element_size(), options, bias is not None, bool_bias
-    )
+        B, H, Hk, L, S, D, DV, tma, hopper, major == 9, q.element_size(), options,
+        bias is not None, bool_bias,
+    )  # fmt: skip
 
 
 def precision(itemsize: int, block: int) -> str:
@@ -141,9 +145,10 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _is_hopper(device: torch.device) -> bool:
-    """Hopper and data-centre Blackwell: TMA, and 227 KB of shared memory, which 12.x has not."""
-    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+@cache
+def _major(device: torch.device) -> int:
+    """CUDA's compute capability, its first number; 0 on other hardware."""
+    return 0 if torch.version.hip else torch.cuda.get_device_capability(device)[0]
 
 
 def _padded(d: int) -> int:
@@ -151,7 +156,7 @@ def _padded(d: int) -> int:
     return max(16, 1 << (d - 1).bit_length())
 
 
-def _tma_can_read(x: Tensor | None) -> bool:
+def tma_can_read(x: Tensor | None) -> bool:
     """TMA wants 16-byte aligned rows and real strides; anything else is read through pointers."""
     if x is None:
         return True

@@ -1,0 +1,572 @@
+"""Forward with its JVP on Hopper: the pass of `forward.py` with one role a warp, in Gluon.
+
+One block an SM. A producer warp fetches tiles by TMA; two consumer warpgroups own 64 queries each
+and take turns on the tensor cores, so that one's softmax runs under the other's products:
+
+    EARLY    S, tS │ turn over │ softmax │ P V, P tV │ H │ H V
+             the products of P start before tS is awaited (head dims above 64)
+    else     S, tS │ softmax, H │ P V, P tV, H V
+             the blocks [values of tile j, scores of tile j + 1] of the two warpgroups alternate
+
+Beyond the mathematics of `forward.py`, whose names are used:
+
+* Row sums l and r stay apart in the four lanes that share a row until the last tile: no shuffle in
+  the loop.
+* Lazy rescaling: o, t, l, r are brought to a new maximum only where a row of the warp outgrew its
+  old one by 2^THRESHOLD. P̃ then reaches 2^THRESHOLD instead of 1, which float32 sums do not notice.
+* A head dim between 64 and 128 is two pieces, 64 + 16 or 64 + 32, each with its own buffers,
+  products and accumulator: 72 costs 80 columns, not 128.
+* Under a causal mask a block takes query tiles in pairs (first, last), (second, last but one) ...,
+  which all cost the same.
+
+Operands and results are TMA descriptors of (B, H, rows, D), what lies outside reads as zero and is
+not written. An absent tangent removes its loads and products. A mask is read as a tile by TMA
+(FULL), or as a row that all queries share (KEYS).
+"""
+
+# Triton's annotations name what a kernel receives, not what its caller passes.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# pyright: reportOptionalMemberAccess=false, reportIndexIssue=false, reportPossiblyUnbound=false
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .primitives import LN2, LOG2E
+
+# renamed in Triton 3.9
+_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+ROWS = gl.constexpr(64)  # queries of a warpgroup
+UNSPECIALIZED = ("H", "L", "S", "tiles", "items")
+
+
+@gluon.jit
+def _asm(code: gl.constexpr):
+    z = gl.full([128], 0, gl.int32, gl.BlockedLayout([1], [32], [4], [0]))
+    gl.inline_asm_elementwise(code, "=r,r", [z], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _await_turn(WG: gl.constexpr):
+    if WG == 0:
+        _asm("bar.sync 10, 256; mov.u32 $0, $1;")
+    else:
+        _asm("bar.sync 11, 256; mov.u32 $0, $1;")
+
+
+@gluon.jit
+def _give_turn(WG: gl.constexpr):
+    if WG == 0:
+        _asm("bar.arrive 11, 256; mov.u32 $0, $1;")
+    else:
+        _asm("bar.arrive 10, 256; mov.u32 $0, $1;")
+
+
+@gluon.jit
+def _keep_alive(x):
+    """No instruction: ties the registers of x to this point, so that none is reused while a product
+    still reads them."""
+    return gl.inline_asm_elementwise("", "=r,0", [x], dtype=x.dtype, is_pure=False, pack=2)
+
+
+@gluon.jit
+def _lane_sums(x, BN: gl.constexpr):
+    """Row sums over the registers of a lane: (64, BN) -> (64, 4)."""
+    return gl.sum(gl.sum(gl.reshape(x, [ROWS, BN // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def _any_above(x, THRESHOLD: gl.constexpr, FLAG: gl.constexpr):
+    """Whether an element of this warp's rows exceeds the threshold, as a scalar uniform in the
+    warp."""
+    above: gl.constexpr = (
+        "{ .reg .pred a, b; setp.gt.f32 a, $2, " + THRESHOLD + "; setp.gt.f32 b, $3, " + THRESHOLD
+        + "; or.pred a, a, b; vote.sync.any.pred a, a, 0xffffffff; selp.b32 " + FLAG
+        + ", 1, 0, a; mov.b32 $0, " + FLAG + "; mov.b32 $1, $0; }"
+    )  # fmt: skip
+    read: gl.constexpr = "mov.b32 $0, " + FLAG + ";"
+    gl.inline_asm_elementwise(above, "=r,=r,f,f", [x], dtype=gl.int32, is_pure=False, pack=2)
+    return gl.inline_asm_elementwise(read, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _items(items, CAUSAL: gl.constexpr):
+    """How many work items this block has."""
+    pid = gl.program_id(0)
+    blocks = gl.num_programs(0)
+    if CAUSAL:
+        pairs = (items + 1) // 2
+        mine = 2 * ((pairs - pid + blocks - 1) // blocks)
+        if (items % 2 == 1) & ((pairs - 1) % blocks == pid):
+            mine -= 1
+    else:
+        mine = (items - pid + blocks - 1) // blocks
+    return mine
+
+
+@gluon.jit
+def _item(e, tiles, H, S, BN: gl.constexpr, CAUSAL: gl.constexpr):
+    """Batch entry, head, first query and number of key tiles of this block's e-th work item; `tiles`
+    is the number of query tiles of a head."""
+    pid = gl.program_id(0)
+    blocks = gl.num_programs(0)
+    if CAUSAL:
+        w = 2 * (e // 2 * blocks + pid) + e % 2
+    else:
+        w = e * blocks + pid
+    bh = w // tiles
+    tile = w % tiles
+    end = S
+    if CAUSAL:
+        tile = gl.where(tile % 2 == 0, tile // 2, tiles - 1 - tile // 2)
+        end = gl.minimum(S, (tile + 1) * 2 * ROWS)
+    return bh // H, bh % H, tile * 2 * ROWS, (end + BN - 1) // BN
+
+
+@gluon.jit
+def _fetch(x, buffers, at: gl.constexpr, b, h, row, barrier, slot):
+    """Both pieces of one tile of operand number `at`."""
+    _load(x[at][0], [b, h, row, 0], barrier, buffers[at][0].index(slot))
+    if x[at][1] is not None:
+        _load(x[at][1], [b, h, row, 64], barrier, buffers[at][1].index(slot))
+
+
+@gluon.jit
+def _producer(
+    x, bias, buffers, bars, S, H, tiles, items,
+    BN: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr, QS: gl.constexpr, BS: gl.constexpr,
+    GROUP: gl.constexpr, CAUSAL: gl.constexpr, MASK: gl.constexpr, ROW_BYTES: gl.constexpr,
+):  # fmt: skip
+    """x: the operands Q, tQ, K, tK, V, tV, each in two pieces; ROW_BYTES: of both pieces."""
+    q_ready, q_free, k_ready, k_free, v_ready, v_free, b_ready, b_free = bars
+    T_Q: gl.constexpr = x[1][0] is not None
+    T_K: gl.constexpr = x[3][0] is not None
+    T_V: gl.constexpr = x[5][0] is not None
+    kj = 0
+    vj = 0
+    qj = 0
+    bj = 0
+    k_phase = 1
+    v_phase = 1
+    q_phase = 1
+    b_phase = 1
+    for e in range(_items(items, CAUSAL)):
+        b, h, m0, n = _item(e, tiles, H, S, BN, CAUSAL)
+        hk = h // GROUP
+        for j in range(n):
+            mbarrier.wait(k_free.index(kj), k_phase)
+            ready = k_ready.index(kj)
+            mbarrier.expect(ready, BN * ROW_BYTES * (2 if T_K else 1))
+            _fetch(x, buffers, 2, b, hk, j * BN, ready, kj)
+            if T_K:
+                _fetch(x, buffers, 3, b, hk, j * BN, ready, kj)
+            kj += 1
+            if kj == KS:
+                kj = 0
+                k_phase ^= 1
+            if j == 0:  # after the first keys, which need not wait until the last item is stored
+                for g in gl.static_range(2):
+                    mbarrier.wait(q_free.index(qj + g), q_phase)
+                    q_bar = q_ready.index(qj + g)
+                    mbarrier.expect(q_bar, ROWS * ROW_BYTES * (2 if T_Q else 1))
+                    _fetch(x, buffers, 0, b, h, m0 + g * ROWS, q_bar, qj + g)
+                    if T_Q:
+                        _fetch(x, buffers, 1, b, h, m0 + g * ROWS, q_bar, qj + g)
+                qj += 2
+                if qj == 2 * QS:
+                    qj = 0
+                    q_phase ^= 1
+            if MASK == "full":
+                mbarrier.wait(b_free.index(bj), b_phase)
+                b_bar = b_ready.index(bj)
+                mbarrier.expect(b_bar, 2 * bias[0].block_type.nbytes)
+                for g in gl.static_range(2):
+                    at = [b * bias[1], h * bias[2], m0 + g * ROWS, j * BN]
+                    _load(bias[0], at, b_bar, buffers[6].index(2 * bj + g))
+                bj += 1
+                if bj == BS:
+                    bj = 0
+                    b_phase ^= 1
+            mbarrier.wait(v_free.index(vj), v_phase)
+            v_bar = v_ready.index(vj)
+            mbarrier.expect(v_bar, BN * ROW_BYTES * (2 if T_V else 1))
+            _fetch(x, buffers, 4, b, hk, j * BN, v_bar, vj)
+            if T_V:
+                _fetch(x, buffers, 5, b, hk, j * BN, v_bar, vj)
+            vj += 1
+            if vj == VS:
+                vj = 0
+                v_phase ^= 1
+
+
+@gluon.jit
+def _matrix(ring, slot, N: gl.constexpr, D: gl.constexpr):
+    """The tile in a slot as a matrix (N, D)."""
+    return ring.index(slot).reshape((N, D))
+
+
+@gluon.jit
+def _scores(q, k, q2, k2, s, START: gl.constexpr):
+    """s + q kᵀ over both pieces; START: s counts as zero."""
+    s = warpgroup_mma(q, k.permute((1, 0)), s, use_acc=not START, is_async=True)
+    if q2 is not None:
+        s = warpgroup_mma(q2, k2.permute((1, 0)), s, is_async=True)
+    return s
+
+
+@gluon.jit
+def _rows_times(o, a, L_O: gl.constexpr):
+    """o scaled row by row."""
+    return o * gl.expand_dims(gl.convert_layout(a, gl.SliceLayout(1, L_O), assert_trivial=True), 1)
+
+
+@gluon.jit
+def _consumer(
+    WG: gl.constexpr, o_out, t_out, bias, LSE, MU, buffers, bars, scale, S, L, H, tiles,
+    items,
+    D1: gl.constexpr, D2: gl.constexpr, BN: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr,
+    QS: gl.constexpr, BS: gl.constexpr, EARLY: gl.constexpr, CAUSAL: gl.constexpr,
+    EDGE: gl.constexpr, MASK: gl.constexpr, BOOL: gl.constexpr, THRESHOLD: gl.constexpr,
+    T_Q: gl.constexpr, T_K: gl.constexpr, T_V: gl.constexpr,
+):  # fmt: skip
+    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    L1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D1, 16])
+    L2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, max(D2, 16), 16])
+    P1: gl.constexpr = gl.DotOperandLayout(0, L1, 2)
+    P2: gl.constexpr = gl.DotOperandLayout(0, L2, 2)
+    ROW: gl.constexpr = gl.SliceLayout(1, S_L)
+    TWO: gl.constexpr = D2 > 0
+    DT: gl.constexpr = buffers[0][0].dtype
+    FLAG: gl.constexpr = "grown0" if WG == 0 else "grown1"
+    T_S: gl.constexpr = T_Q or T_K
+    ADD: gl.constexpr = MASK != "none" and not BOOL
+    PIECES: gl.constexpr = 2 if TWO else 1
+    T_S_PRODUCTS: gl.constexpr = PIECES * ((1 if T_Q else 0) + (1 if T_K else 0))
+    P_PRODUCTS: gl.constexpr = PIECES * (2 if T_V else 1)
+    q_ready, q_free, k_ready, k_free, v_ready, v_free, b_ready, b_free = bars
+    scale2 = scale * LOG2E
+    kj = 0
+    vj = 0
+    qj = 0
+    bj = 0
+    k_phase = 0
+    v_phase = 0
+    q_phase = 0
+    b_phase = 0
+    started = 0
+    declare: gl.constexpr = ".reg .b32 " + FLAG + "; mov.b32 " + FLAG + ", 0; mov.b32 $0, 0;"
+    gl.inline_asm_elementwise(declare, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    if EARLY and WG == 1:
+        _give_turn(WG)
+    for e in range(_items(items, CAUSAL)):
+        b, h, m0, n = _item(e, tiles, H, S, BN, CAUSAL)
+        m0 += WG * ROWS
+        i = m0 + gl.arange(0, ROWS, layout=ROW)
+        m = gl.full([ROWS], -float("inf"), gl.float32, ROW)
+        c = gl.zeros([ROWS], gl.float32, ROW)
+        l = _lane_sums(gl.zeros([ROWS, BN], gl.float32, S_L), BN)
+        r = l
+        o = gl.zeros([ROWS, D1], gl.float32, L1)
+        t = gl.zeros([ROWS, D1], gl.float32, L1)
+        o2 = gl.zeros([ROWS, D2], gl.float32, L2) if TWO else 0
+        t2 = gl.zeros([ROWS, D2], gl.float32, L2) if TWO else 0
+        q = _matrix(buffers[0][0], qj + WG, ROWS, D1)
+        q2 = _matrix(buffers[0][1], qj + WG, ROWS, D2) if TWO else None
+        t_q = _matrix(buffers[1][0], qj + WG, ROWS, D1)
+        t_q2 = _matrix(buffers[1][1], qj + WG, ROWS, D2) if TWO else None
+        # keys below `clear` are seen by all rows of this warpgroup
+        clear = S
+        if CAUSAL:
+            clear = gl.minimum(S, m0 + 1)
+        mbarrier.wait(q_ready.index(qj + WG), q_phase)
+        for j in range(n):
+            k = _matrix(buffers[2][0], kj, BN, D1)
+            k2 = _matrix(buffers[2][1], kj, BN, D2) if TWO else None
+            mbarrier.wait(k_ready.index(kj), k_phase)
+            if EARLY:
+                _await_turn(WG)
+            s = _scores(q, k, q2, k2, gl.zeros([ROWS, BN], gl.float32, S_L), True)
+            t_s = gl.zeros([ROWS, BN], gl.float32, S_L)
+            if T_Q:
+                t_s = _scores(t_q, k, t_q2, k2, t_s, True)
+            if T_K:
+                t_k = _matrix(buffers[3][0], kj, BN, D1)
+                t_k2 = _matrix(buffers[3][1], kj, BN, D2) if TWO else None
+                t_s = _scores(q, t_k, q2, t_k2, t_s, not T_Q)
+            if EARLY:
+                _give_turn(WG)
+                s = warpgroup_mma_wait(T_S_PRODUCTS, deps=[s])
+            else:
+                if WG == 1:
+                    _give_turn(WG)
+                else:
+                    if started > 0:
+                        _give_turn(WG)
+                    started = 1
+                if T_S:
+                    s, t_s = warpgroup_mma_wait(0, deps=[s, t_s])
+                else:
+                    s = warpgroup_mma_wait(0, deps=[s])
+                mbarrier.arrive(k_free.index(kj), count=1)
+
+            if MASK == "full":
+                mbarrier.wait(b_ready.index(bj), b_phase)
+                mask = buffers[6].index(2 * bj + WG).reshape((ROWS, BN)).load(S_L)
+                mbarrier.arrive(b_free.index(bj), count=1)
+                bj += 1
+                if bj == BS:
+                    bj = 0
+                    b_phase ^= 1
+            elif MASK == "keys":
+                COLUMN: gl.constexpr = gl.SliceLayout(0, S_L)
+                at = j * BN + gl.arange(0, BN, layout=COLUMN)
+                row = bias[0] + b.to(gl.int64) * bias[1] + h.to(gl.int64) * bias[2]
+                mask = gl.expand_dims(gl.load(row + at, mask=at < S, other=0), 0)
+            if BOOL:
+                see = gl.expand_dims(gl.full([ROWS], 0, gl.int32, ROW), 1) + mask.to(gl.int32) != 0
+                s = gl.where(see, s, -float("inf"))
+            if ADD:
+                mask = mask.to(gl.float32)
+                shift = gl.where(mask < -2e38, -3e38, mask * LOG2E)
+                s = gl.where(mask == -float("inf"), -float("inf"), s * scale2 + shift)
+            edge = (j + 1) * BN > clear
+            if EDGE:
+                if edge:
+                    seen = _seen(i, j * BN, S, BN, S_L, CAUSAL)
+                    s = gl.where(seen, s, -float("inf"))
+
+            m_new = gl.max(s, 1)
+            if not ADD:
+                m_new *= scale2
+            m_new = gl.maximum(m, m_new)
+            grown = m_new - m
+            if MASK != "none":  # from nothing to nothing is no growth, not NaN
+                grown = gl.where(m_new == -float("inf"), 0.0, grown)
+            if _any_above(grown, THRESHOLD, FLAG):
+                alpha = gl.exp2(m - m_new)
+                if MASK != "none":
+                    alpha = gl.where(m_new == -float("inf"), 0.0, alpha)
+                m = m_new
+                alpha4 = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout)), 1)
+                l = l * alpha4
+                r = r * alpha4
+                o = _rows_times(o, alpha, L1)
+                t = _rows_times(t, alpha, L1)
+                if TWO:
+                    o2 = _rows_times(o2, alpha, L2)
+                    t2 = _rows_times(t2, alpha, L2)
+            base = m
+            if MASK != "none":
+                base = gl.where(m == -float("inf"), 0.0, m)
+            if ADD:
+                p = gl.exp2(s - gl.expand_dims(base, 1))
+            else:
+                p = gl.exp2(s * scale2 - gl.expand_dims(base, 1))
+            l = l + _lane_sums(p, BN)
+            p16 = gl.convert_layout(p.to(DT), P1, assert_trivial=True)
+            if TWO:
+                p16_2 = gl.convert_layout(p16, P2, assert_trivial=True)
+
+            v = _matrix(buffers[4][0], vj, BN, D1)
+            v2 = _matrix(buffers[4][1], vj, BN, D2) if TWO else None
+            if EARLY:
+                mbarrier.wait(v_ready.index(vj), v_phase)
+                o = warpgroup_mma(p16, v, o, is_async=True)
+                if TWO:
+                    o2 = warpgroup_mma(p16_2, v2, o2, is_async=True)
+                if T_V:
+                    t = warpgroup_mma(p16, _matrix(buffers[5][0], vj, BN, D1), t, is_async=True)
+                    if TWO:
+                        t_v2 = _matrix(buffers[5][1], vj, BN, D2)
+                        t2 = warpgroup_mma(p16_2, t_v2, t2, is_async=True)
+                if T_S:
+                    t_s = warpgroup_mma_wait(P_PRODUCTS, deps=[t_s])
+                mbarrier.arrive(k_free.index(kj), count=1)
+            if T_S:
+                if BOOL:
+                    t_s = gl.where(see, t_s, 0.0)
+                if ADD:
+                    t_s = gl.where(mask == -float("inf"), 0.0, t_s)
+                if EDGE:
+                    if edge:
+                        seen = _seen(i, j * BN, S, BN, S_L, CAUSAL)
+                        t_s = gl.where(seen, t_s, 0.0)
+                if j == 0:
+                    sum_p = gl.sum(p, 1)
+                    c = gl.sum(p * t_s, 1) * scale / gl.where(sum_p == 0.0, 1.0, sum_p)
+                p_t_s = p * (t_s * scale - gl.expand_dims(c, 1))
+                r = r + _lane_sums(p_t_s, BN)
+                p_t_s16 = gl.convert_layout(p_t_s.to(DT), P1, assert_trivial=True)
+                if TWO:
+                    p_t_s16_2 = gl.convert_layout(p_t_s16, P2, assert_trivial=True)
+            if not EARLY:
+                mbarrier.wait(v_ready.index(vj), v_phase)
+                _await_turn(WG)
+                o = warpgroup_mma(p16, v, o, is_async=True)
+                if TWO:
+                    o2 = warpgroup_mma(p16_2, v2, o2, is_async=True)
+                if T_V:
+                    t = warpgroup_mma(p16, _matrix(buffers[5][0], vj, BN, D1), t, is_async=True)
+                    if TWO:
+                        t_v2 = _matrix(buffers[5][1], vj, BN, D2)
+                        t2 = warpgroup_mma(p16_2, t_v2, t2, is_async=True)
+            if T_S:
+                t = warpgroup_mma(p_t_s16, v, t, is_async=True)
+                if TWO:
+                    t2 = warpgroup_mma(p_t_s16_2, v2, t2, is_async=True)
+            if TWO:
+                o, o2, t, t2 = warpgroup_mma_wait(0, deps=[o, o2, t, t2])
+            else:
+                o, t = warpgroup_mma_wait(0, deps=[o, t])
+            p16 = _keep_alive(p16)
+            if T_S:
+                p_t_s16 = _keep_alive(p_t_s16)
+            mbarrier.arrive(v_free.index(vj), count=1)
+            kj += 1
+            if kj == KS:
+                kj = 0
+                k_phase ^= 1
+            vj += 1
+            if vj == VS:
+                vj = 0
+                v_phase ^= 1
+
+        l_row = gl.convert_layout(gl.sum(l, 1), ROW)
+        r_row = gl.convert_layout(gl.sum(r, 1), ROW)
+        l_row = gl.where(l_row == 0.0, 1.0, l_row)  # a row that attends nothing gives 0
+        inverse = 1.0 / l_row
+        r_row *= inverse
+        _finish(o, t, inverse, r_row, q, t_q, L1, T_S)
+        if TWO:
+            _finish(o2, t2, inverse, r_row, q2, t_q2, L2, T_S)
+        fence_async_shared()
+        _store(o_out[0], [b, h, m0, 0], buffers[0][0].index(qj + WG))
+        _store(t_out[0], [b, h, m0, 0], buffers[1][0].index(qj + WG))
+        if TWO:
+            _store(o_out[1], [b, h, m0, D1], buffers[0][1].index(qj + WG))
+            _store(t_out[1], [b, h, m0, D1], buffers[1][1].index(qj + WG))
+        row = (b * H + h).to(gl.int64) * L + i
+        if ADD:
+            gl.store(LSE + 2 * row, m, mask=i < L)
+            gl.store(LSE + 2 * row + 1, gl.log2(l_row), mask=i < L)
+        else:
+            gl.store(LSE + row, (m + gl.log2(l_row)) * LN2, mask=i < L)
+        gl.store(MU + row, r_row + c, mask=i < L)
+        tma.store_wait(0)
+        mbarrier.arrive(q_free.index(qj + WG), count=1)
+        qj += 2
+        if qj == 2 * QS:
+            qj = 0
+            q_phase ^= 1
+    # the named barriers end balanced
+    if WG == 0:
+        if EARLY:
+            _await_turn(WG)
+        else:
+            _give_turn(WG)
+
+
+@gluon.jit
+def _finish(o, t, inverse, r, q, t_q, L_O: gl.constexpr, T_S: gl.constexpr):
+    """O and tO from the accumulators, into the buffers that held Q and tQ."""
+    o = _rows_times(o, inverse, L_O)
+    t = _rows_times(t, inverse, L_O)
+    if T_S:
+        t -= _rows_times(o, r, L_O)
+    q.store(o.to(q.dtype))
+    t_q.store(t.to(q.dtype))
+
+
+@gluon.jit
+def _seen(i, n0, S, BN: gl.constexpr, S_L: gl.constexpr, CAUSAL: gl.constexpr):
+    """Which pairs attend: inside the keys, not in the future."""
+    j = gl.expand_dims(n0 + gl.arange(0, BN, layout=gl.SliceLayout(0, S_L)), 0)
+    i = gl.expand_dims(i, 1)
+    see = (j < S) & (i >= 0)
+    if CAUSAL:
+        see = see & (i >= j)
+    return see
+
+
+@gluon.jit
+def _ring(like, COUNT: gl.constexpr):
+    """Buffers for COUNT tiles of a descriptor."""
+    return gl.allocate_shared_memory(like.dtype, [COUNT] + like.block_shape, like.layout)
+
+
+@gluon.jit
+def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(bars.index(i), count=ARRIVALS)
+    return bars
+
+
+@gluon.jit(do_not_specialize=UNSPECIALIZED)
+def forward_jvp_kernel(
+    Q, K, V, T_Q, T_K, T_V, O, T_O, Q2, K2, V2, T_Q2, T_K2, T_V2, O2, T_O2, BIAS, LSE, MU,
+    scale, H, L, S, tiles, items,
+    GROUP: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr, BN: gl.constexpr,
+    KS: gl.constexpr, VS: gl.constexpr, QS: gl.constexpr, BS: gl.constexpr, EARLY: gl.constexpr,
+    CAUSAL: gl.constexpr, EDGE: gl.constexpr, MASK: gl.constexpr, BOOL: gl.constexpr,
+    THRESHOLD: gl.constexpr,
+):  # fmt: skip
+    """D1 + D2 columns; rings of KS keys, VS values, QS pairs of query tiles, BS masks; EDGE: a key
+    tile may be cut by the end of the keys or the diagonal."""
+    HAS_T_Q: gl.constexpr = T_Q is not None
+    HAS_T_K: gl.constexpr = T_K is not None
+    HAS_T_V: gl.constexpr = T_V is not None
+    ROW_BYTES: gl.constexpr = (D1 + D2) * 2
+    buffers = (
+        (_ring(Q, 2 * QS), _ring(Q2, 2 * QS) if D2 > 0 else None),
+        (_ring(O, 2 * QS), _ring(O2, 2 * QS) if D2 > 0 else None),  # tQ, and tO after it
+        (_ring(K, KS), _ring(K2, KS) if D2 > 0 else None),
+        (_ring(K, KS) if HAS_T_K else None, _ring(K2, KS) if HAS_T_K and D2 > 0 else None),
+        (_ring(V, VS), _ring(V2, VS) if D2 > 0 else None),
+        (_ring(V, VS) if HAS_T_V else None, _ring(V2, VS) if HAS_T_V and D2 > 0 else None),
+        _ring(BIAS[0], 2 * BS) if MASK == "full" else None,
+    )
+    x = ((Q, Q2), (T_Q, T_Q2), (K, K2), (T_K, T_K2), (V, V2), (T_V, T_V2))
+    bars = (
+        _barriers(2 * QS, 1),
+        _barriers(2 * QS, 1),
+        _barriers(KS, 1),
+        _barriers(KS, 2),
+        _barriers(VS, 1),
+        _barriers(VS, 2),
+        _barriers(BS, 1),
+        _barriers(BS, 2),
+    )
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (
+                _consumer,
+                (0, (O, O2), (T_O, T_O2), BIAS, LSE, MU, buffers, bars, scale, S, L, H, tiles, items,
+                 D1, D2, BN, KS, VS, QS, BS, EARLY, CAUSAL, EDGE, MASK, BOOL, THRESHOLD,
+                 HAS_T_Q, HAS_T_K, HAS_T_V),
+            ),
+            (
+                _consumer,
+                (1, (O, O2), (T_O, T_O2), BIAS, LSE, MU, buffers, bars, scale, S, L, H, tiles, items,
+                 D1, D2, BN, KS, VS, QS, BS, EARLY, CAUSAL, EDGE, MASK, BOOL, THRESHOLD,
+                 HAS_T_Q, HAS_T_K, HAS_T_V),
+            ),
+            (
+                _producer,
+                (x, BIAS, buffers, bars, S, H, tiles, items, BN, KS, VS, QS, BS, GROUP, CAUSAL, MASK,
+                 ROW_BYTES),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip

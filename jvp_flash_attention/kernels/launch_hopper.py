@@ -1,0 +1,126 @@
+"""Which calls the warp-specialised pass of `hopper.py` serves, and its launch."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from . import configs
+from .hopper import forward_jvp_kernel
+from .launch import Problem, cdiv, tma_can_read
+
+LAYOUT_TYPES = {
+    torch.float16: gl.float16,
+    torch.bfloat16: gl.bfloat16,
+    torch.float32: gl.float32,
+    torch.int8: gl.int8,
+}
+
+
+def serves(p: Problem, bias: Tensor | None, t_bias: Tensor | None) -> bool:
+    """Whether the pass can take the call; everything else is `forward.py`'s."""
+    return (
+        p.tma
+        and p.warpgroups
+        and p.D == p.DV
+        and p.D <= 128
+        and p.options.scale > 0.0
+        and p.options.dropout_p == 0.0
+        and t_bias is None
+        and min(p.B, p.H, p.L, p.S) > 0
+        and (bias is None or _mask_kind(bias, p) != "")
+    )
+
+
+def forward_jvp(p: Problem, q, k, v, bias, t_q, t_k, t_v, out, t_out, lse, mu) -> None:
+    """Writes O, tO, LSE and μ."""
+    mask = "none" if bias is None else _mask_kind(bias, p)
+    t = configs.warp_specialized(p.D, bias is not None)
+    tiles = cdiv(p.L, 128)
+    items = tiles * p.B * p.H
+
+    def pieces(x: Tensor | None, rows: int):
+        if x is None:
+            return None, None
+        return _descriptor(x, rows, t.D1), _descriptor(x, rows, t.D2) if t.D2 else None
+
+    operands = (
+        *(pieces(x, rows) for x, rows in ((q, 64), (k, t.BN), (v, t.BN))),
+        *(pieces(x, rows) for x, rows in ((t_q, 64), (t_k, t.BN), (t_v, t.BN))),
+        *(pieces(x, 64) for x in (out, t_out)),
+    )
+    with torch.cuda.device(q.device):
+        forward_jvp_kernel[(min(items, _multiprocessors(q.device)),)](
+            *(first for first, _ in operands),
+            *(second for _, second in operands),
+            _mask(bias, mask, p, t.BN),
+            lse,
+            mu,
+            p.options.scale,
+            p.H,
+            p.L,
+            p.S,
+            tiles,
+            items,
+            GROUP=p.H // p.Hk,
+            D1=t.D1,
+            D2=t.D2,
+            BN=t.BN,
+            KS=t.KS,
+            VS=t.VS,
+            QS=t.QS,
+            BS=1,
+            EARLY=t.EARLY,
+            CAUSAL=p.options.causal,
+            EDGE=p.options.causal or p.S % t.BN != 0,
+            MASK=mask,
+            BOOL=p.bool_bias,
+            # p̃ times a tangent score must fit float16
+            THRESHOLD="0f41000000" if q.dtype == torch.bfloat16 else "0f40000000",  # 8 and 2
+            num_warps=4,
+        )
+
+
+def _mask_kind(bias: Tensor, p: Problem) -> str:
+    """full (L, S), keys (1, S), or nothing that the pass can read."""
+    if bias.shape[3] != p.S or bias.is_neg():
+        return ""
+    if bias.shape[2] == 1 and p.L > 1:
+        return "keys" if bias.stride(3) == 1 else ""
+    return "full" if bias.stride(3) == 1 and tma_can_read(_solid(bias)) else ""
+
+
+def _mask(bias: Tensor | None, kind: str, p: Problem, BN: int):
+    """(descriptor of tiles or pointer, whether or how far b and h move it)."""
+    if bias is None:
+        return None
+    x = bias.view(torch.int8) if p.bool_bias else bias
+    if kind == "full":
+        return _descriptor(_solid(x), 64, BN), int(x.shape[0] > 1), int(x.shape[1] > 1)
+    b, h = x.stride()[:2]
+    return x, b if x.shape[0] > 1 else 0, h if x.shape[1] > 1 else 0
+
+
+def _solid(x: Tensor) -> Tensor:
+    """The same elements; dimensions of length 1 get strides that TMA accepts."""
+    step = x.stride(2) if x.shape[2] > 1 else 128
+    strides = [s if n > 1 else step for s, n in zip(x.stride()[:3], x.shape, strict=False)]
+    return x.as_strided(x.shape, (*strides, 1))
+
+
+def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    block = [1, 1, rows, columns]
+    layout = _layout(rows, columns, x.dtype)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+
+
+@cache
+def _layout(rows: int, columns: int, dtype: torch.dtype):
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], LAYOUT_TYPES[dtype])
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
