@@ -46,7 +46,7 @@ _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 ROWS = gl.constexpr(64)  # queries of a warpgroup
-UNSPECIALIZED = ("H", "L", "S", "tiles", "items")
+UNSPECIALIZED = ("H", "L", "S", "tiles", "items", "b_step", "h_step")
 
 
 @gluon.jit
@@ -142,7 +142,7 @@ def _fetch(x, buffers, at: gl.constexpr, b, h, row, barrier, slot):
 
 @gluon.jit
 def _producer(
-    x, bias, buffers, bars, S, H, tiles, items,
+    x, mask_tiles, b_step, h_step, buffers, bars, S, H, tiles, items,
     BN: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr, QS: gl.constexpr, BS: gl.constexpr,
     GROUP: gl.constexpr, CAUSAL: gl.constexpr, MASK: gl.constexpr, ROW_BYTES: gl.constexpr,
 ):  # fmt: skip
@@ -188,10 +188,10 @@ def _producer(
             if MASK == "full":
                 mbarrier.wait(b_free.index(bj), b_phase)
                 b_bar = b_ready.index(bj)
-                mbarrier.expect(b_bar, 2 * bias[0].block_type.nbytes)
+                mbarrier.expect(b_bar, 2 * mask_tiles.block_type.nbytes)
                 for g in gl.static_range(2):
-                    at = [b * bias[1], h * bias[2], m0 + g * ROWS, j * BN]
-                    _load(bias[0], at, b_bar, buffers[6].index(2 * bj + g))
+                    at = [b * b_step, h * h_step, m0 + g * ROWS, j * BN]
+                    _load(mask_tiles, at, b_bar, buffers[6].index(2 * bj + g))
                 bj += 1
                 if bj == BS:
                     bj = 0
@@ -231,12 +231,12 @@ def _rows_times(o, a, L_O: gl.constexpr):
 
 @gluon.jit
 def _consumer(
-    WG: gl.constexpr, o_out, t_out, bias, LSE, MU, buffers, bars, scale, S, L, H, tiles,
+    WG: gl.constexpr, o_out, t_out, mask_row, b_step, h_step, LSE, MU, buffers, bars, scale, S, L, H, tiles,
     items,
     D1: gl.constexpr, D2: gl.constexpr, BN: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr,
     QS: gl.constexpr, BS: gl.constexpr, EARLY: gl.constexpr, CAUSAL: gl.constexpr,
-    EDGE: gl.constexpr, MASK: gl.constexpr, BOOL: gl.constexpr, THRESHOLD: gl.constexpr,
-    T_Q: gl.constexpr, T_K: gl.constexpr, T_V: gl.constexpr,
+    EDGE: gl.constexpr, MASK: gl.constexpr, BOOL: gl.constexpr, CENTER: gl.constexpr,
+    THRESHOLD: gl.constexpr, T_Q: gl.constexpr, T_K: gl.constexpr, T_V: gl.constexpr,
 ):  # fmt: skip
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     L1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D1, 16])
@@ -329,11 +329,12 @@ def _consumer(
             elif MASK == "keys":
                 COLUMN: gl.constexpr = gl.SliceLayout(0, S_L)
                 at = j * BN + gl.arange(0, BN, layout=COLUMN)
-                row = bias[0] + b.to(gl.int64) * bias[1] + h.to(gl.int64) * bias[2]
-                mask = gl.expand_dims(gl.load(row + at, mask=at < S, other=0), 0)
+                at_b = b.to(gl.int64) * b_step + h.to(gl.int64) * h_step
+                mask = gl.expand_dims(gl.load(mask_row + at_b + at, mask=at < S, other=0), 0)
+            else:
+                mask = 0
             if BOOL:
-                see = gl.expand_dims(gl.full([ROWS], 0, gl.int32, ROW), 1) + mask.to(gl.int32) != 0
-                s = gl.where(see, s, -float("inf"))
+                s = gl.where(mask != 0, s, -float("inf"))
             if ADD:
                 mask = mask.to(gl.float32)
                 shift = gl.where(mask < -2e38, -3e38, mask * LOG2E)
@@ -341,8 +342,9 @@ def _consumer(
             edge = (j + 1) * BN > clear
             if EDGE:
                 if edge:
-                    seen = _seen(i, j * BN, S, BN, S_L, CAUSAL)
-                    s = gl.where(seen, s, -float("inf"))
+                    s = gl.where(_seen(i, j * BN, S, BN, S_L, CAUSAL), s, -float("inf"))
+            if T_S and not EARLY:
+                t_s = _visible_tangent(t_s, mask, i, j * BN, S, edge, BN, S_L, CAUSAL, EDGE, BOOL, ADD)
 
             m_new = gl.max(s, 1)
             if not ADD:
@@ -352,9 +354,10 @@ def _consumer(
             if MASK != "none":  # from nothing to nothing is no growth, not NaN
                 grown = gl.where(m_new == -float("inf"), 0.0, grown)
             if _any_above(grown, THRESHOLD, FLAG):
-                alpha = gl.exp2(m - m_new)
+                base = m_new
                 if MASK != "none":
-                    alpha = gl.where(m_new == -float("inf"), 0.0, alpha)
+                    base = gl.where(m_new == -float("inf"), 0.0, m_new)
+                alpha = gl.exp2(m - base)
                 m = m_new
                 alpha4 = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout)), 1)
                 l = l * alpha4
@@ -367,10 +370,7 @@ def _consumer(
             base = m
             if MASK != "none":
                 base = gl.where(m == -float("inf"), 0.0, m)
-            if ADD:
-                p = gl.exp2(s - gl.expand_dims(base, 1))
-            else:
-                p = gl.exp2(s * scale2 - gl.expand_dims(base, 1))
+            p = _exponential(s, scale2, base, ADD)
             l = l + _lane_sums(p, BN)
             p16 = gl.convert_layout(p.to(DT), P1, assert_trivial=True)
             if TWO:
@@ -392,17 +392,11 @@ def _consumer(
                     t_s = warpgroup_mma_wait(P_PRODUCTS, deps=[t_s])
                 mbarrier.arrive(k_free.index(kj), count=1)
             if T_S:
-                if BOOL:
-                    t_s = gl.where(see, t_s, 0.0)
-                if ADD:
-                    t_s = gl.where(mask == -float("inf"), 0.0, t_s)
-                if EDGE:
-                    if edge:
-                        seen = _seen(i, j * BN, S, BN, S_L, CAUSAL)
-                        t_s = gl.where(seen, t_s, 0.0)
-                if j == 0:
-                    sum_p = gl.sum(p, 1)
-                    c = gl.sum(p * t_s, 1) * scale / gl.where(sum_p == 0.0, 1.0, sum_p)
+                if EARLY:
+                    t_s = _visible_tangent(t_s, mask, i, j * BN, S, edge, BN, S_L, CAUSAL, EDGE, BOOL, ADD)
+                if CENTER:
+                    if j == 0:
+                        c = _mean(p, t_s) * scale
                 p_t_s = p * (t_s * scale - gl.expand_dims(c, 1))
                 r = r + _lane_sums(p_t_s, BN)
                 p_t_s16 = gl.convert_layout(p_t_s.to(DT), P1, assert_trivial=True)
@@ -476,6 +470,37 @@ def _consumer(
 
 
 @gluon.jit
+def _visible_tangent(
+    t_s, mask, i, n0, S, edge, BN: gl.constexpr, S_L: gl.constexpr, CAUSAL: gl.constexpr,
+    EDGE: gl.constexpr, BOOL: gl.constexpr, ADD: gl.constexpr,
+):  # fmt: skip
+    """tS, 0 where a pair is masked: its P is 0, but 0 · NaN would not be."""
+    if BOOL:
+        t_s = gl.where(mask != 0, t_s, 0.0)
+    if ADD:
+        t_s = gl.where(mask == -float("inf"), 0.0, t_s)
+    if EDGE:
+        if edge:
+            t_s = gl.where(_seen(i, n0, S, BN, S_L, CAUSAL), t_s, 0.0)
+    return t_s
+
+
+@gluon.jit
+def _exponential(s, scale2, m, SCALED: gl.constexpr):
+    """exp(S − m); SCALED: s is in base 2 already."""
+    if not SCALED:
+        s = s * scale2
+    return gl.exp2(s - gl.expand_dims(m, 1))
+
+
+@gluon.jit
+def _mean(p, t_s):
+    """Row mean of t_s with weights p; 0 where there is no weight."""
+    weight = gl.sum(p, 1)
+    return gl.sum(p * t_s, 1) / gl.where(weight == 0.0, 1.0, weight)
+
+
+@gluon.jit
 def _finish(o, t, inverse, r, q, t_q, L_O: gl.constexpr, T_S: gl.constexpr):
     """O and tO from the accumulators, into the buffers that held Q and tQ."""
     o = _rows_times(o, inverse, L_O)
@@ -513,12 +538,12 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
 def forward_jvp_kernel(
-    Q, K, V, T_Q, T_K, T_V, O, T_O, Q2, K2, V2, T_Q2, T_K2, T_V2, O2, T_O2, BIAS, LSE, MU,
-    scale, H, L, S, tiles, items,
+    Q, K, V, T_Q, T_K, T_V, O, T_O, Q2, K2, V2, T_Q2, T_K2, T_V2, O2, T_O2,
+    MASK_TILES, MASK_ROW, b_step, h_step, LSE, MU, scale, H, L, S, tiles, items,
     GROUP: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr, BN: gl.constexpr,
     KS: gl.constexpr, VS: gl.constexpr, QS: gl.constexpr, BS: gl.constexpr, EARLY: gl.constexpr,
     CAUSAL: gl.constexpr, EDGE: gl.constexpr, MASK: gl.constexpr, BOOL: gl.constexpr,
-    THRESHOLD: gl.constexpr,
+    CENTER: gl.constexpr, THRESHOLD: gl.constexpr,
 ):  # fmt: skip
     """D1 + D2 columns; rings of KS keys, VS values, QS pairs of query tiles, BS masks; EDGE: a key
     tile may be cut by the end of the keys or the diagonal."""
@@ -533,7 +558,7 @@ def forward_jvp_kernel(
         (_ring(K, KS) if HAS_T_K else None, _ring(K2, KS) if HAS_T_K and D2 > 0 else None),
         (_ring(V, VS), _ring(V2, VS) if D2 > 0 else None),
         (_ring(V, VS) if HAS_T_V else None, _ring(V2, VS) if HAS_T_V and D2 > 0 else None),
-        _ring(BIAS[0], 2 * BS) if MASK == "full" else None,
+        _ring(MASK_TILES, 2 * BS) if MASK_TILES is not None else None,
     )
     x = ((Q, Q2), (T_Q, T_Q2), (K, K2), (T_K, T_K2), (V, V2), (T_V, T_V2))
     bars = (
@@ -551,20 +576,22 @@ def forward_jvp_kernel(
         [
             (
                 _consumer,
-                (0, (O, O2), (T_O, T_O2), BIAS, LSE, MU, buffers, bars, scale, S, L, H, tiles, items,
-                 D1, D2, BN, KS, VS, QS, BS, EARLY, CAUSAL, EDGE, MASK, BOOL, THRESHOLD,
+                (0, (O, O2), (T_O, T_O2), MASK_ROW, b_step, h_step, LSE, MU, buffers, bars, scale,
+                 S, L, H, tiles, items,
+                 D1, D2, BN, KS, VS, QS, BS, EARLY, CAUSAL, EDGE, MASK, BOOL, CENTER, THRESHOLD,
                  HAS_T_Q, HAS_T_K, HAS_T_V),
             ),
             (
                 _consumer,
-                (1, (O, O2), (T_O, T_O2), BIAS, LSE, MU, buffers, bars, scale, S, L, H, tiles, items,
-                 D1, D2, BN, KS, VS, QS, BS, EARLY, CAUSAL, EDGE, MASK, BOOL, THRESHOLD,
+                (1, (O, O2), (T_O, T_O2), MASK_ROW, b_step, h_step, LSE, MU, buffers, bars, scale,
+                 S, L, H, tiles, items,
+                 D1, D2, BN, KS, VS, QS, BS, EARLY, CAUSAL, EDGE, MASK, BOOL, CENTER, THRESHOLD,
                  HAS_T_Q, HAS_T_K, HAS_T_V),
             ),
             (
                 _producer,
-                (x, BIAS, buffers, bars, S, H, tiles, items, BN, KS, VS, QS, BS, GROUP, CAUSAL, MASK,
-                 ROW_BYTES),
+                (x, MASK_TILES, b_step, h_step, buffers, bars, S, H, tiles, items, BN, KS, VS, QS, BS,
+                 GROUP, CAUSAL, MASK, ROW_BYTES),
             ),
         ],
         [4, 1],

@@ -55,7 +55,7 @@ def forward_jvp(p: Problem, q, k, v, bias, t_q, t_k, t_v, out, t_out, lse, mu) -
         forward_jvp_kernel[(min(items, _multiprocessors(q.device)),)](
             *(first for first, _ in operands),
             *(second for _, second in operands),
-            _mask(bias, mask, p, t.BN),
+            *_mask(bias, mask, p, t.BN),
             lse,
             mu,
             p.options.scale,
@@ -93,14 +93,14 @@ def _mask_kind(bias: Tensor, p: Problem) -> str:
 
 
 def _mask(bias: Tensor | None, kind: str, p: Problem, BN: int):
-    """(descriptor of tiles or pointer, whether or how far b and h move it)."""
+    """Descriptor of tiles, pointer to rows, and how far a batch entry and a head move either."""
     if bias is None:
-        return None
+        return None, None, 0, 0
     x = bias.view(torch.int8) if p.bool_bias else bias
     if kind == "full":
-        return _descriptor(_solid(x), 64, BN), int(x.shape[0] > 1), int(x.shape[1] > 1)
-    b, h = x.stride()[:2]
-    return x, b if x.shape[0] > 1 else 0, h if x.shape[1] > 1 else 0
+        return _descriptor(_solid(x), 64, BN), None, int(x.shape[0] > 1), int(x.shape[1] > 1)
+    b, h = (step if n > 1 else 0 for step, n in zip(x.stride()[:2], x.shape[:2], strict=True))
+    return None, x, b, h
 
 
 def _solid(x: Tensor) -> Tensor:
