@@ -1,153 +1,214 @@
-"""Times attention on the named workloads, beside SDPA's MATH backend and the roof of the machine.
+"""Times attention and its derivatives, beside PyTorch's backends and the roof of the machine.
 
-    python scripts/benchmark_attention.py --workloads long_4k_128 --output docs/results/speed.json
+    python scripts/benchmark_attention.py --workloads long_4k_128 4x16x1000x96 --passes jvp full
+    python scripts/benchmark_attention.py --suite targets
+    python scripts/benchmark_attention.py --suite readme --dtypes float16
+    python scripts/benchmark_attention.py --suite lengths
 
-Every row is the median over repeated launches with the L2 cache flushed in between. TFLOP/s count
-the matrix products that the pass needs (2 forward, 6 forward+JVP, 5 backward, 15 backward of both),
-so a kernel that computes more of them pays for it. The roof is a bfloat16 product 8192³
-in the same run.
+Suites: `workloads` (named in jvp_flash_attention/workloads.py, or BxHxLxD), `targets` (the goals of
+the project), `readme` (the earlier package's table), `lengths` (time and memory over L).
+
+A time is the median of whole calls with the L2 cache overwritten before each; `graph ms` is the
+median replay of the call as a CUDA graph, for calls below 1 ms. TFLOP/s and the share of the bound
+are of the graph where there is one. How FLOPs and bounds are counted: scripts/benchmarks/flops.py.
+
+Writes OUTPUT/SUITE_MACHINE.json and .csv, plots as .png, and prints the tables. Exit status 1 where
+a case failed for another reason than memory or a missing feature.
 """
 
 import argparse
-import json
-import time
+import re
+import shlex
+import sys
+from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from benchmarks import earlier_table, host, plots, report, roof, targets
+from benchmarks.flops import PASSES
+from benchmarks.implementations import BUILT_IN, find
+from benchmarks.measure import FAILED, Case, Settings, measure
+from benchmarks.problem import DTYPES
 from environment import environment
-from rich.console import Console
-from rich.table import Table
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
-from triton.testing import do_bench
 
-from jvp_flash_attention import attention, attention_jvp
-from jvp_flash_attention.workloads import WORKLOADS, Workload
+from jvp_flash_attention.workloads import MASKS, WORKLOADS, Workload
 
-PRODUCTS = {"forward": 2, "forward_jvp": 6, "backward": 5, "backward_jvp": 15}
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-def ours(x, causal: bool):
-    """(O, tO) of this library."""
-    return attention_jvp(*x, is_causal=causal)
-
-
-def sdpa_math(x, causal: bool):
-    """(O, tO) of SDPA on its MATH backend, the only one with forward-mode differentiation."""
-    with sdpa_kernel(SDPBackend.MATH):
-        f = lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=causal)  # noqa: E731
-        return torch.func.jvp(f, tuple(x[:3]), tuple(x[3:]))
-
-
-def plain(implementation: str, x, causal: bool):
-    """O without tangents; SDPA chooses its own backend, so this is the vendor's kernel."""
-    if implementation == "ours":
-        return attention(*x[:3], is_causal=causal)
-    return scaled_dot_product_attention(*x[:3], is_causal=causal)
+SUITES = {  # suite -> the options that choose what it measures, and their defaults
+    "workloads": {
+        "workloads": list(WORKLOADS),
+        "masks": None,
+        "dtypes": ["bfloat16"],
+        "passes": list(PASSES),
+        "implementations": list(BUILT_IN),
+    },
+    "targets": {},
+    "readme": {"dtypes": list(DTYPES), "lengths": list(earlier_table.LENGTHS)},
+    "lengths": {
+        "lengths": [2**i for i in range(8, 16)],
+        "masks": None,
+        "dtypes": ["bfloat16"],
+        "passes": ["jvp", "full"],
+        "implementations": ["ours", "sdpa-math"],
+    },
+}
+MEASURES = ("memory", "accuracy", "graph", "host")
 
 
-def call(implementation: str, name: str, workload: Workload, dtype: torch.dtype):
-    """A function to time: one pass of one implementation on fresh N(0, 1) inputs."""
-    B, H, L, D, causal = workload
-    x = [torch.randn(B, H, L, D, device="cuda", dtype=dtype) for _ in range(6)]
-    both = ours if implementation == "ours" else sdpa_math
-    if name == "forward":
-        return lambda: plain(implementation, x, causal)
-    if name == "forward_jvp":
-        return lambda: both(x, causal)
-    leaves = [z.requires_grad_() for z in (x[:3] if name == "backward" else x)]
-    outputs = (plain(implementation, x, causal),) if name == "backward" else both(x, causal)
-    cotangents = [torch.randn_like(o) for o in outputs]
-    return lambda: torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True)
-
-
-def measure(implementation: str, name: str, workload: Workload, dtype: torch.dtype) -> dict:
-    """Milliseconds, TFLOP/s and peak memory of one call, or what stopped it."""
+def main(arguments: list[str] | None = None) -> int:
+    """Measures, prints and writes; returns the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
     try:
-        f = call(implementation, name, workload, dtype)
-        f()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        f()
-        memory = torch.cuda.max_memory_allocated() - before
-        ms = milliseconds(f)
-    except torch.cuda.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return {"error": "out of memory"}
-    tflops = workload.flops(PRODUCTS[name]) / ms / 1e9
-    return {"ms": round(ms, 4), "tflops": round(tflops, 1), "mebibytes": round(memory / 2**20, 1)}
+        _complete(options)
+    except ValueError as reason:
+        parser.error(str(reason))
+    command = shlex.join(["python", "scripts/benchmark_attention.py", *(arguments or sys.argv[1:])])
+    files = [[x] for x in options.dtypes] if options.suite == "readme" else [options.dtypes]
+    # a CUDA graph cannot be captured on the default stream
+    with torch.cuda.stream(torch.cuda.Stream()) if options.device == "cuda" else nullcontext():
+        failed = sum(_run(options, dtypes, command) for dtypes in files)
+    return 1 if failed else 0
 
 
-def milliseconds(f) -> float:
-    """Median time on the device, the L2 cache flushed before every launch."""
-    return float(do_bench(f, warmup=25, rep=100, return_mode="median"))  # pyright: ignore
-
-
-def roof() -> float:
-    """TFLOP/s of a bfloat16 product 8192 x 8192 x 8192 through the vendor's library."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * 8192**3 / milliseconds(lambda: a @ b) / 1e9
-
-
-def host_microseconds() -> dict[str, float]:
-    """Host time of a call whose kernels take less: tiny tensors, 500 calls without waiting."""
-    q, k, v, t_q, t_k, t_v = (
-        torch.randn(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16) for _ in range(6)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    calls = {
-        "attention": lambda: attention(q, k, v),
-        "attention_jvp": lambda: attention_jvp(q, k, v, t_q, t_k, t_v),
-        "torch.func.jvp": lambda: torch.func.jvp(attention, (q, k, v), (t_q, t_k, t_v)),
+    add = parser.add_argument
+    add("--suite", choices=SUITES, default="workloads")
+    add("--workloads", nargs="+", metavar="NAME|BxHxLxD", help=", ".join(WORKLOADS))
+    add("--lengths", nargs="+", type=int, metavar="L")
+    add("--masks", nargs="+", choices=MASKS, help="instead of each workload's own")
+    add("--dtypes", "--dtype", nargs="+", choices=DTYPES)
+    add("--passes", nargs="+", choices=PASSES, help="full: backward of value and tangent")
+    add(
+        "--implementations",
+        nargs="+",
+        metavar="NAME",
+        help=f"{', '.join(BUILT_IN)}, or module:function with SDPA's arguments",
+    )
+    add("--skip", nargs="+", choices=MEASURES, default=[], help="do not measure these")
+    add("--budget-ms", type=float, default=100.0, help="timed calls of a case take about so long")
+    add("--device", choices=("cuda", "cpu"), default="cuda")
+    add("--output", type=Path, default=Path("outputs/benchmark"), help="folder of the results")
+    return parser
+
+
+def _complete(options: argparse.Namespace) -> None:
+    """Checks the options and fills in the suite's defaults."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("torch sees no CUDA device; --device cpu times the reference there")
+    if options.budget_ms <= 0:
+        raise ValueError(f"--budget-ms must be positive, got {options.budget_ms}")
+    mine = SUITES[options.suite]
+    for name in ("workloads", "lengths", "masks", "dtypes", "passes", "implementations"):
+        if name not in mine and getattr(options, name) is not None:
+            raise ValueError(f"--suite {options.suite} has no option --{name}")
+        if getattr(options, name) is None:
+            setattr(options, name, mine.get(name))
+    options.dtypes = options.dtypes or [targets.DTYPE]
+    if min(options.lengths or [1]) < 1:
+        raise ValueError(f"--lengths must be positive, got {min(options.lengths)}")
+    for name in options.implementations or []:
+        find(name)
+    options.named = dict(map(_workload, options.workloads or []))
+
+
+def _workload(name: str) -> tuple[str, Workload]:
+    """A workload by its name, or by its shape."""
+    if name in WORKLOADS:
+        return name, WORKLOADS[name]
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}", name):
+        raise ValueError(f"a workload is one of {', '.join(WORKLOADS)} or BxHxLxD, got {name!r}")
+    B, H, L, D = map(int, name.split("x"))
+    return name, Workload(B, H, L, D)
+
+
+def _cases(options: argparse.Namespace) -> Iterable[Case]:
+    if options.suite == "targets":
+        return targets.cases()
+    if options.suite == "lengths":
+        options.named = {f"length_{L}": Workload(1, 16, L, 128) for L in options.lengths}
+    return [
+        Case(name if mask is None else f"{name}+{mask}", _masked(workload, mask), dtype, x, i)
+        for name, workload in options.named.items()
+        for mask in options.masks or [None]
+        for dtype in options.dtypes
+        for x in options.passes
+        for i in options.implementations
+    ]
+
+
+def _masked(workload: Workload, mask: str | None) -> Workload:
+    return workload if mask is None else workload._replace(mask=mask)
+
+
+def _run(options: argparse.Namespace, dtypes: list[str], command: str) -> int:
+    """Measures one result file; returns how many cases failed."""
+    device, skip = options.device, options.skip
+    measured = roof.measure({dtype: DTYPES[dtype] for dtype in dtypes}, device)
+    result = {
+        "suite": options.suite,
+        "command": command,
+        "environment": environment(),
+        "roof": measured._asdict(),
+        "host": [] if "host" in skip or options.suite == "readme" else host.measure(device),
+        "rows": [],
     }
-    found = {}
-    for name, f in calls.items():
-        f()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(500):
-            f()
-        found[name] = round((time.perf_counter() - start) / 500 * 1e6, 1)
-        torch.cuda.synchronize()
-    return found
+    print(report.heading(result), flush=True)
+    if options.suite == "readme":
+        rows = earlier_table.measure(dtypes[0], device, options.lengths)
+    else:
+        kept = {name: name not in skip for name in MEASURES if name != "host"}
+        rows = measure(_cases(options), measured, Settings(device, options.budget_ms, **kept))
+    for row in rows:
+        result["rows"].append(row)
+        print(_progress(row), flush=True)
+    print(f"\n{_tables(result)}\n")
+    _write(result, options, dtypes)
+    return sum(row["status"] == FAILED for row in result["rows"])
 
 
-def main() -> None:
-    """Measures, prints a table and writes JSON."""
-    parser = argparse.ArgumentParser(description="Time attention and its derivatives on a GPU.")
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--passes", nargs="+", choices=PRODUCTS, default=list(PRODUCTS))
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"])
-    parser.add_argument(
-        "--implementations", nargs="+", choices=["ours", "sdpa"], default=["ours", "sdpa"]
-    )
-    parser.add_argument("--output", type=Path, help="write the results to this JSON file")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("this benchmark needs a CUDA device, and torch sees none; run it on a GPU")
+def _progress(row: dict) -> str:
+    """One line while it runs."""
+    name = f"{row.get('workload', '')} {report.shape(row)} {row['dtype']} {row['pass']}".strip()
+    figure = f"{report.number(row['ms'])} ms" if row["status"] == "ok" else row["status"]
+    reason = f" ({row['reason']})" if "reason" in row else ""
+    return f"  {name} {row['implementation']}: {figure}{reason}"
 
-    result = {"environment": environment(), "gemm_tflops": round(roof(), 1)}
-    result |= {"host_microseconds": host_microseconds(), "rows": []}
-    table = Table(title=f"{result['environment']['gpu']}, GEMM {result['gemm_tflops']} TFLOP/s")
-    for column in ("workload", "dtype", "pass", "implementation", "ms", "TFLOP/s", "MiB"):
-        table.add_column(column)
-    for workload in arguments.workloads:
-        for dtype in arguments.dtypes:
-            for name in arguments.passes:
-                for implementation in arguments.implementations:
-                    found = measure(implementation, name, WORKLOADS[workload], DTYPES[dtype])
-                    row = {"workload": workload, "dtype": dtype, "pass": name}
-                    row |= {"implementation": implementation, **found}
-                    result["rows"].append(row)
-                    table.add_row(*(str(value) for value in row.values()))
-    Console(width=120).print(table)
-    print(result["host_microseconds"], "microseconds of host time a call")
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"written to {arguments.output}")
+
+def _tables(result: dict) -> str:
+    rows = result["rows"]
+    if result["suite"] == "readme":
+        tables = [(earlier_table.COLUMNS, rows)]
+        tables.append((earlier_table.MASK_COLUMNS, earlier_table.mask_rows(rows)))
+    elif result["suite"] == "targets":
+        tables = [(targets.COLUMNS, targets.judged(rows))]
+    else:
+        tables = [(report.ROWS, rows)]
+    tables.append((report.HOST, result["host"]))
+    texts = [report.text(report.cells(columns, found)) for columns, found in tables if found]
+    if result["suite"] == "readme":
+        texts.append("\n".join(earlier_table.statistics_lines(rows)))
+    return "\n\n".join(texts)
+
+
+def _write(result: dict, options: argparse.Namespace, dtypes: list[str]) -> None:
+    suffix = f"_{dtypes[0]}" if options.suite == "readme" else ""
+    stem = options.output / f"{options.suite}{suffix}_{_machine(result['environment']['gpu'])}"
+    report.write_json(stem.with_suffix(".json"), result)
+    report.write_csv(stem.with_suffix(".csv"), result["rows"])
+    written = [stem.with_suffix(".json"), stem.with_suffix(".csv")]
+    written += plots.of_result(result, stem)
+    print("written to", ", ".join(map(str, written)))
+
+
+def _machine(gpu: str | None) -> str:
+    """A short name: "NVIDIA H100 80GB HBM3" -> "h100"."""
+    found = re.search(r"\b[A-Z]+\d+\w*", gpu or "cpu")
+    return found[0].lower() if found else re.sub(r"\W+", "_", gpu or "cpu").lower()
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""What `scripts/benchmark_attention.py` is made of: one idea a file."""

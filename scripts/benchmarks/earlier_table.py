@@ -1,0 +1,150 @@
+"""The table that the earlier package of this import name published, with an honest error column.
+
+B = 2, H = 12, D = 64, L = 32 … 2048; no mask, causal, a bool and an additive mask of (B, H, L, L).
+A timed call is what that package's script times: six clones of inputs and tangents, three
+`make_dual`, one attention inside a `forward_ad.dual_level`, no backward; 10 calls to warm up, then
+the wall clock of 100 calls and one wait. Memory is the peak of one call above the inputs and the
+mask, so the six clones (6·B·H·L·D elements) and the two results are in it. Accurate is what the
+script's absolute tolerances do not ask: relative error of value and tangent against float64.
+"""
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from jvp_flash_attention.workloads import Workload
+
+from . import accuracy, flops
+from .implementations import BUILT_IN
+from .measure import errors, guarded, rounded
+from .problem import DTYPES, Problem, draw
+from .report import Columns, Row, number, worst
+from .timing import mean_ms, peak_mib
+
+B, H, D = 2, 12, 64
+LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)
+MASKS = ("none", "causal", "bool-full", "additive-full")
+METHODS = ("sdpa-math", "ours")
+
+
+def measure(
+    dtype: str,
+    device: str,
+    lengths: Sequence[int] = LENGTHS,
+    methods: Sequence[str] = METHODS,
+    calls: tuple[int, int] = (10, 100),
+) -> Iterator[Row]:
+    """A row for every length, mask and method."""
+    for length in lengths:
+        for mask in MASKS:
+            problem = draw(Workload(B, H, length, D, mask), DTYPES[dtype], device)
+            sample = accuracy.Sample(problem, heads=B * H, rows=length)
+            for method in methods:
+                figures = partial(_figures, problem, sample, method, dtype, device, calls)
+                yield {**_head(problem, method, dtype), **guarded(figures)}
+
+
+def _head(p: Problem, method: str, dtype: str) -> Row:
+    return {
+        "shape": list(p.workload[:4]),
+        "mask": p.workload.mask,
+        "dtype": dtype,
+        "pass": "jvp",
+        "implementation": method,
+    }
+
+
+def _figures(
+    p: Problem, sample: accuracy.Sample, method: str, dtype: str, device: str, calls: tuple
+) -> Row:
+    implementation = BUILT_IN[method]
+    with implementation.around(), forward_ad.dual_level():
+        work = _call(p, implementation.plain)
+        found = errors(sample, "jvp", dtype, work())
+        mib = peak_mib(work, device)
+        ms = mean_ms(work, device, *calls)
+    tflops = flops.flops(p.workload, "jvp") / ms / 1e9
+    return {"ms": rounded(ms), "mib": rounded(mib), "tflops": rounded(tflops), **found}
+
+
+def _call(p: Problem, plain: Callable[[Problem, tuple], Tensor]) -> Callable[[], tuple]:
+    def work() -> tuple:
+        pairs = zip(p.primals, p.tangents, strict=True)
+        duals = tuple(forward_ad.make_dual(x.clone(), t.clone()) for x, t in pairs)
+        return tuple(forward_ad.unpack_dual(plain(p, duals)))
+
+    return work
+
+
+COLUMNS: Columns = {
+    "Seq Len": lambda r: str(r["shape"][2]),
+    "Causal": lambda r: "yes" if r["mask"] == "causal" else "no",
+    "Mask": lambda r: _mask(r),
+    "Method": lambda r: r["implementation"],
+    "Time (ms)": lambda r: number(r.get("ms")) or r["status"],
+    "Mem (MiB)": lambda r: number(r.get("mib")),
+    "TFLOP/s": lambda r: number(r.get("tflops")),
+    "Error": lambda r: worst(r).removesuffix(" ✗"),
+    "Check": lambda r: "" if "accurate" not in r else "✓" if r["accurate"] else "✗",
+}
+
+
+def _mask(row: Row) -> str:
+    return {"bool-full": "bool", "additive-full": "additive"}.get(row["mask"], "none")
+
+
+def mask_rows(rows: Sequence[Row]) -> list[Row]:
+    """Our times by mask, a row a length."""
+    by_length: dict[int, Row] = {}
+    for row in rows:
+        if row["implementation"] == "ours" and row["status"] == "ok":
+            by_length.setdefault(row["shape"][2], {})[row["mask"]] = row["ms"]
+    return [{"length": length, **times} for length, times in sorted(by_length.items())]
+
+
+def _beside(mask: str) -> Callable[[Row], str]:
+    def cell(row: Row) -> str:
+        ms, plain = row.get(mask), row.get("none")
+        if ms is None:
+            return ""
+        return number(ms) if plain is None else f"{number(ms)} ({ms / plain:.2f}x)"
+
+    return cell
+
+
+MASK_COLUMNS: Columns = {
+    "Seq Len": lambda r: str(r["length"]),
+    "No mask (ms)": lambda r: number(r.get("none")),
+    "Bool": _beside("bool-full"),
+    "Additive": _beside("additive-full"),
+    "Causal": _beside("causal"),
+}
+
+
+def speedups(rows: Sequence[Row]) -> list[float]:
+    """SDPA MATH's time over ours in every configuration that both could run."""
+    times: dict[tuple, dict[str, float]] = {}
+    for row in rows:
+        if row["status"] == "ok":
+            key = (tuple(row["shape"]), row["mask"])
+            times.setdefault(key, {})[row["implementation"]] = row["ms"]
+    return [t["sdpa-math"] / t["ours"] for t in times.values() if len(t) > 1]
+
+
+def statistics_lines(rows: Sequence[Row]) -> list[str]:
+    """Average, least and largest speed-up, and how many configurations are accurate."""
+    lines, found = [], speedups(rows)
+    if found:
+        lines.append(
+            f"speed-up over SDPA MATH: average {statistics.mean(found):.2f}x, "
+            f"minimum {min(found):.2f}x, maximum {max(found):.2f}x"
+        )
+    for method in METHODS:
+        mine = [row for row in rows if row["implementation"] == method]
+        good = sum(bool(row.get("accurate")) for row in mine)
+        if mine:
+            lines.append(f"accurate against float64: {method} {good}/{len(mine)}")
+    return lines
