@@ -23,9 +23,10 @@ import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NoReturn
 
 import torch
-from benchmarks import earlier_table, host, plots, report, roof, targets
+from benchmarks import earlier_table, host, plots, report, roof, tables, targets
 from benchmarks.flops import PASSES
 from benchmarks.implementations import BUILT_IN, find
 from benchmarks.measure import FAILED, Case, Settings, measure
@@ -34,6 +35,7 @@ from environment import environment
 
 from jvp_flash_attention.workloads import MASKS, WORKLOADS, Workload
 
+HOW = {"skip": [], "budget_ms": 100.0}
 SUITES = {  # suite -> the options that choose what it measures, and their defaults
     "workloads": {
         "workloads": list(WORKLOADS),
@@ -41,8 +43,9 @@ SUITES = {  # suite -> the options that choose what it measures, and their defau
         "dtypes": ["bfloat16"],
         "passes": list(PASSES),
         "implementations": list(BUILT_IN),
+        **HOW,
     },
-    "targets": {},
+    "targets": HOW,
     "readme": {"dtypes": list(DTYPES), "lengths": list(earlier_table.LENGTHS)},
     "lengths": {
         "lengths": [2**i for i in range(8, 16)],
@@ -50,6 +53,7 @@ SUITES = {  # suite -> the options that choose what it measures, and their defau
         "dtypes": ["bfloat16"],
         "passes": ["jvp", "full"],
         "implementations": ["ours", "sdpa-math"],
+        **HOW,
     },
 }
 MEASURES = ("memory", "accuracy", "graph", "host")
@@ -71,10 +75,15 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage."""
+        self.exit(2, f"error: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("--suite", choices=SUITES, default="workloads")
     add("--workloads", nargs="+", metavar="NAME|BxHxLxD", help=", ".join(WORKLOADS))
@@ -88,8 +97,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"{', '.join(BUILT_IN)}, or module:function with SDPA's arguments",
     )
-    add("--skip", nargs="+", choices=MEASURES, default=[], help="do not measure these")
-    add("--budget-ms", type=float, default=100.0, help="timed calls of a case take about so long")
+    add("--skip", nargs="+", choices=MEASURES, help="do not measure these")
+    add("--budget-ms", type=float, help="timed calls of a case take about so long")
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--output", type=Path, default=Path("outputs/benchmark"), help="folder of the results")
     return parser
@@ -99,15 +108,16 @@ def _complete(options: argparse.Namespace) -> None:
     """Checks the options and fills in the suite's defaults."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("torch sees no CUDA device; --device cpu times the reference there")
-    if options.budget_ms <= 0:
-        raise ValueError(f"--budget-ms must be positive, got {options.budget_ms}")
     mine = SUITES[options.suite]
-    for name in ("workloads", "lengths", "masks", "dtypes", "passes", "implementations"):
-        if name not in mine and getattr(options, name) is not None:
-            raise ValueError(f"--suite {options.suite} has no option --{name}")
+    for name in dict.fromkeys(name for suite in SUITES.values() for name in suite):
         if getattr(options, name) is None:
             setattr(options, name, mine.get(name))
+        elif name not in mine:
+            option = name.replace("_", "-")
+            raise ValueError(f"--suite {options.suite} has no option --{option}")
     options.dtypes = options.dtypes or [targets.DTYPE]
+    if options.budget_ms is not None and options.budget_ms <= 0:
+        raise ValueError(f"--budget-ms must be positive, got {options.budget_ms:g}")
     if min(options.lengths or [1]) < 1:
         raise ValueError(f"--lengths must be positive, got {min(options.lengths)}")
     for name in options.implementations or []:
@@ -146,14 +156,14 @@ def _masked(workload: Workload, mask: str | None) -> Workload:
 
 def _run(options: argparse.Namespace, dtypes: list[str], command: str) -> int:
     """Measures one result file; returns how many cases failed."""
-    device, skip = options.device, options.skip
+    device, skip = options.device, options.skip or []
     measured = roof.measure({dtype: DTYPES[dtype] for dtype in dtypes}, device)
     result = {
         "suite": options.suite,
         "command": command,
         "environment": environment(),
         "roof": measured._asdict(),
-        "host": [] if "host" in skip or options.suite == "readme" else host.measure(device),
+        "host": [] if "host" in skip else host.measure(device),
         "rows": [],
     }
     print(report.heading(result), flush=True)
@@ -165,7 +175,8 @@ def _run(options: argparse.Namespace, dtypes: list[str], command: str) -> int:
     for row in rows:
         result["rows"].append(row)
         print(_progress(row), flush=True)
-    print(f"\n{_tables(result)}\n")
+    parts = (report.text(part) if isinstance(part, list) else part for part in tables.of(result))
+    print("", *parts, sep="\n\n", end="\n\n")
     _write(result, options, dtypes)
     return sum(row["status"] == FAILED for row in result["rows"])
 
@@ -178,29 +189,13 @@ def _progress(row: dict) -> str:
     return f"  {name} {row['implementation']}: {figure}{reason}"
 
 
-def _tables(result: dict) -> str:
-    rows = result["rows"]
-    if result["suite"] == "readme":
-        tables = [(earlier_table.COLUMNS, rows)]
-        tables.append((earlier_table.MASK_COLUMNS, earlier_table.mask_rows(rows)))
-    elif result["suite"] == "targets":
-        tables = [(targets.COLUMNS, targets.judged(rows))]
-    else:
-        tables = [(report.ROWS, rows)]
-    tables.append((report.HOST, result["host"]))
-    texts = [report.text(report.cells(columns, found)) for columns, found in tables if found]
-    if result["suite"] == "readme":
-        texts.append("\n".join(earlier_table.statistics_lines(rows)))
-    return "\n\n".join(texts)
-
-
 def _write(result: dict, options: argparse.Namespace, dtypes: list[str]) -> None:
     suffix = f"_{dtypes[0]}" if options.suite == "readme" else ""
     stem = options.output / f"{options.suite}{suffix}_{_machine(result['environment']['gpu'])}"
     report.write_json(stem.with_suffix(".json"), result)
     report.write_csv(stem.with_suffix(".csv"), result["rows"])
     written = [stem.with_suffix(".json"), stem.with_suffix(".csv")]
-    written += plots.of_result(result, stem)
+    written += plots.draw(result, stem)
     print("written to", ", ".join(map(str, written)))
 
 

@@ -79,9 +79,7 @@ class Sample:
             q, k, v, mask, None, t_q, t_k, t_v, None, options
         )
         inputs = (q, k, v, mask, None, t_q, t_k, t_v, None)
-        found = reference.backward_jvp(
-            d_out, d_t_out, *inputs, out, t_out, lse, mu, options, False
-        )
+        found = reference.backward_jvp(d_out, d_t_out, *inputs, out, t_out, lse, mu, options, False)
         return tuple(x for x in found if x is not None)
 
 

@@ -10,20 +10,28 @@ OTHERS = ("#444444", "#d4a017", "#008b8b", "#c71585")
 QUANTITIES = {"ms": "time (ms)", "mib": "peak memory (MiB)"}
 
 
-def of_result(result: dict, stem: Path) -> list[Path]:
-    """A picture for every (B, H, D) and dtype with three lengths or more; the paths written."""
+def pictures(result: dict, stem: Path) -> dict[Path, tuple[str, list[dict]]]:
+    """path -> (title, rows) for every (B, H, D) and dtype with three lengths or more."""
     groups: dict[tuple, list[dict]] = {}
     for row in result["rows"]:
         B, H, _, D = row["shape"]
         groups.setdefault((B, H, D, row["dtype"]), []).append(row)
     groups = {key: rows for key, rows in groups.items() if len(_lengths(rows)) >= 3}
-    written = []
+    machine = result["environment"]["gpu"] or "CPU"
+    found = {}
     for (B, H, D, dtype), rows in groups.items():
-        path = Path(f"{stem}.png" if len(groups) == 1 else f"{stem}_{B}x{H}x{D}_{dtype}.png")
-        machine = result["environment"]["gpu"] or "CPU"
-        over_length(rows, path, f"B = {B}, H = {H}, D = {D}, {dtype}, {machine}")
-        written.append(path)
-    return written
+        suffix = "" if len(groups) == 1 else f"_{B}x{H}x{D}_{dtype}"
+        title = f"B = {B}, H = {H}, D = {D}, {dtype}, {machine}"
+        found[stem.with_name(f"{stem.name}{suffix}.png")] = (title, rows)
+    return found
+
+
+def draw(result: dict, stem: Path) -> list[Path]:
+    """Draws all pictures of a result; the paths written."""
+    found = pictures(result, stem)
+    for path, (title, rows) in found.items():
+        over_length(rows, path, title)
+    return list(found)
 
 
 def over_length(rows: Sequence[dict], path: Path, title: str) -> None:

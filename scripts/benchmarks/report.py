@@ -88,7 +88,7 @@ def worst(row: Row) -> str:
     if "errors" not in row:
         return ""
     error = max(map(float, row["errors"].values()), key=lambda x: math.inf if x != x else x)
-    return number(error, 2) + ("" if row["accurate"] else " ✗")
+    return f"{error:.1e}".replace("e-0", "e-") + ("" if row["accurate"] else " ✗")
 
 
 ROWS: Columns = {

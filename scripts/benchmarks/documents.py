@@ -1,0 +1,110 @@
+"""The figures in the documents, from the committed result files alone.
+
+A document holds pairs of lines `<!-- begin NAME -->`, `<!-- end NAME -->`; what lies between them is
+written here. A block whose result files are absent is empty: the section is left out.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from . import earlier_table, plots, report, tables, targets
+
+ROOT = Path(__file__).parents[2]
+RESULTS = Path("docs/results")
+DOCUMENTS = (Path("README.md"), Path("docs/benchmarks.md"))
+SUITES = {  # suite -> heading of its section
+    "targets": "Against the goals",
+    "readme": "The earlier package's table",
+    "lengths": "Time and memory over the length",
+    "workloads": "Named workloads",
+}
+Results = dict[Path, dict]  # path, relative to the root -> content
+
+
+def load(suite: str, root: Path = ROOT) -> Results:
+    """The result files of a suite."""
+    paths = sorted((root / RESULTS).glob(f"{suite}_*.json"))
+    return {path.relative_to(root): json.loads(path.read_text()) for path in paths}
+
+
+def regenerate(document: Path, root: Path = ROOT) -> str:
+    """The document's text with every block written anew."""
+    text = (root / document).read_text()
+    for name in re.findall(r"<!-- begin (\S+) -->", text):
+        block = BLOCKS[name](root)
+        pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
+        text, found = re.subn(pattern, lambda m, b=block: m[1] + b + m[2], text, flags=re.DOTALL)
+        if found != 1:
+            raise ValueError(f"{document}: block {name} has no end, or is there {found} times")
+    return text
+
+
+def _section(suite: str) -> Callable[[Path], str]:
+    """Heading, and for each file its machine, pictures and tables."""
+
+    def block(root: Path) -> str:
+        parts = []
+        for path, result in load(suite, root).items():
+            link = path.relative_to("docs")
+            parts.append(f"{report.heading(result)} ([{path.name}]({link})).")
+            stem = link.with_suffix("")
+            parts += [f"![{title}]({p})" for p, (title, _) in plots.pictures(result, stem).items()]
+            parts += map(_part, tables.of(result))
+        return "\n\n".join(["", f"## {SUITES[suite]}", *parts, ""]) if parts else ""
+
+    return block
+
+
+def _part(part: tables.Table | str) -> str:
+    """A table, folded where it is long; lines as a list."""
+    if isinstance(part, str):
+        return "\n".join(f"- {line}" for line in part.splitlines())
+    table = report.markdown(part)
+    if len(part) <= 30:
+        return table
+    return f"<details><summary>{len(part) - 1} rows</summary>\n\n{table}\n\n</details>"
+
+
+README_COLUMNS: report.Columns = {
+    "(B, H, L, D)": report.shape,
+    "pass": lambda r: {"jvp": "forward + JVP", "full": "backward of both"}[r["pass"]],
+    "ms": lambda r: report.number(r["ms"]),
+    "TFLOP/s": lambda r: report.number(r["tflops"]),
+    "MATH ms": lambda r: _of_math(r, "ms"),
+    "MiB": lambda r: report.number(r["mib"]),
+    "MATH MiB": lambda r: _of_math(r, "mib"),
+}
+
+
+def _of_math(row: dict, quantity: str) -> str:
+    peer = row["peers"].get("sdpa-math", {})
+    return report.number(peer.get(quantity)) or (peer.get("status", "") if quantity == "ms" else "")
+
+
+def _figures(root: Path) -> str:
+    """The block of the README: what matters of the goals, and the statistics of the other table."""
+    parts = []
+    for path, result in load("targets", root).items():
+        judged = targets.judged(result["rows"])
+        rows = [r for r in judged if "sdpa-math" in r["peers"] and r["status"] == "ok"]
+        gpu, dtype = result["environment"]["gpu"], targets.DTYPE
+        gemm = result["roof"]["gemm_tflops"][dtype]
+        size = result["roof"]["gemm_size"]
+        parts.append(
+            f"{gpu}, {dtype}, against `torch.func.jvp` of SDPA's MATH backend; a {size}³ product"
+            f" reaches {gemm:.0f} TFLOP/s in the same run ([{path.name}]({path})):"
+        )
+        parts.append(report.markdown(report.cells(README_COLUMNS, rows)))
+    for path, result in load("readme", root).items():
+        dtype = result["rows"][0]["dtype"]
+        lines = "; ".join(earlier_table.statistics_lines(result["rows"]))
+        parts.append(f"The earlier package's table in {dtype}: {lines} ([{path.name}]({path})).")
+    return "\n\n".join(["", *parts, ""]) if parts else ""
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "figures": _figures,
+    **{suite: _section(suite) for suite in SUITES},
+}
