@@ -6,7 +6,7 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
 
-def environment() -> dict[str, str | None]:
+def environment() -> dict[str, str | int | None]:
     """What a reader of a result needs to reproduce it."""
     import torch
 
@@ -14,6 +14,7 @@ def environment() -> dict[str, str | None]:
     return {
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "cuda": torch.version.cuda if cuda else None,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
         "cpu": platform.processor() or platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -31,9 +32,11 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The checked-out commit; a copy without a repository names it in the variable COMMIT."""
+    """The checked-out commit; a copy of the files names its own in the variable COMMIT."""
+    if named := os.environ.get("COMMIT"):
+        return named
     command = ["git", "rev-parse", "--short=12", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("COMMIT")
+        return None

@@ -1,7 +1,7 @@
 """The figures in the documents, from the committed result files alone.
 
-A document holds pairs of lines `<!-- begin NAME -->`, `<!-- end NAME -->`; what lies between them is
-written here. A block whose result files are absent is empty: the section is left out.
+A document holds pairs of lines `<!-- begin NAME -->`, `<!-- end NAME -->`; what lies between them
+is written here. A block whose result files are absent is empty: the section is left out.
 """
 
 import json

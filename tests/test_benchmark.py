@@ -1,0 +1,426 @@
+"""The benchmark: FLOPs by hand, clocks, errors, tables and documents of a fixed result, the
+commands.
+"""
+
+import csv
+import importlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from jvp_flash_attention.workloads import MASKS, WORKLOADS, Workload
+from scripts.benchmarks import (
+    accuracy,
+    documents,
+    earlier_table,
+    flops,
+    host,
+    implementations,
+    plots,
+    report,
+    tables,
+    targets,
+    timing,
+)
+from scripts.benchmarks import measure as measuring
+from scripts.benchmarks.problem import draw
+from scripts.benchmarks.roof import Roof
+
+ROOT = Path(__file__).parents[1]
+ROOF = Roof({"bfloat16": 800.0, "float32": 50.0}, 8192, 2500.0)
+CPU = measuring.Settings("cpu", budget_ms=1.0)
+SMALL = Workload(2, 3, 24, 8)
+
+
+# FLOPs and bounds
+
+
+@pytest.mark.parametrize(
+    ("workload", "name", "expected"),
+    [
+        (Workload(4, 16, 4096, 128), "forward", 4 * 4 * 16 * 4096**2 * 128),
+        (Workload(4, 16, 4096, 128), "jvp", 1.649267441664e12),
+        (Workload(4, 16, 4096, 128, "causal"), "jvp", 0.824633720832e12),
+        (Workload(4, 16, 4096, 128), "backward", 10 * 4 * 16 * 4096**2 * 128),
+        (Workload(4, 16, 4096, 128), "full", 30 * 4 * 16 * 4096**2 * 128),
+        (Workload(64, 16, 256, 72), "jvp", 12 * 64 * 16 * 256**2 * 72),  # D is not padded
+        (Workload(1, 1, 100, 8, "bool"), "forward", 4 * 100**2 * 8),  # masks are not credited
+    ],
+)
+def test_flops_are_those_of_the_useful_products(workload, name, expected):
+    assert flops.flops(workload, name) == expected
+
+
+def test_traffic_is_every_operand_and_result_and_the_mask_once():
+    B, H, L, D = SMALL[:4]
+    bf16 = torch.bfloat16
+    assert flops.traffic(SMALL, "forward", bf16) == 4 * B * H * L * D * 2
+    assert flops.traffic(SMALL, "full", torch.float32) == 16 * B * H * L * D * 4
+    for mask, scores in (("bool", L * L), ("padding", B * L), ("additive", 2 * H * L * L)):
+        extra = flops.traffic(SMALL._replace(mask=mask), "jvp", bf16) - flops.traffic(
+            SMALL, "jvp", bf16
+        )
+        assert extra == scores, mask
+
+
+def test_the_bound_is_the_larger_of_compute_and_memory():
+    long = flops.bound(WORKLOADS["long_4k_128"], "jvp", torch.bfloat16, 800.0, 2500.0)
+    assert long.by == "compute"
+    assert long.ms == pytest.approx(2.0616, rel=1e-4)
+    short = flops.bound(WORKLOADS["dit_l_256"], "jvp", torch.bfloat16, 800.0, 3000.0)
+    assert short.by == "memory"
+    assert short.ms == pytest.approx(0.0447, rel=1e-2)
+
+
+# clocks
+
+
+def test_the_median_is_that_of_the_calls():
+    assert 2.0 <= timing.median_ms(lambda: time.sleep(2e-3), "cpu", 5, 1) < 10.0
+    assert 1.0 <= timing.mean_ms(lambda: time.sleep(1e-3), "cpu", 1, 5) < 10.0
+    assert 1000 <= timing.host_us(lambda: time.sleep(1e-3), "cpu", 5, 2) < 10000
+
+
+def test_a_slow_call_is_timed_a_few_times_a_fast_one_for_the_budget():
+    calls = []
+    timing.median_ms(lambda: (calls.append(0), time.sleep(5e-3)), "cpu", budget_ms=1, warmup_ms=1)
+    assert len(calls) == 1 + 3 + 5
+    calls.clear()
+    timing.median_ms(lambda: calls.append(0), "cpu", budget_ms=1, warmup_ms=1)
+    assert 500 < len(calls) <= 2 * 1000 + 4
+
+
+def test_the_cpu_has_neither_memory_nor_host_figures():
+    assert timing.peak_mib(lambda: None, "cpu") is None
+    assert host.measure("cpu") == []
+
+
+# problems, implementations, errors
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks_have_the_declared_shape_and_broadcast(mask):
+    p = draw(SMALL._replace(mask=mask), torch.float32, "cpu")
+    assert (None if p.mask is None else tuple(p.mask.shape)) == p.workload.mask_shape
+    if p.mask is not None:
+        p.mask.expand(2, 3, 24, 24)
+        assert (p.mask.dtype == torch.bool) == (mask in ("bool", "padding", "bool-full"))
+
+
+LEGACY = "jvp_flash_attention.jvp_attention:JVPAttn.fwd_dual"  # causal= and dual tensors
+TORCH = "torch.nn.functional:scaled_dot_product_attention"
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("name", flops.PASSES)
+def test_every_implementation_computes_the_pass(name, mask):
+    p = draw(SMALL._replace(mask=mask), torch.float32, "cpu")
+    sample = accuracy.Sample(p, rows=7)
+    for implementation in ("ours", "sdpa-math", LEGACY):
+        if (implementation, name) == ("sdpa-math", "full") and mask.startswith("bool"):
+            continue  # NaN where a row attends nothing
+        found = implementations.find(implementation)
+        with found.around():
+            results = implementations.prepare(found, name, p)()
+        errors = sample.errors(name, results)
+        assert tuple(errors) == accuracy.RESULTS[name]
+        assert max(errors.values()) < 2e-6, (implementation, errors)
+
+
+def test_an_error_is_seen_in_the_result_that_has_it():
+    p = draw(SMALL, torch.float32, "cpu")
+    sample = accuracy.Sample(p)
+    out, t_out = implementations.prepare(implementations.find("ours"), "jvp", p)()
+    errors = sample.errors("jvp", (out, 1.01 * t_out))
+    assert errors["t_out"] == pytest.approx(0.01, rel=1e-3)
+    assert not accuracy.accurate(errors, "bfloat16")
+    assert accuracy.accurate({"out": 2e-3, "t_out": 2.3e-3, "d_q": 2.4e-3}, "bfloat16")
+    assert not accuracy.accurate({"out": float("nan")}, "bfloat16")
+
+
+def test_what_has_no_forward_derivative_says_so_and_the_benchmark_goes_on():
+    cases = [
+        measuring.Case("small", SMALL, "float32", name, implementation)
+        for name, implementation in (("jvp", "flash"), ("jvp", "ours"), ("forward", TORCH))
+    ]
+    rows = list(measuring.measure(cases, ROOF, CPU))
+    assert [row["status"] for row in rows] == [measuring.UNSUPPORTED, "ok", "ok"]
+    assert rows[0]["reason"] == "NotImplementedError: it has no forward-mode derivative"
+    assert rows[1]["tflops"] == pytest.approx(12 * 6 * 24**2 * 8 / rows[1]["ms"] / 1e9, rel=1e-3)
+    assert rows[1]["accurate"]
+    assert rows[1]["mib"] is None
+    assert rows[1]["graph_ms"] is None
+
+
+def test_out_of_memory_and_failures_are_rows():
+    def exhausted():
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    assert measuring.guarded(exhausted) == {"status": measuring.OUT_OF_MEMORY}
+    found = measuring.guarded(lambda: {}["x"])
+    assert found == {"status": measuring.FAILED, "reason": "KeyError: 'x'"}
+
+
+# suites
+
+
+def test_the_targets_name_workloads_and_peers_that_exist():
+    cases = targets.cases()
+    assert {case.implementation for case in cases} <= set(implementations.BUILT_IN)
+    measured = {(case.name, case.pass_name, case.implementation) for case in targets.cases()}
+    for goal in (goal for target in targets.TARGETS for goal in target.goals):
+        assert goal.to is None or goal.to in measured
+
+
+def test_the_earlier_table_has_28_configurations_and_follows_its_script():
+    assert len(earlier_table.LENGTHS) * len(earlier_table.MASKS) == 28
+    rows = list(earlier_table.measure("float32", "cpu", lengths=[8], calls=(0, 1)))
+    assert [row["mask"] for row in rows[::2]] == list(earlier_table.MASKS)
+    assert all(row["accurate"] for row in rows), rows
+    assert len(earlier_table.speedups(rows)) == 4
+
+
+# tables of a fixed result
+
+
+def row(workload, name, implementation, ms, **more):
+    w = WORKLOADS[workload]
+    figures = {"status": "ok", "ms": ms, "mib": 130.0, "tflops": 560.4, "of_bound": 0.708}
+    figures |= {
+        "graph_ms": None,
+        "bound_by": "compute",
+        "errors": {"out": 2.2e-3},
+        "accurate": True,
+    }
+    head = {"workload": workload, "shape": list(w[:4]), "mask": w.mask, "dtype": "bfloat16"}
+    return head | {"pass": name, "implementation": implementation} | figures | more
+
+
+LOST = {"status": measuring.OUT_OF_MEMORY}
+ENVIRONMENT = {"gpu": "Some GPU", "cpu": "x", "torch": "2", "triton": "3", "commit": "abc"}
+TARGETS_RESULT = {
+    "suite": "targets",
+    "environment": ENVIRONMENT,
+    "roof": ROOF._asdict(),
+    "host": [{"call": "attention_jvp", "us": 55.2, "goal": 60}],
+    "rows": [
+        row("long_4k_128", "jvp", "ours", 2.943),
+        row("long_4k_128", "jvp", "sdpa-math", 79.77, mib=21506.0),
+        row("long_4k_128", "backward", "ours", 2.7),
+        row("long_4k_128", "backward", "cudnn", 2.61),
+        row("long_4k_128", "full", "ours", 9.2, errors={"d_q": 3e-3}, accurate=False),
+        {"workload": "long_4k_128", "shape": [4, 16, 4096, 128], "mask": "none"}
+        | {"dtype": "bfloat16", "pass": "full", "implementation": "sdpa-math", **LOST},
+        row("bool_4k_128", "jvp", "ours", 5.886),
+    ],
+}
+
+
+def test_the_table_of_targets_judges_every_goal():
+    table, goals_of_the_host = tables.of(TARGETS_RESULT)
+    title, jvp, backward, full, masked = table
+    at = {name: i for i, name in enumerate(title)}
+    assert "graph ms" not in at  # empty everywhere
+    assert jvp[at["goal"]] == "≥ 700 TFLOP/s, ≥ 0.9 of bound"
+    assert jvp[at["met"]] == "no 560, no 0.708"
+    assert (jvp[at["MATH ms"]], jvp[at["MATH MiB"]]) == ("79.8", "21506")
+    assert backward[at["goal"]] == "≤ 1.05 × cudnn"
+    assert backward[at["met"]] == "yes 1.03"
+    assert (full[at["met"]], full[at["MATH ms"]]) == ("yes 9.20", "out of memory")
+    assert full[at["error"]] == "3.0e-3 ✗"
+    assert masked[at["(B, H, L, D)"]] == "(4, 16, 4096, 128) bool"
+    assert masked[at["met"]] == "no 2.00"
+    assert goals_of_the_host[1] == ["attention_jvp", "55.2", "≤ 60"]
+
+
+def test_the_statistics_of_the_earlier_table():
+    def of(length, mask, method, ms, mib, accurate):
+        head = {"shape": [2, 12, length, 64], "mask": mask, "dtype": "float16", "pass": "jvp"}
+        figures = {"status": "ok", "ms": ms, "mib": mib, "tflops": 1.0, "accurate": accurate}
+        return head | {"implementation": method, "errors": {"out": 1e-4}} | figures
+
+    rows = [
+        of(2048, "none", "sdpa-math", 6.0, 2000.0, True),
+        of(2048, "none", "ours", 0.5, 48.0, True),
+        of(2048, "bool-full", "sdpa-math", 8.0, 2000.0, True),
+        of(2048, "bool-full", "ours", 2.0, 72.0, False),
+    ]
+    assert earlier_table.speedups(rows) == [12.0, 4.0]
+    speed, math, math_memory, ours, ours_memory = earlier_table.statistics_lines(rows)
+    assert "average 8.00x" in speed
+    assert "minimum 4.00x" in speed
+    assert "maximum 12.00x" in speed
+    assert math.endswith("sdpa-math 2/2")
+    assert ours.endswith("ours 1/2")
+    assert math_memory.endswith("41.67x")
+    assert ours_memory.endswith("1.50x")  # six clones and two results are 48 MiB
+    masks = report.cells(earlier_table.MASK_COLUMNS, earlier_table.mask_rows(rows))
+    assert masks == [["Seq Len", "No mask (ms)", "Bool"], ["2048", "0.500", "2.00 (4.00x)"]]
+    assert report.text(masks).splitlines()[2] == "2048     0.500         2.00 (4.00x)"
+    assert report.markdown(masks).splitlines()[1] == "|---|---|---|"
+
+
+@pytest.mark.parametrize(
+    ("x", "shown"),
+    [
+        (None, ""),
+        (0.0, "0.0"),
+        (2.943, "2.94"),
+        (0.0553, "0.0553"),
+        (21506.0, "21506"),
+        (2e-4, "2.00e-4"),
+    ],
+)
+def test_numbers_have_three_digits(x, shown):
+    assert report.number(x) == shown
+
+
+def test_json_is_valid_where_an_error_is_not_finite(tmp_path):
+    path = tmp_path / "x.json"
+    report.write_json(path, {"rows": [{"errors": {"out": float("nan")}}]})
+    errors = json.loads(path.read_text(), parse_constant=pytest.fail)["rows"][0]["errors"]
+    assert report.worst({"errors": {"out": 1.0, **errors}, "accurate": False}) == "nan ✗"
+
+
+# documents
+
+
+@pytest.mark.parametrize("document", documents.DOCUMENTS, ids=str)
+def test_documents_equal_what_the_report_writes(document):
+    assert documents.regenerate(document) == (ROOT / document).read_text(), (
+        "run python scripts/benchmark_report.py"
+    )
+
+
+def test_pictures_of_committed_results_are_committed():
+    for suite in documents.SUITES:
+        for path, result in documents.load(suite).items():
+            for picture in plots.pictures(result, ROOT / path.with_suffix("")):
+                assert picture.is_file(), "run python scripts/benchmark_report.py"
+
+
+def test_a_document_is_written_from_files_and_a_section_without_files_is_left_out(tmp_path):
+    (tmp_path / "docs").mkdir()
+    blocks = "<!-- begin figures -->\nold\n<!-- end figures -->\n"
+    (tmp_path / "README.md").write_text(f"before\n{blocks}after\n")
+    page = "".join(f"<!-- begin {s} -->\n<!-- end {s} -->\n" for s in documents.SUITES)
+    (tmp_path / "docs" / "benchmarks.md").write_text(page)
+
+    empty = documents.regenerate(Path("README.md"), tmp_path)
+    assert empty == f"before\n{blocks.replace('old', '').replace(chr(10) * 2, chr(10))}after\n"
+    assert documents.regenerate(Path("docs/benchmarks.md"), tmp_path) == page
+
+    report.write_json(tmp_path / "docs/results/targets_some.json", TARGETS_RESULT)
+    readme = documents.regenerate(Path("README.md"), tmp_path)
+    assert "| (4, 16, 4096, 128) | forward + JVP | 2.94 | 560 | 79.8 | 130 | 21506 |" in readme
+    assert "| out of memory |" in readme
+    assert "Some GPU" in readme
+    assert readme.endswith("after\n")
+    found = documents.regenerate(Path("docs/benchmarks.md"), tmp_path)
+    assert found.count("## ") == 1
+    assert "[targets_some.json](results/targets_some.json)" in found
+    assert "| attention_jvp | 55.2 | ≤ 60 |" in found
+
+
+def test_a_picture_marks_lengths_that_ran_out_of_memory(tmp_path):
+    rows = []
+    for i, length in enumerate((256, 512, 1024)):
+        at = {"shape": [1, 16, length, 128]}
+        rows.append(row("long_16k_128", "jvp", "ours", 0.1 * 4**i, **at))
+        slow = {"ms": None, "mib": None, **LOST} if i == 2 else {}
+        rows.append(row("long_16k_128", "jvp", "sdpa-math", 1.0 * 4**i, **at) | slow)
+    (path,) = plots.draw({"environment": ENVIRONMENT, "rows": rows}, tmp_path / "lengths_x")
+    assert path == tmp_path / "lengths_x.png"
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert plots.pictures({"environment": ENVIRONMENT, "rows": rows[:4]}, path) == {}
+
+
+# commands
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """`main` of the script, as a command in this process."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return importlib.import_module("benchmark_attention").main
+
+
+def test_the_command_writes_json_csv_and_a_picture(benchmark, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COMMIT", "0123abc")
+    arguments = ["--device", "cpu", "--budget-ms", "1", "--dtypes", "float32", "--output", tmp_path]
+    arguments += ["--workloads", "1x2x8x4", "1x2x16x4", "1x2x24x4", "--masks", "none", "padding"]
+    arguments += ["--implementations", "ours", "sdpa-math", "--passes", "jvp", "full"]
+    assert benchmark([*map(str, arguments)]) == 0
+    result = json.loads((tmp_path / "workloads_cpu.json").read_text())
+    assert result["environment"]["commit"] == "0123abc"
+    assert len(result["rows"]) == 3 * 2 * 2 * 2
+    assert all(r["status"] == "ok" and r["accurate"] for r in result["rows"]), result["rows"]
+    with (tmp_path / "workloads_cpu.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert lines[0]["shape"] == "1x2x8x4"
+    assert float(lines[0]["errors.t_out"]) < 2e-6
+    assert (tmp_path / "workloads_cpu.png").is_file()
+    printed = capsys.readouterr().out
+    assert "1x2x24x4+padding" in printed
+    assert "written to" in printed
+
+
+def test_the_suite_of_the_earlier_table_writes_one_file_a_dtype(benchmark, tmp_path, monkeypatch):
+    module = sys.modules[benchmark.__module__]
+    measure = module.earlier_table.measure
+    quick = lambda *arguments: measure(*arguments, calls=(0, 1))  # noqa: E731
+    monkeypatch.setattr(module.earlier_table, "measure", quick)
+    arguments = [
+        "--suite",
+        "readme",
+        "--device",
+        "cpu",
+        "--lengths",
+        "8",
+        "--output",
+        str(tmp_path),
+    ]
+    assert benchmark([*arguments, "--dtypes", "float32", "bfloat16"]) == 0
+    found = sorted(path.name for path in tmp_path.glob("*.json"))
+    assert found == ["readme_bfloat16_cpu.json", "readme_float32_cpu.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--bla"], "unrecognized arguments: --bla"),
+        (["--workloads", "long"], "or BxHxLxD, got 'long'"),
+        (["--workloads", "1x2x0x4"], "or BxHxLxD, got '1x2x0x4'"),
+        (["--masks", "window"], "invalid choice: 'window'"),
+        (["--implementations", "mine"], "or module:function, got 'mine'"),
+        (["--implementations", "no_such:f"], "cannot be imported: No module named 'no_such'"),
+        (["--suite", "targets", "--passes", "jvp"], "--suite targets has no option --passes"),
+        (["--suite", "lengths", "--lengths", "0"], "--lengths must be positive, got 0"),
+        (["--budget-ms", "0"], "--budget-ms must be positive, got 0"),
+    ],
+)
+def test_a_wrong_option_gives_one_clear_line(benchmark, capsys, arguments, complaint):
+    with pytest.raises(SystemExit) as status:
+        benchmark(["--device", "cpu", *arguments])
+    assert status.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert complaint in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_what_to_do(benchmark, capsys):
+    with pytest.raises(SystemExit):
+        benchmark([])
+    assert "--device cpu" in capsys.readouterr().err
+
+
+def test_the_report_is_a_command():
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark_report.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
