@@ -172,12 +172,14 @@ def _run(options: argparse.Namespace, dtypes: list[str], command: str) -> int:
     else:
         kept = {name: name not in skip for name in MEASURES if name != "host"}
         rows = measure(_cases(options), measured, Settings(device, options.budget_ms, **kept))
-    for row in rows:
-        result["rows"].append(row)
-        print(_progress(row), flush=True)
-    parts = (report.text(part) if isinstance(part, list) else part for part in tables.of(result))
-    print("", *parts, sep="\n\n", end="\n\n")
-    _write(result, options, dtypes)
+    try:
+        for row in rows:
+            result["rows"].append(row)
+            print(_progress(row), flush=True)
+    finally:  # what was measured before an interrupt is kept
+        parts = (report.text(x) if isinstance(x, list) else x for x in tables.of(result))
+        print("", *parts, sep="\n\n", end="\n\n")
+        _write(result, options, dtypes)
     return sum(row["status"] == FAILED for row in result["rows"])
 
 
@@ -195,7 +197,10 @@ def _write(result: dict, options: argparse.Namespace, dtypes: list[str]) -> None
     report.write_json(stem.with_suffix(".json"), result)
     report.write_csv(stem.with_suffix(".csv"), result["rows"])
     written = [stem.with_suffix(".json"), stem.with_suffix(".csv")]
-    written += plots.draw(result, stem)
+    try:
+        written += plots.draw(result, stem)
+    except ModuleNotFoundError as missing:
+        print(f"no pictures: {missing}", file=sys.stderr)
     print("written to", ", ".join(map(str, written)))
 
 

@@ -157,6 +157,21 @@ def test_what_has_no_forward_derivative_says_so_and_the_benchmark_goes_on():
     assert rows[1]["graph_ms"] is None
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", flops.PASSES)
+def test_on_a_gpu_a_short_call_has_a_graph_and_a_peak(name):
+    workload = Workload(2, 4, 256, 64)
+    peers = ["ours", "sdpa-math"] + ["flash", "cudnn"] * (name in ("forward", "backward"))
+    cases = [measuring.Case("small", workload, "bfloat16", name, peer) for peer in peers]
+    with torch.cuda.stream(torch.cuda.Stream()):
+        rows = list(measuring.measure(cases, ROOF, CPU._replace(device="cuda")))
+    for row in rows:
+        assert row["status"] == "ok", row
+        assert row["accurate"], row
+        assert row["mib"] > 0
+        assert row["graph_ms"] > 0 or row["ms"] >= measuring.GRAPH_BELOW_MS
+
+
 def test_out_of_memory_and_failures_are_rows():
     def exhausted():
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")

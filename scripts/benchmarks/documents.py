@@ -52,9 +52,13 @@ def _section(suite: str) -> Callable[[Path], str]:
             stem = link.with_suffix("")
             parts += [f"![{title}]({p})" for p, (title, _) in plots.pictures(result, stem).items()]
             parts += map(_part, tables.of(result))
-        return "\n\n".join(["", f"## {SUITES[suite]}", *parts, ""]) if parts else ""
+        return _spaced([f"## {SUITES[suite]}", *parts] if parts else [])
 
     return block
+
+
+def _spaced(parts: list[str]) -> str:
+    return "".join(f"\n{part}\n" for part in parts) + "\n" * bool(parts)
 
 
 def _part(part: tables.Table | str) -> str:
@@ -67,41 +71,49 @@ def _part(part: tables.Table | str) -> str:
     return f"<details><summary>{len(part) - 1} rows</summary>\n\n{table}\n\n</details>"
 
 
+FIGURES = (  # workloads of the README
+    "long_4k_128",
+    "long_16k_128",
+    "long_8k_64",
+    "causal_4k_128",
+    "mid_2k",
+    "dit_l_256",
+    "dit_xl_256",
+)
 README_COLUMNS: report.Columns = {
     "(B, H, L, D)": report.shape,
     "pass": lambda r: {"jvp": "forward + JVP", "full": "backward of both"}[r["pass"]],
-    "ms": lambda r: report.number(r["ms"]),
-    "TFLOP/s": lambda r: report.number(r["tflops"]),
-    "MATH ms": lambda r: _of_math(r, "ms"),
-    "MiB": lambda r: report.number(r["mib"]),
-    "MATH MiB": lambda r: _of_math(r, "mib"),
+    "ms": lambda r: report.number(r.get("ms")),
+    "graph ms": lambda r: report.number(r.get("graph_ms")),
+    "TFLOP/s": lambda r: report.number(r.get("tflops")),
+    "MATH ms": targets.peer("sdpa-math", "ms"),
+    "MiB": lambda r: report.number(r.get("mib")),
+    "MATH MiB": targets.peer("sdpa-math", "mib"),
 }
-
-
-def _of_math(row: dict, quantity: str) -> str:
-    peer = row["peers"].get("sdpa-math", {})
-    return report.number(peer.get(quantity)) or (peer.get("status", "") if quantity == "ms" else "")
 
 
 def _figures(root: Path) -> str:
     """The block of the README: what matters of the goals, and the statistics of the other table."""
     parts = []
     for path, result in load("targets", root).items():
-        judged = targets.judged(result["rows"])
-        rows = [r for r in judged if "sdpa-math" in r["peers"] and r["status"] == "ok"]
-        gpu, dtype = result["environment"]["gpu"], targets.DTYPE
-        gemm = result["roof"]["gemm_tflops"][dtype]
-        size = result["roof"]["gemm_size"]
+        rows = [
+            row
+            for row in targets.judged(result["rows"])
+            if row["workload"] in FIGURES and row["pass"] in ("jvp", "full")
+        ]
+        gpu, roof = result["environment"]["gpu"], result["roof"]
+        gemm = report.number(roof["gemm_tflops"][targets.DTYPE])
         parts.append(
-            f"{gpu}, {dtype}, against `torch.func.jvp` of SDPA's MATH backend; a {size}³ product"
-            f" reaches {gemm:.0f} TFLOP/s in the same run ([{path.name}]({path})):"
+            f"{gpu}, {targets.DTYPE}, against `torch.func.jvp` of SDPA's MATH backend; a"
+            f" {roof['gemm_size']}³ product reaches {gemm} TFLOP/s in the same run"
+            f" ([{path.name}]({path})):"
         )
         parts.append(report.markdown(report.cells(README_COLUMNS, rows)))
     for path, result in load("readme", root).items():
         dtype = result["rows"][0]["dtype"]
         lines = "; ".join(earlier_table.statistics_lines(result["rows"]))
         parts.append(f"The earlier package's table in {dtype}: {lines} ([{path.name}]({path})).")
-    return "\n\n".join(["", *parts, ""]) if parts else ""
+    return _spaced(parts)
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {

@@ -17,6 +17,7 @@ from .roof import Roof
 
 GRAPH_BELOW_MS = 1.0  # shorter calls are timed as a CUDA graph too: the host may be what is slow
 OUT_OF_MEMORY, UNSUPPORTED, FAILED = "out of memory", "unsupported", "failed"
+NO_KERNEL = ("No available kernel", "No viable backend")  # SDPA's words
 Row = dict
 
 
@@ -76,7 +77,7 @@ def guarded(figures: Callable[[], Row]) -> Row:
     except NotImplementedError as reason:
         return {"status": UNSUPPORTED, "reason": _line(reason)}
     except Exception as reason:
-        known = "No available kernel" in str(reason)
+        known = any(words in str(reason) for words in NO_KERNEL)
         return {"status": UNSUPPORTED if known else FAILED, "reason": _line(reason)}
     torch.cuda.empty_cache()  # here, not above: the exception held the tensors
     return {"status": OUT_OF_MEMORY}

@@ -13,6 +13,7 @@ from .measure import Case
 from .report import Columns, Row, number, shape, worst
 
 DTYPE = "bfloat16"
+RATES = ("tflops", "of_bound")  # the more the better
 Key = tuple[str, str, str]  # workload, pass, implementation
 
 
@@ -33,12 +34,12 @@ class Goal(NamedTuple):
             "ms": " ms",
             "graph_ms": " ms (graph)",
         }
-        sign = "ideal" if self.report else "≥" if self.quantity in ("tflops", "of_bound") else "≤"
+        sign = "ideal" if self.report else "≥" if self.quantity in RATES else "≤"
         if self.to is None:
             return f"{sign} {self.limit:g}{unit[self.quantity]}"
         workload, _, implementation = self.to
         return (
-            f"{sign} {self.limit:.3g} × {workload if implementation == 'ours' else implementation}"
+            f"{sign} {self.limit:.4g} × {workload if implementation == 'ours' else implementation}"
         )
 
 
@@ -101,7 +102,7 @@ def cases(targets: Sequence[Target] = TARGETS) -> Iterator[Case]:
 
 def judged(rows: Sequence[Row], targets: Sequence[Target] = TARGETS) -> list[Row]:
     """Our row of every target, with its peers' rows, what the goals asked and whether they are met
-    (None where nothing is asked)."""
+    (None where nothing is asked, or it was not measured)."""
     found = {(r["workload"], r["pass"], r["implementation"]): r for r in rows}
     table = []
     for target in targets:
@@ -122,9 +123,8 @@ def _judge(goal: Goal, row: Row, found: dict[Key, Row]) -> dict:
         mine, other = _device_ms(row), _device_ms(found.get(goal.to, {}))
         value = mine / other if mine and other else None
     met = None
-    if not goal.report:
-        higher = goal.quantity in ("tflops", "of_bound")
-        met = value is not None and (value >= goal.limit if higher else value <= goal.limit)
+    if not goal.report and value is not None:
+        met = value >= goal.limit if goal.quantity in RATES else value <= goal.limit
     return {"goal": str(goal), "value": value, "met": met}
 
 
@@ -133,20 +133,27 @@ def _device_ms(row: Row) -> float | None:
     return row.get("graph_ms") or row.get("ms")
 
 
+MET = {True: "yes", False: "no", None: ""}
+
+
 def _goals(row: Row) -> str:
     return ", ".join(g["goal"] for g in row["goals"])
 
 
 def _met(row: Row) -> str:
-    word = {True: "yes", False: "no", None: ""}
-    shown = (f"{word[g['met']]} {number(g['value'])}".strip() for g in row["goals"])
-    return ", ".join(shown)
+    return ", ".join(
+        f"{MET[g['met']]} {number(g['value'])}".strip() if g["value"] else "not measured"
+        for g in row["goals"]
+    )
 
 
-def _peer(name: str, quantity: str):
+def peer(name: str, quantity: str):
+    """A column of a peer's figures; that of its time says why there is none."""
+
     def cell(row: Row) -> str:
-        peer = row["peers"].get(name)
-        return "" if not peer else number(peer.get(quantity)) or peer["status"]
+        its = row["peers"].get(name, {})
+        lost = its.get("status", "ok") if quantity == "ms" else "ok"
+        return number(its.get(quantity)) if lost == "ok" else lost
 
     return cell
 
@@ -161,10 +168,10 @@ COLUMNS: Columns = {
     "of bound": lambda r: number(r.get("of_bound"), 2),
     "goal": _goals,
     "met": _met,
-    "cuDNN ms": _peer("cudnn", "ms"),
-    "flash ms": _peer("flash", "ms"),
-    "MATH ms": _peer("sdpa-math", "ms"),
+    "cuDNN ms": peer("cudnn", "ms"),
+    "flash ms": peer("flash", "ms"),
+    "MATH ms": peer("sdpa-math", "ms"),
     "MiB": lambda r: number(r.get("mib")),
-    "MATH MiB": _peer("sdpa-math", "mib"),
+    "MATH MiB": peer("sdpa-math", "mib"),
     "error": worst,
 }
