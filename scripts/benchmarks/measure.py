@@ -1,5 +1,6 @@
 """From cases to rows: what each costs, how far it is from the machine's bound, how exact it is."""
 
+import gc
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -79,7 +80,8 @@ def guarded(figures: Callable[[], Row]) -> Row:
     except Exception as reason:
         known = any(words in str(reason) for words in NO_KERNEL)
         return {"status": UNSUPPORTED if known else FAILED, "reason": _line(reason)}
-    torch.cuda.empty_cache()  # here, not above: the exception held the tensors
+    gc.collect()  # here, not above: the exception held the tensors
+    torch.cuda.empty_cache()
     return {"status": OUT_OF_MEMORY}
 
 
@@ -99,7 +101,10 @@ def _figures(
         ms = timing.median_ms(work, device, settings.budget_ms)
         graph = None
         if settings.graph and device == "cuda" and ms < GRAPH_BELOW_MS:
-            graph = timing.graph_ms(work, settings.budget_ms)
+            try:
+                graph = timing.graph_ms(work, settings.budget_ms)
+            except RuntimeError as reason:
+                row["reason"] = f"no graph: {_line(reason)}"
     device_ms = ms if graph is None else graph
     dtype = DTYPES[case.dtype]
     bound = flops.bound(

@@ -17,6 +17,8 @@ def of(result: dict) -> list[Table | str]:
         parts = [(report.ROWS, rows)]
     parts.append((report.HOST, result["host"]))
     found: list[Table | str] = [report.cells(columns, part) for columns, part in parts if part]
+    if result["suite"] == "targets":
+        found.append(targets.summary(rows, result["host"]))
     if result["suite"] == "readme":
         found.append("\n".join(earlier_table.statistics_lines(rows)))
     return found

@@ -92,20 +92,20 @@ TARGETS = (
 )
 
 
-def cases(targets: Sequence[Target] = TARGETS) -> Iterator[Case]:
+def cases() -> Iterator[Case]:
     """What must be measured."""
-    for target in targets:
+    for target in TARGETS:
         for implementation in ("ours", *target.peers):
             workload = WORKLOADS[target.workload]
             yield Case(target.workload, workload, DTYPE, target.pass_name, implementation)
 
 
-def judged(rows: Sequence[Row], targets: Sequence[Target] = TARGETS) -> list[Row]:
+def judged(rows: Sequence[Row]) -> list[Row]:
     """Our row of every target, with its peers' rows, what the goals asked and whether they are met
     (None where nothing is asked, or it was not measured)."""
     found = {(r["workload"], r["pass"], r["implementation"]): r for r in rows}
     table = []
-    for target in targets:
+    for target in TARGETS:
         mine = found.get((target.workload, target.pass_name, "ours"))
         if mine is None:
             continue
@@ -125,12 +125,20 @@ def _judge(goal: Goal, row: Row, found: dict[Key, Row]) -> dict:
     met = None
     if not goal.report and value is not None:
         met = value >= goal.limit if goal.quantity in RATES else value <= goal.limit
-    return {"goal": str(goal), "value": value, "met": met}
+    return {"goal": str(goal), "value": value, "met": met, "asked": not goal.report}
 
 
 def _device_ms(row: Row) -> float | None:
     """The graph's time where there is one: ratios of short calls are not ratios of host time."""
     return row.get("graph_ms") or row.get("ms")
+
+
+def summary(rows: Sequence[Row], host: Sequence[dict]) -> str:
+    """How many goals are met, those of the host's overhead included."""
+    met = [g["met"] for row in judged(rows) for g in row["goals"] if g["asked"]]
+    met += [call["us"] <= call["goal"] for call in host if call["goal"]]
+    unknown = f", not measured: {met.count(None)}" if None in met else ""
+    return f"goals met: {met.count(True)} of {len(met)}{unknown}"
 
 
 MET = {True: "yes", False: "no", None: ""}
