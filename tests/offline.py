@@ -19,7 +19,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from jvp_flash_attention import kernels
-from jvp_flash_attention.kernels import launch
+from jvp_flash_attention.kernels import launch, launch_hopper
 from jvp_flash_attention.options import Options
 
 TARGETS = {
@@ -75,12 +75,14 @@ def _compiling_for(name: str, tma: bool | None = None):
     def there(*args):
         p = problem(*args)
         use = hopper and p.itemsize == 2 and all(map(launch.tma_can_read, args[:3]))
-        return p._replace(hopper=hopper, tma=use if tma is None else tma)
+        tma_used = use if tma is None else tma
+        return p._replace(hopper=hopper, tma=tma_used, warpgroups=name == "sm_90")
 
     with (
         mock.patch.object(driver, "_active", _Driver(target)),
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(kernels, "problem", there),
+        mock.patch.object(launch_hopper, "multiprocessors", lambda device: 132),
     ):
         yield done
 
@@ -158,6 +160,8 @@ def table(target: str, head_dims, dtypes, variants=("plain",), **kwargs):
         "bool": {"bias": torch.zeros(1, 1, 200, 200, dtype=torch.bool), "length": 200},
         "bias": {"bias": torch.zeros(1, 1, 200, 200), "length": 200},
         "dropout": {"dropout_p": 0.1},
+        "tiles": {"bias": torch.zeros(1, 1, 256, 256, dtype=torch.bool)},  # a mask that TMA reads
+        "keys": {"bias": torch.zeros(1, 1, 1, 256, dtype=torch.bool)},
     }
     for dtype in dtypes:
         for head_dim in head_dims:
@@ -176,7 +180,9 @@ if __name__ == "__main__":
     parser.add_argument("--head-dims", type=int, nargs="+", default=[16, 32, 64, 128, 256])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument(
-        "--variants", nargs="+", default=["plain", "causal", "bool", "bias", "dropout"]
+        "--variants",
+        nargs="+",
+        default=["plain", "causal", "bool", "bias", "dropout", "tiles", "keys"],
     )
     arguments = parser.parse_args()
     failed = False

@@ -65,8 +65,8 @@ def tile(kind: str, block_d: int, itemsize: int, hopper: bool, extras: bool) -> 
 
 
 class Rings(NamedTuple):
-    """The warp-specialised pass (hopper.py): a head dim in two pieces, keys a tile, and how many
-    tiles of keys, of values and of query pairs are in flight."""
+    """The warp-specialised pass (hopper.py): a head dim in two pieces, keys a tile, how many tiles
+    of keys, of values, of query pairs and of masks are in flight, and the order of a tile."""
 
     D1: int
     D2: int
@@ -74,15 +74,19 @@ class Rings(NamedTuple):
     KS: int
     VS: int
     QS: int
+    BS: int
     EARLY: bool
 
 
-def warp_specialized(head_dim: int, masked: bool) -> Rings:
-    """A mask's tile leaves no registers for 128 keys."""
+def warp_specialized(head_dim: int, mask_bytes: int) -> Rings:
+    """`mask_bytes`: of an element of a mask that is read, or 0."""
+    masks = 1 if mask_bytes == 4 else 2
+    if head_dim <= 64 and not mask_bytes:
+        return Rings(64, 0, 128, 2, 2, 2, masks, False)
     if head_dim <= 64:
-        return Rings(64, 0, 64, 2, 2, 2, True) if masked else Rings(64, 0, 128, 2, 2, 2, False)
+        return Rings(64, 0, 64, 2, 2, 1, masks, False)
     if head_dim <= 80:
-        return Rings(64, 16, 64, 2, 2, 2, True)
+        return Rings(64, 16, 64, 2, 2, 2, masks, False)
     if head_dim <= 96:
-        return Rings(64, 32, 64, 2, 2, 1 if masked else 2, True)
-    return Rings(128, 0, 64, 2, 2, 1, True)
+        return Rings(64, 32, 64, 2, 2, 1 if mask_bytes else 2, masks, False)
+    return Rings(128, 0, 64, 2, 2, 1, masks, not mask_bytes)

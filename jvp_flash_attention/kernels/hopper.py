@@ -270,7 +270,6 @@ def _consumer(
     for e in range(_items(items, CAUSAL)):
         b, h, m0, n = _item(e, tiles, H, S, BN, CAUSAL)
         m0 += WG * ROWS
-        i = m0 + gl.arange(0, ROWS, layout=ROW)
         m = gl.full([ROWS], -float("inf"), gl.float32, ROW)
         c = gl.zeros([ROWS], gl.float32, ROW)
         l = _lane_sums(gl.zeros([ROWS, BN], gl.float32, S_L), BN)
@@ -342,9 +341,11 @@ def _consumer(
             edge = (j + 1) * BN > clear
             if EDGE:
                 if edge:
-                    s = gl.where(_seen(i, j * BN, S, BN, S_L, CAUSAL), s, -float("inf"))
+                    s = gl.where(_seen(m0, j * BN, S, BN, S_L, CAUSAL), s, -float("inf"))
             if T_S and not EARLY:
-                t_s = _visible_tangent(t_s, mask, i, j * BN, S, edge, BN, S_L, CAUSAL, EDGE, BOOL, ADD)
+                t_s = _visible_tangent(
+                    t_s, mask, m0, j * BN, S, edge, BN, S_L, CAUSAL, EDGE, BOOL, ADD
+                )
 
             m_new = gl.max(s, 1)
             if not ADD:
@@ -359,7 +360,9 @@ def _consumer(
                     base = gl.where(m_new == -float("inf"), 0.0, m_new)
                 alpha = gl.exp2(m - base)
                 m = m_new
-                alpha4 = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout)), 1)
+                alpha4 = gl.expand_dims(
+                    gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout)), 1
+                )
                 l = l * alpha4
                 r = r * alpha4
                 o = _rows_times(o, alpha, L1)
@@ -393,7 +396,9 @@ def _consumer(
                 mbarrier.arrive(k_free.index(kj), count=1)
             if T_S:
                 if EARLY:
-                    t_s = _visible_tangent(t_s, mask, i, j * BN, S, edge, BN, S_L, CAUSAL, EDGE, BOOL, ADD)
+                    t_s = _visible_tangent(
+                        t_s, mask, m0, j * BN, S, edge, BN, S_L, CAUSAL, EDGE, BOOL, ADD
+                    )
                 if CENTER:
                     if j == 0:
                         c = _mean(p, t_s) * scale
@@ -448,6 +453,7 @@ def _consumer(
         if TWO:
             _store(o_out[1], [b, h, m0, D1], buffers[0][1].index(qj + WG))
             _store(t_out[1], [b, h, m0, D1], buffers[1][1].index(qj + WG))
+        i = m0 + gl.arange(0, ROWS, layout=ROW)
         row = (b * H + h).to(gl.int64) * L + i
         if ADD:
             gl.store(LSE + 2 * row, m, mask=i < L)
@@ -471,7 +477,7 @@ def _consumer(
 
 @gluon.jit
 def _visible_tangent(
-    t_s, mask, i, n0, S, edge, BN: gl.constexpr, S_L: gl.constexpr, CAUSAL: gl.constexpr,
+    t_s, mask, m0, n0, S, edge, BN: gl.constexpr, S_L: gl.constexpr, CAUSAL: gl.constexpr,
     EDGE: gl.constexpr, BOOL: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     """tS, 0 where a pair is masked: its P is 0, but 0 · NaN would not be."""
@@ -481,7 +487,7 @@ def _visible_tangent(
         t_s = gl.where(mask == -float("inf"), 0.0, t_s)
     if EDGE:
         if edge:
-            t_s = gl.where(_seen(i, n0, S, BN, S_L, CAUSAL), t_s, 0.0)
+            t_s = gl.where(_seen(m0, n0, S, BN, S_L, CAUSAL), t_s, 0.0)
     return t_s
 
 
@@ -512,10 +518,10 @@ def _finish(o, t, inverse, r, q, t_q, L_O: gl.constexpr, T_S: gl.constexpr):
 
 
 @gluon.jit
-def _seen(i, n0, S, BN: gl.constexpr, S_L: gl.constexpr, CAUSAL: gl.constexpr):
+def _seen(m0, n0, S, BN: gl.constexpr, S_L: gl.constexpr, CAUSAL: gl.constexpr):
     """Which pairs attend: inside the keys, not in the future."""
     j = gl.expand_dims(n0 + gl.arange(0, BN, layout=gl.SliceLayout(0, S_L)), 0)
-    i = gl.expand_dims(i, 1)
+    i = gl.expand_dims(m0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_L)), 1)
     see = (j < S) & (i >= 0)
     if CAUSAL:
         see = see & (i >= j)

@@ -9,7 +9,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import configs
 from .hopper import forward_jvp_kernel
-from .launch import Problem, cdiv, tma_can_read
+from .launch import Problem, cdiv, on_device, tma_can_read
 
 LAYOUT_TYPES = {
     torch.float16: gl.float16,
@@ -37,7 +37,7 @@ def serves(p: Problem, bias: Tensor | None, t_bias: Tensor | None) -> bool:
 def forward_jvp(p: Problem, q, k, v, bias, t_q, t_k, t_v, out, t_out, lse, mu) -> None:
     """Writes O, tO, LSE and μ."""
     mask = "none" if bias is None else _mask_kind(bias, p)
-    t = configs.warp_specialized(p.D, bias is not None)
+    t = configs.warp_specialized(p.D, 0 if bias is None else bias.element_size())
     tiles = cdiv(p.L, 128)
     items = tiles * p.B * p.H
 
@@ -51,8 +51,8 @@ def forward_jvp(p: Problem, q, k, v, bias, t_q, t_k, t_v, out, t_out, lse, mu) -
         *(pieces(x, rows) for x, rows in ((t_q, 64), (t_k, t.BN), (t_v, t.BN))),
         *(pieces(x, 64) for x in (out, t_out)),
     )
-    with torch.cuda.device(q.device):
-        forward_jvp_kernel[(min(items, _multiprocessors(q.device)),)](
+    with on_device(q):
+        forward_jvp_kernel[(min(items, multiprocessors(q.device)),)](
             *(first for first, _ in operands),
             *(second for _, second in operands),
             *_mask(bias, mask, p, t.BN),
@@ -71,12 +71,13 @@ def forward_jvp(p: Problem, q, k, v, bias, t_q, t_k, t_v, out, t_out, lse, mu) -
             KS=t.KS,
             VS=t.VS,
             QS=t.QS,
-            BS=1,
+            BS=t.BS,
             EARLY=t.EARLY,
             CAUSAL=p.options.causal,
             EDGE=p.options.causal or p.S % t.BN != 0,
             MASK=mask,
             BOOL=p.bool_bias,
+            CENTER=p.S <= 128,  # with many keys c gains no accuracy
             # p̃ times a tangent score must fit float16
             THRESHOLD="0f41000000" if q.dtype == torch.bfloat16 else "0f40000000",  # 8 and 2
             num_warps=4,
@@ -122,5 +123,6 @@ def _layout(rows: int, columns: int, dtype: torch.dtype):
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """How many blocks run at once."""
     return torch.cuda.get_device_properties(device).multi_processor_count
