@@ -82,7 +82,7 @@ def _compiling_for(name: str, tma: bool | None = None):
         mock.patch.object(driver, "_active", _Driver(target)),
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(kernels, "problem", there),
-        mock.patch.object(launch_hopper, "multiprocessors", lambda device: 132),
+        mock.patch.object(launch_hopper, "multiprocessors", return_value=132),
     ):
         yield done
 

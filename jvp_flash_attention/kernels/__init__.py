@@ -6,11 +6,13 @@ one device.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..options import Options
-from . import configs
+from . import configs, vendor
 from .backward import keys_kernel, queries_kernel, row_sums_kernel
 from .forward import forward_kernel
 from .launch import cdiv, mask, on_device, operand, packed, pointer, problem, unit
@@ -20,8 +22,12 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
     """(O, LSE)."""
+    q, k, v = map(unit, (q, k, v))
+    p = problem(q, k, v, bias, options)
+    if vendor.serves(p, q, k, v):
+        return vendor.forward(p, q, k, v)
     out, lse = _outputs(q, v, bias)
-    _forward(q, k, v, bias, seed, None, None, None, None, out, None, lse, None, options)
+    _forward(p, q, k, v, bias, seed, None, None, None, None, out, None, lse, None)
     return out, lse
 
 
@@ -38,9 +44,17 @@ def forward_jvp(
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(O, tO, LSE, μ); an absent tangent is zero."""
+    q, k, v, t_q, t_k, t_v = map(unit, (q, k, v, t_q, t_k, t_v))
+    p = problem(q, k, v, bias, options, t_q, t_k, t_v)
     out, lse = _outputs(q, v, bias)
     t_out, mu = torch.empty_like(out), _row_vector(q)
-    _forward(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu, options)
+    if p.warpgroups:
+        from . import launch_hopper  # Gluon, only where it can run
+
+        if launch_hopper.serves(p, bias, t_bias):
+            launch_hopper.forward_jvp(p, q, k, v, bias, t_q, t_k, t_v, out, t_out, lse, mu)
+            return out, t_out, lse, mu
+    _forward(p, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu)
     return out, t_out, lse, mu
 
 
@@ -89,16 +103,8 @@ def backward_jvp(
     )  # fmt: skip
 
 
-def _forward(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu, options):
-    q, k, v, t_q, t_k, t_v = map(unit, (q, k, v, t_q, t_k, t_v))
+def _forward(p, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu):
     seed = packed(seed)
-    p = problem(q, k, v, bias, options, t_q, t_k, t_v)
-    if t_out is not None and p.warpgroups:
-        from . import launch_hopper  # Gluon, only where it can run
-
-        if launch_hopper.serves(p, bias, t_bias):
-            launch_hopper.forward_jvp(p, q, k, v, bias, t_q, t_k, t_v, out, t_out, lse, mu)
-            return
     tile = p.tile("forward", jvp=t_out is not None)
     grid = (cdiv(p.L, tile.BM) * p.B * p.H,)
     if grid[0] == 0:
@@ -119,20 +125,22 @@ def _forward(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu, op
             lse,
             mu,
             *p.numbers(seed),
-            PRESCALE=bias is not None or options.scale <= 0.0,
-            **p.switches(tile, whole=p.S % tile.BN == 0 and not options.causal),
+            PRESCALE=bias is not None or p.options.scale <= 0.0,
+            **p.switches(tile, whole=p.S % tile.BN == 0 and not p.options.causal),
         )
 
 
 def _backward(
     d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu,
     options, bias_grad,
-):  # fmt: skip
+) -> Any:  # fmt: skip
     jvp = d_t_out is not None
     q, k, v, t_q, t_k, t_v = map(unit, (q, k, v, t_q, t_k, t_v))
     d_out, d_t_out, out, t_out = map(unit, (d_out, d_t_out, out, t_out))
     seed, lse, mu = map(packed, (seed, lse, mu))
     p = problem(q, k, v, bias, options, t_q, t_k, t_v, d_out, d_t_out)
+    if not jvp and vendor.serves(p, q, k, v, out, d_out):
+        return *vendor.backward(p, d_out, q, k, v, out, lse), *(None,) * 5
     d_q, d_k, d_v = map(_contiguous_like, (q, k, v))
     d_t_q, d_t_k, d_t_v = (_contiguous_like(x) if jvp else None for x in (q, k, v))
     d_bias = _bias_accumulator(bias, p) if bias_grad else None

@@ -27,7 +27,9 @@ not written. An absent tangent removes its loads and products. A mask is read as
 # Triton's annotations name what a kernel receives, not what its caller passes.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
-# pyright: reportOptionalMemberAccess=false, reportIndexIssue=false, reportPossiblyUnbound=false
+# pyright: reportOptionalMemberAccess=false, reportIndexIssue=false
+# What is known at compile time stands in an `if` of its own.
+# ruff: noqa: SIM102
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -39,105 +41,39 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .hopper_primitives import (
+    ROWS,
+    advance,
+    any_above,
+    await_turn,
+    barriers,
+    exponential,
+    give_turn,
+    keep_alive,
+    lane_sums,
+    load,
+    matrix,
+    ring,
+    rows_times,
+    scores,
+    store,
+    visible,
+    visible_tangent,
+    weighted_mean,
+    work_item,
+    work_items,
+)
 from .primitives import LN2, LOG2E
 
-# renamed in Triton 3.9
-_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-
-ROWS = gl.constexpr(64)  # queries of a warpgroup
 UNSPECIALIZED = ("H", "L", "S", "tiles", "items", "b_step", "h_step")
-
-
-@gluon.jit
-def _asm(code: gl.constexpr):
-    z = gl.full([128], 0, gl.int32, gl.BlockedLayout([1], [32], [4], [0]))
-    gl.inline_asm_elementwise(code, "=r,r", [z], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _await_turn(WG: gl.constexpr):
-    if WG == 0:
-        _asm("bar.sync 10, 256; mov.u32 $0, $1;")
-    else:
-        _asm("bar.sync 11, 256; mov.u32 $0, $1;")
-
-
-@gluon.jit
-def _give_turn(WG: gl.constexpr):
-    if WG == 0:
-        _asm("bar.arrive 11, 256; mov.u32 $0, $1;")
-    else:
-        _asm("bar.arrive 10, 256; mov.u32 $0, $1;")
-
-
-@gluon.jit
-def _keep_alive(x):
-    """No instruction: ties the registers of x to this point, so that none is reused while a product
-    still reads them."""
-    return gl.inline_asm_elementwise("", "=r,0", [x], dtype=x.dtype, is_pure=False, pack=2)
-
-
-@gluon.jit
-def _lane_sums(x, BN: gl.constexpr):
-    """Row sums over the registers of a lane: (64, BN) -> (64, 4)."""
-    return gl.sum(gl.sum(gl.reshape(x, [ROWS, BN // 8, 4, 2]), 3), 1)
-
-
-@gluon.jit
-def _any_above(x, THRESHOLD: gl.constexpr, FLAG: gl.constexpr):
-    """Whether an element of this warp's rows exceeds the threshold, as a scalar uniform in the
-    warp."""
-    above: gl.constexpr = (
-        "{ .reg .pred a, b; setp.gt.f32 a, $2, " + THRESHOLD + "; setp.gt.f32 b, $3, " + THRESHOLD
-        + "; or.pred a, a, b; vote.sync.any.pred a, a, 0xffffffff; selp.b32 " + FLAG
-        + ", 1, 0, a; mov.b32 $0, " + FLAG + "; mov.b32 $1, $0; }"
-    )  # fmt: skip
-    read: gl.constexpr = "mov.b32 $0, " + FLAG + ";"
-    gl.inline_asm_elementwise(above, "=r,=r,f,f", [x], dtype=gl.int32, is_pure=False, pack=2)
-    return gl.inline_asm_elementwise(read, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _items(items, CAUSAL: gl.constexpr):
-    """How many work items this block has."""
-    pid = gl.program_id(0)
-    blocks = gl.num_programs(0)
-    if CAUSAL:
-        pairs = (items + 1) // 2
-        mine = 2 * ((pairs - pid + blocks - 1) // blocks)
-        if (items % 2 == 1) & ((pairs - 1) % blocks == pid):
-            mine -= 1
-    else:
-        mine = (items - pid + blocks - 1) // blocks
-    return mine
-
-
-@gluon.jit
-def _item(e, tiles, H, S, BN: gl.constexpr, CAUSAL: gl.constexpr):
-    """Batch entry, head, first query and number of key tiles of this block's e-th work item; `tiles`
-    is the number of query tiles of a head."""
-    pid = gl.program_id(0)
-    blocks = gl.num_programs(0)
-    if CAUSAL:
-        w = 2 * (e // 2 * blocks + pid) + e % 2
-    else:
-        w = e * blocks + pid
-    bh = w // tiles
-    tile = w % tiles
-    end = S
-    if CAUSAL:
-        tile = gl.where(tile % 2 == 0, tile // 2, tiles - 1 - tile // 2)
-        end = gl.minimum(S, (tile + 1) * 2 * ROWS)
-    return bh // H, bh % H, tile * 2 * ROWS, (end + BN - 1) // BN
 
 
 @gluon.jit
 def _fetch(x, buffers, at: gl.constexpr, b, h, row, barrier, slot):
     """Both pieces of one tile of operand number `at`."""
-    _load(x[at][0], [b, h, row, 0], barrier, buffers[at][0].index(slot))
+    load(x[at][0], [b, h, row, 0], barrier, buffers[at][0].index(slot))
     if x[at][1] is not None:
-        _load(x[at][1], [b, h, row, 64], barrier, buffers[at][1].index(slot))
+        load(x[at][1], [b, h, row, 64], barrier, buffers[at][1].index(slot))
 
 
 @gluon.jit
@@ -146,7 +82,8 @@ def _producer(
     BN: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr, QS: gl.constexpr, BS: gl.constexpr,
     GROUP: gl.constexpr, CAUSAL: gl.constexpr, MASK: gl.constexpr, ROW_BYTES: gl.constexpr,
 ):  # fmt: skip
-    """x: the operands Q, tQ, K, tK, V, tV, each in two pieces; ROW_BYTES: of both pieces."""
+    """The warp that fetches. x: the operands Q, tQ, K, tK, V, tV, each in two pieces; ROW_BYTES: of
+    both."""
     q_ready, q_free, k_ready, k_free, v_ready, v_free, b_ready, b_free = bars
     T_Q: gl.constexpr = x[1][0] is not None
     T_K: gl.constexpr = x[3][0] is not None
@@ -159,8 +96,8 @@ def _producer(
     v_phase = 1
     q_phase = 1
     b_phase = 1
-    for e in range(_items(items, CAUSAL)):
-        b, h, m0, n = _item(e, tiles, H, S, BN, CAUSAL)
+    for e in range(work_items(items, CAUSAL)):
+        b, h, m0, n = work_item(e, tiles, H, S, BN, CAUSAL)
         hk = h // GROUP
         for j in range(n):
             mbarrier.wait(k_free.index(kj), k_phase)
@@ -169,10 +106,7 @@ def _producer(
             _fetch(x, buffers, 2, b, hk, j * BN, ready, kj)
             if T_K:
                 _fetch(x, buffers, 3, b, hk, j * BN, ready, kj)
-            kj += 1
-            if kj == KS:
-                kj = 0
-                k_phase ^= 1
+            kj, k_phase = advance(kj, k_phase, 1, KS)
             if j == 0:  # after the first keys, which need not wait until the last item is stored
                 for g in gl.static_range(2):
                     mbarrier.wait(q_free.index(qj + g), q_phase)
@@ -181,63 +115,34 @@ def _producer(
                     _fetch(x, buffers, 0, b, h, m0 + g * ROWS, q_bar, qj + g)
                     if T_Q:
                         _fetch(x, buffers, 1, b, h, m0 + g * ROWS, q_bar, qj + g)
-                qj += 2
-                if qj == 2 * QS:
-                    qj = 0
-                    q_phase ^= 1
+                qj, q_phase = advance(qj, q_phase, 2, 2 * QS)
             if MASK == "full":
                 mbarrier.wait(b_free.index(bj), b_phase)
                 b_bar = b_ready.index(bj)
                 mbarrier.expect(b_bar, 2 * mask_tiles.block_type.nbytes)
                 for g in gl.static_range(2):
                     at = [b * b_step, h * h_step, m0 + g * ROWS, j * BN]
-                    _load(mask_tiles, at, b_bar, buffers[6].index(2 * bj + g))
-                bj += 1
-                if bj == BS:
-                    bj = 0
-                    b_phase ^= 1
+                    load(mask_tiles, at, b_bar, buffers[6].index(2 * bj + g))
+                bj, b_phase = advance(bj, b_phase, 1, BS)
             mbarrier.wait(v_free.index(vj), v_phase)
             v_bar = v_ready.index(vj)
             mbarrier.expect(v_bar, BN * ROW_BYTES * (2 if T_V else 1))
             _fetch(x, buffers, 4, b, hk, j * BN, v_bar, vj)
             if T_V:
                 _fetch(x, buffers, 5, b, hk, j * BN, v_bar, vj)
-            vj += 1
-            if vj == VS:
-                vj = 0
-                v_phase ^= 1
-
-
-@gluon.jit
-def _matrix(ring, slot, N: gl.constexpr, D: gl.constexpr):
-    """The tile in a slot as a matrix (N, D)."""
-    return ring.index(slot).reshape((N, D))
-
-
-@gluon.jit
-def _scores(q, k, q2, k2, s, START: gl.constexpr):
-    """s + q kᵀ over both pieces; START: s counts as zero."""
-    s = warpgroup_mma(q, k.permute((1, 0)), s, use_acc=not START, is_async=True)
-    if q2 is not None:
-        s = warpgroup_mma(q2, k2.permute((1, 0)), s, is_async=True)
-    return s
-
-
-@gluon.jit
-def _rows_times(o, a, L_O: gl.constexpr):
-    """o scaled row by row."""
-    return o * gl.expand_dims(gl.convert_layout(a, gl.SliceLayout(1, L_O), assert_trivial=True), 1)
+            vj, v_phase = advance(vj, v_phase, 1, VS)
 
 
 @gluon.jit
 def _consumer(
-    WG: gl.constexpr, o_out, t_out, mask_row, b_step, h_step, LSE, MU, buffers, bars, scale, S, L, H, tiles,
-    items,
+    WG: gl.constexpr, o_out, t_out, mask_row, b_step, h_step, LSE, MU, buffers, bars,
+    scale, S, L, H, tiles, items,
     D1: gl.constexpr, D2: gl.constexpr, BN: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr,
     QS: gl.constexpr, BS: gl.constexpr, EARLY: gl.constexpr, CAUSAL: gl.constexpr,
     EDGE: gl.constexpr, MASK: gl.constexpr, BOOL: gl.constexpr, CENTER: gl.constexpr,
     THRESHOLD: gl.constexpr, T_Q: gl.constexpr, T_K: gl.constexpr, T_V: gl.constexpr,
 ):  # fmt: skip
+    """A warpgroup of the two: 64 queries of each work item against all keys they see."""
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     L1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D1, 16])
     L2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, max(D2, 16), 16])
@@ -266,50 +171,50 @@ def _consumer(
     declare: gl.constexpr = ".reg .b32 " + FLAG + "; mov.b32 " + FLAG + ", 0; mov.b32 $0, 0;"
     gl.inline_asm_elementwise(declare, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     if EARLY and WG == 1:
-        _give_turn(WG)
-    for e in range(_items(items, CAUSAL)):
-        b, h, m0, n = _item(e, tiles, H, S, BN, CAUSAL)
+        give_turn(WG)
+    for e in range(work_items(items, CAUSAL)):
+        b, h, m0, n = work_item(e, tiles, H, S, BN, CAUSAL)
         m0 += WG * ROWS
         m = gl.full([ROWS], -float("inf"), gl.float32, ROW)
         c = gl.zeros([ROWS], gl.float32, ROW)
-        l = _lane_sums(gl.zeros([ROWS, BN], gl.float32, S_L), BN)
+        l = lane_sums(gl.zeros([ROWS, BN], gl.float32, S_L), BN)
         r = l
         o = gl.zeros([ROWS, D1], gl.float32, L1)
         t = gl.zeros([ROWS, D1], gl.float32, L1)
         o2 = gl.zeros([ROWS, D2], gl.float32, L2) if TWO else 0
         t2 = gl.zeros([ROWS, D2], gl.float32, L2) if TWO else 0
-        q = _matrix(buffers[0][0], qj + WG, ROWS, D1)
-        q2 = _matrix(buffers[0][1], qj + WG, ROWS, D2) if TWO else None
-        t_q = _matrix(buffers[1][0], qj + WG, ROWS, D1)
-        t_q2 = _matrix(buffers[1][1], qj + WG, ROWS, D2) if TWO else None
+        q = matrix(buffers[0][0], qj + WG, ROWS, D1)
+        q2 = matrix(buffers[0][1], qj + WG, ROWS, D2) if TWO else None
+        t_q = matrix(buffers[1][0], qj + WG, ROWS, D1)
+        t_q2 = matrix(buffers[1][1], qj + WG, ROWS, D2) if TWO else None
         # keys below `clear` are seen by all rows of this warpgroup
         clear = S
         if CAUSAL:
             clear = gl.minimum(S, m0 + 1)
         mbarrier.wait(q_ready.index(qj + WG), q_phase)
         for j in range(n):
-            k = _matrix(buffers[2][0], kj, BN, D1)
-            k2 = _matrix(buffers[2][1], kj, BN, D2) if TWO else None
+            k = matrix(buffers[2][0], kj, BN, D1)
+            k2 = matrix(buffers[2][1], kj, BN, D2) if TWO else None
             mbarrier.wait(k_ready.index(kj), k_phase)
             if EARLY:
-                _await_turn(WG)
-            s = _scores(q, k, q2, k2, gl.zeros([ROWS, BN], gl.float32, S_L), True)
+                await_turn(WG)
+            s = scores(q, k, q2, k2, gl.zeros([ROWS, BN], gl.float32, S_L), True)
             t_s = gl.zeros([ROWS, BN], gl.float32, S_L)
             if T_Q:
-                t_s = _scores(t_q, k, t_q2, k2, t_s, True)
+                t_s = scores(t_q, k, t_q2, k2, t_s, True)
             if T_K:
-                t_k = _matrix(buffers[3][0], kj, BN, D1)
-                t_k2 = _matrix(buffers[3][1], kj, BN, D2) if TWO else None
-                t_s = _scores(q, t_k, q2, t_k2, t_s, not T_Q)
+                t_k = matrix(buffers[3][0], kj, BN, D1)
+                t_k2 = matrix(buffers[3][1], kj, BN, D2) if TWO else None
+                t_s = scores(q, t_k, q2, t_k2, t_s, not T_Q)
             if EARLY:
-                _give_turn(WG)
+                give_turn(WG)
                 s = warpgroup_mma_wait(T_S_PRODUCTS, deps=[s])
             else:
                 if WG == 1:
-                    _give_turn(WG)
+                    give_turn(WG)
                 else:
                     if started > 0:
-                        _give_turn(WG)
+                        give_turn(WG)
                     started = 1
                 if T_S:
                     s, t_s = warpgroup_mma_wait(0, deps=[s, t_s])
@@ -321,10 +226,7 @@ def _consumer(
                 mbarrier.wait(b_ready.index(bj), b_phase)
                 mask = buffers[6].index(2 * bj + WG).reshape((ROWS, BN)).load(S_L)
                 mbarrier.arrive(b_free.index(bj), count=1)
-                bj += 1
-                if bj == BS:
-                    bj = 0
-                    b_phase ^= 1
+                bj, b_phase = advance(bj, b_phase, 1, BS)
             elif MASK == "keys":
                 COLUMN: gl.constexpr = gl.SliceLayout(0, S_L)
                 at = j * BN + gl.arange(0, BN, layout=COLUMN)
@@ -341,9 +243,9 @@ def _consumer(
             edge = (j + 1) * BN > clear
             if EDGE:
                 if edge:
-                    s = gl.where(_seen(m0, j * BN, S, BN, S_L, CAUSAL), s, -float("inf"))
+                    s = gl.where(visible(m0, j * BN, S, BN, S_L, CAUSAL), s, -float("inf"))
             if T_S and not EARLY:
-                t_s = _visible_tangent(
+                t_s = visible_tangent(
                     t_s, mask, m0, j * BN, S, edge, BN, S_L, CAUSAL, EDGE, BOOL, ADD
                 )
 
@@ -354,7 +256,7 @@ def _consumer(
             grown = m_new - m
             if MASK != "none":  # from nothing to nothing is no growth, not NaN
                 grown = gl.where(m_new == -float("inf"), 0.0, grown)
-            if _any_above(grown, THRESHOLD, FLAG):
+            if any_above(grown, THRESHOLD, FLAG):
                 base = m_new
                 if MASK != "none":
                     base = gl.where(m_new == -float("inf"), 0.0, m_new)
@@ -365,58 +267,58 @@ def _consumer(
                 )
                 l = l * alpha4
                 r = r * alpha4
-                o = _rows_times(o, alpha, L1)
-                t = _rows_times(t, alpha, L1)
+                o = rows_times(o, alpha, L1)
+                t = rows_times(t, alpha, L1)
                 if TWO:
-                    o2 = _rows_times(o2, alpha, L2)
-                    t2 = _rows_times(t2, alpha, L2)
+                    o2 = rows_times(o2, alpha, L2)
+                    t2 = rows_times(t2, alpha, L2)
             base = m
             if MASK != "none":
                 base = gl.where(m == -float("inf"), 0.0, m)
-            p = _exponential(s, scale2, base, ADD)
-            l = l + _lane_sums(p, BN)
+            p = exponential(s, scale2, base, ADD)
+            l = l + lane_sums(p, BN)
             p16 = gl.convert_layout(p.to(DT), P1, assert_trivial=True)
             if TWO:
                 p16_2 = gl.convert_layout(p16, P2, assert_trivial=True)
 
-            v = _matrix(buffers[4][0], vj, BN, D1)
-            v2 = _matrix(buffers[4][1], vj, BN, D2) if TWO else None
+            v = matrix(buffers[4][0], vj, BN, D1)
+            v2 = matrix(buffers[4][1], vj, BN, D2) if TWO else None
             if EARLY:
                 mbarrier.wait(v_ready.index(vj), v_phase)
                 o = warpgroup_mma(p16, v, o, is_async=True)
                 if TWO:
                     o2 = warpgroup_mma(p16_2, v2, o2, is_async=True)
                 if T_V:
-                    t = warpgroup_mma(p16, _matrix(buffers[5][0], vj, BN, D1), t, is_async=True)
+                    t = warpgroup_mma(p16, matrix(buffers[5][0], vj, BN, D1), t, is_async=True)
                     if TWO:
-                        t_v2 = _matrix(buffers[5][1], vj, BN, D2)
+                        t_v2 = matrix(buffers[5][1], vj, BN, D2)
                         t2 = warpgroup_mma(p16_2, t_v2, t2, is_async=True)
                 if T_S:
                     t_s = warpgroup_mma_wait(P_PRODUCTS, deps=[t_s])
                 mbarrier.arrive(k_free.index(kj), count=1)
             if T_S:
                 if EARLY:
-                    t_s = _visible_tangent(
+                    t_s = visible_tangent(
                         t_s, mask, m0, j * BN, S, edge, BN, S_L, CAUSAL, EDGE, BOOL, ADD
                     )
                 if CENTER:
                     if j == 0:
-                        c = _mean(p, t_s) * scale
+                        c = weighted_mean(p, t_s) * scale
                 p_t_s = p * (t_s * scale - gl.expand_dims(c, 1))
-                r = r + _lane_sums(p_t_s, BN)
+                r = r + lane_sums(p_t_s, BN)
                 p_t_s16 = gl.convert_layout(p_t_s.to(DT), P1, assert_trivial=True)
                 if TWO:
                     p_t_s16_2 = gl.convert_layout(p_t_s16, P2, assert_trivial=True)
             if not EARLY:
                 mbarrier.wait(v_ready.index(vj), v_phase)
-                _await_turn(WG)
+                await_turn(WG)
                 o = warpgroup_mma(p16, v, o, is_async=True)
                 if TWO:
                     o2 = warpgroup_mma(p16_2, v2, o2, is_async=True)
                 if T_V:
-                    t = warpgroup_mma(p16, _matrix(buffers[5][0], vj, BN, D1), t, is_async=True)
+                    t = warpgroup_mma(p16, matrix(buffers[5][0], vj, BN, D1), t, is_async=True)
                     if TWO:
-                        t_v2 = _matrix(buffers[5][1], vj, BN, D2)
+                        t_v2 = matrix(buffers[5][1], vj, BN, D2)
                         t2 = warpgroup_mma(p16_2, t_v2, t2, is_async=True)
             if T_S:
                 t = warpgroup_mma(p_t_s16, v, t, is_async=True)
@@ -426,18 +328,12 @@ def _consumer(
                 o, o2, t, t2 = warpgroup_mma_wait(0, deps=[o, o2, t, t2])
             else:
                 o, t = warpgroup_mma_wait(0, deps=[o, t])
-            p16 = _keep_alive(p16)
+            p16 = keep_alive(p16)
             if T_S:
-                p_t_s16 = _keep_alive(p_t_s16)
+                p_t_s16 = keep_alive(p_t_s16)
             mbarrier.arrive(v_free.index(vj), count=1)
-            kj += 1
-            if kj == KS:
-                kj = 0
-                k_phase ^= 1
-            vj += 1
-            if vj == VS:
-                vj = 0
-                v_phase ^= 1
+            kj, k_phase = advance(kj, k_phase, 1, KS)
+            vj, v_phase = advance(vj, v_phase, 1, VS)
 
         l_row = gl.convert_layout(gl.sum(l, 1), ROW)
         r_row = gl.convert_layout(gl.sum(r, 1), ROW)
@@ -448,11 +344,11 @@ def _consumer(
         if TWO:
             _finish(o2, t2, inverse, r_row, q2, t_q2, L2, T_S)
         fence_async_shared()
-        _store(o_out[0], [b, h, m0, 0], buffers[0][0].index(qj + WG))
-        _store(t_out[0], [b, h, m0, 0], buffers[1][0].index(qj + WG))
+        store(o_out[0], [b, h, m0, 0], buffers[0][0].index(qj + WG))
+        store(t_out[0], [b, h, m0, 0], buffers[1][0].index(qj + WG))
         if TWO:
-            _store(o_out[1], [b, h, m0, D1], buffers[0][1].index(qj + WG))
-            _store(t_out[1], [b, h, m0, D1], buffers[1][1].index(qj + WG))
+            store(o_out[1], [b, h, m0, D1], buffers[0][1].index(qj + WG))
+            store(t_out[1], [b, h, m0, D1], buffers[1][1].index(qj + WG))
         i = m0 + gl.arange(0, ROWS, layout=ROW)
         row = (b * H + h).to(gl.int64) * L + i
         if ADD:
@@ -463,83 +359,24 @@ def _consumer(
         gl.store(MU + row, r_row + c, mask=i < L)
         tma.store_wait(0)
         mbarrier.arrive(q_free.index(qj + WG), count=1)
-        qj += 2
-        if qj == 2 * QS:
-            qj = 0
-            q_phase ^= 1
+        qj, q_phase = advance(qj, q_phase, 2, 2 * QS)
     # the named barriers end balanced
     if WG == 0:
         if EARLY:
-            _await_turn(WG)
+            await_turn(WG)
         else:
-            _give_turn(WG)
-
-
-@gluon.jit
-def _visible_tangent(
-    t_s, mask, m0, n0, S, edge, BN: gl.constexpr, S_L: gl.constexpr, CAUSAL: gl.constexpr,
-    EDGE: gl.constexpr, BOOL: gl.constexpr, ADD: gl.constexpr,
-):  # fmt: skip
-    """tS, 0 where a pair is masked: its P is 0, but 0 · NaN would not be."""
-    if BOOL:
-        t_s = gl.where(mask != 0, t_s, 0.0)
-    if ADD:
-        t_s = gl.where(mask == -float("inf"), 0.0, t_s)
-    if EDGE:
-        if edge:
-            t_s = gl.where(_seen(m0, n0, S, BN, S_L, CAUSAL), t_s, 0.0)
-    return t_s
-
-
-@gluon.jit
-def _exponential(s, scale2, m, SCALED: gl.constexpr):
-    """exp(S − m); SCALED: s is in base 2 already."""
-    if not SCALED:
-        s = s * scale2
-    return gl.exp2(s - gl.expand_dims(m, 1))
-
-
-@gluon.jit
-def _mean(p, t_s):
-    """Row mean of t_s with weights p; 0 where there is no weight."""
-    weight = gl.sum(p, 1)
-    return gl.sum(p * t_s, 1) / gl.where(weight == 0.0, 1.0, weight)
+            give_turn(WG)
 
 
 @gluon.jit
 def _finish(o, t, inverse, r, q, t_q, L_O: gl.constexpr, T_S: gl.constexpr):
     """O and tO from the accumulators, into the buffers that held Q and tQ."""
-    o = _rows_times(o, inverse, L_O)
-    t = _rows_times(t, inverse, L_O)
+    o = rows_times(o, inverse, L_O)
+    t = rows_times(t, inverse, L_O)
     if T_S:
-        t -= _rows_times(o, r, L_O)
+        t -= rows_times(o, r, L_O)
     q.store(o.to(q.dtype))
     t_q.store(t.to(q.dtype))
-
-
-@gluon.jit
-def _seen(m0, n0, S, BN: gl.constexpr, S_L: gl.constexpr, CAUSAL: gl.constexpr):
-    """Which pairs attend: inside the keys, not in the future."""
-    j = gl.expand_dims(n0 + gl.arange(0, BN, layout=gl.SliceLayout(0, S_L)), 0)
-    i = gl.expand_dims(m0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_L)), 1)
-    see = (j < S) & (i >= 0)
-    if CAUSAL:
-        see = see & (i >= j)
-    return see
-
-
-@gluon.jit
-def _ring(like, COUNT: gl.constexpr):
-    """Buffers for COUNT tiles of a descriptor."""
-    return gl.allocate_shared_memory(like.dtype, [COUNT] + like.block_shape, like.layout)
-
-
-@gluon.jit
-def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(bars.index(i), count=ARRIVALS)
-    return bars
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
@@ -558,24 +395,24 @@ def forward_jvp_kernel(
     HAS_T_V: gl.constexpr = T_V is not None
     ROW_BYTES: gl.constexpr = (D1 + D2) * 2
     buffers = (
-        (_ring(Q, 2 * QS), _ring(Q2, 2 * QS) if D2 > 0 else None),
-        (_ring(O, 2 * QS), _ring(O2, 2 * QS) if D2 > 0 else None),  # tQ, and tO after it
-        (_ring(K, KS), _ring(K2, KS) if D2 > 0 else None),
-        (_ring(K, KS) if HAS_T_K else None, _ring(K2, KS) if HAS_T_K and D2 > 0 else None),
-        (_ring(V, VS), _ring(V2, VS) if D2 > 0 else None),
-        (_ring(V, VS) if HAS_T_V else None, _ring(V2, VS) if HAS_T_V and D2 > 0 else None),
-        _ring(MASK_TILES, 2 * BS) if MASK_TILES is not None else None,
+        (ring(Q, 2 * QS), ring(Q2, 2 * QS) if D2 > 0 else None),
+        (ring(O, 2 * QS), ring(O2, 2 * QS) if D2 > 0 else None),  # tQ, and tO after it
+        (ring(K, KS), ring(K2, KS) if D2 > 0 else None),
+        (ring(K, KS) if HAS_T_K else None, ring(K2, KS) if HAS_T_K and D2 > 0 else None),
+        (ring(V, VS), ring(V2, VS) if D2 > 0 else None),
+        (ring(V, VS) if HAS_T_V else None, ring(V2, VS) if HAS_T_V and D2 > 0 else None),
+        ring(MASK_TILES, 2 * BS) if MASK_TILES is not None else None,
     )
     x = ((Q, Q2), (T_Q, T_Q2), (K, K2), (T_K, T_K2), (V, V2), (T_V, T_V2))
     bars = (
-        _barriers(2 * QS, 1),
-        _barriers(2 * QS, 1),
-        _barriers(KS, 1),
-        _barriers(KS, 2),
-        _barriers(VS, 1),
-        _barriers(VS, 2),
-        _barriers(BS, 1),
-        _barriers(BS, 2),
+        barriers(2 * QS, 1),
+        barriers(2 * QS, 1),
+        barriers(KS, 1),
+        barriers(KS, 2),
+        barriers(VS, 1),
+        barriers(VS, 2),
+        barriers(BS, 1),
+        barriers(BS, 2),
     )
     fence_async_shared()
     gl.warp_specialize(
@@ -596,8 +433,8 @@ def forward_jvp_kernel(
             ),
             (
                 _producer,
-                (x, MASK_TILES, b_step, h_step, buffers, bars, S, H, tiles, items, BN, KS, VS, QS, BS,
-                 GROUP, CAUSAL, MASK, ROW_BYTES),
+                (x, MASK_TILES, b_step, h_step, buffers, bars, S, H, tiles, items,
+                 BN, KS, VS, QS, BS, GROUP, CAUSAL, MASK, ROW_BYTES),
             ),
         ],
         [4, 1],

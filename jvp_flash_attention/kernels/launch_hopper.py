@@ -114,7 +114,7 @@ def _solid(x: Tensor) -> Tensor:
 def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     block = [1, 1, rows, columns]
     layout = _layout(rows, columns, x.dtype)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)  # pyright: ignore
 
 
 @cache

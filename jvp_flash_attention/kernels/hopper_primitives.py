@@ -1,0 +1,194 @@
+"""What the warp-specialised pass (`hopper.py`) is written with: turns on the tensor cores, work
+items, products of tiles, masks, row sums in lanes.
+"""
+
+# Triton's annotations name what a kernel receives, not what its caller passes.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# What is known at compile time stands in an `if` of its own.
+# ruff: noqa: SIM102, SIM108
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+
+ROWS = gl.constexpr(64)  # queries of a warpgroup
+
+# renamed in Triton 3.9
+load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+
+@gluon.jit
+def _asm(code: gl.constexpr):
+    z = gl.full([128], 0, gl.int32, gl.BlockedLayout([1], [32], [4], [0]))
+    gl.inline_asm_elementwise(code, "=r,r", [z], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def await_turn(WG: gl.constexpr):
+    """Until the other warpgroup gives the tensor cores away: a barrier of 256 threads for each of
+    the two."""
+    if WG == 0:
+        _asm("bar.sync 10, 256; mov.u32 $0, $1;")
+    else:
+        _asm("bar.sync 11, 256; mov.u32 $0, $1;")
+
+
+@gluon.jit
+def give_turn(WG: gl.constexpr):
+    """The tensor cores to the other warpgroup."""
+    if WG == 0:
+        _asm("bar.arrive 11, 256; mov.u32 $0, $1;")
+    else:
+        _asm("bar.arrive 10, 256; mov.u32 $0, $1;")
+
+
+@gluon.jit
+def ring(like, COUNT: gl.constexpr):
+    """Buffers for COUNT tiles of a descriptor."""
+    shape: gl.constexpr = [COUNT] + like.block_shape  # noqa: RUF005 (no star in a kernel)
+    return gl.allocate_shared_memory(like.dtype, shape, like.layout)
+
+
+@gluon.jit
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """A ring's barriers; a phase ends with ARRIVALS arrivals."""
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(bars.index(i), count=ARRIVALS)
+    return bars
+
+
+@gluon.jit
+def advance(slot, phase, STEP: gl.constexpr, COUNT: gl.constexpr):
+    """The next slot of a ring, and the phase of its barrier, which flips with every round."""
+    slot += STEP
+    if slot == COUNT:
+        slot = 0
+        phase ^= 1
+    return slot, phase
+
+
+@gluon.jit
+def keep_alive(x):
+    """No instruction: ties the registers of x to this point, so that none is reused while a product
+    still reads them."""
+    return gl.inline_asm_elementwise("", "=r,0", [x], dtype=x.dtype, is_pure=False, pack=2)
+
+
+@gluon.jit
+def lane_sums(x, BN: gl.constexpr):
+    """Row sums over the registers of a lane: (64, BN) -> (64, 4)."""
+    return gl.sum(gl.sum(gl.reshape(x, [ROWS, BN // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def any_above(x, THRESHOLD: gl.constexpr, FLAG: gl.constexpr):
+    """Whether an element of this warp's rows exceeds the threshold, as a scalar uniform in the
+    warp."""
+    above: gl.constexpr = (
+        "{ .reg .pred a, b; setp.gt.f32 a, $2, " + THRESHOLD + "; setp.gt.f32 b, $3, " + THRESHOLD
+        + "; or.pred a, a, b; vote.sync.any.pred a, a, 0xffffffff; selp.b32 " + FLAG
+        + ", 1, 0, a; mov.b32 $0, " + FLAG + "; mov.b32 $1, $0; }"
+    )  # fmt: skip
+    read: gl.constexpr = "mov.b32 $0, " + FLAG + ";"
+    gl.inline_asm_elementwise(above, "=r,=r,f,f", [x], dtype=gl.int32, is_pure=False, pack=2)
+    return gl.inline_asm_elementwise(read, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def work_items(items, CAUSAL: gl.constexpr):
+    """How many work items this block has."""
+    pid = gl.program_id(0)
+    blocks = gl.num_programs(0)
+    if CAUSAL:
+        pairs = (items + 1) // 2
+        mine = 2 * ((pairs - pid + blocks - 1) // blocks)
+        if (items % 2 == 1) & ((pairs - 1) % blocks == pid):
+            mine -= 1
+    else:
+        mine = (items - pid + blocks - 1) // blocks
+    return mine
+
+
+@gluon.jit
+def work_item(e, tiles, H, S, BN: gl.constexpr, CAUSAL: gl.constexpr):
+    """Batch entry, head, first query and number of key tiles of this block's e-th work item;
+    `tiles`: query tiles of a head."""
+    pid = gl.program_id(0)
+    blocks = gl.num_programs(0)
+    if CAUSAL:
+        w = 2 * (e // 2 * blocks + pid) + e % 2
+    else:
+        w = e * blocks + pid
+    bh = w // tiles
+    tile = w % tiles
+    end = S
+    if CAUSAL:
+        tile = gl.where(tile % 2 == 0, tile // 2, tiles - 1 - tile // 2)
+        end = gl.minimum(S, (tile + 1) * 2 * ROWS)
+    return bh // H, bh % H, tile * 2 * ROWS, (end + BN - 1) // BN
+
+
+@gluon.jit
+def matrix(ring, slot, N: gl.constexpr, D: gl.constexpr):
+    """The tile in a slot as a matrix (N, D)."""
+    return ring.index(slot).reshape((N, D))
+
+
+@gluon.jit
+def scores(q, k, q2, k2, s, START: gl.constexpr):
+    """s + q kᵀ over both pieces; START: s counts as zero."""
+    s = warpgroup_mma(q, k.permute((1, 0)), s, use_acc=not START, is_async=True)
+    if q2 is not None:
+        s = warpgroup_mma(q2, k2.permute((1, 0)), s, is_async=True)
+    return s
+
+
+@gluon.jit
+def rows_times(o, a, L_O: gl.constexpr):
+    """o scaled row by row."""
+    return o * gl.expand_dims(gl.convert_layout(a, gl.SliceLayout(1, L_O), assert_trivial=True), 1)
+
+
+@gluon.jit
+def visible(m0, n0, S, BN: gl.constexpr, S_L: gl.constexpr, CAUSAL: gl.constexpr):
+    """Which pairs attend: inside the keys, not in the future."""
+    j = gl.expand_dims(n0 + gl.arange(0, BN, layout=gl.SliceLayout(0, S_L)), 0)
+    i = gl.expand_dims(m0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_L)), 1)
+    see = (j < S) & (i >= 0)
+    if CAUSAL:
+        see = see & (i >= j)
+    return see
+
+
+@gluon.jit
+def visible_tangent(
+    t_s, mask, m0, n0, S, edge, BN: gl.constexpr, S_L: gl.constexpr, CAUSAL: gl.constexpr,
+    EDGE: gl.constexpr, BOOL: gl.constexpr, ADD: gl.constexpr,
+):  # fmt: skip
+    """tS, 0 where a pair is masked: its P is 0, but 0 · NaN would not be."""
+    if BOOL:
+        t_s = gl.where(mask != 0, t_s, 0.0)
+    if ADD:
+        t_s = gl.where(mask == -float("inf"), 0.0, t_s)
+    if EDGE:
+        if edge:
+            t_s = gl.where(visible(m0, n0, S, BN, S_L, CAUSAL), t_s, 0.0)
+    return t_s
+
+
+@gluon.jit
+def exponential(s, scale2, m, SCALED: gl.constexpr):
+    """exp(S − m); SCALED: s is in base 2 already."""
+    if not SCALED:
+        s = s * scale2
+    return gl.exp2(s - gl.expand_dims(m, 1))
+
+
+@gluon.jit
+def weighted_mean(p, t_s):
+    """Row mean of t_s with weights p; 0 where there is no weight."""
+    weight = gl.sum(p, 1)
+    return gl.sum(p * t_s, 1) / gl.where(weight == 0.0, 1.0, weight)
