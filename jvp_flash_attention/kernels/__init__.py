@@ -51,7 +51,7 @@ def forward_jvp(
     if p.warpgroups:
         from . import launch_hopper  # Gluon, only where it can run
 
-        if launch_hopper.serves(p, bias, t_bias):
+        if launch_hopper.serves_forward(p, bias, t_bias):
             launch_hopper.forward_jvp(p, q, k, v, bias, t_q, t_k, t_v, out, t_out, lse, mu)
             return out, t_out, lse, mu
     _forward(p, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu)
@@ -190,6 +190,13 @@ def _backward(
                     **p.switches(tile, whole=p.L % tile.BM == 0),
                     SINGLE=p.S <= tile.BN,
                 )  # fmt: skip
+        if jvp and p.warpgroups:
+            from . import launch_hopper
+
+            if launch_hopper.serves_queries(p, t_q, t_k, t_v):
+                rows = lse, mu, h_sum, w_sum
+                launch_hopper.queries(p, q, k, v, t_q, t_k, t_v, d_out, d_t_out, rows, d_q, d_t_q)
+                return d_q, d_k, d_v, None, d_t_q, d_t_k, d_t_v, None
         tile = p.tile("queries", jvp)
         grid = (cdiv(p.L, tile.BM) * p.B * p.H,)
         if grid[0] > 0:
