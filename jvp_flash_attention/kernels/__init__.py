@@ -190,13 +190,6 @@ def _backward(
                     **p.switches(tile, whole=p.L % tile.BM == 0),
                     SINGLE=p.S <= tile.BN,
                 )  # fmt: skip
-        if jvp and p.warpgroups:
-            from . import launch_hopper
-
-            if launch_hopper.serves_queries(p, t_q, t_k, t_v):
-                rows = lse, mu, h_sum, w_sum
-                launch_hopper.queries(p, q, k, v, t_q, t_k, t_v, d_out, d_t_out, rows, d_q, d_t_q)
-                return d_q, d_k, d_v, None, d_t_q, d_t_k, d_t_v, None
         tile = p.tile("queries", jvp)
         grid = (cdiv(p.L, tile.BM) * p.B * p.H,)
         if grid[0] > 0:

@@ -10,7 +10,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import configs
 from .hopper import forward_jvp_kernel
-from .hopper_queries import queries_jvp_kernel
 from .launch import Problem, cdiv, on_device, tma_can_read
 
 LAYOUT_TYPES = {
@@ -82,57 +81,6 @@ def forward_jvp(p: Problem, q, k, v, bias, t_q, t_k, t_v, out, t_out, lse, mu) -
             CENTER=p.S <= 128,  # with many keys c gains no accuracy
             # p̃ times a tangent score must fit float16
             THRESHOLD="0f41000000" if q.dtype == torch.bfloat16 else "0f40000000",  # 8 and 2
-            num_warps=4,
-        )
-
-
-def serves_queries(p: Problem, *tangents: Tensor | None) -> bool:
-    """Whether `hopper_queries.py` can take the call; everything else is `backward.py`'s."""
-    return (
-        p.tma
-        and p.warpgroups
-        and p.D == p.DV <= 64 < p.S
-        and min(p.B, p.H, p.L) > 0
-        and p.options.dropout_p == 0.0
-        and not p.bias
-        and None not in tangents
-    )
-
-
-def queries(p: Problem, q, k, v, t_q, t_k, t_v, d_out, d_t_out, rows, d_q, d_t_q) -> None:
-    """Writes dQ and dtQ; `rows`: LSE, μ, h and w."""
-    BN = 64
-    tiles = cdiv(p.L, 128)
-    items = tiles * p.B * p.H
-    inputs = (
-        (q, 64),
-        (k, BN),
-        (v, BN),
-        (t_q, 64),
-        (t_k, BN),
-        (t_v, BN),
-        (d_out, 64),
-        (d_t_out, 64),
-    )
-    with on_device(q):
-        queries_jvp_kernel[(min(items, multiprocessors(q.device)),)](
-            *(None if x is None else _descriptor(x, n, 64) for x, n in inputs),
-            *rows,
-            _descriptor(d_q, 64, 64),
-            _descriptor(d_t_q, 64, 64),
-            p.options.scale,
-            p.H,
-            p.L,
-            p.S,
-            tiles,
-            items,
-            GROUP=p.H // p.Hk,
-            D=64,
-            BN=BN,
-            KS=2,
-            QS=2,
-            CAUSAL=p.options.causal,
-            EDGE=p.options.causal or p.S % BN != 0,
             num_warps=4,
         )
 
