@@ -6,6 +6,8 @@ one device.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false
 
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from ..options import Options
 from . import configs, vendor
 from .backward import keys_kernel, queries_kernel, row_sums_kernel
 from .forward import forward_kernel
-from .launch import cdiv, mask, on_device, operand, packed, pointer, problem, unit
+from .launch import Problem, cdiv, mask, on_device, operand, packed, pointer, problem, unit
 
 
 def forward(
@@ -48,13 +50,11 @@ def forward_jvp(
     p = problem(q, k, v, bias, options, t_q, t_k, t_v)
     out, lse = _outputs(q, v, bias)
     t_out, mu = torch.empty_like(out), _row_vector(q)
-    if p.warpgroups:
-        from . import launch_hopper  # Gluon, only where it can run
-
-        if launch_hopper.serves_forward(p, bias, t_bias):
-            launch_hopper.forward_jvp(p, q, k, v, bias, t_q, t_k, t_v, out, t_out, lse, mu)
-            return out, t_out, lse, mu
-    _forward(p, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu)
+    hopper = _hopper(p)
+    if hopper is not None and hopper.serves_forward(p, bias, t_bias):
+        hopper.forward_jvp(p, q, k, v, bias, t_q, t_k, t_v, out, t_out, lse, mu)
+    else:
+        _forward(p, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu)
     return out, t_out, lse, mu
 
 
@@ -148,14 +148,18 @@ def _backward(
     w_sum = _row_vector(q)
     h_sum = _row_vector(q) if jvp else None
     numbers = p.numbers(seed)
+    hopper = _hopper(p) if jvp else None
+    if hopper is not None and not hopper.serves_keys(p, t_q, t_k, t_v):
+        hopper = None
+    statistics = None if hopper is None else hopper.row_statistics(p, q)
 
     with on_device(q):
         BM = 64
         grid = (cdiv(p.L, BM) * p.B * p.H,)
         if grid[0] > 0:
             row_sums_kernel[grid](
-                pointer(d_out), pointer(d_t_out), pointer(out), pointer(t_out), h_sum, w_sum,
-                p.H, p.L, DV=p.DV, BLOCK_DV=p.block_dv, BM=BM,
+                pointer(d_out), pointer(d_t_out), pointer(out), pointer(t_out), lse, mu,
+                h_sum, w_sum, statistics, p.H, p.L, DV=p.DV, BLOCK_DV=p.block_dv, BM=BM,
             )  # fmt: skip
 
         def inputs(tile):
@@ -178,13 +182,15 @@ def _backward(
                 w_sum,
             )
 
-        together = (d_k, d_v, d_t_k, d_t_v)
-        apart = (None, d_v, None, d_t_v), (d_k, None, d_t_k, None)
+        together = (d_k, d_t_k, d_v, d_t_v)
+        apart = (None, None, d_v, d_t_v), (d_k, d_t_k, None, None)
         wide = jvp and max(p.block_d, p.block_dv) >= configs.SPLIT_KEYS
         tile = p.tile("keys", jvp)
         grid = (cdiv(p.S, tile.BN) * p.B * p.Hk,)
         for grads in apart if wide else (together,):
-            if grid[0] > 0:
+            if hopper is not None:
+                hopper.keys(p, q, k, v, t_q, t_k, t_v, d_out, d_t_out, statistics, *grads)
+            elif grid[0] > 0:
                 keys_kernel[grid](
                     *inputs(tile), *map(pointer, grads), *numbers,
                     **p.switches(tile, whole=p.L % tile.BM == 0),
@@ -203,6 +209,11 @@ def _backward(
             )  # fmt: skip
     d_bias, d_t_bias = (_bias_grad(g, bias) for g in (d_bias, d_t_bias))
     return d_q, d_k, d_v, d_bias, d_t_q, d_t_k, d_t_v, d_t_bias
+
+
+def _hopper(p: Problem) -> ModuleType | None:
+    """The warp-specialised passes, where they can run: Gluon is not imported elsewhere."""
+    return import_module(".launch_hopper", __package__) if p.warpgroups and p.tma else None
 
 
 def _outputs(q: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -51,10 +51,11 @@ from .primitives import (
 
 @triton.jit(do_not_specialize=["H", "L"])
 def row_sums_kernel(
-    D_O, D_T_O, O, T_O, H_SUM, W_SUM, H, L,
+    D_O, D_T_O, O, T_O, LSE, MU, H_SUM, W_SUM, STATISTICS, H, L,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """One program: h and w of BM queries of one head."""
+    """One program: h and w of BM queries of one head. STATISTICS: by head four rows, LSE in base 2,
+    μ, h and w, padded to a multiple of BM with LSE = inf (hopper_keys.py)."""
     b, h, tile = head_of(tl.program_id(0), tl.cdiv(L, BM), H, False)
     m0 = tile * BM
     i = m0 + tl.arange(0, BM)
@@ -71,12 +72,19 @@ def row_sums_kernel(
         w += tl.sum(d_t_o * t_o, 1)
         tl.store(H_SUM + row, h_sum, mask=i < L)
     tl.store(W_SUM + row, w, mask=i < L)
+    if STATISTICS is not None:
+        padded = tl.cdiv(L, BM) * BM
+        at = STATISTICS + (b * H + h).to(tl.int64) * 4 * padded + i
+        tl.store(at, tl.load(LSE + row, mask=i < L, other=float("inf")) * LOG2E)
+        tl.store(at + padded, tl.load(MU + row, mask=i < L, other=0.0))
+        tl.store(at + 2 * padded, h_sum)
+        tl.store(at + 3 * padded, w)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def keys_kernel(
     Q, K, V, T_Q, T_K, T_V, BIAS, T_BIAS, SEED, D_O, D_T_O, LSE, MU, H_SUM, W_SUM,
-    D_K, D_V, D_T_K, D_T_V,
+    D_K, D_T_K, D_V, D_T_V,
     scale, threshold, keep_scale, batch_per_seed, H, L, S,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,

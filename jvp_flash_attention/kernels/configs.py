@@ -90,3 +90,19 @@ def warp_specialized(head_dim: int, mask_bytes: int) -> Rings:
     if head_dim <= 96:
         return Rings(64, 32, 64, 2, 2, 1 if mask_bytes else 2, masks, False)
     return Rings(128, 0, 64, 2, 2, 1, masks, not mask_bytes)
+
+
+class KeyRings(NamedTuple):
+    """The warp-specialised gradients of keys and values (hopper_keys.py): queries a tile, tiles of
+    queries and pairs of key tiles in flight."""
+
+    BM: int
+    QS: int
+    KS: int
+
+
+def warp_specialized_keys(head_dim: int, keys: bool, values: bool) -> KeyRings:
+    """`keys`, `values`: whose gradients the launch writes."""
+    if head_dim <= 64:
+        return KeyRings(32, 4, 2) if keys else KeyRings(64, 2, 2)
+    return KeyRings(32, 3, 1) if keys else KeyRings(64, 2, 1)

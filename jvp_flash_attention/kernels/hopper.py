@@ -69,6 +69,16 @@ UNSPECIALIZED = ("H", "L", "S", "tiles", "items", "b_step", "h_step")
 
 
 @gluon.jit
+def _item(e, tiles, H, S, BN: gl.constexpr, CAUSAL: gl.constexpr):
+    """Batch entry, head, first query and number of key tiles of a work item."""
+    b, h, tile = work_item(e, tiles, H, CAUSAL)
+    end = S
+    if CAUSAL:
+        end = gl.minimum(S, (tile + 1) * 2 * ROWS)
+    return b, h, tile * 2 * ROWS, (end + BN - 1) // BN
+
+
+@gluon.jit
 def _fetch(x, buffers, at: gl.constexpr, b, h, row, barrier, slot):
     """Both pieces of one tile of operand number `at`."""
     load(x[at][0], [b, h, row, 0], barrier, buffers[at][0].index(slot))
@@ -97,7 +107,7 @@ def _producer(
     q_phase = 1
     b_phase = 1
     for e in range(work_items(items, CAUSAL)):
-        b, h, m0, n = work_item(e, tiles, H, S, BN, CAUSAL)
+        b, h, m0, n = _item(e, tiles, H, S, BN, CAUSAL)
         hk = h // GROUP
         for j in range(n):
             mbarrier.wait(k_free.index(kj), k_phase)
@@ -173,7 +183,7 @@ def _consumer(
     if EARLY and WG == 1:
         give_turn(WG)
     for e in range(work_items(items, CAUSAL)):
-        b, h, m0, n = work_item(e, tiles, H, S, BN, CAUSAL)
+        b, h, m0, n = _item(e, tiles, H, S, BN, CAUSAL)
         m0 += WG * ROWS
         m = gl.full([ROWS], -float("inf"), gl.float32, ROW)
         c = gl.zeros([ROWS], gl.float32, ROW)

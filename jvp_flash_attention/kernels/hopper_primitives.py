@@ -113,9 +113,10 @@ def work_items(items, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
-def work_item(e, tiles, H, S, BN: gl.constexpr, CAUSAL: gl.constexpr):
-    """Batch entry, head, first query and number of key tiles of this block's e-th work item;
-    `tiles`: query tiles of a head."""
+def work_item(e, tiles, H, CAUSAL: gl.constexpr):
+    """Batch entry, head and tile of this block's e-th work item, of `tiles` tiles a head. Causal:
+    the first, the last, the second, the last but one ..., two to a block, whose costs add up to the
+    same."""
     pid = gl.program_id(0)
     blocks = gl.num_programs(0)
     if CAUSAL:
@@ -124,11 +125,9 @@ def work_item(e, tiles, H, S, BN: gl.constexpr, CAUSAL: gl.constexpr):
         w = e * blocks + pid
     bh = w // tiles
     tile = w % tiles
-    end = S
     if CAUSAL:
         tile = gl.where(tile % 2 == 0, tile // 2, tiles - 1 - tile // 2)
-        end = gl.minimum(S, (tile + 1) * 2 * ROWS)
-    return bh // H, bh % H, tile * 2 * ROWS, (end + BN - 1) // BN
+    return bh // H, bh % H, tile
 
 
 @gluon.jit

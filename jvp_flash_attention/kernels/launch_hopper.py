@@ -10,6 +10,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import configs
 from .hopper import forward_jvp_kernel
+from .hopper_keys import keys_jvp_kernel
 from .launch import Problem, cdiv, on_device, tma_can_read
 
 LAYOUT_TYPES = {
@@ -23,10 +24,7 @@ LAYOUT_TYPES = {
 def serves_forward(p: Problem, bias: Tensor | None, t_bias: Tensor | None) -> bool:
     """Whether `hopper.py` can take the call; everything else is `forward.py`'s."""
     return (
-        p.tma
-        and p.warpgroups
-        and p.D == p.DV
-        and p.D <= 128
+        p.D == p.DV <= 128
         and p.options.scale > 0.0
         and p.options.dropout_p == 0.0
         and t_bias is None
@@ -81,6 +79,56 @@ def forward_jvp(p: Problem, q, k, v, bias, t_q, t_k, t_v, out, t_out, lse, mu) -
             CENTER=p.S <= 128,  # with many keys c gains no accuracy
             # p̃ times a tangent score must fit float16
             THRESHOLD="0f41000000" if q.dtype == torch.bfloat16 else "0f40000000",  # 8 and 2
+            num_warps=4,
+        )
+
+
+def serves_keys(p: Problem, *tangents: Tensor | None) -> bool:
+    """Whether `hopper_keys.py` can take the call; everything else is `backward.py`'s."""
+    return (
+        p.D == p.DV <= 128
+        and min(p.B, p.H, p.L) > 0
+        and p.S > 64  # with fewer keys `backward.py` takes h and w from the tile
+        and p.options.dropout_p == 0.0
+        and not p.bias
+        and None not in tangents
+    )
+
+
+def row_statistics(p: Problem, q: Tensor) -> Tensor:
+    """What `row_sums_kernel` leaves for `keys`."""
+    return q.new_empty(p.B, p.H, 4, cdiv(p.L, 64) * 64, dtype=torch.float32)
+
+
+def keys(
+    p: Problem, q, k, v, t_q, t_k, t_v, d_out, d_t_out, statistics, d_k, d_t_k, d_v, d_t_v
+) -> None:
+    """Writes dK, dtK, dV, dtV, those that are not None."""
+    t = configs.warp_specialized_keys(p.D, d_k is not None, d_v is not None)
+    D = 64 if p.D <= 64 else 128
+    tiles = cdiv(p.S, 128)
+    items = tiles * p.B * p.Hk
+    inputs = (
+        *((q, t.BM), (k, 64), (v if d_k is not None else None, 64)),
+        *((t_q, t.BM), (t_k, 64), (t_v if d_k is not None else None, 64)),
+        *((d_out, t.BM), (d_t_out, t.BM)),
+    )
+    with on_device(q):
+        keys_jvp_kernel[(min(items, multiprocessors(q.device)),)](
+            *(None if x is None else _descriptor(x, rows, D) for x, rows in inputs),
+            statistics,
+            *(None if x is None else _descriptor(x, 64, D) for x in (d_k, d_t_k, d_v, d_t_v)),
+            p.options.scale,
+            p.L,
+            p.Hk,
+            tiles,
+            items,
+            GROUP=p.H // p.Hk,
+            D=D,
+            BM=t.BM,
+            QS=t.QS,
+            KS=t.KS,
+            CAUSAL=p.options.causal,
             num_warps=4,
         )
 
