@@ -14,10 +14,15 @@ Every Function has `setup_context` (for torch.func) and a vmap rule that folds t
 into the batch.
 """
 
-from typing import ClassVar
+from inspect import Signature
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch._functorch import eager_transforms
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import Function, forward_ad
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -54,9 +59,29 @@ def _implementation(options: Options, q: Tensor):
     return ops if watched else backends.implementation(options.backend)
 
 
+class _Positional(Signature):
+    """The signature of a function without defaults, which binds arguments as they come.
+    `Function.apply` binds every call's; inspecting took longer than everything else in it."""
+
+    def bind(self, *args, **kwargs) -> Any:
+        return SimpleNamespace(args=args, kwargs=kwargs, apply_defaults=lambda: None)
+
+
 class _Folded(Function):
     """A Function whose vmap rule folds the mapped dimension into the batch: (V, B, ...) -> (V·B,
     ...)."""
+
+    def __init_subclass__(cls) -> None:
+        cls.forward.__signature__ = _Positional.from_callable(cls.forward)
+
+    @classmethod
+    def apply(cls, *args):
+        """`Function.apply`, or only the forward where nobody records a graph."""
+        if not torch._C._are_functorch_transforms_active():
+            args = unwrap_dead_wrappers(args)  # of transforms that ended
+            if not _is_recorded(args):
+                return cls.forward(*args)
+        return super().apply(*args)
 
     @classmethod
     def vmap(cls, info, in_dims, *args):
@@ -211,6 +236,14 @@ class AttentionJvpGrad(_Folded):
     @staticmethod
     def jvp(ctx, *_):
         raise NotImplementedError(THIRD_ORDER)
+
+
+def _is_recorded(args) -> bool:
+    """Whether autograd may differentiate what is done to tensors outside of every transform."""
+    # the level inside of torch.func.jvp is its own: only tensors that it wraps have tangents
+    duals = forward_ad._current_level >= 0 and eager_transforms.JVP_NESTING == 0
+    grads = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+    return duals or grads
 
 
 def _grad(d_out, q, k, v, bias, seed, out, lse, options, bias_grad):

@@ -5,7 +5,7 @@ none is silently wrong.
 import pytest
 import torch
 from torch.autograd import forward_ad
-from torch.func import jvp, vmap
+from torch.func import grad, jvp, vmap
 
 from jvp_flash_attention import attention, attention_jvp, selfcheck
 from jvp_flash_attention.selfcheck import COMPOSITIONS, THIRD_ORDER, Inputs, dense, ours
@@ -86,6 +86,29 @@ def test_dropout_under_vmap_follows_its_randomness_rules():
     assert not torch.equal(different[0], different[1])
     with pytest.raises(RuntimeError, match="randomness"):
         vmap(f)(q)
+
+
+def test_the_explicit_form_in_a_dual_level_raises():
+    q = torch.randn(1, 2, 5, 4)
+    with forward_ad.dual_level():
+        for x in (q, q.clone().requires_grad_()):
+            dual = forward_ad.make_dual(x, q)
+            with pytest.raises(NotImplementedError, match="jvp of a jvp"):
+                attention_jvp(dual, q, q, q, None, None)
+            with pytest.raises(NotImplementedError, match="jvp of a jvp"):
+                attention_jvp(q, q, q, dual, None, None)
+
+
+def test_a_tensor_that_outlived_its_transform_is_read_and_keeps_its_gradient():
+    q, kept = torch.randn(1, 2, 5, 4, requires_grad=True), []
+    jvp(lambda x: kept.append(x) or x, (q,), (q,))
+    grad(lambda x: kept.append(x) or x.sum())(q)
+    (exact,) = torch.autograd.grad(attention(q, q, q).sum(), q)
+    for x in kept:
+        out = attention(x, x, x)
+        assert torch.equal(out, attention(q, q, q))
+        assert torch.equal(torch.autograd.grad(out.sum(), q)[0], exact)
+        assert torch.equal(attention_jvp(q, q, q, x, x, x)[1], attention_jvp(*[q] * 6)[1])
 
 
 def test_hessian_vector_product_in_a_dual_level():
