@@ -4,13 +4,18 @@ import math
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, is_batchedtensor
+from torch._C._functorch import TransformType, _unwrap_for_grad, _wrap_for_grad
 from torch._functorch import eager_transforms
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch._functorch.pyfunctorch import (
+    FuncTorchInterpreter,
+    retrieve_current_functorch_interpreter,
+)
 from torch.autograd import forward_ad
 
 from . import autograd, backends, ops, validation
 from .options import Options
+
+Pairs = list[tuple[Tensor | None, Tensor | None]]
 
 COMPILED_INSIDE = (
     "in a compiled torch.func.jvp attention must not lie inside another transform (grad, vjp,"
@@ -66,12 +71,17 @@ def attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend
     )
     seed = _seed(q, dropout_p)
-    (q, t_q), (k, t_k), (v, t_v), (bias, t_bias) = _unpack(q, k, v, bias)
-    route = ops if torch.compiler.is_compiling() else autograd
-    if t_q is t_k is t_v is t_bias is None:
-        out = route.attention(q, k, v, bias, seed, options)
+    if torch.compiler.is_compiling():
+        route, transform, pairs = ops, None, _unpack_compiled(q, k, v, bias)
     else:
-        out, t_out = route.attention_jvp(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options)
+        transform = _innermost_transform()
+        route, pairs = autograd, _unpack(transform, q, k, v, bias)
+    (q, t_q), (k, t_k), (v, t_v), (bias, t_bias) = pairs
+    if t_q is t_k is t_v is t_bias is None:
+        (out,) = _below(transform, route.attention, q, k, v, bias, seed, options)
+    else:
+        args = (q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options)
+        out, t_out = _below(transform, route.attention_jvp, *args)
         out = forward_ad.make_dual(out, t_out)
     return _restore(out, query)
 
@@ -115,12 +125,12 @@ def attention_jvp(
         ("t_attn_mask", t_attn_mask, attn_mask),
     ):
         validation.tangent(name, t, primal)
-    t_q, t_k, t_v = (None if t is None else _four(t).to(q.dtype) for t in (t_query, t_key, t_value))
+    t_q, t_k, t_v = (_tangent(t, q.dtype) for t in (t_query, t_key, t_value))
     t_bias = None if t_attn_mask is None else _bias(t_attn_mask, query, key)
     route = autograd
     if torch.compiler.is_compiling():
         route = ops
-        pairs = _unpack(q, k, v, bias, t_q, t_k, t_v, t_bias)
+        pairs = _unpack_compiled(q, k, v, bias, t_q, t_k, t_v, t_bias)
         if any(t is not None for _, t in pairs):
             raise NotImplementedError(autograd.NESTED_JVP)
     seed = _seed(q, dropout_p)
@@ -165,7 +175,16 @@ def _autocast(*tensors):
 
 def _four(x: Tensor) -> Tensor:
     """(..., H, L, D) -> (B, H, L, D)."""
+    if x.dim() == 4:
+        return x
     return x.flatten(0, -4) if x.dim() > 4 else x[(None,) * (4 - x.dim())]
+
+
+def _tangent(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A tangent as its primal after `_prepare`: (B, H, L, D), cast by autocast."""
+    if t is None:
+        return None
+    return _four(t if t.dtype == dtype else t.to(dtype))
 
 
 def _restore(out: Tensor, query: Tensor) -> Tensor:
@@ -189,34 +208,52 @@ def _seed(q: Tensor, dropout_p: float) -> Tensor | None:
     return torch.randint(0, 2**62, (1,), device=q.device, dtype=torch.int64)
 
 
-def _unpack(*inputs: Tensor | None) -> list[tuple[Tensor | None, Tensor | None]]:
+def _innermost_transform() -> FuncTorchInterpreter | None:
+    """torch.func's innermost transform around this call."""
+    active = torch._C._are_functorch_transforms_active()
+    return retrieve_current_functorch_interpreter() if active else None
+
+
+def _unpack(transform: FuncTorchInterpreter | None, *inputs: Tensor | None) -> Pairs:
     """(primal, tangent) of each input at the current level of differentiation."""
-    if torch.compiler.is_compiling():
-        if eager_transforms.JVP_NESTING > 1:
-            raise NotImplementedError(autograd.NESTED_JVP)  # operators would return a zero tangent
-        if eager_transforms.JVP_NESTING == 1 and not _jvp_is_innermost():
-            raise NotImplementedError(COMPILED_INSIDE)  # here too the tangent would be lost
-        # names the level: `forward_ad` reads a global that the compiler takes for a constant, "no
-        # level" for the whole graph when a plain call comes first
-        return [(x, None) if x is None else torch._VF._unpack_dual(x, level=0) for x in inputs]
-    if any(x is not None and is_batchedtensor(x) for x in inputs) or _graph_of_duals(inputs):
-        # the Function's own jvp rule meets the duals: below vmap's wrapper they are out of reach,
-        # and a graph recorded from bare primals would forget the tangent of a gradient
+    # a graph recorded from bare primals would forget the tangent of a gradient
+    recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    out_of_reach = transform is not None and not _is_jvp(transform)  # below vmap's, grad's wrapper
+    if recorded or out_of_reach:  # the Function's own jvp rule meets the duals
         return [(x, None) for x in inputs]
     pairs = [(x, None) if x is None else forward_ad.unpack_dual(x) for x in inputs]
     # a symbolic zero costs no matrix products
     return [(x, None if t is None or t._is_zerotensor() else t) for x, t in pairs]
 
 
-def _jvp_is_innermost() -> bool:
-    """Whether the innermost torch.func transform is a jvp."""
-    return retrieve_current_functorch_interpreter().key() == TransformType.Jvp
+def _unpack_compiled(*inputs: Tensor | None) -> Pairs:
+    """The same while a graph is traced."""
+    if eager_transforms.JVP_NESTING > 1:
+        raise NotImplementedError(autograd.NESTED_JVP)  # operators would return a zero tangent
+    if eager_transforms.JVP_NESTING == 1 and not _is_jvp(retrieve_current_functorch_interpreter()):
+        raise NotImplementedError(COMPILED_INSIDE)  # here too the tangent would be lost
+    # names the level: `forward_ad` reads a global that the compiler takes for a constant, "no
+    # level" for the whole graph when a plain call comes first
+    return [(x, None) if x is None else torch._VF._unpack_dual(x, level=0) for x in inputs]
 
 
-def _graph_of_duals(inputs) -> bool:
-    """Whether autograd records a graph of `forward_ad` duals, outside of torch.func."""
-    return (
-        torch.is_grad_enabled()
-        and not torch._C._are_functorch_transforms_active()
-        and any(x is not None and x.requires_grad for x in inputs)
-    )
+def _below(transform: FuncTorchInterpreter | None, attend, *args) -> tuple[Tensor, ...]:
+    """attend(*args), one level below the innermost transform where that is a jvp.
+
+    Once the arguments are unpacked a jvp's level has nothing to do, which PyTorch finds out by
+    making a Function for every call and by recording a graph even under `torch.no_grad()`. Only
+    tensors made at that level with a gradient of their own, as by `nn.Parameter`, need it.
+    """
+    if transform is None or not _is_jvp(transform):
+        return attend(*args)
+    if any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        return attend(*args)
+    level = transform.level()
+    inner = [_unwrap_for_grad(x, level) if isinstance(x, Tensor) else x for x in args]
+    with transform.lower():
+        outputs = attend(*inner)
+    return tuple(_wrap_for_grad(x, level) for x in outputs)
+
+
+def _is_jvp(transform: FuncTorchInterpreter) -> bool:
+    return transform.key() == TransformType.Jvp

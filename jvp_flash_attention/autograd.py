@@ -40,9 +40,9 @@ NESTED_JVP = (
 )
 
 
-def attention(q, k, v, bias, seed, options: Options) -> Tensor:
-    """O, differentiable in q, k, v and a floating bias."""
-    return Attention.apply(q, k, v, bias, seed, options)[0]
+def attention(q, k, v, bias, seed, options: Options) -> tuple[Tensor]:
+    """(O,), differentiable in q, k, v and a floating bias."""
+    return Attention.apply(q, k, v, bias, seed, options)[:1]
 
 
 def attention_jvp(

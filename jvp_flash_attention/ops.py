@@ -18,9 +18,9 @@ from .backends import implementation
 from .options import Options
 
 
-def attention(q, k, v, bias, seed, options: Options) -> Tensor:
+def attention(q, k, v, bias, seed, options: Options) -> tuple[Tensor]:
     """As `autograd.attention`."""
-    return forward(q, k, v, bias, seed, options)[0]
+    return forward(q, k, v, bias, seed, options)[:1]
 
 
 def attention_jvp(

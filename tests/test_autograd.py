@@ -88,6 +88,99 @@ def test_dropout_under_vmap_follows_its_randomness_rules():
         vmap(f)(q)
 
 
+def _scalar(i: Inputs, out) -> torch.Tensor:
+    return sum((x * i.d_out).square().sum() for x in selfcheck.flat(out))
+
+
+def _leaves(i: Inputs, f):
+    leaves = [x.clone().requires_grad_() for x in (*i.all, *i.tangents)]
+    return torch.autograd.grad(_scalar(i, jvp(f, tuple(leaves[:4]), tuple(leaves[4:]))), leaves)
+
+
+def _parameter_made_inside(i: Inputs, f):
+    def inner(q):
+        bias = torch.nn.Parameter(torch.ones_like(i.bias))
+        out = f(q, i.k, i.v, bias * i.tangents[3])
+        return out, *torch.autograd.grad(_scalar(i, out), bias, create_graph=True)
+
+    return jvp(inner, (i.q,), (i.q,))
+
+
+# transforms around attention of which some do not reach all of its inputs
+CAPTURED = {
+    "gradients of everything that enters a jvp": _leaves,
+    "gradients of what is made inside a jvp": _parameter_made_inside,
+    "jvp of the bias's grad": lambda i, f: jvp(
+        lambda q: grad(lambda b: _scalar(i, f(q, i.k, i.v, b)))(i.bias), (i.q,), (i.q,)
+    ),
+    "jvp of another tensor's grad": lambda i, f: jvp(
+        lambda q: grad(lambda x: (f(q, i.k, i.v, i.bias) * x).sum())(i.d_out), (i.q,), (i.q,)
+    ),
+    "jvp of another tensor's vmap": lambda i, f: jvp(
+        lambda q: vmap(lambda x: x * f(q, i.k, i.v, i.bias))(i.d_out[:, :, None, None]),
+        (i.q,),
+        (i.q,),
+    ),
+    "grad of the bias of a jvp": lambda i, f: grad(
+        lambda b: _scalar(i, jvp(lambda q: f(q, i.k, i.v, b), (i.q,), (i.q,)))
+    )(i.bias),
+    "vmap of the queries of a jvp in the keys": lambda i, f: vmap(
+        lambda q: jvp(lambda k: f(q, k, i.v, i.bias), (i.k,), (i.tangents[1],))
+    )(i.many),
+    "vmap of the queries of a grad of a jvp in the keys": lambda i, f: vmap(
+        lambda q: grad(
+            lambda b: _scalar(i, jvp(lambda k: f(q, k, i.v, b), (i.k,), (i.tangents[1],)))
+        )(i.bias)
+    )(i.many),
+    "grad of a vmap of a jvp": lambda i, f: grad(
+        lambda v: _scalar(
+            i, vmap(lambda q: jvp(lambda q: f(q, i.k, v, i.bias), (q,), (i.q,)))(i.many)
+        )
+    )(i.v),
+    "vmap of a jvp of a vmap": lambda i, f: vmap(
+        lambda t: jvp(
+            lambda k: vmap(lambda q: f(q, k, i.v, i.bias))(i.many), (i.k,), (i.tangents[1] * t,)
+        )
+    )(i.weight[0]),
+    "jvp of a vmap of a grad": lambda i, f: jvp(
+        lambda k: vmap(lambda q: grad(lambda b: _scalar(i, f(q, k, i.v, b)))(i.bias))(i.many),
+        (i.k,),
+        (i.tangents[1],),
+    ),
+    "jvp of a grad of a vmap": lambda i, f: jvp(
+        lambda k: grad(lambda b: _scalar(i, vmap(lambda q: f(q, k, i.v, b))(i.many)))(i.bias),
+        (i.k,),
+        (i.tangents[1],),
+    ),
+    "jvp of a jvp of something else": lambda i, f: jvp(
+        lambda q: jvp(lambda x: x * f(q, i.k, i.v, i.bias), (i.d_out,), (i.d_t_out,)),
+        (i.q,),
+        (i.q,),
+    ),
+    "jvp of something else of a jvp": lambda i, f: jvp(
+        lambda x: jvp(lambda q: x * f(q, i.k, i.v, i.bias), (i.q,), (i.q,)),
+        (i.d_out,),
+        (i.d_t_out,),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+def test_captured_tensors_keep_their_derivatives(name):
+    i = Inputs()
+    got, exact = CAPTURED[name](i, ours), CAPTURED[name](i, dense)
+    for g, e in zip(selfcheck.flat(got), selfcheck.flat(exact), strict=True):
+        close(g, e)
+
+
+def test_a_jvp_in_queries_inside_a_jvp_in_keys_raises():
+    i = Inputs()
+    inner = lambda k: jvp(lambda q: i_of(q, k), (i.q,), (i.q,))  # noqa: E731
+    i_of = lambda q, k: ours(q, k, i.v, i.bias)  # noqa: E731
+    with pytest.raises(NotImplementedError, match="jvp of a jvp"):
+        jvp(inner, (i.k,), (i.tangents[1],))
+
+
 def test_the_explicit_form_in_a_dual_level_raises():
     q = torch.randn(1, 2, 5, 4)
     with forward_ad.dual_level():
@@ -97,6 +190,27 @@ def test_the_explicit_form_in_a_dual_level_raises():
                 attention_jvp(dual, q, q, q, None, None)
             with pytest.raises(NotImplementedError, match="jvp of a jvp"):
                 attention_jvp(q, q, q, dual, None, None)
+
+
+def test_a_gradient_goes_through_one_node_of_ours():
+    x, t = torch.randn(1, 2, 5, 4, requires_grad=True), torch.randn(1, 2, 5, 4)
+    assert attention(x, t, t).grad_fn.name() == "AttentionBackward"
+    out, t_out = attention_jvp(x, t, t, t, None, None)
+    assert out.grad_fn.name() == t_out.grad_fn.name() == "AttentionJvpBackward"
+    assert attention(t, t, t).grad_fn is None
+
+
+def test_no_grad_inside_and_around_a_jvp_records_no_graph():
+    x, t = torch.randn(1, 2, 5, 4, requires_grad=True), torch.randn(1, 2, 5, 4)
+
+    def inside(q):
+        with torch.no_grad():
+            return attention(q, x, x)
+
+    assert not any(y.requires_grad for y in jvp(inside, (x,), (t,)))
+    with torch.no_grad():
+        assert not any(y.requires_grad for y in jvp(lambda q: attention(q, x, x), (x,), (t,)))
+    assert all(y.requires_grad for y in jvp(lambda q: attention(q, x, x), (x,), (t,)))
 
 
 def test_a_tensor_that_outlived_its_transform_is_read_and_keeps_its_gradient():
@@ -109,6 +223,15 @@ def test_a_tensor_that_outlived_its_transform_is_read_and_keeps_its_gradient():
         assert torch.equal(out, attention(q, q, q))
         assert torch.equal(torch.autograd.grad(out.sum(), q)[0], exact)
         assert torch.equal(attention_jvp(q, q, q, x, x, x)[1], attention_jvp(*[q] * 6)[1])
+
+
+def test_dropout_under_a_jvp_is_that_of_the_explicit_form():
+    x = [torch.randn(1, 2, 5, 4) for _ in range(6)]
+    torch.manual_seed(1)
+    got = jvp(lambda *x: attention(*x, dropout_p=0.5), tuple(x[:3]), tuple(x[3:]))
+    torch.manual_seed(1)
+    for g, e in zip(got, attention_jvp(*x, dropout_p=0.5), strict=True):
+        assert torch.equal(g, e)
 
 
 def test_hessian_vector_product_in_a_dual_level():
