@@ -90,6 +90,7 @@ def serves_keys(p: Problem, *tangents: Tensor | None) -> bool:
         and min(p.B, p.H, p.L) > 0
         and p.S > 64  # with fewer keys `backward.py` takes h and w from the tile
         and p.options.dropout_p == 0.0
+        and not p.options.causal  # spills too much there
         and not p.bias
         and None not in tangents
     )
