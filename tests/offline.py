@@ -19,7 +19,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from jvp_flash_attention import kernels
-from jvp_flash_attention.kernels import launch, launch_hopper
+from jvp_flash_attention.kernels import launch, launch_hopper, plans
 from jvp_flash_attention.options import Options
 
 TARGETS = {
@@ -78,10 +78,16 @@ def _compiling_for(name: str, tma: bool | None = None):
         tma_used = use if tma is None else tma
         return p._replace(hopper=hopper, tma=tma_used, warpgroups=name == "sm_90")
 
+    def launch_all(key, inputs, outputs, launches):
+        for kernel, grid, args, switches in launches():
+            kernel[grid](*args, **switches)
+
     with (
         mock.patch.object(driver, "_active", _Driver(target)),
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(kernels, "problem", there),
+        mock.patch.object(kernels, "has_warpgroups", return_value=name == "sm_90"),
+        mock.patch.object(plans, "run", launch_all),
         mock.patch.object(launch_hopper, "multiprocessors", return_value=132),
     ):
         yield done

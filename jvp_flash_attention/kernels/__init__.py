@@ -1,11 +1,12 @@
 """The Triton implementation: the same four functions as `reference`, for (B, H, L, D) tensors on
-one device.
+one device. Each allocates its results and names its launches; `plans` makes them.
 """
 
 # Triton's annotations name what a kernel receives, not what its caller passes.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false
 
+from collections.abc import Iterator
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -14,10 +15,22 @@ import torch
 from torch import Tensor
 
 from ..options import Options
-from . import configs, vendor
+from . import configs, plans, vendor
 from .backward import keys_kernel, queries_kernel, row_sums_kernel
 from .forward import forward_kernel
-from .launch import Problem, cdiv, mask, on_device, operand, packed, pointer, problem, unit
+from .launch import (
+    Problem,
+    cdiv,
+    has_warpgroups,
+    mask,
+    operand,
+    packed,
+    pointer,
+    problem,
+    readable_mask,
+    unit,
+)
+from .plans import Launch
 
 
 def forward(
@@ -25,11 +38,10 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(O, LSE)."""
     q, k, v = map(unit, (q, k, v))
-    p = problem(q, k, v, bias, options)
-    if vendor.serves(p, q, k, v):
-        return vendor.forward(p, q, k, v)
+    if vendor.serves(q, k, v, bias, options):
+        return vendor.forward(q, k, v, options)
     out, lse = _outputs(q, v, bias)
-    _forward(p, q, k, v, bias, seed, None, None, None, None, out, None, lse, None)
+    _forward(q, k, v, bias, seed, None, None, None, None, out, None, lse, None, options)
     return out, lse
 
 
@@ -47,14 +59,9 @@ def forward_jvp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(O, tO, LSE, μ); an absent tangent is zero."""
     q, k, v, t_q, t_k, t_v = map(unit, (q, k, v, t_q, t_k, t_v))
-    p = problem(q, k, v, bias, options, t_q, t_k, t_v)
     out, lse = _outputs(q, v, bias)
     t_out, mu = torch.empty_like(out), _row_vector(q)
-    hopper = _hopper(p)
-    if hopper is not None and hopper.serves_forward(p, bias, t_bias):
-        hopper.forward_jvp(p, q, k, v, bias, t_q, t_k, t_v, out, t_out, lse, mu)
-    else:
-        _forward(p, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu)
+    _forward(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu, options)
     return out, t_out, lse, mu
 
 
@@ -103,31 +110,36 @@ def backward_jvp(
     )  # fmt: skip
 
 
-def _forward(p, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu):
-    seed = packed(seed)
-    tile = p.tile("forward", jvp=t_out is not None)
-    grid = (cdiv(p.L, tile.BM) * p.B * p.H,)
-    if grid[0] == 0:
-        return
-    with on_device(q):
-        forward_kernel[grid](
+def _forward(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu, options):
+    seed, bias, t_bias = packed(seed), readable_mask(bias), readable_mask(t_bias)
+
+    def launches() -> Iterator[Launch]:
+        p = problem(q, k, v, bias, options, t_q, t_k, t_v)
+        hopper = _hopper(p) if t_out is not None else None
+        if hopper is not None and hopper.serves_forward(p, bias, t_bias):
+            yield hopper.forward_jvp(p, q, k, v, bias, t_q, t_k, t_v, out, t_out, lse, mu)
+            return
+        tile = p.tile("forward", jvp=t_out is not None)
+        args = (
             operand(q, p, tile.BM, p.block_d),
             operand(k, p, tile.BN, p.block_d),
             operand(v, p, tile.BN, p.block_dv),
             operand(t_q, p, tile.BM, p.block_d),
             operand(t_k, p, tile.BN, p.block_d),
             operand(t_v, p, tile.BN, p.block_dv),
-            mask(bias, p),
-            mask(t_bias, p),
-            seed,
-            pointer(out),
-            pointer(t_out),
-            lse,
-            mu,
+            *(mask(bias, p), mask(t_bias, p), seed),
+            *(pointer(out), pointer(t_out), lse, mu),
             *p.numbers(seed),
-            PRESCALE=bias is not None or p.options.scale <= 0.0,
-            **p.switches(tile, whole=p.S % tile.BN == 0 and not p.options.causal),
         )
+        switches = {
+            "PRESCALE": bias is not None or options.scale <= 0.0,
+            **p.switches(tile, whole=p.S % tile.BN == 0 and not options.causal),
+        }
+        yield Launch(forward_kernel, (cdiv(p.L, tile.BM) * p.B * p.H,), args, switches)
+
+    inputs = (q, k, v, bias, seed, t_q, t_k, t_v, t_bias)
+    key = ("forward", t_out is not None, options, torch.get_float32_matmul_precision())
+    plans.run(key, inputs, (out, t_out, lse, mu), launches)
 
 
 def _backward(
@@ -137,30 +149,27 @@ def _backward(
     jvp = d_t_out is not None
     q, k, v, t_q, t_k, t_v = map(unit, (q, k, v, t_q, t_k, t_v))
     d_out, d_t_out, out, t_out = map(unit, (d_out, d_t_out, out, t_out))
-    seed, lse, mu = map(packed, (seed, lse, mu))
-    p = problem(q, k, v, bias, options, t_q, t_k, t_v, d_out, d_t_out)
-    if not jvp and vendor.serves(p, q, k, v, out, d_out):
-        return *vendor.backward(p, d_out, q, k, v, out, lse), *(None,) * 5
+    if not jvp and vendor.serves(q, k, v, bias, options, out, d_out):
+        return *vendor.backward(d_out, q, k, v, out, lse, options), *(None,) * 5
     d_q, d_k, d_v = map(_contiguous_like, (q, k, v))
     d_t_q, d_t_k, d_t_v = (_contiguous_like(x) if jvp else None for x in (q, k, v))
-    d_bias = _bias_accumulator(bias, p) if bias_grad else None
-    d_t_bias = _bias_accumulator(bias, p) if bias_grad and jvp else None
+    d_bias = _bias_accumulator(bias, q, k) if bias_grad else None
+    d_t_bias = _bias_accumulator(bias, q, k) if bias_grad and jvp else None
     w_sum = _row_vector(q)
     h_sum = _row_vector(q) if jvp else None
-    numbers = p.numbers(seed)
-    hopper = _hopper(p) if jvp else None
-    if hopper is not None and not hopper.serves_keys(p, t_q, t_k, t_v):
-        hopper = None
-    statistics = None if hopper is None else hopper.row_statistics(p, q)
+    statistics = _padded_row_vectors(q) if jvp and bias is None and has_warpgroups(q) else None
+    seed, lse, mu = map(packed, (seed, lse, mu))
+    mask_, t_mask = readable_mask(bias), readable_mask(t_bias)
 
-    with on_device(q):
-        BM = 64
-        grid = (cdiv(p.L, BM) * p.B * p.H,)
-        if grid[0] > 0:
-            row_sums_kernel[grid](
-                pointer(d_out), pointer(d_t_out), pointer(out), pointer(t_out), lse, mu,
-                h_sum, w_sum, statistics, p.H, p.L, DV=p.DV, BLOCK_DV=p.block_dv, BM=BM,
-            )  # fmt: skip
+    def launches() -> Iterator[Launch]:
+        p = problem(q, k, v, mask_, options, t_q, t_k, t_v, d_out, d_t_out)
+        hopper = _hopper(p) if statistics is not None else None
+        sums = (
+            *map(pointer, (d_out, d_t_out, out, t_out)),
+            *(lse, mu, h_sum, w_sum, statistics, p.H, p.L),
+        )
+        switches = {"DV": p.DV, "BLOCK_DV": p.block_dv, "BM": 64}
+        yield Launch(row_sums_kernel, (cdiv(p.L, 64) * p.B * p.H,), sums, switches)
 
         def inputs(tile):
             """The arguments that both gradient kernels begin with."""
@@ -171,42 +180,45 @@ def _backward(
                 operand(t_q, p, tile.BM, p.block_d),
                 operand(t_k, p, tile.BN, p.block_d),
                 operand(t_v, p, tile.BN, p.block_dv),
-                mask(bias, p),
-                mask(t_bias, p),
-                seed,
+                *(mask(mask_, p), mask(t_mask, p), seed),
                 operand(d_out, p, tile.BM, p.block_dv),
                 operand(d_t_out, p, tile.BM, p.block_dv),
-                lse,
-                mu,
-                h_sum,
-                w_sum,
+                *(lse, mu, h_sum, w_sum),
             )
 
+        numbers = p.numbers(seed)
         together = (d_k, d_t_k, d_v, d_t_v)
         apart = (None, None, d_v, d_t_v), (d_k, d_t_k, None, None)
         wide = jvp and max(p.block_d, p.block_dv) >= configs.SPLIT_KEYS
         tile = p.tile("keys", jvp)
-        grid = (cdiv(p.S, tile.BN) * p.B * p.Hk,)
         for grads in apart if wide else (together,):
-            if hopper is not None:
-                hopper.keys(p, q, k, v, t_q, t_k, t_v, d_out, d_t_out, statistics, *grads)
-            elif grid[0] > 0:
-                keys_kernel[grid](
-                    *inputs(tile), *map(pointer, grads), *numbers,
-                    **p.switches(tile, whole=p.L % tile.BM == 0),
-                    SINGLE=p.S <= tile.BN,
-                )  # fmt: skip
+            if hopper is not None and hopper.serves_keys(p, t_q, t_k, t_v):
+                yield hopper.keys(p, q, k, v, t_q, t_k, t_v, d_out, d_t_out, statistics, *grads)
+                continue
+            args = (*inputs(tile), *map(pointer, grads), *numbers)
+            switches = p.switches(tile, whole=p.L % tile.BM == 0)
+            switches["SINGLE"] = p.S <= tile.BN
+            yield Launch(keys_kernel, (cdiv(p.S, tile.BN) * p.B * p.Hk,), args, switches)
         tile = p.tile("queries", jvp)
-        grid = (cdiv(p.L, tile.BM) * p.B * p.H,)
-        if grid[0] > 0:
-            queries_kernel[grid](
-                *inputs(tile),
-                *map(pointer, (d_q, d_t_q)), mask(d_bias, p), mask(d_t_bias, p), *numbers,
-                **p.switches(tile, whole=p.S % tile.BN == 0 and not options.causal),
-                SINGLE=p.S <= tile.BN,
-                BIAS_ROWS=d_bias is not None and d_bias.shape[2] == p.L,
-                BIAS_COLUMNS=d_bias is not None and d_bias.shape[3] == p.S,
-            )  # fmt: skip
+        args = (
+            *inputs(tile),
+            *map(pointer, (d_q, d_t_q)),
+            *(mask(d_bias, p), mask(d_t_bias, p)),
+            *numbers,
+        )
+        switches = {
+            **p.switches(tile, whole=p.S % tile.BN == 0 and not options.causal),
+            "SINGLE": p.S <= tile.BN,
+            "BIAS_ROWS": d_bias is not None and d_bias.shape[2] == p.L,
+            "BIAS_COLUMNS": d_bias is not None and d_bias.shape[3] == p.S,
+        }
+        yield Launch(queries_kernel, (cdiv(p.L, tile.BM) * p.B * p.H,), args, switches)
+
+    given = (q, k, v, mask_, seed, t_q, t_k, t_v, t_mask, d_out, d_t_out, out, t_out, lse, mu)
+    grads = (d_q, d_k, d_v, d_bias, d_t_q, d_t_k, d_t_v, d_t_bias)
+    accumulator = None if d_bias is None else d_bias.shape
+    key = ("backward", options, accumulator, torch.get_float32_matmul_precision())
+    plans.run(key, given, (*grads, w_sum, h_sum, statistics), launches)
     d_bias, d_t_bias = (_bias_grad(g, bias) for g in (d_bias, d_t_bias))
     return d_q, d_k, d_v, d_bias, d_t_q, d_t_k, d_t_v, d_t_bias
 
@@ -227,14 +239,19 @@ def _row_vector(q: Tensor, *more: int) -> Tensor:
     return q.new_empty(*q.shape[:3], *more, dtype=torch.float32)
 
 
+def _padded_row_vectors(q: Tensor) -> Tensor:
+    """What `row_sums_kernel` leaves for `hopper_keys.py`."""
+    return q.new_empty(*q.shape[:2], 4, cdiv(q.shape[2], 64) * 64, dtype=torch.float32)
+
+
 def _contiguous_like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _bias_accumulator(bias: Tensor, p) -> Tensor:
+def _bias_accumulator(bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """Where the atomic additions of a bias's gradient go: its own shape, in float32; the full shape
     where PyTorch is told to be deterministic, so that no two additions meet."""
-    full = (p.B, p.H, p.L, p.S)
+    full = (*q.shape[:3], k.shape[2])
     shape = full if torch.are_deterministic_algorithms_enabled() else bias.shape
     return torch.zeros(shape, dtype=torch.float32, device=bias.device)
 

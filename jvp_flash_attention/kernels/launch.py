@@ -1,6 +1,5 @@
 """From tensors to kernel arguments: operands, options, tiles, grids."""
 
-from contextlib import nullcontext
 from functools import cache
 from typing import NamedTuple
 
@@ -74,13 +73,14 @@ class Problem(NamedTuple):
 def problem(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: Options, *operands
 ) -> Problem:
-    """Sizes and switches of a call; `operands` are the other tensors that are read as tiles."""
+    """Sizes and switches of a call; `operands` are the other tensors that are read as tiles, `bias`
+    is a `readable_mask`."""
     B, H, L, D = q.shape
     Hk, S, DV = v.shape[1:]
     major = _major(q.device) if q.is_cuda else 0
     hopper = major in (9, 10)  # and data-centre Blackwell: TMA, and 227 KB of shared memory
     tma = hopper and q.element_size() == 2 and all(map(tma_can_read, (q, k, v, *operands)))
-    bool_bias = bias is not None and bias.dtype == torch.bool
+    bool_bias = bias is not None and bias.dtype == torch.int8
     return Problem(
         B, H, Hk, L, S, D, DV, tma, hopper, major == 9, q.element_size(), options,
         bias is not None, bool_bias,
@@ -127,22 +127,26 @@ def pointer(x: Tensor | None):
     return None if x is None else (x, *x.stride()[:3])
 
 
-def mask(bias: Tensor | None, p: Problem):
-    """(pointer, four strides) of a mask broadcast to (B, H, L, S); a bool mask as int8."""
+def readable_mask(bias: Tensor | None) -> Tensor | None:
+    """A mask as the kernels read it: a bool mask as int8."""
     if bias is None:
         return None
-    bias = bias.resolve_neg().expand(p.B, p.H, p.L, p.S)
-    return (bias.view(torch.int8) if p.bool_bias else bias, *bias.stride())
+    return bias.view(torch.int8) if bias.dtype == torch.bool else bias.resolve_neg()
 
 
-def on_device(x: Tensor):
-    """The kernels launch on the device of their inputs, whichever is current."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+def mask(bias: Tensor | None, p: Problem):
+    """(pointer, four strides) of a mask broadcast to (B, H, L, S)."""
+    return None if bias is None else (bias, *bias.expand(p.B, p.H, p.L, p.S).stride())
 
 
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)
+
+
+def has_warpgroups(x: Tensor) -> bool:
+    """Whether its device is a Hopper."""
+    return x.is_cuda and _major(x.device) == 9
 
 
 @cache

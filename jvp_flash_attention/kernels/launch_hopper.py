@@ -2,6 +2,7 @@
 launches."""
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from . import configs
 from .hopper import forward_jvp_kernel
 from .hopper_keys import keys_jvp_kernel
-from .launch import Problem, cdiv, on_device, tma_can_read
+from .launch import Problem, cdiv, tma_can_read
+from .plans import Launch
 
 LAYOUT_TYPES = {
     torch.float16: gl.float16,
@@ -33,8 +35,8 @@ def serves_forward(p: Problem, bias: Tensor | None, t_bias: Tensor | None) -> bo
     )
 
 
-def forward_jvp(p: Problem, q, k, v, bias, t_q, t_k, t_v, out, t_out, lse, mu) -> None:
-    """Writes O, tO, LSE and μ."""
+def forward_jvp(p: Problem, q, k, v, bias, t_q, t_k, t_v, out, t_out, lse, mu) -> Launch:
+    """What writes O, tO, LSE and μ."""
     mask = "none" if bias is None else _mask_kind(bias, p)
     t = configs.warp_specialized(p.D, 0 if bias is None else bias.element_size())
     tiles = cdiv(p.L, 128)
@@ -50,37 +52,25 @@ def forward_jvp(p: Problem, q, k, v, bias, t_q, t_k, t_v, out, t_out, lse, mu) -
         *(pieces(x, rows) for x, rows in ((t_q, 64), (t_k, t.BN), (t_v, t.BN))),
         *(pieces(x, 64) for x in (out, t_out)),
     )
-    with on_device(q):
-        forward_jvp_kernel[(min(items, multiprocessors(q.device)),)](
-            *(first for first, _ in operands),
-            *(second for _, second in operands),
-            *_mask(bias, mask, p, t.BN),
-            lse,
-            mu,
-            p.options.scale,
-            p.H,
-            p.L,
-            p.S,
-            tiles,
-            items,
-            GROUP=p.H // p.Hk,
-            D1=t.D1,
-            D2=t.D2,
-            BN=t.BN,
-            KS=t.KS,
-            VS=t.VS,
-            QS=t.QS,
-            BS=t.BS,
-            EARLY=t.EARLY,
-            CAUSAL=p.options.causal,
-            EDGE=p.options.causal or p.S % t.BN != 0,
-            MASK=mask,
-            BOOL=p.bool_bias,
-            CENTER=p.S <= 128,  # with many keys c gains no accuracy
-            # p̃ times a tangent score must fit float16
-            THRESHOLD="0f41000000" if q.dtype == torch.bfloat16 else "0f40000000",  # 8 and 2
-            num_warps=4,
-        )
+    args = (
+        *(first for first, _ in operands),
+        *(second for _, second in operands),
+        *_mask(bias, mask, p, t.BN),
+        *(lse, mu, p.options.scale, p.H, p.L, p.S, tiles, items),
+    )
+    switches = {
+        "GROUP": p.H // p.Hk,
+        **t._asdict(),
+        "CAUSAL": p.options.causal,
+        "EDGE": p.options.causal or p.S % t.BN != 0,
+        "MASK": mask,
+        "BOOL": p.bool_bias,
+        "CENTER": p.S <= 128,  # with many keys c gains no accuracy
+        # 8 and 2: p̃ times a tangent score must fit float16
+        "THRESHOLD": "0f41000000" if q.dtype == torch.bfloat16 else "0f40000000",
+        "num_warps": 4,
+    }
+    return Launch(forward_jvp_kernel, (min(items, multiprocessors(q.device)),), args, switches)
 
 
 def serves_keys(p: Problem, *tangents: Tensor | None) -> bool:
@@ -96,15 +86,10 @@ def serves_keys(p: Problem, *tangents: Tensor | None) -> bool:
     )
 
 
-def row_statistics(p: Problem, q: Tensor) -> Tensor:
-    """What `row_sums_kernel` leaves for `keys`."""
-    return q.new_empty(p.B, p.H, 4, cdiv(p.L, 64) * 64, dtype=torch.float32)
-
-
 def keys(
     p: Problem, q, k, v, t_q, t_k, t_v, d_out, d_t_out, statistics, d_k, d_t_k, d_v, d_t_v
-) -> None:
-    """Writes dK, dtK, dV, dtV, those that are not None."""
+) -> Launch:
+    """What writes dK, dtK, dV, dtV, those that are not None."""
     t = configs.warp_specialized_keys(p.D, d_k is not None, d_v is not None)
     D = 64 if p.D <= 64 else 128
     tiles = cdiv(p.S, 128)
@@ -114,57 +99,53 @@ def keys(
         *((t_q, t.BM), (t_k, 64), (t_v if d_k is not None else None, 64)),
         *((d_out, t.BM), (d_t_out, t.BM)),
     )
-    with on_device(q):
-        keys_jvp_kernel[(min(items, multiprocessors(q.device)),)](
-            *(None if x is None else _descriptor(x, rows, D) for x, rows in inputs),
-            statistics,
-            *(None if x is None else _descriptor(x, 64, D) for x in (d_k, d_t_k, d_v, d_t_v)),
-            p.options.scale,
-            p.L,
-            p.Hk,
-            tiles,
-            items,
-            GROUP=p.H // p.Hk,
-            D=D,
-            BM=t.BM,
-            QS=t.QS,
-            KS=t.KS,
-            CAUSAL=p.options.causal,
-            num_warps=4,
-        )
+    args = (
+        *(None if x is None else _descriptor(x, rows, D) for x, rows in inputs),
+        statistics,
+        *(None if x is None else _descriptor(x, 64, D) for x in (d_k, d_t_k, d_v, d_t_v)),
+        *(p.options.scale, p.L, p.Hk, tiles, items),
+    )
+    switches = {
+        "GROUP": p.H // p.Hk,
+        "D": D,
+        **t._asdict(),
+        "CAUSAL": p.options.causal,
+        "num_warps": 4,
+    }
+    return Launch(keys_jvp_kernel, (min(items, multiprocessors(q.device)),), args, switches)
 
 
 def _mask_kind(bias: Tensor, p: Problem) -> str:
     """full (L, S), keys (1, S), or nothing that the pass can read."""
-    if bias.shape[3] != p.S or bias.is_neg():
+    if bias.shape[3] != p.S:
         return ""
     if bias.shape[2] == 1 and p.L > 1:
         return "keys" if bias.stride(3) == 1 else ""
-    return "full" if bias.stride(3) == 1 and tma_can_read(_solid(bias)) else ""
+    solid = bias.as_strided(bias.shape, _solid_strides(bias))
+    return "full" if bias.stride(3) == 1 and tma_can_read(solid) else ""
 
 
 def _mask(bias: Tensor | None, kind: str, p: Problem, BN: int):
     """Descriptor of tiles, pointer to rows, and how far a batch entry and a head move either."""
     if bias is None:
         return None, None, 0, 0
-    x = bias.view(torch.int8) if p.bool_bias else bias
     if kind == "full":
-        return _descriptor(_solid(x), 64, BN), None, int(x.shape[0] > 1), int(x.shape[1] > 1)
-    b, h = (step if n > 1 else 0 for step, n in zip(x.stride()[:2], x.shape[:2], strict=True))
-    return None, x, b, h
+        tiles = _descriptor(bias, 64, BN, _solid_strides(bias))
+        return tiles, None, int(bias.shape[0] > 1), int(bias.shape[1] > 1)
+    b, h = (step if n > 1 else 0 for step, n in zip(bias.stride()[:2], bias.shape[:2], strict=True))
+    return None, bias, b, h
 
 
-def _solid(x: Tensor) -> Tensor:
-    """The same elements; dimensions of length 1 get strides that TMA accepts."""
+def _solid_strides(x: Tensor) -> list[int]:
+    """Strides that TMA accepts, also for dimensions of length 1."""
     step = x.stride(2) if x.shape[2] > 1 else 128
-    strides = [s if n > 1 else step for s, n in zip(x.stride()[:3], x.shape, strict=False)]
-    return x.as_strided(x.shape, (*strides, 1))
+    return [s if n > 1 else step for s, n in zip(x.stride()[:3], x.shape, strict=False)] + [1]
 
 
-def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+def _descriptor(x: Tensor, rows: int, columns: int, strides: list[int] | None = None):
     block = [1, 1, rows, columns]
-    layout = _layout(rows, columns, x.dtype)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)  # pyright: ignore
+    layout: Any = _layout(rows, columns, x.dtype)
+    return TensorDescriptor(x, list(x.shape), strides or list(x.stride()), block, layout)
 
 
 @cache
