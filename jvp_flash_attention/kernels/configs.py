@@ -93,16 +93,14 @@ def warp_specialized(head_dim: int, mask_bytes: int) -> Rings:
 
 
 class KeyRings(NamedTuple):
-    """The warp-specialised gradients of keys and values (hopper_keys.py): queries a tile, tiles of
-    queries and pairs of key tiles in flight."""
+    """The warp-specialised gradients of keys and values (hopper_keys.py), head dims up to 64:
+    queries a tile, tiles of queries and pairs of key tiles in flight."""
 
     BM: int
     QS: int
     KS: int
 
 
-def warp_specialized_keys(head_dim: int, keys: bool, values: bool) -> KeyRings:
-    """`keys`, `values`: whose gradients the launch writes."""
-    if head_dim <= 64:
-        return KeyRings(32, 4, 2) if keys else KeyRings(64, 2, 2)
-    return KeyRings(32, 3, 1) if keys else KeyRings(64, 2, 1)
+# with one pair of key tiles the blocks would wait for each other: a warpgroup gives its turn away
+# after the first scores of its next keys, which are fetched only once the other one is done
+KEY_RINGS = KeyRings(32, 4, 2)

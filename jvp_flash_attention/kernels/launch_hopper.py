@@ -65,7 +65,7 @@ def forward_jvp(p: Problem, q, k, v, bias, t_q, t_k, t_v, out, t_out, lse, mu) -
         "EDGE": p.options.causal or p.S % t.BN != 0,
         "MASK": mask,
         "BOOL": p.bool_bias,
-        "CENTER": p.S <= 128,  # with many keys c gains no accuracy
+        "CENTER": p.options.causal or p.S <= 128,  # c matters to rows that see few keys
         # 8 and 2: p̃ times a tangent score must fit float16
         "THRESHOLD": "0f41000000" if q.dtype == torch.bfloat16 else "0f40000000",
         "num_warps": 4,
@@ -76,7 +76,7 @@ def forward_jvp(p: Problem, q, k, v, bias, t_q, t_k, t_v, out, t_out, lse, mu) -
 def serves_keys(p: Problem, *tangents: Tensor | None) -> bool:
     """Whether `hopper_keys.py` can take the call; everything else is `backward.py`'s."""
     return (
-        p.D == p.DV <= 128
+        p.D == p.DV <= 64  # two more accumulators of 64 columns are all that fits
         and min(p.B, p.H, p.L) > 0
         and p.S > 64  # with fewer keys `backward.py` takes h and w from the tile
         and p.options.dropout_p == 0.0
@@ -89,29 +89,21 @@ def serves_keys(p: Problem, *tangents: Tensor | None) -> bool:
 def keys(
     p: Problem, q, k, v, t_q, t_k, t_v, d_out, d_t_out, statistics, d_k, d_t_k, d_v, d_t_v
 ) -> Launch:
-    """What writes dK, dtK, dV, dtV, those that are not None."""
-    t = configs.warp_specialized_keys(p.D, d_k is not None, d_v is not None)
-    D = 64 if p.D <= 64 else 128
+    """What writes dK, dtK, dV and dtV."""
+    t = configs.KEY_RINGS
     tiles = cdiv(p.S, 128)
     items = tiles * p.B * p.Hk
     inputs = (
-        *((q, t.BM), (k, 64), (v if d_k is not None else None, 64)),
-        *((t_q, t.BM), (t_k, 64), (t_v if d_k is not None else None, 64)),
+        *((q, t.BM), (k, 64), (v, 64), (t_q, t.BM), (t_k, 64), (t_v, 64)),
         *((d_out, t.BM), (d_t_out, t.BM)),
     )
     args = (
-        *(None if x is None else _descriptor(x, rows, D) for x, rows in inputs),
+        *(None if x is None else _descriptor(x, rows, 64) for x, rows in inputs),
         statistics,
-        *(None if x is None else _descriptor(x, 64, D) for x in (d_k, d_t_k, d_v, d_t_v)),
+        *(_descriptor(x, 64, 64) for x in (d_k, d_t_k, d_v, d_t_v)),
         *(p.options.scale, p.L, p.Hk, tiles, items),
     )
-    switches = {
-        "GROUP": p.H // p.Hk,
-        "D": D,
-        **t._asdict(),
-        "CAUSAL": p.options.causal,
-        "num_warps": 4,
-    }
+    switches = {"GROUP": p.H // p.Hk, **t._asdict(), "num_warps": 4}
     return Launch(keys_jvp_kernel, (min(items, multiprocessors(q.device)),), args, switches)
 
 
