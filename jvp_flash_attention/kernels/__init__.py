@@ -191,10 +191,11 @@ def _backward(
         apart = (None, None, d_v, d_t_v), (d_k, d_t_k, None, None)
         wide = jvp and max(p.block_d, p.block_dv) >= configs.SPLIT_KEYS
         tile = p.tile("keys", jvp)
-        special = hopper is not None and hopper.serves_keys(p, t_q, t_k, t_v)
-        if special:
+        if hopper is not None and not hopper.serves_keys(p, t_q, t_k, t_v):
+            hopper = None
+        if hopper is not None:
             yield hopper.keys(p, q, k, v, t_q, t_k, t_v, d_out, d_t_out, statistics, *together)
-        for grads in () if special else apart if wide else (together,):
+        for grads in () if hopper is not None else apart if wide else (together,):
             args = (*inputs(tile), *map(pointer, grads), *numbers)
             switches = p.switches(tile, whole=p.L % tile.BM == 0)
             switches["SINGLE"] = p.S <= tile.BN
