@@ -10,6 +10,14 @@ from tests.cases import Case, build
 
 pytestmark = [pytest.mark.compile, pytest.mark.slow]
 
+# before 2.11 the compiler put its own words in place of an exception's, and had no gradient through
+# a compiled jvp's tangent
+OLDER = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11)
+
+
+def says(words: str) -> str:
+    return f"{words}|Observed exception" if OLDER else words
+
 
 class Net(nn.Module):
     """One attention layer conditioned on a time t."""
@@ -52,7 +60,12 @@ def test_compiled_step_has_the_gradients_of_eager(step):
     eager_loss.backward()
     eager = [p.grad.clone() for p in net.parameters()]
     net.zero_grad()
-    loss = torch.compile(lambda *x: step(net, *x), fullgraph=True)(*args)
+    compiled = torch.compile(lambda *x: step(net, *x), fullgraph=True)
+    if OLDER and step is through_the_tangent:
+        with pytest.raises(RuntimeError, match="ZeroTensors are immutable"):
+            compiled(*args).backward()
+        return
+    loss = compiled(*args)
     loss.backward()
     torch.testing.assert_close(loss, eager_loss)
     for p, exact in zip(net.parameters(), eager, strict=True):
@@ -147,7 +160,7 @@ def test_a_compiled_jvp_of_a_jvp_raises_and_is_not_zero():
     inner = lambda x: jvp(lambda y: attention(y, q, q), (x,), (q,))[1]  # noqa: E731
     twice = lambda x: jvp(inner, (x,), (q,))[1]  # noqa: E731
     for fullgraph in (True, False):
-        with pytest.raises(Exception, match="jvp of a jvp"):
+        with pytest.raises(Exception, match=says("jvp of a jvp")):
             torch.compile(twice, fullgraph=fullgraph, backend="aot_eager")(q)
 
 
@@ -155,7 +168,7 @@ def test_a_compiled_jvp_of_the_explicit_form_raises_and_is_not_zero():
     torch._dynamo.reset()
     q = torch.randn(1, 2, 9, 8)
     f = lambda x: jvp(lambda y: attention_jvp(y, q, q, q, None, None), (x,), (q,))[1]  # noqa: E731
-    with pytest.raises(Exception, match="jvp of a jvp"):
+    with pytest.raises(Exception, match=says("jvp of a jvp")):
         torch.compile(f, fullgraph=True, backend="aot_eager")(q)
 
 
@@ -163,5 +176,5 @@ def test_a_compiled_jvp_over_the_grad_of_something_else_raises_and_is_not_zero()
     torch._dynamo.reset()
     q, k, v, t, y = (torch.randn(1, 2, 5, 4) for _ in range(5))
     of_y = lambda q: torch.func.grad(lambda x: (attention(q, k, v) * x).sum())(y)  # noqa: E731
-    with pytest.raises(Exception, match="must not lie inside another transform"):
+    with pytest.raises(Exception, match=says("must not lie inside another transform")):
         torch.compile(lambda q, t: jvp(of_y, (q,), (t,)), fullgraph=True, backend="aot_eager")(q, t)
