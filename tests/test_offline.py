@@ -24,10 +24,10 @@ def test_every_pass_compiles_and_fits(target):
     table = compile_for(
         target, "--head-dims", "64", "--dtypes", "bfloat16", "--variants", "plain", "bias"
     )
-    warp_specialized = table.count("forward_jvp_kernel")
-    assert warp_specialized == (1 if target == "sm_90" else 0)
-    assert table.count("forward_kernel") + warp_specialized == 4
-    assert table.count("keys_kernel") == 4
+    for name in ("forward", "keys"):  # on Hopper one of the four is warp-specialised
+        special = table.count(f"{name}_jvp_kernel")
+        assert special == (1 if target == "sm_90" else 0)
+        assert table.count(f"{name}_kernel") + special == 4
     assert table.count("queries_kernel") == 4
 
 
