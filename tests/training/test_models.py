@@ -69,8 +69,8 @@ def test_patches_come_back_at_their_own_place():
     # The final layer normalises its tokens; with no shift and no scale that is all it changes.
     expected = (x.unfold(2, 2, 2).unfold(3, 2, 2)).movedim(1, 3).flatten(3)  # (B, 4, 4, 12)
     expected = norm(expected).unflatten(3, (3, 2, 2)).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
-    torch.nn.init.zeros_(final.modulation.weight)
-    torch.nn.init.zeros_(final.modulation.bias)
+    torch.nn.init.zeros_(final.modulation.linear.weight)
+    torch.nn.init.zeros_(final.modulation.linear.bias)
     torch.testing.assert_close(final(tokens, torch.zeros(2, 12), rows=4), expected)
 
 

@@ -2,6 +2,12 @@
 
 ``net(z, t, r, y)`` sees the noisy image z at time t, an end time r <= t, and a label y. What it
 makes of the two times is its own affair (``conditioning``); MeanFlow's choice is (t, h = t - r).
+
+Some objectives ask for more, each switched on by its own option:
+
+    net(z, t, r, y, guidance)      the guidance scale and interval as a condition       ``guided``
+    net.heads(z, t, r, y, ...)     (u, v): a second head on the shared trunk       ``second_head``
+    net.log_variance(t)            of the objective's error                       ``log_variance``
 """
 
 import torch
@@ -9,24 +15,38 @@ from torch import nn
 from torch.nn.functional import silu
 
 from training.models.embedders import (
+    GuidanceEmbedder,
+    LabelContext,
     LabelEmbedder,
+    LogVariance,
     PatchEmbedder,
+    PrefixTokens,
     TimeEmbedder,
+    rotary_angles,
     sin_cos_positions,
 )
-from training.models.layers import Attention, Block, FinalLayer
-from training.validation import between, one_of, positive_integer
+from training.models.layers import MLPS, NORMS, Attention, Block, FinalLayer
+from training.validation import between, integer, one_of, positive_integer
 
-# size: patch, depth, width, heads. With 4 x 32 x 32 latents, 1000 classes and two time embedders:
+# size: patch, depth, width, heads. Parameters with 4 x 32 x 32 latents and 1000 classes; of the
+# first kind with two time embedders, of iMF's with its options (configs/model/imf_b2.yaml) and
+# without the blocks of the second head, which samples do not need:
 SIZES: dict[str, tuple[int, int, int, int]] = {
-    "tiny": (2, 3, 96, 4),  #      0.5 M, for 8 x 8 digits
-    "S/2": (2, 12, 384, 6),  #      33 M
-    "B/4": (4, 12, 768, 12),  #    131 M
-    "B/2": (2, 12, 768, 12),  #    131 M
-    "L/2": (2, 24, 1024, 16),  #   459 M
-    "XL/2": (2, 28, 1152, 16),  #  676 M, head dim 72
+    "tiny": (2, 3, 96, 4),  #          0.5 M, for 8 x 8 digits
+    "S/4": (4, 12, 384, 6),  #          33 M
+    "S/2": (2, 12, 384, 6),  #          33 M
+    "B/4": (4, 12, 768, 12),  #        131 M
+    "B/2": (2, 12, 768, 12),  #        131 M
+    "M/2": (2, 16, 1024, 16),  #       308 M
+    "L/2": (2, 24, 1024, 16),  #       459 M
+    "XL/2": (2, 28, 1152, 16),  #      676 M, head dim 72
+    "iMF-B/2": (2, 12, 768, 12),  #     89 M
+    "iMF-M/2": (2, 24, 768, 12),  #    174 M
+    "iMF-L/2": (2, 32, 1024, 16),  #   409 M
+    "iMF-XL/2": (2, 48, 1024, 16),  #  610 M
 }
-CONDITIONINGS = ("t_h", "t_r", "t")
+CONDITIONINGS = ("t_h", "t_r", "h", "t")
+POSITIONS = ("sin_cos", "rope")
 
 
 class DiT(nn.Module):
@@ -38,9 +58,21 @@ class DiT(nn.Module):
         size: a row of ``SIZES``; ``patch``, ``depth``, ``width`` and ``heads`` override it.
         num_classes: labels are 0 ... num_classes - 1; ``null_label`` = num_classes means no
             condition.
-        conditioning: which times are embedded: ``t_h`` is (t, t - r), ``t_r`` is (t, r), ``t``
-            ignores r.
+        conditioning: which times are embedded: ``t_h`` is (t, t - r), ``t_r`` is (t, r), ``h`` is
+            t - r alone, ``t`` ignores r.
         dropout: inside the perceptrons of the blocks.
+        norm: ``layer`` or ``rms``, both without weights. mlp: ``gelu`` or ``swiglu``.
+        qk_norm: RMS norm of queries and keys.
+        positions: ``sin_cos`` adds fixed ones to the tokens, ``rope`` rotates queries and keys.
+        label_tokens, time_tokens, guidance_tokens, interval_tokens: where ``label_tokens`` > 0 the
+            conditions are so many tokens each before the image's (of each time, and of each end of
+            the interval), and do not modulate the blocks (arXiv 2512.02012); 0 is adaLN.
+        cross_tokens: the blocks also attend to so many learned tokens of the label, as they would
+            to a text; 0 is none.
+        guided: has guidance (w, t_min, t_max) as a condition.
+        second_head: the last so many blocks are doubled, for a second output; null is no second
+            head, 0 doubles the final layer alone.
+        log_variance: has ``log_variance(t)``.
     """
 
     def __init__(
@@ -57,27 +89,50 @@ class DiT(nn.Module):
         mlp_ratio: float = 4.0,
         conditioning: str = "t_h",
         dropout: float = 0.0,
+        norm: str = "layer",
+        mlp: str = "gelu",
+        qk_norm: bool = False,
+        positions: str = "sin_cos",
+        label_tokens: int = 0,
+        time_tokens: int = 4,
+        guidance_tokens: int = 4,
+        interval_tokens: int = 2,
+        cross_tokens: int = 0,
+        guided: bool = False,
+        second_head: int | None = None,
+        log_variance: bool = False,
     ) -> None:
         super().__init__()
         one_of("model.size", size, tuple(SIZES))
         one_of("model.conditioning", conditioning, CONDITIONINGS)
+        one_of("model.norm", norm, tuple(NORMS))
+        one_of("model.mlp", mlp, tuple(MLPS))
+        one_of("model.positions", positions, POSITIONS)
         between("model.dropout", dropout, 0, 1)
-        sized = SIZES[size]
         patch, depth, width, heads = (
             default if given is None else given
-            for given, default in zip((patch, depth, width, heads), sized, strict=True)
+            for given, default in zip((patch, depth, width, heads), SIZES[size], strict=True)
         )
         for name, value in (
             ("patch", patch),
             ("depth", depth),
             ("width", width),
             ("heads", heads),
+            ("time_tokens", time_tokens),
+            ("guidance_tokens", guidance_tokens),
+            ("interval_tokens", interval_tokens),
         ):
             positive_integer(f"model.{name}", value)
+        for name, value in (("label_tokens", label_tokens), ("cross_tokens", cross_tokens)):
+            integer(f"model.{name}", value)
+            between(f"model.{name}", value, 0)
         if image_size % patch:
             raise ValueError(f"model.patch must divide the image size {image_size}; got {patch}")
         if width % heads:
             raise ValueError(f"model.heads must divide model.width = {width}; got {heads}")
+        if second_head is not None:
+            integer("model.second_head", second_head)
+            between("model.second_head", second_head, 0, depth)
 
         self.conditioning, self.null_label, self.rows = (
             conditioning,
@@ -85,14 +140,32 @@ class DiT(nn.Module):
             image_size // patch,
         )
         self.patches = PatchEmbedder(patch, channels, width)
-        self.register_buffer("positions", sin_cos_positions(self.rows, width), persistent=False)
+        self.register_buffer("positions", None, persistent=False)
+        self.register_buffer("angles", None, persistent=False)
+        if positions == "rope":
+            self.angles = rotary_angles(self.rows, width // heads)
+        else:
+            self.positions = sin_cos_positions(self.rows, width)
         self.time = TimeEmbedder(width)
-        self.second_time = TimeEmbedder(width) if conditioning != "t" else None
+        self.second_time = TimeEmbedder(width) if conditioning in ("t_h", "t_r") else None
         self.label = LabelEmbedder(num_classes, width)
-        self.blocks = nn.ModuleList(
-            Block(width, heads, mlp_ratio, dropout, attention) for _ in range(depth)
-        )
-        self.final = FinalLayer(width, patch, channels)
+        self.guidance = GuidanceEmbedder(width) if guided else None
+        self.context = LabelContext(num_classes, cross_tokens, width) if cross_tokens else None
+        self.prefix = None
+        if label_tokens:  # in the order of self._conditions
+            counts = [label_tokens] + [time_tokens] * (1 if self.second_time is None else 2)
+            counts += [guidance_tokens, interval_tokens, interval_tokens] if guided else []
+            self.prefix = nn.ModuleList(PrefixTokens(n, width) for n in counts)
+        options = (norm, mlp, qk_norm, not label_tokens, cross_tokens > 0)
+        block = lambda: Block(width, heads, mlp_ratio, dropout, attention, *options)  # noqa: E731
+        final = lambda: FinalLayer(width, patch, channels, norm, not label_tokens)  # noqa: E731
+        self.blocks = nn.ModuleList(block() for _ in range(depth))
+        self.final = final()
+        self.second_blocks = self.second_final = None
+        if second_head is not None:
+            self.second_blocks = nn.ModuleList(block() for _ in range(second_head))
+            self.second_final = final()
+        self.variance = LogVariance() if log_variance else None
         self._initialise()
 
     def _initialise(self) -> None:
@@ -105,11 +178,17 @@ class DiT(nn.Module):
             if isinstance(module, TimeEmbedder):
                 nn.init.normal_(module.inward.weight, std=0.02)
                 nn.init.normal_(module.outward.weight, std=0.02)
-            elif isinstance(module, LabelEmbedder):
+            elif isinstance(module, LabelEmbedder | LabelContext):
                 nn.init.normal_(module.table.weight, std=0.02)
             elif isinstance(module, Block | FinalLayer):
-                nn.init.zeros_(module.modulation.weight)
-        nn.init.zeros_(self.final.projection.weight)
+                if module.modulation.linear is not None:
+                    nn.init.zeros_(module.modulation.linear.weight)
+                if isinstance(module, FinalLayer):
+                    nn.init.zeros_(module.projection.weight)
+                elif module.cross is not None:
+                    nn.init.zeros_(module.cross.projection.weight)
+            elif isinstance(module, LogVariance):
+                nn.init.zeros_(module.linear.weight)
 
     def forward(
         self,
@@ -117,12 +196,83 @@ class DiT(nn.Module):
         t: torch.Tensor,  # (B,)
         r: torch.Tensor,  # (B,)
         y: torch.Tensor,  # (B,) int64
+        guidance: torch.Tensor | None = None,  # (B, 3): w, t_min, t_max; None is w = 1
     ) -> torch.Tensor:  # (B, C, S, S), of z's dtype
-        condition = self.time(t) + self.label(y)
+        x, *rest = self._tokens(z, t, r, y, guidance)
+        return self._output(self._run(self.blocks, x, *rest), rest[0], self.final).to(z.dtype)
+
+    def heads(
+        self,
+        z: torch.Tensor,
+        t: torch.Tensor,
+        r: torch.Tensor,
+        y: torch.Tensor,
+        guidance: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What ``forward`` returns, and the output of the second head. Each (B, C, S, S)"""
+        if self.second_blocks is None or self.second_final is None:
+            raise ValueError("the objective needs a second head; set model.second_head >= 0")
+        x, *rest = self._tokens(z, t, r, y, guidance)
+        shared = len(self.blocks) - len(self.second_blocks)
+        x = self._run(self.blocks[:shared], x, *rest)
+        first = self._output(self._run(self.blocks[shared:], x, *rest), rest[0], self.final)
+        second = self._run(self.second_blocks, x, *rest)
+        second = self._output(second, rest[0], self.second_final)
+        return first.to(z.dtype), second.to(z.dtype)
+
+    def log_variance(self, t: torch.Tensor) -> torch.Tensor:
+        """(B,) -> (B,)"""
+        if self.variance is None:
+            raise ValueError("the objective learns a log-variance; set model.log_variance=true")
+        return self.variance(t)
+
+    def _conditions(
+        self, t: torch.Tensor, r: torch.Tensor, y: torch.Tensor, guidance: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """Embeddings of label, time or times, and guidance. Each (B, W)"""
+        times = {"t_h": (t, t - r), "t_r": (t, r), "h": (t - r,), "t": (t,)}[self.conditioning]
+        embedded = [self.label(y), self.time(times[0])]
         if self.second_time is not None:
-            condition = condition + self.second_time(t - r if self.conditioning == "t_h" else r)
-        condition = silu(condition)
-        x = self.patches(z) + self.positions
-        for block in self.blocks:
-            x = block(x, condition)  # (B, N, W)
-        return self.final(x, condition, self.rows).to(z.dtype)
+            embedded.append(self.second_time(times[1]))
+        if self.guidance is not None:
+            if guidance is None:
+                guidance = torch.tensor([1.0, 0.0, 1.0], device=t.device).to(t).expand(len(t), 3)
+            embedded += self.guidance(guidance)
+        elif guidance is not None:
+            raise ValueError("this network has no guidance as a condition; set model.guided=true")
+        return embedded
+
+    def _tokens(
+        self,
+        z: torch.Tensor,
+        t: torch.Tensor,
+        r: torch.Tensor,
+        y: torch.Tensor,
+        guidance: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Tokens (B, N, W), the condition of adaLN (B, W), and the context (B, M, W)."""
+        conditions = self._conditions(t, r, y, guidance)
+        context = None if self.context is None else self.context(y)
+        x = self.patches(z)
+        if self.positions is not None:
+            x = x + self.positions
+        if self.prefix is None:
+            return x, silu(sum(conditions[1:], conditions[0])), context
+        prefix = [f(c) for f, c in zip(self.prefix, conditions, strict=True)]
+        return torch.cat([*prefix, x], dim=1), None, context
+
+    def _run(
+        self,
+        blocks: nn.ModuleList,
+        x: torch.Tensor,
+        condition: torch.Tensor | None,
+        context: torch.Tensor | None,
+    ) -> torch.Tensor:
+        for block in blocks:
+            x = block(x, condition, self.angles, context)  # (B, N, W)
+        return x
+
+    def _output(
+        self, x: torch.Tensor, condition: torch.Tensor | None, final: FinalLayer
+    ) -> torch.Tensor:
+        return final(x[:, -(self.rows**2) :], condition, self.rows)

@@ -1,4 +1,4 @@
-"""Embeddings of times, labels and patches."""
+"""Embeddings of times, labels, guidance, patches and positions."""
 
 import math
 
@@ -9,8 +9,17 @@ from torch import nn
 FREQUENCIES = 256  # dimension of the sinusoidal embedding, as in DiT
 
 
+def sinusoids(t: torch.Tensor) -> torch.Tensor:
+    """Cosines and sines of t at 128 frequencies from 1 down to 1e-4. (B,) -> (B, 256)"""
+    half = FREQUENCIES // 2
+    index = torch.arange(half, device=t.device, dtype=torch.promote_types(t.dtype, torch.float32))
+    phase = t[:, None] * torch.exp(-math.log(10_000) / half * index)  # (B, 128)
+    return torch.cat([torch.cos(phase), torch.sin(phase)], dim=-1)
+
+
 class TimeEmbedder(nn.Module):
-    """Sinusoidal embedding of a time in [0, 1] (unscaled), then a two-layer perceptron.
+    """Sinusoidal embedding of a time (unscaled: in [0, 1], or [0, π/2] on the TrigFlow path), then
+    a two-layer perceptron.
 
     The sinusoids are float32 whatever the precision of the network: in bfloat16 the time derivative
     of the embedding would be off by tens of percent.
@@ -22,13 +31,7 @@ class TimeEmbedder(nn.Module):
         self.outward = nn.Linear(width, width)
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        half = FREQUENCIES // 2
-        index = torch.arange(
-            half, device=t.device, dtype=torch.promote_types(t.dtype, torch.float32)
-        )
-        phase = t[:, None] * torch.exp(-math.log(10_000) / half * index)  # (B, 128)
-        waves = torch.cat([torch.cos(phase), torch.sin(phase)], dim=-1)  # (B, 256)
-        hidden = self.inward(waves.to(self.inward.weight.dtype))
+        hidden = self.inward(sinusoids(t).to(self.inward.weight.dtype))
         return self.outward(nn.functional.silu(hidden))  # (B, W)
 
 
@@ -41,6 +44,57 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
         return self.table(y)  # (B,) -> (B, W)
+
+
+class LabelContext(nn.Module):
+    """The label as ``tokens`` learned tokens to attend to, as one would attend to a text."""
+
+    def __init__(self, num_classes: int, tokens: int, width: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(num_classes + 1, tokens * width)
+        self.tokens = tokens
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        return self.table(y).unflatten(-1, (self.tokens, -1))  # (B,) -> (B, M, W)
+
+
+class GuidanceEmbedder(nn.Module):
+    """Guidance as a condition (arXiv 2512.02012): its scale w, as 1 - 1/w, and its interval."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = TimeEmbedder(width)
+        self.start = TimeEmbedder(width)
+        self.end = TimeEmbedder(width)
+
+    def forward(self, guidance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(B, 3) of w, t_min, t_max -> three embeddings (B, W)."""
+        w, start, end = guidance.unbind(-1)
+        return self.scale(1 - 1 / w), self.start(start), self.end(end)
+
+
+class PrefixTokens(nn.Module):
+    """A condition as ``n`` tokens: n learned vectors, each plus the embedding."""
+
+    def __init__(self, n: int, width: int) -> None:
+        super().__init__()
+        self.vectors = nn.Parameter(torch.randn(n, width) / math.sqrt(width))
+
+    def forward(self, embedding: torch.Tensor) -> torch.Tensor:
+        return self.vectors + embedding[:, None]  # (B, W) -> (B, n, W)
+
+
+class LogVariance(nn.Module):
+    """The learned logarithm of the error's variance at a time (sCM, arXiv 2410.11081, adaptive
+    weighting); 0 at initialisation.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(FREQUENCIES, 1)
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        return self.linear(sinusoids(t).to(self.linear.weight.dtype))[:, 0]  # (B,) -> (B,)
 
 
 class PatchEmbedder(nn.Module):
@@ -66,3 +120,19 @@ def sin_cos_positions(side: int, width: int) -> torch.Tensor:
     rows = axis[:, None].expand(side, side, -1)
     columns = axis[None, :].expand(side, side, -1)
     return torch.cat([columns, rows], dim=-1).reshape(1, side * side, width)
+
+
+def rotary_angles(side: int, head_dim: int) -> torch.Tensor:
+    """Angles of rotary positions on a side x side grid, half of them for each axis.
+    (side*side, head_dim / 2)
+    """
+    if head_dim % 4:
+        raise ValueError(
+            f"model.width / model.heads must be a multiple of 4 for model.positions=rope; got"
+            f" {head_dim}"
+        )
+    frequency = 10_000 ** (-torch.arange(head_dim // 4) / (head_dim // 4))
+    phase = torch.arange(side)[:, None] * frequency  # (side, D/4)
+    rows = phase[:, None].expand(side, side, -1)
+    columns = phase[None, :].expand(side, side, -1)
+    return torch.cat([columns, rows], dim=-1).reshape(side * side, -1)
