@@ -1,13 +1,17 @@
 """From a configuration to objects; used by every script."""
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
+from training.callbacks.ema import with_weights
+from training.checkpoints import load_checkpoint, load_weights
 from training.module import GenerativeModule
-from training.validation import integer
+from training.validation import integer, one_of
 
 
 def build_data(config: DictConfig) -> Any:
@@ -18,10 +22,11 @@ def build_data(config: DictConfig) -> Any:
 def build_module(config: DictConfig, data: Any) -> GenerativeModule:
     """The module of a configuration; its initial weights depend on ``seed`` alone."""
     L.seed_everything(config.seed, workers=True, verbose=False)
-    if config.compile and OmegaConf.select(config, "objective.jvp.mode") == "double":
+    mode = OmegaConf.select(config, "objective.jvp.mode")
+    if config.compile and mode in ("double", "finite_difference"):
         raise NotImplementedError(
-            "compile=true cannot replay the random state between the two forwards of"
-            " objective.jvp.mode=double; use objective.jvp.mode=single or compile=false"
+            "compile=true cannot replay the random state between the forwards of"
+            f" objective.jvp.mode={mode}; use objective.jvp.mode=single or compile=false"
         )
     channels, image_size, _ = data.shape
     net = instantiate(
@@ -35,3 +40,22 @@ def build_module(config: DictConfig, data: Any) -> GenerativeModule:
         config.compile,
         OmegaConf.to_container(config, resolve=True),  # type: ignore[arg-type]
     )
+
+
+def load_flow(ckpt: str, weights: str = "ema") -> nn.Module:
+    """The trained network of a checkpoint, as a teacher: at r = t the velocity of the linear path.
+
+    ``weights``: ``ema``, the average, or ``net``.
+    """
+    one_of("objective.teacher.weights", weights, ("ema", "net"))
+    checkpoint = load_checkpoint(Path(ckpt))
+    config = DictConfig(checkpoint["config"])
+    if config.objective._target_.endswith(".SCM"):
+        raise ValueError(
+            f"objective.teacher.ckpt: {ckpt} is a consistency model, which has no velocity; give"
+            " one of objective=flow_matching"
+        )
+    module = build_module(config, build_data(config))
+    load_weights(module, checkpoint, Path(ckpt))
+    average = checkpoint["ema"]["average"] if weights == "ema" else {}
+    return with_weights(module.net, average)

@@ -34,7 +34,11 @@ class GenerativeModule(LightningModule):
         super().__init__()
         self.net, self.objective, self.optimizer = net, objective, optimizer
         self.seed, self.config = seed, config or {}
+        objective.attach(net)
         self.step = torch.compile(objective.loss, fullgraph=True) if compile else objective.loss
+
+    def on_fit_start(self) -> None:
+        self.objective.start(self.device)
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> dict:
         x, y = batch
@@ -55,6 +59,10 @@ class GenerativeModule(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.objective.after_step(self.net)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.log("train/lr", optimizer.param_groups[0]["lr"])

@@ -11,7 +11,8 @@ from training.attentions import sdpa
 from training.objectives.flow_matching import FlowMatching
 from training.objectives.meanflow import MeanFlow, MeanFlowSample
 from training.objectives.paths import expand, linear_path
-from training.objectives.tangents import MODES, Jvp
+from training.objectives.tangents import CONSTANT as MODES
+from training.objectives.tangents import Jvp
 from training.objectives.times import Times
 from training.objectives.weighting import adaptive_weight
 from training.randomness import generator

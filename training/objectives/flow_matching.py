@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from training.objectives.objective import Net, Terms, drop_labels
+from training.objectives.objective import Net, Objective, Terms, drop_labels
 from training.objectives.paths import linear_path
 from training.objectives.times import Times
 from training.objectives.weighting import squared_error
@@ -24,7 +24,7 @@ class FlowMatchingSample(NamedTuple):
     y: torch.Tensor  # (B,)
 
 
-class FlowMatching:
+class FlowMatching(Objective):
     """Args: ``reduce`` sum or mean over the elements of a sample; ``time_*`` see ``Times``."""
 
     def __init__(
@@ -35,6 +35,7 @@ class FlowMatching:
         time_std: float = 1.0,
         label_dropout: float = 0.1,
     ) -> None:
+        super().__init__()
         one_of("objective.reduce", reduce, ("sum", "mean"))
         between("objective.label_dropout", label_dropout, 0, 1)
         self.reduce, self.label_dropout = reduce, label_dropout

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from training.objectives.objective import Net, Terms, drop_labels
+from training.objectives.objective import Net, Objective, Terms, drop_labels
 from training.objectives.paths import expand, linear_path
 from training.objectives.tangents import Jvp
 from training.objectives.times import Times
@@ -33,7 +33,7 @@ class MeanFlowSample(NamedTuple):
     null_label: torch.Tensor  # ()
 
 
-class MeanFlow:
+class MeanFlow(Objective):
     """The MeanFlow objective.
 
     Args:
@@ -63,6 +63,7 @@ class MeanFlow:
         guidance_end: float = 1.0,
         label_dropout: float = 0.1,
     ) -> None:
+        super().__init__()
         one_of("objective.reduce", reduce, ("sum", "mean"))
         between("objective.equal_share", equal_share, 0, 1)
         between("objective.p", p, 0)
@@ -72,7 +73,7 @@ class MeanFlow:
         between("objective.guidance_start", guidance_start, 0, 1)
         between("objective.guidance_end", guidance_end, guidance_start, 1)
         between("objective.label_dropout", label_dropout, 0, 1)
-        self.jvp = jvp or Jvp()
+        self.jvp = (jvp or Jvp()).require_constant(type(self).__name__)
         self.times = Times(time_sampler, time_mean, time_std)
         self.equal_share, self.reduce, self.p, self.c = equal_share, reduce, p, c
         self.omega, self.kappa, self.interval = omega, kappa, (guidance_start, guidance_end)

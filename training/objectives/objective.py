@@ -1,12 +1,18 @@
 """What an objective is, for whoever trains with it.
 
+objective.attach(net)                                once, before training: teachers are copied
 sample = objective.draw(x, y, null_label, draws)     every random draw of the step happens here
 terms  = objective.loss(net, sample)                 a pure function of tensors: this is compiled
+objective.after_step(net)                            after the optimizer's step: teachers follow
+
+What an objective keeps (a teacher, the number of steps) is part of the module's state and so of
+every checkpoint.
 """
 
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import nn
 
 from training.randomness import Draws
 
@@ -22,10 +28,39 @@ class Net(Protocol):
     ) -> torch.Tensor: ...
 
 
-class Objective(Protocol):
-    def draw(self, x: torch.Tensor, y: torch.Tensor, null_label: int, draws: Draws) -> Any: ...
+class Objective(nn.Module):
+    def attach(self, net: nn.Module) -> None:
+        """Called once, with the network at its initialisation."""
 
-    def loss(self, net: Net, sample: Any) -> Terms: ...
+    def start(self, device: torch.device) -> None:
+        """Called when training starts (or resumes), not when a checkpoint is only sampled from."""
+
+    def draw(self, x: torch.Tensor, y: torch.Tensor, null_label: int, draws: Draws) -> Any:
+        """The noisy batch of images x (B, C, H, W) and labels y (B,)."""
+        raise NotImplementedError
+
+    def loss(self, net: Any, sample: Any) -> Terms:
+        raise NotImplementedError
+
+    def after_step(self, net: nn.Module) -> None:
+        """Called after every step of the optimizer."""
+
+
+class ScheduledObjective(Objective):
+    """An objective that changes with the number of optimizer steps taken, ``steps``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+
+    def after_step(self, net: nn.Module) -> None:
+        self.steps += 1
+
+    def get_extra_state(self) -> int:
+        return self.steps
+
+    def set_extra_state(self, state: int) -> None:
+        self.steps = state
 
 
 def drop_labels(

@@ -19,16 +19,20 @@ def generate(
 ) -> torch.Tensor:
     """One image of ``shape`` (C, H, W) for each label of y (n,), on the CPU. (n, C, H, W)
 
-    The noise is drawn on the CPU, so that every device starts from the same.
+    Noise is drawn on the CPU, so that every device starts from the same; a sampler that adds noise
+    again says in ``noises`` how often.
     """
     device = next(net.parameters()).device
-    noise = torch.randn(len(y), *shape, generator=generator(seed, 0, 0, "samples"))
+    noises = [
+        torch.randn(len(y), *shape, generator=generator(seed, i, 0, "samples"))
+        for i in range(1 + getattr(sampler, "noises", 0))
+    ]
     was_training = net.training
     net.eval()
-    images = [
-        sampler(net, e.to(device), labels.to(device)).float().cpu()
-        for e, labels in zip(noise.split(chunk), y.split(chunk), strict=True)
-    ]
+    images = []
+    for labels, *e in zip(y.split(chunk), *(noise.split(chunk) for noise in noises), strict=True):
+        first, *more = (part.to(device) for part in e)
+        images.append(sampler(net, first, labels.to(device), *more).float().cpu())
     net.train(was_training)
     return torch.cat(images)
 

@@ -1,0 +1,148 @@
+"""Improved MeanFlow, iMF (arXiv 2512.02012): the average velocity u through a loss on velocities.
+
+    z_t = (1 - t) x + t e,   v = e - x                                        (linear path)
+    v_g   = v + (1 - 1/w) (v_θ(z, t | y) - v_θ(z, t | ∅))       inside [t_min, t_max], else v
+    u, du/dt = jvp(u, (z, t, r), (v_θ(z, t | y), 1, 0))
+    V     = u + (t - r) sg(du/dt)
+    error = ‖V - sg(v_g)‖²,   head_error = ‖v_θ - sg(v_g)‖²
+    loss  = error / sg(error + c)^p + head_error / sg(head_error + c)^p
+
+v_θ is the network's second head. The tangent is the network's own velocity, not the sample's v: V
+is then a function of (z, t, r) alone and the loss an ordinary regression. The guidance w and its
+interval are drawn for each sample and told the network, so that they are chosen when sampling.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from training.objectives.objective import Objective, Terms, drop_labels
+from training.objectives.paths import expand, linear_path
+from training.objectives.tangents import Jvp
+from training.objectives.times import Times
+from training.objectives.weighting import adaptive_weight, squared_error
+from training.randomness import Draws
+from training.validation import between, one_of
+
+
+class IMFSample(NamedTuple):
+    z: torch.Tensor  # (B, C, H, W)
+    v: torch.Tensor  # (B, C, H, W)
+    t: torch.Tensor  # (B,)
+    r: torch.Tensor  # (B,), equal to t for the first round(equal_share B) samples
+    y: torch.Tensor  # (B,), dropped labels already replaced by the null label
+    dropped: torch.Tensor  # (B,), which labels were dropped
+    null_label: torch.Tensor  # ()
+    guidance: torch.Tensor  # (B, 3): w, t_min, t_max
+
+
+class IMF(Objective):
+    """The iMF objective; the network needs ``heads``.
+
+    Args:
+        jvp: how du/dt is computed (``tangents.Jvp``).
+        equal_share: share of the batch with r = t.
+        reduce: ``sum`` or ``mean`` over the elements of a sample; it changes what ``c`` means.
+        p, c: of the adaptive weights; p = 0 is the plain squared error.
+        time_sampler, time_mean, time_std: see ``times.Times``.
+        guidance_max: w has a density proportional to 1/w on [1, guidance_max]; 1 is no guidance,
+            and the network is not told any.
+        label_dropout: share of samples without label; their target is the plain v.
+    """
+
+    def __init__(
+        self,
+        jvp: Jvp | None = None,
+        equal_share: float = 0.5,
+        reduce: str = "sum",
+        p: float = 1.0,
+        c: float = 1e-2,
+        time_sampler: str = "logit_normal",
+        time_mean: float = -0.4,
+        time_std: float = 1.0,
+        guidance_max: float = 8.0,
+        label_dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        one_of("objective.reduce", reduce, ("sum", "mean"))
+        between("objective.equal_share", equal_share, 0, 1)
+        between("objective.p", p, 0)
+        between("objective.c", c, 0, open_low=True)
+        between("objective.guidance_max", guidance_max, 1)
+        between("objective.label_dropout", label_dropout, 0, 1)
+        self.jvp = (jvp or Jvp()).require_constant("iMF")
+        self.times = Times(time_sampler, time_mean, time_std)
+        self.equal_share, self.reduce, self.p, self.c = equal_share, reduce, p, c
+        self.guidance_max, self.label_dropout = guidance_max, label_dropout
+
+    def draw(self, x: torch.Tensor, y: torch.Tensor, null_label: int, draws: Draws) -> IMFSample:
+        n, equal = len(x), self._equal(len(x))
+        t, r = self.times.draw_pairs(n, equal, draws("times"))
+        e = torch.randn(x.shape, generator=draws("noise"), device=x.device)
+        z, v = linear_path(x, e, t)
+        y, dropped = drop_labels(y, self.label_dropout, null_label, draws("labels"))
+        share, start, end = torch.rand(3, n, generator=draws("guidance"), device=x.device)
+        start, end = start / 2, (1 + end) / 2
+        start[:equal], end[:equal] = 0, 1  # flow matching samples are guided at every time
+        w = torch.exp(share * math.log(self.guidance_max))
+        guidance = torch.stack([w, start, end], dim=1)
+        return IMFSample(z, v, t, r, y, dropped, y.new_tensor(null_label), guidance)
+
+    def loss(self, net: Any, sample: IMFSample) -> Terms:
+        z, _, t, r, y, *_, guidance = sample
+        told = (guidance,) if self.guidance_max > 1 else ()
+        v_g, tangent = self._guided_velocity(net, sample)
+
+        n = self._equal(len(z))
+        compounds, heads = [], []  # V and the second head's v
+        if n:
+            u, head = net.heads(z[:n], t[:n], r[:n], y[:n], *(g[:n] for g in told))
+            compounds.append(u)
+            heads.append(head)
+        step = v_g.new_zeros(1, 1)  # (t - r) du/dt, (B - n, ...)
+        dudt = step
+        if n < len(z):
+            rest, z, t, r = y[n:], z[n:], t[n:], r[n:]
+            u, dudt, head = self.jvp.with_aux(
+                lambda z, t, r: net.heads(z, t, r, rest, *(g[n:] for g in told)),
+                (z, t, r),
+                (tangent[n:], torch.ones_like(t), torch.zeros_like(r)),
+            )
+            step = expand(t - r, z) * dudt
+            compounds.append(u + step)
+            heads.append(head)
+
+        error = squared_error(torch.cat(compounds), v_g, self.reduce)  # (B,)
+        head_error = squared_error(torch.cat(heads), v_g, self.reduce)
+        weight = adaptive_weight(error, self.p, self.c)
+        head_weight = adaptive_weight(head_error, self.p, self.c)
+        with torch.no_grad():
+            metrics = {
+                "error": error.mean(),
+                "v_loss": squared_error(torch.cat(heads), sample.v, self.reduce).mean(),
+                "head_error": head_error.mean(),
+                "dudt_rms": dudt.square().mean().sqrt(),
+                "tangent_norm": step.flatten(1).norm(dim=1).mean(),
+                "weight": weight.mean(),
+            }
+        return Terms((weight * error + head_weight * head_error).mean(), metrics)
+
+    def _equal(self, n: int) -> int:
+        return round(self.equal_share * n)
+
+    @torch.no_grad()
+    def _guided_velocity(self, net: Any, sample: IMFSample) -> tuple[torch.Tensor, torch.Tensor]:
+        """v_g, and the network's velocity along which u is differentiated. Each (B, C, H, W)"""
+        z, v, t, _, y, dropped, null_label, guidance = sample
+        if self.guidance_max == 1:
+            return v, net.heads(z, t, t, y)[1]
+        w, start, end = guidance.unbind(1)
+        w = torch.where((t >= start) & (t <= end), w, 1)
+        zero, one = torch.zeros_like(w), torch.ones_like(w)
+        told = torch.cat([torch.stack([s, zero, one], 1) for s in (w, one)])
+        twice = (torch.cat([a, a]) for a in (z, t, t))
+        labels = torch.cat([y, null_label.expand_as(y)])
+        conditional, null = net.heads(*twice, labels, told)[1].chunk(2)
+        v_g = v + expand(1 - 1 / w, v) * (conditional - null)
+        return torch.where(expand(dropped, v), v, v_g), conditional

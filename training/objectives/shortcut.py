@@ -1,0 +1,119 @@
+"""Shortcut models (arXiv 2410.12557): long jumps learn from two short ones. No derivative at all.
+
+    z_t = (1 - t) x + t e,   v = e - x                                         (linear path)
+    flow matching, most of the batch:      error = ‖u(z, t, t) - v‖²
+    self-consistency, a jump of 2d:
+        z' = z - d ū(z, t, t - d)
+        error = ‖u(z, t, t - 2d) - (ū(z, t, t - d) + ū(z', t - d, t - 2d)) / 2‖²
+
+2d is one of 1, 1/2, ..., 2/M, and t a multiple of it. Jumps of 1/M are taken along the velocity
+u(z, t, t). ū is an average of the network's weights.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from training.objectives.objective import Net, Objective, Terms, drop_labels
+from training.objectives.paths import expand, linear_path
+from training.objectives.teachers import AveragedTeacher, attached
+from training.objectives.times import Times
+from training.objectives.weighting import squared_error
+from training.randomness import Draws
+from training.validation import between, one_of, positive_integer
+
+
+class ShortcutSample(NamedTuple):
+    z: torch.Tensor  # (B, C, H, W)
+    v: torch.Tensor  # (B, C, H, W)
+    t: torch.Tensor  # (B,)
+    r: torch.Tensor  # (B,), t - 2d for the first round(consistency_share B) samples, else t
+    y: torch.Tensor  # (B,)
+
+
+class Shortcut(Objective):
+    """The shortcut objective.
+
+    Args:
+        consistency_share: share of the batch that learns long jumps.
+        finest: M, a power of two: the number of the shortest jumps.
+        teacher_decay: of the average ū.
+        reduce: ``sum`` or ``mean`` over the elements of a sample.
+        time_sampler, time_mean, time_std: of flow matching, see ``times.Times``.
+        label_dropout: share of samples without label.
+    """
+
+    def __init__(
+        self,
+        consistency_share: float = 0.125,
+        finest: int = 128,
+        teacher_decay: float = 0.999,
+        reduce: str = "mean",
+        time_sampler: str = "uniform",
+        time_mean: float = 0.0,
+        time_std: float = 1.0,
+        label_dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        between("objective.consistency_share", consistency_share, 0, 1)
+        positive_integer("objective.finest", finest)
+        if finest < 2 or finest & (finest - 1):
+            raise ValueError(f"objective.finest must be a power of two >= 2; got {finest}")
+        between("objective.teacher_decay", teacher_decay, 0, 1)
+        one_of("objective.reduce", reduce, ("sum", "mean"))
+        between("objective.label_dropout", label_dropout, 0, 1)
+        self.consistency_share, self.finest, self.reduce = consistency_share, finest, reduce
+        self.times = Times(time_sampler, time_mean, time_std)
+        self.teacher_decay, self.label_dropout = teacher_decay, label_dropout
+        self.teacher: AveragedTeacher | None = None
+
+    def attach(self, net: nn.Module) -> None:
+        self.teacher = AveragedTeacher(net, self.teacher_decay)
+
+    def after_step(self, net: nn.Module) -> None:
+        attached(self.teacher).follow(net)
+
+    def draw(
+        self, x: torch.Tensor, y: torch.Tensor, null_label: int, draws: Draws
+    ) -> ShortcutSample:
+        n = self._jumps(len(x))
+        t = self.times.draw(len(x), generator=draws("times"))
+        r = t.clone()
+        jump, place = torch.rand(2, n, generator=draws("jumps"), device=x.device)
+        jumps = 2 ** (jump * (self.finest.bit_length() - 1)).floor()  # in a whole: 1 ... M/2
+        t[:n] = (1 + (place * jumps).floor()) / jumps
+        r[:n] = t[:n] - 1 / jumps
+        e = torch.randn(x.shape, generator=draws("noise"), device=x.device)
+        z, v = linear_path(x, e, t)
+        y, _ = drop_labels(y, self.label_dropout, null_label, draws("labels"))
+        return ShortcutSample(z, v, t, r, y)
+
+    def loss(self, net: Net, sample: ShortcutSample) -> Terms:
+        z, v, t, r, y = sample
+        n = self._jumps(len(z))
+        target = torch.cat([self._two_jumps(z[:n], t[:n], r[:n], y[:n]), v[n:]])
+        prediction = net(z, t, r, y)
+        error = squared_error(prediction, target, self.reduce)  # (B,)
+        with torch.no_grad():
+            metrics = {
+                "error": error.mean(),
+                "v_loss": squared_error(prediction, v, self.reduce).mean(),
+                "consistency_error": error[:n].mean() if n else error.new_zeros(()),
+            }
+        return Terms(error.mean(), metrics)
+
+    def _jumps(self, n: int) -> int:
+        return round(self.consistency_share * n)
+
+    @torch.no_grad()
+    def _two_jumps(
+        self, z: torch.Tensor, t: torch.Tensor, r: torch.Tensor, y: torch.Tensor
+    ) -> torch.Tensor:
+        """The average velocity over [r, t] of two jumps of the teacher."""
+        teacher = attached(self.teacher)
+        d = (t - r) / 2
+        seen = torch.where(d < 1.5 / self.finest, 0, d)  # the shortest are along the velocity
+        first = teacher(z, t, t - seen, y)
+        second = teacher(z - expand(d, z) * first, t - d, t - d - seen, y)
+        return (first + second) / 2
