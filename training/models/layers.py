@@ -52,9 +52,7 @@ class QueryKeyNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    def __init__(
-        self, width: int, heads: int, attention: Attention, qk_norm: bool = False
-    ) -> None:
+    def __init__(self, width: int, heads: int, attention: Attention, qk_norm: bool = False) -> None:
         super().__init__()
         self.heads, self.attention = heads, attention
         self.qkv = nn.Linear(width, 3 * width)
@@ -75,9 +73,7 @@ class CrossAttention(nn.Module):
     and values have no tangent: attention is told None and leaves out their products.
     """
 
-    def __init__(
-        self, width: int, heads: int, attention: Attention, qk_norm: bool = False
-    ) -> None:
+    def __init__(self, width: int, heads: int, attention: Attention, qk_norm: bool = False) -> None:
         super().__init__()
         self.heads, self.attention = heads, attention
         self.query = nn.Linear(width, width)
