@@ -5,18 +5,70 @@ import torch
 
 from training.attentions import sdpa
 from training.models.dit import SIZES, DiT
-from training.models.embedders import PatchEmbedder, TimeEmbedder
-from training.models.layers import FinalLayer, norm
+from training.models.embedders import PatchEmbedder, TimeEmbedder, rotary_angles
+from training.models.layers import FinalLayer, QueryKeyNorm, norm, rms_norm, rotate
+
+IMF = {
+    "mlp_ratio": 8 / 3,
+    "conditioning": "h",
+    "norm": "rms",
+    "mlp": "swiglu",
+    "qk_norm": True,
+    "positions": "rope",
+    "label_tokens": 8,
+    "guided": True,
+}
+EVERY = {  # each option away from its default, in three networks
+    "modern": {"norm": "rms", "mlp": "swiglu", "qk_norm": True, "positions": "rope"},
+    "tokens": IMF | {"second_head": 1, "log_variance": True},
+    "cross": {"cross_tokens": 3, "qk_norm": True, "guided": True, "second_head": 0},
+}
+
+
+def latents(size, **options):
+    """The network for 256 x 256 ImageNet latents, on the meta device: shapes only."""
+    with torch.device("meta"):
+        return DiT(sdpa, image_size=32, channels=4, num_classes=1000, size=size, **options)
 
 
 @pytest.mark.parametrize(
-    ("size", "millions"), [("S/2", 33), ("B/4", 131), ("B/2", 131), ("L/2", 459), ("XL/2", 676)]
+    ("size", "millions"),
+    [
+        ("S/4", 33),
+        ("S/2", 33),
+        ("B/4", 131),
+        ("B/2", 131),
+        ("M/2", 308),
+        ("L/2", 459),
+        ("XL/2", 676),
+    ],
 )
 def test_sizes_have_the_published_number_of_parameters(size, millions):
-    with torch.device("meta"):
-        net = DiT(sdpa, image_size=32, channels=4, num_classes=1000, size=size)
+    count = sum(p.numel() for p in latents(size).parameters())
+    assert abs(count / 1e6 - millions) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("size", "millions"),
+    [("iMF-B/2", 89), ("iMF-M/2", 174), ("iMF-L/2", 409), ("iMF-XL/2", 610)],
+)
+def test_sizes_of_imf_have_the_published_number_of_parameters(size, millions):
+    net = latents(size, **IMF)
     count = sum(p.numel() for p in net.parameters())
-    assert abs(count / 1e6 - millions) < 0.01 * millions + 0.5
+    assert abs(count / 1e6 - millions) < 0.002 * millions + 0.5
+    assert sum(len(p.vectors) for p in net.prefix) == 20
+    tokens = []
+    net.blocks[0].register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[1]))
+    t = torch.rand(2, device="meta")
+    label = torch.zeros(2, dtype=torch.int64, device="meta")
+    net(torch.randn(2, 4, 32, 32, device="meta"), t, t, label)
+    assert tokens == [276]
+
+
+def test_every_size_is_tested():
+    assert set(SIZES) == {"tiny", "S/4", "S/2", "B/4", "B/2", "M/2", "L/2", "XL/2"} | {
+        f"iMF-{size}/2" for size in ("B", "M", "L", "XL")
+    }
 
 
 def test_xl_has_head_dimension_72():
@@ -24,23 +76,115 @@ def test_xl_has_head_dimension_72():
     assert width // heads == 72
 
 
-def test_the_network_is_exactly_zero_at_initialisation(tiny, batch):
+@pytest.mark.parametrize("options", [{}, *EVERY.values()], ids=["default", *EVERY])
+def test_the_network_is_exactly_zero_at_initialisation(tiny, batch, options):
     x, y = batch
     t = torch.rand(len(x))
-    assert not tiny(awake=False)(x, t, t / 2, y).any()
+    net = tiny(awake=False, **options)
+    assert not net(x, t, t / 2, y).any()
+    if "second_head" in options:
+        assert not net.heads(x, t, t / 2, y)[1].any()
+    if "log_variance" in options:
+        assert not net.log_variance(t).any()
 
 
-def test_every_parameter_receives_a_gradient(tiny, batch):
+@pytest.mark.parametrize("options", [{}, *EVERY.values()], ids=["default", *EVERY])
+def test_every_parameter_receives_a_gradient(tiny, batch, options):
     x, y = batch
-    net = tiny()
+    net = tiny(**options)
     t = torch.rand(len(x))
-    net(x, t, t / 2, y).square().mean().backward()
-    assert all(p.grad is not None and p.grad.any() for p in net.parameters())
+    guidance = torch.rand(len(x), 3) + 1 if "guided" in options else None
+    out = net.heads if "second_head" in options else lambda *args: (net(*args),)
+    loss = torch.cat(out(x, t, t / 2, y, guidance)).square().mean()
+    if "log_variance" in options:
+        loss = loss + net.log_variance(t).mean()
+    loss.backward()
+    for name, p in net.named_parameters():
+        assert p.grad is not None and p.grad.any(), name  # noqa: PT018
+
+
+def test_the_first_head_is_the_network_and_the_second_is_another(tiny, batch):
+    x, y = batch
+    t = torch.rand(len(x))
+    for second_head in (0, 1, 2):
+        net = tiny(second_head=second_head)
+        u, v = net.heads(x, t, t / 2, y)
+        torch.testing.assert_close(u, net(x, t, t / 2, y))
+        assert not torch.equal(u, v)
+
+
+def test_guidance_is_a_condition_and_none_means_a_scale_of_one(tiny, batch):
+    x, y = batch
+    net, t = tiny(guided=True), torch.rand(len(x))
+    told = lambda *g: net(x, t, t / 2, y, torch.tensor([g]).expand(len(x), 3))  # noqa: E731
+    base = net(x, t, t / 2, y)
+    torch.testing.assert_close(told(1.0, 0.0, 1.0), base)
+    for changed in ((2.0, 0.0, 1.0), (1.0, 0.2, 1.0), (1.0, 0.0, 0.7)):
+        assert not torch.allclose(told(*changed), base, rtol=1e-4), changed
+
+
+def test_what_the_network_was_not_built_for_raises_an_error_that_names_its_key(tiny, batch):
+    x, y = batch
+    net, t = tiny(), torch.rand(len(x))
+    with pytest.raises(ValueError, match=r"model\.second_head"):
+        net.heads(x, t, t, y)
+    with pytest.raises(ValueError, match=r"model\.log_variance"):
+        net.log_variance(t)
+    with pytest.raises(ValueError, match=r"model\.guided"):
+        net(x, t, t, y, torch.ones(len(x), 3))
+
+
+def test_cross_attention_has_a_tangent_of_the_queries_alone(tiny, batch):
+    """Keys and values of the label's tokens are constants of the time derivative."""
+    seen = []
+
+    def spy(q, k, v):
+        tangents = [torch.autograd.forward_ad.unpack_dual(x).tangent for x in (q, k, v)]
+        seen.append((k.shape[-2], [t is not None for t in tangents]))
+        return sdpa(q, k, v)
+
+    x, y = batch
+    net, t = tiny(spy, depth=1, cross_tokens=3), torch.rand(len(x))
+    f = lambda x, t, r: net(x, t, r, y)  # noqa: E731
+    torch.func.jvp(f, (x, t, t / 2), (torch.ones_like(x), torch.ones_like(t), torch.zeros_like(t)))
+    assert seen == [(16, [True] * 3), (3, [True, False, False])]
+
+
+def test_attention_to_labels_and_tokens_of_labels_know_the_label(tiny, batch):
+    x, y = batch
+    t = torch.rand(len(x))
+    for options in (EVERY["tokens"], EVERY["cross"]):
+        net = tiny(**options)
+        for parameter in net.label.parameters():  # what is left is the way asked for
+            if options is EVERY["cross"]:
+                parameter.data.zero_()
+        assert not torch.allclose(net(x, t, t, y), net(x, t, t, (y + 1) % 10), rtol=1e-4)
+
+
+def test_rotary_positions_make_scores_depend_on_differences_of_places():
+    angles = rotary_angles(4, 24)
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 24, dtype=torch.float64).expand(2, 1, 1, 18, 24)
+    rotated_q, rotated_k = rotate(q, angles.double()), rotate(k, angles.double())
+    torch.testing.assert_close(rotated_q[..., :2, :], q[..., :2, :])  # two tokens of a prefix
+    torch.testing.assert_close(rotated_q.norm(dim=-1), q.norm(dim=-1))
+    scores = (rotated_q @ rotated_k.mT)[0, 0, 2:, 2:].reshape(4, 4, 4, 4)
+    torch.testing.assert_close(
+        scores[1:, 1:, 1:, 1:], scores[:-1, :-1, :-1, :-1], rtol=1e-6, atol=0
+    )
+    assert not torch.allclose(scores[0, 0, 0, 1], scores[0, 0, 1, 0])  # the axes are told apart
+
+
+def test_query_key_norm_makes_scores_independent_of_the_scale():
+    norm_, (q, k) = QueryKeyNorm(8), torch.randn(2, 1, 1, 5, 8)
+    a, b = norm_(q, k), norm_(100 * q, 0.1 * k)
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(a[0].square().mean(-1), torch.ones(1, 1, 5), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(
     ("conditioning", "changes"),
-    [("t_h", (True, True)), ("t_r", (True, True)), ("t", (True, False))],
+    [("t_h", (True, True)), ("t_r", (True, True)), ("h", (True, True)), ("t", (True, False))],
 )
 def test_conditioning_says_which_times_the_network_sees(tiny, batch, conditioning, changes):
     x, y = batch
@@ -49,6 +193,8 @@ def test_conditioning_says_which_times_the_network_sees(tiny, batch, conditionin
     before = net(x, t, r, y)
     assert (not torch.equal(net(x, t - 0.1, r, y), before)) == changes[0]
     assert (not torch.equal(net(x, t, r - 0.1, y), before)) == changes[1]
+    shifted = net(x, t - 0.1, r - 0.1, y)  # both times
+    assert torch.allclose(shifted, before, rtol=1e-4, atol=1e-5) == (conditioning == "h")
 
 
 def test_labels_matter_and_the_null_label_is_one_more_class(tiny, batch):
@@ -74,10 +220,11 @@ def test_patches_come_back_at_their_own_place():
     torch.testing.assert_close(final(tokens, torch.zeros(2, 12), rows=4), expected)
 
 
-def test_norm_is_layer_norm_without_weights():
+def test_norms_are_those_of_torch_without_weights():
     x = torch.randn(4, 7, 32, dtype=torch.float64)
     expected = torch.nn.functional.layer_norm(x, (32,), eps=1e-6)
     torch.testing.assert_close(norm(x), expected)
+    torch.testing.assert_close(rms_norm(x), torch.nn.functional.rms_norm(x, (32,), eps=1e-6))
 
 
 def test_time_is_embedded_in_float32_under_bfloat16_autocast():
@@ -101,6 +248,14 @@ def test_time_is_embedded_in_float32_under_bfloat16_autocast():
         ({"conditioning": "r"}, "model.conditioning"),
         ({"dropout": 1.5}, "model.dropout"),
         ({"width": 6, "heads": 2}, "model.width"),
+        ({"norm": "batch"}, "model.norm"),
+        ({"mlp": "relu"}, "model.mlp"),
+        ({"positions": "learned"}, "model.positions"),
+        ({"width": 24, "heads": 4, "positions": "rope"}, "model.positions=rope"),
+        ({"label_tokens": -1}, "model.label_tokens"),
+        ({"time_tokens": 0}, "model.time_tokens"),
+        ({"cross_tokens": -1}, "model.cross_tokens"),
+        ({"second_head": 4}, "model.second_head"),
     ],
 )
 def test_a_wrong_option_raises_an_error_that_names_its_key(options, key):

@@ -68,7 +68,7 @@ class Jvp:
         # Slices of a larger tensor trip torch.compile: it wants primal and tangent laid out alike.
         primals = tuple(x.clone() for x in primals)
         if self.mode in ("single", "tangent_grad"):
-            y, t_y, aux = torch.func.jvp(f, primals, tangents, has_aux=True)
+            y, t_y, aux = torch.func.jvp(f, primals, tangents, has_aux=True)  # type: ignore[misc]
             return y, t_y.detach() if self.mode == "single" else t_y, aux
         # All evaluations of f must drop the same units: the first ones run on copies of the random
         # state.
