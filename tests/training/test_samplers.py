@@ -6,7 +6,7 @@ import torch
 from training.objectives.paths import expand
 from training.samplers.flow import FlowSampler
 from training.samplers.generate import balanced_labels, generate
-from training.samplers.meanflow import MeanFlowSampler
+from training.samplers.meanflow import MeanFlowSampler, ShortcutSampler
 
 
 class LinearFlow:
@@ -28,6 +28,31 @@ EXACT = NOISE / torch.e
 def test_an_exact_average_velocity_is_sampled_exactly_with_any_number_of_steps(nfe):
     z = MeanFlowSampler(nfe)(LinearFlow(), NOISE, LABELS)
     torch.testing.assert_close(z, EXACT, rtol=1e-6, atol=1e-6)
+
+
+def test_jumps_go_through_the_times_asked_for():
+    seen = []
+
+    def net(z, t, r, y):
+        seen.append((float(t[0]), float(r[0])))
+        return LinearFlow()(z, t, r, y)
+
+    z = MeanFlowSampler(3, times=[0.75, 0.25])(net, NOISE, LABELS)
+    assert seen == [(1, 0.75), (0.75, 0.25), (0.25, 0)]
+    torch.testing.assert_close(z, EXACT, rtol=1e-6, atol=1e-6)
+    seen.clear()
+    ShortcutSampler(4)(net, NOISE, LABELS)
+    assert seen == [(1, 0.75), (0.75, 0.5), (0.5, 0.25), (0.25, 0)]
+
+
+def test_guidance_is_told_to_a_network_that_has_it_as_a_condition():
+    told = []
+    net = lambda z, t, r, y, *guidance: told.append(guidance) or z  # noqa: E731
+    MeanFlowSampler(1)(net, NOISE, LABELS)
+    MeanFlowSampler(1, None, 2.0, 0.25, 0.75)(net, NOISE, LABELS)
+    assert told[0] == ()
+    expected = torch.tensor([[2.0, 0.25, 0.75]] * 3, dtype=torch.float64)
+    assert torch.equal(told[1][0], expected)
 
 
 @pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
@@ -60,6 +85,11 @@ def test_generation_is_repeatable_and_does_not_depend_on_the_chunk(tiny):
     ("build", "key"),
     [
         (lambda: MeanFlowSampler(0), "sampler.nfe"),
+        (lambda: MeanFlowSampler(2, times=[0.5, 0.2]), "sampler.times"),
+        (lambda: MeanFlowSampler(3, times=[0.2, 0.5]), "sampler.times"),
+        (lambda: MeanFlowSampler(guidance=0.5), "sampler.guidance"),
+        (lambda: MeanFlowSampler(guidance_start=0.5, guidance_end=0.2), "sampler.guidance_end"),
+        (lambda: ShortcutSampler(3), "sampler.nfe"),
         (lambda: FlowSampler("rk4"), "sampler.method"),
         (lambda: FlowSampler("heun", 3), "sampler.nfe"),
         (lambda: FlowSampler(guidance=-1), "sampler.guidance"),
