@@ -57,9 +57,7 @@ class Perceptron(nn.Module):
     def __init__(self, width: int = 128) -> None:
         super().__init__()
         sizes = [4, width, width, width]
-        layers = [
-            f for a, b in zip(sizes, sizes[1:], strict=False) for f in (nn.Linear(a, b), nn.SiLU())
-        ]
+        layers = [f for a, b in pairwise(sizes) for f in (nn.Linear(a, b), nn.SiLU())]
         self.layers = nn.Sequential(*layers, nn.Linear(width, 2))
 
     def forward(
@@ -108,7 +106,7 @@ def measure(net: nn.Module, nfe: int, n: int = 4096) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Few-step objectives on eight Gaussians.")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--seeds", type=int, default=1)
