@@ -18,8 +18,6 @@ from pathlib import Path
 
 import torch
 from environment import environment
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from training.callbacks.ema import with_weights
@@ -124,14 +122,20 @@ def main() -> None:
             seconds = round(time.perf_counter() - start, 1)
             distances = {str(nfe): round(measure(net, nfe), 5) for nfe in (1, 2, 4, 32)}
             rows.append({"objective": name, "seed": seed, "seconds": seconds, "nfe": distances})
-    table = Table("objective", "seed", "seconds", "1 NFE", "2 NFE", "4 NFE", "32 NFE")
-    for row in rows:
-        distances = (f"{d:.4f}" for d in row["nfe"].values())
-        table.add_row(row["objective"], str(row["seed"]), str(row["seconds"]), *distances)
-    Console().print(table, f"floor {floor:.5f}")
+    print(markdown(rows))
+    print(f"floor {floor:.5f}")
     if arguments.output:
         result = {"environment": environment(), "steps": steps, "batch": batch, "floor": floor}
         arguments.output.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
+
+
+def markdown(rows: list[dict]) -> str:
+    """The table of docs/training.md."""
+    lines = ["| objective | seed | 1 NFE | 2 NFE | 4 NFE | 32 NFE |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        cells = [f"{d:.4f}" for d in row["nfe"].values()]
+        lines.append("| " + " | ".join([row["objective"], str(row["seed"]), *cells]) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -219,7 +219,7 @@ def test_angles_are_the_arctangent_of_a_lognormal():
 
 @pytest.mark.parametrize("nfe", [1, 2, 4])
 def test_the_exact_consistency_function_samples_the_data_with_any_number_of_steps(nfe):
-    sampler = ConsistencySampler(nfe, start=math.pi / 2)
+    sampler = ConsistencySampler(0.5, nfe, start=math.pi / 2)
     torch.manual_seed(0)
     noises = torch.randn(1 + sampler.noises, 20_000, 1, dtype=torch.float64)
     y = torch.zeros(20_000, dtype=torch.int64)
@@ -232,7 +232,7 @@ def test_the_exact_consistency_function_samples_the_data_with_any_number_of_step
 
 def test_renewed_noise_is_repeatable_and_does_not_depend_on_the_chunk(tiny):
     net, y = tiny(), torch.arange(20) % 10
-    sampler = ConsistencySampler(3)
+    sampler = ConsistencySampler(0.5, 3)
     images = [generate(net, sampler, y, (1, 8, 8), seed=3, chunk=c) for c in (20, 7)]
     torch.testing.assert_close(*images)
     assert not torch.equal(images[0], generate(net, sampler, y, (1, 8, 8), seed=4))
@@ -250,10 +250,10 @@ def test_renewed_noise_is_repeatable_and_does_not_depend_on_the_chunk(tiny):
         (lambda: SCM(prior_weight="cos"), "objective.prior_weight"),
         (lambda: SCM(label_dropout=2), "objective.label_dropout"),
         (lambda: SCM(teacher_guidance=-1), "objective.teacher_guidance"),
-        (lambda: ConsistencySampler(0), "sampler.nfe"),
-        (lambda: ConsistencySampler(start=2.0), "sampler.start"),
-        (lambda: ConsistencySampler(again=1.57), "sampler.again"),
-        (lambda: ConsistencySampler(sigma_data=-1), "sampler.sigma_data"),
+        (lambda: ConsistencySampler(0.5, 0), "sampler.nfe"),
+        (lambda: ConsistencySampler(0.5, start=2.0), "sampler.start"),
+        (lambda: ConsistencySampler(0.5, again=1.57), "sampler.again"),
+        (lambda: ConsistencySampler(-1), "sampler.sigma_data"),
     ],
 )
 def test_a_wrong_flag_raises_an_error_that_names_its_key(build, key):

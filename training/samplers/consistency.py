@@ -14,16 +14,16 @@ class ConsistencySampler:
     evaluation adds new noise to x̂ and denoises it again.
 
     Args:
-        nfe: evaluations of the network.
         sigma_data: σ, as trained.
+        nfe: evaluations of the network.
         start: time of the first evaluation, just under π/2: arctan(80 / 0.5).
         again: time of the second; more than two go from there down to 0 in equal steps.
     """
 
     def __init__(
         self,
+        sigma_data: float,
         nfe: int = 2,
-        sigma_data: float = 0.5,
         start: float = math.atan(160),
         again: float = 1.1,
     ) -> None:

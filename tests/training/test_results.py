@@ -1,0 +1,40 @@
+"""The tables of the documents are those of the committed result files, which say what we claim."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "training.md").read_text()
+
+
+def result(name):
+    return json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("script", ["digits_objectives", "eight_gaussians"])
+def test_a_table_of_the_documents_is_drawn_from_its_result_file(monkeypatch, script):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    table = __import__(script).markdown(result(script)["rows"])
+    assert table in PAGE
+
+
+def test_few_step_samples_of_digits_are_recognised():
+    rows = {row["objective"]: row for row in result("digits_objectives")["rows"]}
+    accuracy = {name: row["sample_accuracy"] for name, row in rows.items()}
+    assert accuracy["meanflow"]["1"] >= 0.95
+    assert accuracy["scm"]["2"] >= 0.85
+    assert accuracy["scd"]["2"] >= 0.85
+    few = {"imf", "tvm", "alphaflow", "shortcut"}
+    assert few | {"meanflow", "scm", "scd", "flow_matching"} == set(rows)
+    assert all(accuracy[name]["1"] > accuracy["flow_matching"]["1"] for name in few)
+
+
+def test_meanflow_draws_eight_gaussians_in_one_and_two_steps():
+    rows = result("eight_gaussians")["rows"]
+    distance = {(row["objective"], row["seed"]): row["nfe"] for row in rows}
+    for seed in {row["seed"] for row in rows}:
+        flow, mean = distance["flow_matching", seed], distance["meanflow", seed]
+        assert mean["1"] <= 0.35 * flow["1"]
+        assert mean["2"] <= 0.02
