@@ -42,12 +42,17 @@ def build_module(config: DictConfig, data: Any) -> GenerativeModule:
     )
 
 
-def load_flow(ckpt: str, weights: str = "ema") -> nn.Module:
+def load_flow(ckpt: str | None, weights: str = "ema") -> nn.Module:
     """The trained network of a checkpoint, as a teacher: at r = t the velocity of the linear path.
 
     ``weights``: ``ema``, the average, or ``net``.
     """
     one_of("objective.teacher.weights", weights, ("ema", "net"))
+    if ckpt is None:
+        raise ValueError(
+            "objective.teacher.ckpt must name the checkpoint to distil, of a run with"
+            " objective=flow_matching; got null"
+        )
     checkpoint = load_checkpoint(Path(ckpt))
     config = DictConfig(checkpoint["config"])
     if config.objective._target_.endswith(".SCM"):

@@ -120,3 +120,5 @@ def test_a_flow_is_distilled_from_its_checkpoint_and_other_checkpoints_are_refus
         load_flow(str(path))
     with pytest.raises(FileNotFoundError, match=r"nowhere\.ckpt"):
         load_flow("nowhere.ckpt")
+    with pytest.raises(ValueError, match=r"objective\.teacher\.ckpt must name"):
+        load_flow(None)
