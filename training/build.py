@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -27,6 +28,12 @@ def build_module(config: DictConfig, data: Any) -> GenerativeModule:
         raise NotImplementedError(
             "compile=true cannot replay the random state between the forwards of"
             f" objective.jvp.mode={mode}; use objective.jvp.mode=single or compile=false"
+        )
+    if config.compile and mode == "tangent_grad" and torch.__version__ < "2.15":
+        raise NotImplementedError(
+            f"compile=true: torch {torch.__version__} cannot compile the gradient through the"
+            ' tangent (objective.jvp.mode=tangent_grad), versions before 2.15 raise "ZeroTensors'
+            ' are immutable"; use compile=false'
         )
     channels, image_size, _ = data.shape
     net = instantiate(

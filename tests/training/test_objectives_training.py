@@ -10,7 +10,7 @@ from lightning import Callback, Trainer
 from omegaconf import OmegaConf
 
 from training.attentions import sdpa
-from training.build import load_flow
+from training.build import build_module, load_flow
 from training.callbacks.checkpoint import LastCheckpoint
 from training.callbacks.ema import EMA
 from training.checkpoints import AtomicCheckpointIO, find_checkpoint, load_checkpoint
@@ -33,6 +33,12 @@ OBJECTIVES = {
     "shortcut": Shortcut,
     "imf": IMF,
 }
+
+
+def composed(*overrides):
+    configs = str(Path(__file__).parents[2] / "configs")
+    with initialize_config_dir(configs, version_base="1.3"):
+        return compose("train", list(overrides))
 
 
 class Errors(Callback):
@@ -93,9 +99,7 @@ def test_a_teacher_follows_once_a_step_and_is_not_trained(tmp_path, name):
 
 def test_a_flow_is_distilled_from_its_checkpoint_and_other_checkpoints_are_refused(tmp_path):
 
-    configs = str(Path(__file__).parents[2] / "configs")
-    with initialize_config_dir(configs, version_base="1.3"):
-        config = compose("train", ["objective=flow_matching", "attention=sdpa"])
+    config = composed("objective=flow_matching", "attention=sdpa")
     config = OmegaConf.masked_copy(config, ["attention", "data", "model", "objective", "optimizer"])
     config = OmegaConf.to_container(config, resolve=True) | {"seed": 3, "compile": False}
     config["model"] |= MODEL
@@ -122,3 +126,18 @@ def test_a_flow_is_distilled_from_its_checkpoint_and_other_checkpoints_are_refus
         load_flow("nowhere.ckpt")
     with pytest.raises(ValueError, match=r"objective\.teacher\.ckpt must name"):
         load_flow(None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "remedy"),
+    [
+        (["objective=tvm"], r"tangent_grad.*compile=false"),
+        (["objective=scm", "objective.jvp.mode=finite_difference"], r"finite_difference.*single"),
+    ],
+)
+def test_what_cannot_be_compiled_raises_an_error_with_the_way_out(overrides, remedy):
+    if "objective=tvm" in overrides and torch.__version__ >= "2.15":
+        pytest.skip("compiles from torch 2.15")
+    config = composed(*overrides, "compile=true")
+    with pytest.raises(NotImplementedError, match=remedy):
+        build_module(config, Digits(seed=0))
