@@ -11,8 +11,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 class AveragedTeacher(nn.Module):
     """teacher ← β teacher + (1 - β) net after every step, β = min(decay, (1 + n) / (10 + n)).
 
-    Called like the network, always in evaluation mode and without gradient. decay = 0 is the
-    network itself, one step's gradient stopped.
+    Called like the network, always in evaluation mode and without gradient; decay = 0 is the
+    network itself.
     """
 
     def __init__(self, net: nn.Module, decay: float) -> None:
