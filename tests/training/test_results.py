@@ -26,9 +26,11 @@ def test_few_step_samples_of_digits_are_recognised():
     assert accuracy["meanflow"]["1"] >= 0.95
     assert accuracy["scm"]["2"] >= 0.85
     assert accuracy["scd"]["2"] >= 0.85
-    few = {"imf", "tvm", "alphaflow", "shortcut"}
-    assert few | {"meanflow", "scm", "scd", "flow_matching"} == set(rows)
-    assert all(accuracy[name]["1"] > accuracy["flow_matching"]["1"] for name in few)
+    # Flow matching's single step is the mean of a class, which is recognised: the distance tells.
+    distance = {name: row["energy_distance"]["1"] for name, row in rows.items()}
+    few = {"meanflow", "imf", "tvm", "alphaflow", "shortcut", "scm", "scd"}
+    assert few | {"flow_matching"} == set(rows)
+    assert all(distance[name] < distance["flow_matching"] / 2 for name in few)
 
 
 def test_meanflow_draws_eight_gaussians_in_one_and_two_steps():
