@@ -5,19 +5,31 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from training.build import build_data, build_module
-from training.checkpoints import AtomicCheckpointIO, find_checkpoint, load_checkpoint, load_weights
+from training.checkpoints import (
+    AtomicCheckpointIO,
+    find_checkpoint,
+    load_checkpoint,
+    load_weights,
+    refuse_used,
+)
 from training.cli import one_line_errors, run
 from training.loggers.csv import CSVFile
-from training.validation import integer, positive_integer
+from training.settings import check
 
 
 def train(config: DictConfig, run_dir: Path) -> None:
-    integer("trainer.max_steps", config.trainer.max_steps)
-    positive_integer("trainer.log_every_n_steps", config.trainer.log_every_n_steps)
-    resumed = find_checkpoint(config.ckpt_path, run_dir) if config.ckpt_path else None
+    check(config)
+    resumed = find_checkpoint(config.ckpt_path, run_dir)
+    checkpoint = load_checkpoint(resumed) if resumed else None
+    if checkpoint and 0 <= config.trainer.max_steps <= (step := checkpoint["global_step"]):
+        print(f"nothing to do: {resumed} has made {step} steps; raise trainer.max_steps to go on")
+        return
+    if rank_zero_only.rank == 0:
+        refuse_used(run_dir, resumed)
     data = build_data(config)
     module = build_module(config, data)
     callbacks = [instantiate(c) for c in config.callbacks.values() if c]
@@ -25,8 +37,7 @@ def train(config: DictConfig, run_dir: Path) -> None:
     trainer = instantiate(
         config.trainer, callbacks=callbacks, logger=loggers, plugins=[AtomicCheckpointIO()]
     )
-    if resumed:
-        checkpoint = load_checkpoint(resumed)
+    if resumed and checkpoint:
         load_weights(module, checkpoint, resumed)  # says clearly whether they fit
         for logger in loggers:
             if isinstance(logger, CSVFile):

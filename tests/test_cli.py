@@ -1,21 +1,14 @@
 """The command line as users type it: files, values, names, errors, interrupts."""
 
-import csv
 import json
-import os
 import runpy
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-# One thread: OpenMP's waiting threads must not fight with whatever else the machine does.
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": "0"}
-FAST = ["trainer=cpu", "logger=csv", "data.batch_size=16", "model.depth=2", "model.width=48"]
+from tests.commands import FAST, ROOT, call, column, rows, succeed
+
 METRICS = {
     "train/loss",
     "train/error",
@@ -29,36 +22,6 @@ METRICS = {
     "perf/samples_per_s",
     "sample_accuracy",
 }
-
-
-def command(script, *arguments):
-    return [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
-
-
-def call(script, *arguments, cwd):
-    return subprocess.run(
-        command(script, *arguments),
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=ENVIRONMENT,
-    )
-
-
-def succeed(script, *arguments, cwd):
-    result = call(script, *arguments, cwd=cwd)
-    assert result.returncode == 0, result.stderr
-    return result
-
-
-def rows(run):
-    with (run / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-def column(run, name):
-    return [float(row[name]) for row in rows(run) if row[name]]
 
 
 @pytest.fixture(scope="module")
@@ -126,47 +89,6 @@ def test_flow_matching_trains_and_samples(tmp_path):
     assert all(error > 0 for error in column(tmp_path, "train/error"))
 
 
-def test_resume_continues_exactly_with_one_metrics_file(tmp_path):
-    """The schedule is constant, so that a run of 6 steps is the beginning of one of 12."""
-    arguments = [*FAST, "trainer.log_every_n_steps=1", "optimizer.schedule=constant"]
-    arguments += ["callbacks.accuracy=null", "attention=sdpa"]
-    a, b = tmp_path / "a", tmp_path / "b"
-    succeed("train.py", *arguments, "trainer.max_steps=12", f"hydra.run.dir={a}", cwd=tmp_path)
-    succeed("train.py", *arguments, "trainer.max_steps=6", f"hydra.run.dir={b}", cwd=tmp_path)
-    resume = ["trainer.max_steps=12", "ckpt_path=last", f"hydra.run.dir={b}"]
-    succeed("train.py", *arguments, *resume, cwd=tmp_path)
-    assert column(b, "step") == list(range(12))
-    for name in ("train/loss", "train/error", "train/grad_norm", "train/lr"):
-        assert column(a, name) == column(b, name)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_a_checkpoint_that_resumes(tmp_path, number):
-    arguments = [*FAST, "trainer.log_every_n_steps=1", f"hydra.run.dir={tmp_path}"]
-    process = subprocess.Popen(
-        command("train.py", *arguments, "trainer.max_steps=100000"),
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
-    )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "metrics.csv").exists() or len(rows(tmp_path)) < 3:
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 128 + number
-    assert stderr.strip().startswith("interrupted after step ")
-    assert len(stderr.strip().splitlines()) == 1
-    step = int(stderr.split()[3].rstrip(";"))
-    more = [f"trainer.max_steps={step + 2}", "ckpt_path=last", "callbacks.accuracy=null"]
-    succeed("train.py", *arguments, *more, cwd=tmp_path)
-    assert column(tmp_path, "step") == list(range(step + 2))
-
-
 @pytest.mark.parametrize(
     ("script", "arguments", "says"),
     [
@@ -179,7 +101,12 @@ def test_an_interrupted_run_leaves_a_checkpoint_that_resumes(tmp_path, number):
         ("train.py", ["objective.jvp.mode=triple"], "objective.jvp.mode must be one of"),
         ("train.py", ["model.size=H/2"], "model.size must be one of"),
         ("train.py", ["data.batch_size=5000"], "data.batch_size"),
-        ("train.py", ["trainer.precision=33"], "precision"),
+        ("train.py", ["trainer.precision=33"], "trainer.precision must be one of"),
+        ("train.py", ["trainer.precision=bf16-true"], "trainer.precision must be one of"),
+        ("train.py", ["trainer=cpu", "trainer.precision=16-mixed"], "use bf16-mixed"),
+        ("train.py", ["trainer.strategy=fsdp"], "trainer.strategy=fsdp: the averages"),
+        ("train.py", ["compile=ja"], "compile must be true or false; got 'ja'"),
+        ("train.py", ["callbacks.samples=on"], "callbacks.samples must be null (off) or have"),
         ("train.py", ["seed=abc"], "seed"),
         ("train.py", ["trainer.max_steps=many"], "trainer.max_steps must be an integer"),
         ("train.py", ["ckpt_path=last"], "ckpt_path=last: there is no"),
@@ -205,6 +132,23 @@ def test_a_mistake_gives_one_line_and_exit_code_1(
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
     assert says in lines[0]
+
+
+def test_a_run_that_has_made_its_steps_says_so(runs, monkeypatch, capsys):
+    run = runs[0] / "reference"
+    written = (run / "metrics.csv").read_text()
+    arguments = ["trainer=cpu", "trainer.max_steps=30", "ckpt_path=last", f"hydra.run.dir={run}"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
+    assert "has made 30 steps; raise trainer.max_steps to go on" in capsys.readouterr().out
+    assert (run / "metrics.csv").read_text() == written
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+def test_other_precisions_train_and_draw(tmp_path, precision):
+    arguments = ["trainer.max_steps=3", f"trainer.precision={precision}", "callbacks.accuracy.n=20"]
+    succeed("train.py", *FAST, *arguments, f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 3
 
 
 def test_a_mistake_in_a_process_of_its_own_gives_one_line_too(tmp_path):

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -12,29 +11,16 @@ from torch import nn
 from training.callbacks.ema import with_weights
 from training.checkpoints import load_checkpoint, load_weights
 from training.module import GenerativeModule
-from training.validation import integer, one_of
+from training.validation import one_of
 
 
 def build_data(config: DictConfig) -> Any:
-    integer("seed", config.seed)
     return instantiate(config.data, seed=config.seed)
 
 
 def build_module(config: DictConfig, data: Any) -> GenerativeModule:
     """The module of a configuration; its initial weights depend on ``seed`` alone."""
     L.seed_everything(config.seed, workers=True, verbose=False)
-    mode = OmegaConf.select(config, "objective.jvp.mode")
-    if config.compile and mode in ("double", "finite_difference"):
-        raise NotImplementedError(
-            "compile=true cannot replay the random state between the forwards of"
-            f" objective.jvp.mode={mode}; use objective.jvp.mode=single or compile=false"
-        )
-    if config.compile and mode == "tangent_grad" and torch.__version__ < "2.15":
-        raise NotImplementedError(
-            f"compile=true: torch {torch.__version__} cannot compile the gradient through the"
-            ' tangent (objective.jvp.mode=tangent_grad), versions before 2.15 raise "ZeroTensors'
-            ' are immutable"; use compile=false'
-        )
     channels, image_size, _ = data.shape
     net = instantiate(
         config.model, channels=channels, image_size=image_size, num_classes=data.num_classes

@@ -1,6 +1,7 @@
 """Checkpoint files: written whole or not at all, found by name, read with a clear error."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,39 +11,83 @@ from torch import nn
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes to a temporary file in the same folder, then renames: nobody sees half a file."""
+    """Writes to a temporary file in the same folder, then renames: nobody sees half a file, neither
+    after a kill nor after a power cut nor on a full disk.
+    """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None
     ) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary = path.with_name(f".{path.name}.tmp")  # of one name: a killed write leaves one
         try:
             with temporary.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except BaseException:
+            _sync_folder(path.parent)
+        except BaseException as error:
             temporary.unlink(missing_ok=True)
+            if cause := _of_the_system(error):
+                free = shutil.disk_usage(path.parent).free / 2**20
+                state = "the one before is whole" if path.is_file() else "there is none before it"
+                raise OSError(
+                    f"the checkpoint {path} could not be written ({cause.strerror}; {free:.0f} MiB"
+                    f" are free); {state}; make room, then resume with ckpt_path=last"
+                ) from error
             raise
 
 
-def find_checkpoint(ckpt_path: str, run_dir: Path) -> Path:
-    """The file that ``ckpt_path`` means: ``last`` is the last one of the run directory."""
+def _sync_folder(folder: Path) -> None:
+    """The rename itself reaches the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _of_the_system(error: BaseException | None) -> OSError | None:
+    """The failed write behind an error: torch raises its own over it."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def find_checkpoint(ckpt_path: str | None, run_dir: Path) -> Path | None:
+    """The file that ``ckpt_path`` means: ``last`` is that of the run directory, ``auto`` is the
+    same where there is one, and a new run where there is none.
+    """
+    if ckpt_path is None:
+        return None
+    last = run_dir / "checkpoints" / "last.ckpt"
+    if ckpt_path == "auto":
+        return last if last.is_file() else None
     if ckpt_path == "last":
-        path = run_dir / "checkpoints" / "last.ckpt"
-        if not path.is_file():
+        if not last.is_file():
             raise FileNotFoundError(
-                f"ckpt_path=last: there is no {path}; name the run to resume with "
+                f"ckpt_path=last: there is no {last}; name the run to resume with "
                 "hydra.run.dir=PATH, or the file with ckpt_path=FILE"
             )
-        return path
+        return last
     path = Path(ckpt_path)
     if not path.is_file():
         raise FileNotFoundError(f"ckpt_path: there is no checkpoint {path}; give an existing file")
     return path
+
+
+def refuse_used(run_dir: Path, resumed: Path | None) -> None:
+    """A run never writes over another one: its directory is new, or that of the resumed run."""
+    if resumed is not None and run_dir.resolve() in resumed.resolve().parents:
+        return
+    for used in (run_dir / "checkpoints" / "last.ckpt", run_dir / "metrics.csv"):
+        if used.exists():
+            raise FileExistsError(
+                f"hydra.run.dir: {run_dir} holds a run already ({used.name}); continue it with"
+                " ckpt_path=last, or give another directory"
+            )
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -29,3 +29,9 @@ def integer(key: str, value: object) -> None:
 def positive_integer(key: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{key} must be an integer >= 1; got {value!r}")
+
+
+def switch(key: str, value: object) -> None:
+    """A word that is not a boolean would count as true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{key} must be true or false; got {value!r}")

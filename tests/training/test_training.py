@@ -2,6 +2,8 @@
 
 import copy
 import csv
+import json
+import resource
 
 import lightning as L
 import pytest
@@ -13,7 +15,8 @@ from training.attentions import sdpa
 from training.callbacks.checkpoint import Interrupted, LastCheckpoint
 from training.callbacks.ema import EMA
 from training.callbacks.guard import Diverged, Guard
-from training.checkpoints import AtomicCheckpointIO, find_checkpoint, load_checkpoint
+from training.callbacks.summary import strict_json
+from training.checkpoints import AtomicCheckpointIO, find_checkpoint, load_checkpoint, refuse_used
 from training.data.digits import Digits
 from training.loggers.csv import CSVFile
 from training.models.dit import DiT
@@ -113,6 +116,40 @@ def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_a_full_disk_says_so_and_leaves_the_old_checkpoint(tmp_path, before):
+    """A limit on the size of files stands for the disk: the write fails in the system."""
+    path = tmp_path / "last.ckpt"
+    if before:
+        AtomicCheckpointIO().save_checkpoint({"config": {}, "x": 1}, path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    try:
+        says = "the one before is whole" if before else "there is none before it"
+        with pytest.raises(OSError, match=rf"last\.ckpt could not be written.*{says}"):
+            AtomicCheckpointIO().save_checkpoint({"x": torch.zeros(2**20)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"] * before
+    if before:
+        assert load_checkpoint(path)["x"] == 1
+
+
+def test_a_run_writes_over_no_other_run(tmp_path):
+    AtomicCheckpointIO().save_checkpoint({}, tmp_path / "checkpoints" / "last.ckpt")
+    refuse_used(tmp_path / "new", None)
+    refuse_used(tmp_path, find_checkpoint("last", tmp_path))
+    for resumed in (None, tmp_path.parent / "other" / "last.ckpt"):
+        with pytest.raises(FileExistsError, match=r"holds a run already.*ckpt_path=last"):
+            refuse_used(tmp_path, resumed)
+
+
+def test_auto_resumes_where_there_is_something_to_resume(tmp_path):
+    assert find_checkpoint("auto", tmp_path) is None
+    AtomicCheckpointIO().save_checkpoint({}, tmp_path / "checkpoints" / "last.ckpt")
+    assert find_checkpoint("auto", tmp_path) == find_checkpoint("last", tmp_path)
+
+
 def test_a_missing_or_foreign_checkpoint_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"ckpt_path=last.*hydra\.run\.dir"):
         find_checkpoint("last", tmp_path)
@@ -178,6 +215,23 @@ def test_two_seeds_differ_and_one_seed_repeats(tmp_path):
     second, _ = train(tmp_path, 3)
     assert first == second
     assert len(set(first)) == 3
+
+
+def test_a_summary_has_null_where_a_number_is_not_finite():
+    text = strict_json({"loss": float("nan"), "error": float("inf"), "steps": 3})
+    assert json.loads(text) == {"loss": None, "error": None, "steps": 3}
+    assert "NaN" not in text
+
+
+def test_a_row_that_a_kill_cut_short_is_made_again(tmp_path):
+    logger = CSVFile(tmp_path)
+    for step in range(12):
+        logger.log_metrics({"loss": step / 2}, step)
+    text = logger.path.read_text()
+    logger.path.write_text(text[: text.index("11,") + 1])
+    resumed = CSVFile(tmp_path)
+    resumed.resume(11)
+    assert [row["step"] for row in resumed.rows] == [str(step) for step in range(11)]
 
 
 def test_metrics_csv_joins_values_of_a_step_and_continues_on_resuming(tmp_path):

@@ -1,6 +1,7 @@
 """last.ckpt: every so many steps, at the end, and when the run is interrupted."""
 
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -9,6 +10,10 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from training.validation import positive_integer
+
+# Seconds in which further signals are the same wish: the terminal and a wrapper send one each, and
+# so do impatient fingers.
+SAME = 2.0
 
 
 class Interrupted(Exception):
@@ -24,13 +29,14 @@ class Interrupted(Exception):
 
 class LastCheckpoint(Checkpoint):
     """Writes ``directory/last.ckpt``. SIGINT and SIGTERM let the step in progress finish, write it
-    and raise ``Interrupted``; a second signal acts as usual.
+    and raise ``Interrupted``; another signal later than ``SAME`` seconds acts as usual.
     """
 
     def __init__(self, directory: str, every_n_steps: int = 500) -> None:
         positive_integer("callbacks.checkpoint.every_n_steps", every_n_steps)
         self.path, self.every_n_steps = Path(directory) / "last.ckpt", every_n_steps
         self.signal = self.stop = 0
+        self.noted, self.saved_step = 0.0, -1
         self.handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -38,8 +44,11 @@ class LastCheckpoint(Checkpoint):
             self.handlers[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        self._restore()
+        if not self.signal:
+            self.signal, self.noted = number, time.monotonic()
+        elif time.monotonic() - self.noted > SAME:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self.handlers.items():
@@ -61,12 +70,19 @@ class LastCheckpoint(Checkpoint):
         if trainer.world_size > 1:  # one rank's signal stops all
             number = trainer.strategy.reduce(float(number), reduce_op="max")
         self.stop = int(number)
-        if self.stop or trainer.global_step % self.every_n_steps == 0:
-            trainer.save_checkpoint(self.path)
+        step, end = trainer.global_step, trainer.global_step == trainer.max_steps
+        # At the end at once, not after the other callbacks have drawn and judged their samples.
+        if self.stop or step % self.every_n_steps == 0 or end:
+            self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer.save_checkpoint(self.path)
+        if self.saved_step != trainer.global_step:
+            self._save(trainer)
         self._restore()
+
+    def _save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.path)
+        self.saved_step = trainer.global_step
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._restore()

@@ -1,5 +1,7 @@
 """Non-finite steps are skipped, counted and logged; too many in a row end the run."""
 
+from typing import Any
+
 import torch
 from lightning import Callback, LightningModule, Trainer
 
@@ -24,6 +26,12 @@ class Guard(Callback):
         self.patience = patience
         self.skipped = self.in_a_row = 0
         self.losses: list[torch.Tensor] = []  # of the batches since the last step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.skipped, self.in_a_row = state_dict["skipped"], state_dict["in_a_row"]
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor

@@ -1,6 +1,7 @@
 """The end of a run, on the terminal and in summary.json."""
 
 import json
+import math
 import time
 from collections import deque
 from pathlib import Path
@@ -69,7 +70,7 @@ class Summary(Callback):
         summary["torch"] = torch.__version__
         summary["run_dir"] = str(self.directory)
         self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        (self.directory / "summary.json").write_text(strict_json(summary))
 
         table = Table(show_header=False)
         for name, title in ROWS.items():
@@ -78,3 +79,12 @@ class Summary(Callback):
                 text = f"{value:.4g}" if isinstance(value, float) else str(value)
                 table.add_row(title, f"{value:.1%}" if name.endswith("_accuracy") else text)
         Console().print(table)
+
+
+def strict_json(values: dict[str, Any]) -> str:
+    """JSON that every reader takes: a number that is not finite is null."""
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
+    return json.dumps(finite, indent=2, allow_nan=False) + "\n"

@@ -38,12 +38,15 @@ class CSVFile(Logger):
         pass  # config.yaml has them
 
     def resume(self, step: int) -> None:
-        """Keep an earlier run's rows before this step; later ones are about to be made again."""
+        """Keep an earlier run's rows before this step; later ones are about to be made again, and a
+        row that a kill cut short is one of them.
+        """
         if self.path.is_file():
             with self.path.open(newline="") as file:
                 reader = csv.DictReader(file)
                 self.columns = list(reader.fieldnames or self.columns)
-                self.rows = [row for row in reader if int(row["step"]) < step]
+                whole = (row for row in reader if None not in row.values())
+                self.rows = [row for row in whole if int(row["step"]) < step]
             self._rewrite()
 
     @rank_zero_only

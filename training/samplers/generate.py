@@ -22,7 +22,7 @@ def generate(
     Noise is drawn on the CPU, so that every device starts from the same; a sampler that adds noise
     again says in ``noises`` how often.
     """
-    device = next(net.parameters()).device
+    weight = next(net.parameters())
     noises = [
         torch.randn(len(y), *shape, generator=generator(seed, i, 0, "samples"))
         for i in range(1 + getattr(sampler, "noises", 0))
@@ -31,8 +31,8 @@ def generate(
     net.eval()
     images = []
     for labels, *e in zip(y.split(chunk), *(noise.split(chunk) for noise in noises), strict=True):
-        first, *more = (part.to(device) for part in e)
-        images.append(sampler(net, first, labels.to(device), *more).float().cpu())
+        first, *more = (part.to(weight) for part in e)
+        images.append(sampler(net, first, labels.to(weight.device), *more).float().cpu())
     net.train(was_training)
     return torch.cat(images)
 

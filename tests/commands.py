@@ -1,0 +1,42 @@
+"""Scripts run as users run them: each in a process of its own."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# One thread: OpenMP's waiting threads must not fight with whatever else the machine does.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": "0"}
+FAST = ["trainer=cpu", "logger=csv", "data.batch_size=16", "model.depth=2", "model.width=48"]
+
+
+def command(script, *arguments):
+    return [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
+
+
+def call(script, *arguments, cwd):
+    return subprocess.run(
+        command(script, *arguments),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=ENVIRONMENT,
+    )
+
+
+def succeed(script, *arguments, cwd):
+    result = call(script, *arguments, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def rows(run):
+    with (run / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def column(run, name):
+    return [float(row[name]) for row in rows(run) if row[name]]

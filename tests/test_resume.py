@@ -1,0 +1,75 @@
+"""Runs that end early, in whatever way, and go on as if they had not."""
+
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+
+from tests.commands import ENVIRONMENT, FAST, column, command, rows, succeed
+from training.checkpoints import load_checkpoint
+
+EXACT = ("train/loss", "train/error", "train/v_loss", "train/grad_norm", "train/lr")
+# The schedule is constant, so that every run is the beginning of a longer one.
+ENDLESS = [*FAST, "trainer.log_every_n_steps=1", "optimizer.schedule=constant", "attention=sdpa"]
+ENDLESS += ["callbacks.accuracy=null", "callbacks.samples=null", "model.dropout=0.1"]
+
+
+def start(run, *arguments):
+    """A run without end that has made at least eight steps."""
+    process = subprocess.Popen(
+        command("train.py", *ENDLESS, "trainer.max_steps=1000000", *arguments),
+        cwd=run,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.csv").exists() or len(rows(run)) < 8:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return process
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    killed.mkdir()
+    process = start(
+        killed, f"hydra.run.dir={killed}", "ckpt_path=auto", "callbacks.checkpoint.every_n_steps=3"
+    )
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    checkpoint = killed / "checkpoints" / "last.ckpt"
+    assert 3 <= load_checkpoint(checkpoint)["global_step"] <= len(rows(killed))
+
+    end = f"trainer.max_steps={len(rows(killed)) + 5}"
+    succeed("train.py", *ENDLESS, end, "ckpt_path=auto", f"hydra.run.dir={killed}", cwd=tmp_path)
+    succeed("train.py", *ENDLESS, end, f"hydra.run.dir={whole}", cwd=tmp_path)
+    assert column(killed, "step") == column(whole, "step") == list(range(len(rows(whole))))
+    for name in EXACT:
+        assert column(killed, name) == column(whole, name), name
+    a, b = (load_checkpoint(run / "checkpoints" / "last.ckpt") for run in (killed, whole))
+    for name, weight in a["state_dict"].items():
+        assert torch.equal(weight, b["state_dict"][name]), name
+    for name, weight in a["ema"]["average"].items():
+        assert torch.equal(weight, b["ema"]["average"][name]), name
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGINT, signal.SIGINT], [signal.SIGTERM]])
+def test_an_interrupted_run_leaves_a_checkpoint_that_resumes(tmp_path, numbers):
+    """Two interrupts at once are one: whatever sends them, the checkpoint is written."""
+    process = start(tmp_path, f"hydra.run.dir={tmp_path}")
+    for number in numbers:
+        process.send_signal(number)
+        time.sleep(0.02)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 128 + numbers[0], stderr
+    assert stderr.strip().startswith("interrupted after step ")
+    assert len(stderr.strip().splitlines()) == 1
+    step = int(stderr.split()[3].rstrip(";"))
+    end = [f"trainer.max_steps={step + 2}", "ckpt_path=last", f"hydra.run.dir={tmp_path}"]
+    succeed("train.py", *ENDLESS, *end, cwd=tmp_path)
+    assert column(tmp_path, "step") == list(range(step + 2))

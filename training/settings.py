@@ -1,0 +1,78 @@
+"""What a configuration must satisfy before anything is built: what could only fail later, or be
+silently something else, is refused here by name.
+"""
+
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from training.validation import integer, one_of, positive_integer, switch
+
+SWITCHES = (
+    "compile",
+    "checkpointing",
+    "trainer.enable_progress_bar",
+    "trainer.enable_model_summary",
+    "trainer.detect_anomaly",
+    "trainer.use_distributed_sampler",
+)
+# Not bf16-true and 16-true: a time in half precision has a useless derivative.
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
+ALIASES = {"32": "32-true", "64": "64-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+
+
+def check(config: DictConfig) -> None:
+    """Raise ``TypeError``, ``ValueError`` or ``NotImplementedError`` at the first wrong setting."""
+    integer("seed", config.seed)
+    integer("trainer.max_steps", config.trainer.max_steps)
+    positive_integer("trainer.log_every_n_steps", config.trainer.log_every_n_steps)
+    positive_integer("trainer.accumulate_grad_batches", config.trainer.accumulate_grad_batches)
+    for key in SWITCHES:
+        switch(key, OmegaConf.select(config, key))
+    for group in ("callbacks", "logger"):
+        for name, part in config[group].items():
+            if part is not None and not OmegaConf.is_dict(part):
+                raise TypeError(f"{group}.{name} must be null (off) or have keys; got {part!r}")
+    _check_precision(config.trainer)
+    _check_strategy(config.trainer)
+    mode = OmegaConf.select(config, "objective.jvp.mode")
+    if config.compile and mode in ("double", "finite_difference"):
+        raise NotImplementedError(
+            "compile=true cannot replay the random state between the forwards of"
+            f" objective.jvp.mode={mode}; use objective.jvp.mode=single or compile=false"
+        )
+    if config.compile and mode == "tangent_grad" and torch.__version__ < "2.15":
+        raise NotImplementedError(
+            f"compile=true: torch {torch.__version__} cannot compile the gradient through the"
+            ' tangent (objective.jvp.mode=tangent_grad), versions before 2.15 raise "ZeroTensors'
+            ' are immutable"; use compile=false'
+        )
+
+
+def precision(trainer: DictConfig) -> str:
+    """The precision under its full name."""
+    given = str(trainer.precision)
+    return ALIASES.get(given, given)
+
+
+def _check_precision(trainer: DictConfig) -> None:
+    name = precision(trainer)
+    one_of("trainer.precision", name, PRECISIONS)
+    on_cpu = trainer.accelerator == "cpu" or (
+        trainer.accelerator == "auto" and not torch.cuda.is_available()
+    )
+    if name == "16-mixed" and on_cpu:
+        raise ValueError(
+            "trainer.precision=16-mixed needs a GPU; on a CPU use bf16-mixed or 32-true"
+        )
+
+
+def _check_strategy(trainer: DictConfig) -> None:
+    strategy: Any = trainer.strategy
+    if not isinstance(strategy, str) or not (strategy == "auto" or strategy.startswith("ddp")):
+        raise NotImplementedError(
+            f"trainer.strategy={strategy}: the averages, the guard and torch.func.jvp need whole"
+            " parameters in every process; use trainer=ddp, and checkpointing=true with"
+            " trainer.precision=bf16-mixed where memory is short"
+        )
