@@ -1,6 +1,7 @@
 """The command line as users type it: files, values, names, errors, interrupts."""
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -113,6 +114,11 @@ def test_flow_matching_trains_and_samples(tmp_path):
         ("train.py", ["ckpt_path=nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
         ("train.py", ["optimizer.lr=0"], "optimizer.lr must be > 0"),
         ("train.py", ["optimizer.lr=1e38", *FAST], "not finite (NaN or infinite) for 10 steps"),
+        ("train.py", ["data=image_folder"], "data.path"),
+        ("train.py", ["data=image_folder", "data.path=no"], "data.path: there is no directory no"),
+        ("train.py", ["data=fashion_mnist", "data.path=no"], "there is no train-images-idx3-ubyte"),
+        ("train.py", ["data=latents", "data.path=no"], "data.path: there is no meta.json in no"),
+        ("encode_latents.py", ["data=blobs", "output=x"], "data: latents are encoded from colour"),
         ("sample.py", ["ckpt=nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
         ("sample.py", [], "ckpt"),
         ("sample.py", ["ckpt=x", "n=0"], "n must be an integer >= 1"),
@@ -132,6 +138,35 @@ def test_a_mistake_gives_one_line_and_exit_code_1(
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
     assert says in lines[0]
+
+
+def test_an_unreadable_image_ends_a_run_with_one_line_that_names_it(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(16):
+            (tmp_path / "images" / name / f"{i}.png").write_bytes(b"not an image")
+    arguments = ["data=image_folder", f"data.path={tmp_path / 'images'}", "data.num_workers=1"]
+    result = call("train.py", *FAST, *arguments, f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert re.match(r"error: data\.path: \S+\.png is not a readable image", result.stderr)
+
+
+@pytest.mark.parametrize("data", ["eight_gaussians", "blobs", "gaussian"])
+def test_distributions_train_and_are_judged(tmp_path, monkeypatch, capsys, data):
+    arguments = [f"data={data}", "trainer.max_steps=2", "callbacks.accuracy.n=100"]
+    arguments += ["model.patch=1"] if data == "eight_gaussians" else []
+    arguments += ["data.tokens=64"] if data == "blobs" else []
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", *FAST, *arguments, f"hydra.run.dir={tmp_path / 'run'}"]
+    )
+    runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    if data == "blobs":
+        assert summary["real_accuracy"] > 0.5
+    else:
+        assert summary["energy_distance"] > 5 * abs(summary["real_energy_distance"])
+    assert list((tmp_path / "run" / "samples").glob("*.png"))
 
 
 def test_a_run_that_has_made_its_steps_says_so(runs, monkeypatch, capsys):

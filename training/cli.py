@@ -66,7 +66,10 @@ def message(error: BaseException) -> str:
     """What an error says, without Hydra's wrapping, on one line."""
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         error = error.__cause__
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = str(error)
+    if text.startswith("Caught ") and "DataLoader worker" in text:
+        text = text.strip().splitlines()[-1].split(": ", 1)[-1]  # below the worker's traceback
+    text = " ".join(text.split()) or type(error).__name__
     if unknown := re.match(r"Could not override '([^']*)'", text):
         return (
             f"unknown configuration key '{unknown[1]}'; --cfg job lists all keys, --help the groups"

@@ -34,6 +34,16 @@ def grid(images: torch.Tensor, columns: int | None = None, side: int = 512) -> t
     return canvas
 
 
+def density(points: torch.Tensor, side: int = 128, reach: float = 2.0) -> torch.Tensor:
+    """Points of the plane (n, 2, 1, 1) as a picture of their density over [-reach, reach]², the
+    densest place white. (side, side, 1) of bytes
+    """
+    x, y = points.flatten(1).double().T
+    edges = torch.linspace(-reach, reach, side + 1, dtype=torch.float64)
+    counts = torch.histogramdd(torch.stack([-y, x], 1), [edges, edges]).hist
+    return (255 * counts / counts.max().clamp(min=1)).round().to(torch.uint8)[..., None]
+
+
 def write_png(path: str | os.PathLike, picture: torch.Tensor) -> Path:
     """Write bytes (H, W, C), C = 1 or 3, as a PNG file; returns its path."""
     height, width, channels = picture.shape

@@ -13,7 +13,7 @@ from training.randomness import generator, key
 
 
 def take(n, *args, **kwargs):
-    return list(itertools.islice(iter(Stream(*args, **kwargs)), n))
+    return [batch.indices for batch in itertools.islice(iter(Stream(*args, **kwargs)), n)]
 
 
 def test_digits_fill_the_interval_and_no_held_out_image_is_trained_on():
@@ -41,6 +41,11 @@ def test_a_batch_has_images_and_their_labels():
 
 def test_a_resumed_stream_continues_exactly():
     assert take(30, 50, 8, seed=1, start=0)[13:] == take(17, 50, 8, seed=1, start=13)
+
+
+def test_the_number_of_a_batch_counts_from_the_start_of_the_run():
+    batches = itertools.islice(iter(Stream(50, 8, seed=1, start=4)), 5)
+    assert [batch.number for batch in batches] == [4, 5, 6, 7, 8]
 
 
 def test_an_epoch_shows_each_image_at_most_once_and_epochs_differ():

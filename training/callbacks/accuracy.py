@@ -1,38 +1,60 @@
-"""Class accuracy of the final samples under an SVM trained on real images."""
+"""How good the final samples are, by a measure that takes seconds; ``scripts/evaluate.py`` takes
+longer and says more.
+"""
 
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
 from training.callbacks.ema import averaged_net
+from training.data.module import Data
+from training.metrics.energy import energy_distance
 from training.metrics.svm import SVM
 from training.samplers.generate import balanced_labels, generate
 from training.validation import positive_integer
 
+CLASSES = 100  # a support vector machine for more would take longer than it is worth
+
 
 class Accuracy(Callback):
-    """At the end, logs ``sample_accuracy`` over n class-conditional samples of the averaged
-    network, and ``real_accuracy`` of the same SVM over held-out real images, which is the ceiling
-    to compare with.
+    """At the end, judges n samples of the averaged network.
+
+    Images with classes: ``sample_accuracy``, the share of class-conditional samples that an SVM
+    trained on at most ``fit`` real images recognises, and ``real_accuracy`` of the same SVM over
+    held-out real images, which is the ceiling to compare with. Points and other data that are no
+    images: ``energy_distance`` to new data, and ``real_energy_distance`` of other new data, which
+    is the floor. Nothing for latents, for more than 100 classes, or for images without classes.
     """
 
-    def __init__(self, sampler: Any, n: int = 1000) -> None:
+    def __init__(self, sampler: Any, n: int = 1000, fit: int = 5000) -> None:
         positive_integer("callbacks.accuracy.n", n)
-        self.sampler, self.n = sampler, n
+        positive_integer("callbacks.accuracy.fit", fit)
+        self.sampler, self.n, self.fit = sampler, n, fit
         self.result: dict[str, float] = {}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        svm = SVM(*data.train)
+        net = averaged_net(trainer, pl_module)
         y = balanced_labels(self.n, data.num_classes)
         # Another seed than the picture's: these are other samples.
         seed: int = pl_module.seed + 1  # type: ignore[assignment,operator]
-        images = generate(averaged_net(trainer, pl_module), self.sampler, y, data.shape, seed)
-        self.result = {
-            "sample_accuracy": svm.accuracy(images, y),
-            "real_accuracy": svm.accuracy(*data.held_out),
-        }
+        if data.drawn and not data.images:
+            self.result = self._distance(data, generate(net, self.sampler, y, data.shape, seed))
+        elif data.images and 1 < data.num_classes <= CLASSES:
+            svm = SVM(*data.examples("train", self.fit))
+            images = generate(net, self.sampler, y, data.shape, seed)
+            self.result = {
+                "sample_accuracy": svm.accuracy(images, y),
+                "real_accuracy": svm.accuracy(*data.examples("held_out", self.n)),
+            }
         for logger in trainer.loggers:
             logger.log_metrics(self.result, step=trainer.global_step)
+
+    def _distance(self, data: Data, samples: Any) -> dict[str, float]:
+        real = data.examples("held_out", self.n)[0]
+        return {
+            "energy_distance": energy_distance(samples, real),
+            "real_energy_distance": energy_distance(data.examples("train", self.n)[0], real),
+        }

@@ -7,7 +7,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 from training.callbacks.ema import averaged_net
-from training.images import grid, write_png
+from training.images import density, grid, write_png
 from training.samplers.generate import balanced_labels, generate
 from training.validation import positive_integer
 
@@ -15,6 +15,8 @@ from training.validation import positive_integer
 class Samples(Callback):
     """Writes ``directory/step_000500.png``: ``rows`` samples of each class (at most ten), a class a
     column.
+
+    Points of the plane are drawn as the density of 4096 of them.
 
     Drawn every ``every_n_steps`` optimizer steps and at the end, always from the same noise.
     """
@@ -43,10 +45,13 @@ class Samples(Callback):
             return
         self.last_step = step
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        columns = min(10, data.num_classes)
-        y = balanced_labels(self.rows * columns, columns)
+        points = data.shape == (2, 1, 1)
+        columns = min(10, data.num_classes) if data.num_classes > 1 else self.rows
+        n = 4096 if points else self.rows * columns
+        y = balanced_labels(n, min(10, data.num_classes))
         net = averaged_net(trainer, pl_module)
-        picture = grid(generate(net, self.sampler, y, data.shape, pl_module.seed), columns)  # type: ignore[arg-type]
+        x = generate(net, self.sampler, y, data.shape, pl_module.seed)  # type: ignore[arg-type]
+        picture = density(x) if points else grid(x, columns)
         path = write_png(self.directory / f"step_{step:06d}.png", picture)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):

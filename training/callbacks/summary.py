@@ -26,6 +26,8 @@ ROWS = {
     "skipped": "steps skipped (not finite)",
     "sample_accuracy": "accuracy of samples (SVM)",
     "real_accuracy": "accuracy of held-out images (SVM)",
+    "energy_distance": "energy distance of samples",
+    "real_energy_distance": "energy distance of other data",
     "run_dir": "written to",
 }
 

@@ -1,6 +1,7 @@
-"""An endless, resumable order of batches: batch k is a function of (seed, k) alone."""
+"""Endless, resumable orders of batches: batch k is a function of (seed, k) alone."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import Sampler
@@ -8,8 +9,13 @@ from torch.utils.data import Sampler
 from training.randomness import generator
 
 
-class Stream(Sampler[list[int]]):
-    """Indices of the batches of one rank, from batch number ``start`` on, forever.
+class Batch(NamedTuple):
+    number: int  # of the batch since the start of the run, the step of its draws
+    indices: list[int]  # of its examples
+
+
+class Stream(Sampler[Batch]):
+    """The batches of one rank, from batch number ``start`` on, forever.
 
     Epoch after epoch the n examples are shuffled by a generator keyed by (seed, epoch); the ranks
     share the shuffle and take turns. A last incomplete batch of an epoch is dropped.
@@ -27,12 +33,26 @@ class Stream(Sampler[list[int]]):
         self.n, self.batch_size, self.seed, self.start = n, batch_size, seed, start
         self.rank, self.world_size = rank, world_size
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Batch]:
         number = self.start
         while True:
             epoch, position = divmod(number, self.batches_per_epoch)
             order = torch.randperm(self.n, generator=generator(self.seed, epoch, 0, "shuffle"))
             for batch in range(position, self.batches_per_epoch):
                 first = (batch * self.world_size + self.rank) * self.batch_size
-                yield order[first : first + self.batch_size].tolist()
+                indices = order[first : first + self.batch_size].tolist()
+                yield Batch(epoch * self.batches_per_epoch + batch, indices)
             number = (epoch + 1) * self.batches_per_epoch
+
+
+class Fresh(Sampler[Batch]):
+    """Batches of examples that are drawn, not read: their numbers mean nothing, no epoch ends."""
+
+    def __init__(self, batch_size: int, start: int = 0) -> None:
+        self.batch_size, self.start = batch_size, start
+
+    def __iter__(self) -> Iterator[Batch]:
+        number = self.start
+        while True:
+            yield Batch(number, list(range(self.batch_size)))
+            number += 1

@@ -1,0 +1,143 @@
+"""Image data sets of the Hugging Face hub by name, from its cache, or from a local directory."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.data.module import Data, Tensors, split
+from training.data.pictures import check_picture_options, to_bytes
+from training.randomness import Draws
+
+
+class HuggingFace(Data):
+    """A data set with a column of images and one of class labels.
+
+    Args:
+        name: on the hub, with ``subset`` where it has several; also offline, once it is cached.
+        path: instead of the name, a local directory: what ``save_to_disk`` wrote, or Parquet files,
+            or folders of images.
+        train_split, held_out_split: names of the splits. Without a second one (None), the share
+            ``held_out`` of the first is held out.
+        image_column, label_column: their names; None for the labels means no classes.
+        image_size, channels, resize: see ``pictures.to_bytes``.
+        in_memory: decode all images at the start; for small data sets.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        name: str | None = None,
+        subset: str | None = None,
+        path: str | None = None,
+        train_split: str = "train",
+        held_out_split: str | None = "test",
+        held_out: float = 0.1,
+        image_column: str = "image",
+        label_column: str | None = "label",
+        image_size: int = 32,
+        channels: int = 3,
+        resize: str = "crop",
+        in_memory: bool = False,
+        batch_size: int = 128,
+        num_workers: int = 0,
+        flip: bool = False,
+    ) -> None:
+        check_picture_options(image_size, channels, resize)
+        if (name is None) == (path is None):
+            raise ValueError(
+                "data=hugging_face needs either data.name=NAME (of the hub) or data.path=DIRECTORY"
+            )
+        dataset = load_split(name, subset, train_split, path)
+        num_classes = count_classes(dataset, image_column, label_column)
+        if held_out_split is None:
+            rest, kept = split(len(dataset), held_out)
+            datasets = {"train": dataset.select(rest), "held_out": dataset.select(kept)}
+        else:
+            other = load_split(name, subset, held_out_split, path)
+            datasets = {"train": dataset, "held_out": other}
+        columns = (image_column, label_column, image_size, channels, resize)
+        sources: dict[str, Any] = {key: Examples(d, *columns) for key, d in datasets.items()}
+        if in_memory:
+            sources = {key: source.decoded() for key, source in sources.items()}
+        shape = (channels, image_size, image_size)
+        super().__init__(
+            seed,
+            batch_size,
+            **sources,
+            shape=shape,
+            num_classes=num_classes,
+            num_workers=num_workers,
+            flip=flip,
+        )
+
+
+class Examples:
+    """A source over a split of a ``datasets.Dataset``; images are decoded when they are read."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        image_column: str,
+        label_column: str | None,
+        image_size: int,
+        channels: int,
+        resize: str,
+    ) -> None:
+        self.dataset, self.image_column, self.label_column = dataset, image_column, label_column
+        self.options = (image_size, channels, resize)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, indices: list[int], draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+        try:
+            rows = self.dataset[indices]
+        except Exception as error:  # whatever the decoder of the format raises
+            raise ValueError(
+                f"data: an image among rows {min(indices)} ... {max(indices)} of the data set"
+                f" cannot be read ({error})"
+            ) from error
+        images = torch.stack([to_bytes(image, *self.options) for image in rows[self.image_column]])
+        if self.label_column is None:
+            return images, torch.zeros(len(indices), dtype=torch.int64)
+        return images, torch.tensor(rows[self.label_column], dtype=torch.int64)
+
+    def decoded(self) -> Tensors:
+        return Tensors(*self.read(list(range(len(self))), lambda _: torch.Generator()))
+
+
+def load_split(name: str | None, subset: str | None, split: str, path: str | None = None) -> Any:
+    """One split as a ``datasets.Dataset``."""
+    import datasets  # takes a second to import, and digits need none of it
+
+    if path is not None and not Path(path).is_dir():
+        raise FileNotFoundError(f"data.path: there is no directory {path}")
+    saved = path is not None and any(
+        (Path(path) / file).is_file() for file in ("dataset_dict.json", "state.json")
+    )
+    try:
+        if not saved:
+            return datasets.load_dataset(name or str(path), subset, split=split)
+        whole = datasets.load_from_disk(str(path))
+        return whole[split] if isinstance(whole, datasets.DatasetDict) else whole
+    except Exception as error:  # of the network, the hub, the format: the reason is in the text
+        what = f"data.path={path}" if name is None else f"data.name={name}"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{what}: the split {split!r} cannot be loaded: {reason}; without a network, give a"
+            " local copy with data.path=DIRECTORY"
+        ) from error
+
+
+def count_classes(dataset: Any, image_column: str, label_column: str | None) -> int:
+    for key, column in (("image_column", image_column), ("label_column", label_column)):
+        if column is not None and column not in dataset.column_names:
+            raise ValueError(
+                f"data.{key} must be one of the columns {', '.join(dataset.column_names)}; got"
+                f" {column!r}"
+            )
+    if label_column is None:
+        return 1
+    names = getattr(dataset.features[label_column], "names", None)
+    return len(names) if names else 1 + max(dataset[label_column])

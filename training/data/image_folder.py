@@ -1,0 +1,84 @@
+"""A folder of images, one subfolder a class."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from training.data.module import Data, split
+from training.data.pictures import check_picture_options, read_picture, to_bytes
+from training.randomness import Draws
+
+
+class ImageFolder(Data):
+    """Images under ``path/CLASS/``, classes in alphabetical order; images directly in ``path`` (and
+    no subfolders) are a data set without classes.
+
+    Args:
+        held_out: share kept from training.
+        image_size, channels, resize: see ``pictures.to_bytes``.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        path: str,
+        held_out: float = 0.1,
+        image_size: int = 32,
+        channels: int = 3,
+        resize: str = "crop",
+        batch_size: int = 128,
+        num_workers: int = 0,
+        flip: bool = False,
+    ) -> None:
+        check_picture_options(image_size, channels, resize)
+        files, labels, num_classes = find_images(Path(path))
+        if len(files) < 2:
+            raise ValueError(f"data.path: {path} needs at least 2 images; there is {len(files)}")
+        sources: dict[str, Any] = {
+            key: Files([files[i] for i in part], labels[part], image_size, channels, resize)
+            for key, part in zip(("train", "held_out"), split(len(files), held_out), strict=True)
+        }
+        shape = (channels, image_size, image_size)
+        super().__init__(
+            seed,
+            batch_size,
+            **sources,
+            shape=shape,
+            num_classes=num_classes,
+            num_workers=num_workers,
+            flip=flip,
+        )
+
+
+class Files:
+    """A source over image files, decoded when they are read."""
+
+    def __init__(
+        self, files: list[Path], labels: torch.Tensor, image_size: int, channels: int, resize: str
+    ) -> None:
+        self.files, self.labels, self.options = files, labels, (image_size, channels, resize)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, indices: list[int], draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+        images = [to_bytes(read_picture(self.files[i]), *self.options) for i in indices]
+        return torch.stack(images), self.labels[indices]
+
+
+def find_images(folder: Path) -> tuple[list[Path], torch.Tensor, int]:
+    """Files, their labels (n,) and the number of classes."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"data.path: there is no directory {folder}")
+    endings = set(Image.registered_extensions())
+    classes = sorted(p for p in folder.iterdir() if p.is_dir()) or [folder]
+    files, labels = [], []
+    for label, directory in enumerate(classes):
+        found = sorted(p for p in directory.rglob("*") if p.suffix.lower() in endings)
+        if not found:
+            raise ValueError(f"data.path: there is no image in {directory}")
+        files += found
+        labels += [label] * len(found)
+    return files, torch.tensor(labels), len(classes)

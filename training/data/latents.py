@@ -1,0 +1,124 @@
+"""Latents of a variational autoencoder, computed once by ``scripts/encode_latents.py``.
+
+A folder of ``mean.npy`` and ``std.npy`` (n, C, h, w) float16, ``labels.npy`` (n,) int64 and
+``meta.json``. A latent is drawn anew every time it is read, x = (mean + std e - shift) scale, as if
+the image had been encoded in the training step. The arrays are mapped, not loaded.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from training.data.module import Data
+from training.randomness import Draws
+
+META = ("vae", "scale", "shift", "num_classes", "train")
+
+
+class Latents(Data):
+    """Latents (B, C, h, w) and labels (B,) of the folder ``path``; the first ``train`` rows of the
+    arrays (as ``meta.json`` says) are trained on, the others are held out.
+    """
+
+    images = False
+    chunk = 64
+
+    def __init__(self, seed: int, path: str, batch_size: int = 256, num_workers: int = 0) -> None:
+        self.meta, arrays = read_folder(Path(path))
+        n, first = len(arrays["labels"]), self.meta["train"]
+        scaling = (self.meta["shift"], self.meta["scale"])
+        sources: dict[str, Any] = {
+            "train": Rows(arrays, range(first), *scaling),
+            "held_out": Rows(arrays, range(first, n), *scaling),
+        }
+        shape = arrays["mean"].shape[1:]
+        num_classes = self.meta["num_classes"]
+        super().__init__(
+            seed,
+            batch_size,
+            **sources,
+            shape=shape,
+            num_classes=num_classes,
+            num_workers=num_workers,
+        )
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        """Latents (n, C, h, w) -> images (n, 3, H, W) in [-1, 1], with the autoencoder."""
+        vae = load_vae(self.meta["vae"])
+        x = x / self.meta["scale"] + self.meta["shift"]
+        with torch.no_grad():
+            return torch.cat([vae.decode(part).sample for part in x.split(16)]).clamp(-1, 1)
+
+
+class Rows:
+    """A source over some rows of the arrays."""
+
+    def __init__(
+        self, arrays: dict[str, np.ndarray], rows: range, shift: float, scale: float
+    ) -> None:
+        self.arrays, self.rows, self.shift, self.scale = arrays, rows, shift, scale
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, indices: list[int], draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = [self.rows[i] for i in indices]
+        mean, std = (torch.from_numpy(self.arrays[k][rows]).float() for k in ("mean", "std"))
+        e = torch.randn(mean.shape, generator=draws("latents"))
+        x = (mean + std * e - self.shift) * self.scale
+        return x, torch.from_numpy(self.arrays["labels"][rows])
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """``meta.json`` and the mapped arrays, checked against each other."""
+    missing = [
+        f for f in ("meta.json", "mean.npy", "std.npy", "labels.npy") if not (folder / f).is_file()
+    ]
+    if missing:
+        raise FileNotFoundError(
+            f"data.path: there is no {missing[0]} in {folder}; scripts/encode_latents.py writes it"
+            " when all images are encoded"
+        )
+    meta = json.loads((folder / "meta.json").read_text())
+    if absent := [key for key in META if key not in meta]:
+        raise ValueError(f"data.path: {folder / 'meta.json'} has no {absent[0]!r}")
+    try:
+        arrays = {k: np.load(folder / f"{k}.npy", mmap_mode="r") for k in ("mean", "std", "labels")}
+    except ValueError as error:
+        raise ValueError(f"data.path: an array in {folder} is not whole ({error})") from error
+    mean, std, labels = arrays["mean"], arrays["std"], arrays["labels"]
+    if mean.ndim != 4 or mean.shape[2] != mean.shape[3]:
+        raise ValueError(f"data.path: mean.npy must be (n, C, h, h); it is {mean.shape}")
+    if std.shape != mean.shape or labels.shape != mean.shape[:1]:
+        raise ValueError(
+            f"data.path: std.npy must have mean.npy's shape {mean.shape} and labels.npy its"
+            f" length; they are {std.shape} and {labels.shape}"
+        )
+    if not 0 < meta["train"] < len(labels):
+        raise ValueError(
+            f"data.path: 'train' in {folder / 'meta.json'} must be between 1 and {len(labels) - 1};"
+            f" it is {meta['train']}"
+        )
+    return meta, arrays
+
+
+def load_vae(name: str) -> Any:
+    """diffusers' AutoencoderKL by name or from a local directory, without gradients."""
+    try:
+        from diffusers import AutoencoderKL  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            'latents are encoded and decoded with diffusers: pip install -e ".[latents]"'
+        ) from error
+    try:
+        vae = AutoencoderKL.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"vae: {name} cannot be loaded ({reason}); give the name of an AutoencoderKL on the hub"
+            " or a local directory of one"
+        ) from error
+    return vae.requires_grad_(False).eval()

@@ -1,0 +1,162 @@
+"""What every data set is for the trainer: a source of examples for training, another held out.
+
+A source reads examples by their numbers; the data module orders them, mirrors them, and hands them
+to Lightning. Every random draw is keyed by the number of the batch, as everywhere.
+"""
+
+from typing import Protocol
+
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from training.data.stream import Batch, Stream
+from training.randomness import Draws, generator
+from training.validation import between, positive_integer, switch
+
+
+class Source(Protocol):
+    """Examples that are read when they are needed."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: list[int], draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (n, C, H, W), bytes or floats in [-1, 1], and labels (n,)."""
+        ...
+
+
+class Tensors:
+    """A source in memory: images (n, C, H, W), bytes or floats, and labels (n,)."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, indices: list[int], draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.images[indices], self.labels[indices]
+
+
+class Data(LightningDataModule):
+    """Batches of images (B, C, H, W), as floats in [-1, 1], and of labels (B,).
+
+    Args:
+        seed: of the order and of every draw.
+        batch_size: of one process.
+        train, held_out: the sources.
+        shape: (C, H, W), H = W.
+        num_classes: labels are 0 ... num_classes - 1; 1 is a data set without classes.
+        num_workers: processes that read; 0 reads in the training process.
+        flip: mirror every image with probability one half.
+    """
+
+    images = True  # of pixels: they can be looked at, and recognised by a classifier
+    drawn = False  # from a distribution, without end
+    chunk = 256
+
+    def __init__(
+        self,
+        seed: int,
+        batch_size: int,
+        train: Source,
+        held_out: Source,
+        shape: tuple[int, int, int],
+        num_classes: int,
+        num_workers: int = 0,
+        flip: bool = False,
+    ) -> None:
+        super().__init__()
+        positive_integer("data.batch_size", batch_size)
+        if num_workers:
+            positive_integer("data.num_workers", num_workers)
+        switch("data.flip", flip)
+        self.seed, self.batch_size, self.num_workers, self.flip = (
+            seed,
+            batch_size,
+            num_workers,
+            flip,
+        )
+        self.sources = {"train": train, "held_out": held_out}
+        self.shape, self.num_classes = shape, num_classes
+
+    def train_dataloader(self) -> DataLoader:
+        trainer = self.trainer
+        start, rank, world_size = 0, 0, 1
+        if trainer is not None:  # on resuming, global_step is restored before this is called
+            start = trainer.global_step * trainer.accumulate_grad_batches
+            rank, world_size = trainer.global_rank, trainer.world_size
+        # A whole batch is read at once: no collation of single images.
+        return DataLoader(
+            _Reader(self, "train", self.seed, rank, self.flip),
+            batch_size=None,
+            sampler=self.order(start, rank, world_size),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def order(self, start: int, rank: int, world_size: int) -> Sampler[Batch]:
+        n = len(self.sources["train"])
+        return Stream(n, self.batch_size, self.seed, start, rank, world_size)
+
+    def examples(self, split: str, n: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """n images and labels of ``train`` or ``held_out`` (all of them at most, if None), always
+        the same. (n, C, H, W), (n,)
+        """
+        length = len(self.sources[split])
+        order = torch.randperm(length, generator=generator(0, 0, 0, "examples"))[:n]
+        parts = [
+            self.read(split, Batch(i, part.tolist()))
+            for i, part in enumerate(order.split(self.chunk))
+        ]
+        images, labels = zip(*parts, strict=True)
+        return torch.cat(images), torch.cat(labels)
+
+    def read(self, split: str, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The examples of these numbers, never mirrored. (n, C, H, W), (n,)"""
+        return _Reader(self, split, seed=0, rank=0, flip=False)[batch]
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        """What the network draws -> images in [-1, 1]; the identity but for latents."""
+        return x
+
+
+class _Reader(Dataset):
+    """A source as PyTorch's loader sees it: one item is a whole batch."""
+
+    def __init__(self, data: Data, split: str, seed: int, rank: int, flip: bool) -> None:
+        self.source, self.shape, self.num_classes = (
+            data.sources[split],
+            data.shape,
+            data.num_classes,
+        )
+        self.seed, self.rank, self.flip = seed, rank, flip
+
+    def __getitem__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        def draws(purpose: str) -> torch.Generator:
+            return generator(self.seed, batch.number, self.rank, purpose)
+
+        x, y = self.source.read(batch.indices, draws)
+        if x.shape[1:] != self.shape:
+            raise ValueError(f"data: images must be {self.shape}; got {tuple(x.shape[1:])}")
+        if y.min() < 0 or y.max() >= self.num_classes:
+            raise ValueError(
+                f"data: labels must be 0 ... {self.num_classes - 1}; got {y.min()} ... {y.max()}"
+            )
+        if x.dtype == torch.uint8:
+            x = x.float() / 127.5 - 1
+        if self.flip:
+            mirrored = torch.rand(len(x), generator=draws("flip")) < 0.5
+            x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+        return x, y
+
+
+def split(n: int, held_out: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers of the examples (train, held out). It does not depend on the seed: the scores of
+    different seeds are comparable.
+    """
+    between("data.held_out", held_out, 0, 0.99, open_low=True)
+    order = torch.randperm(n, generator=generator(0, 0, 0, "held out"))
+    kept, rest = order.tensor_split([max(1, round(held_out * n))])
+    return rest, kept
