@@ -9,44 +9,36 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from training.build import build_data, build_module
-from training.callbacks.ema import with_weights
-from training.checkpoints import load_checkpoint, load_weights
 from training.cli import one_line_errors, run
-from training.images import grid, write_png
+from training.data.latents import decode_latents
+from training.images import picture_of, write_png
 from training.samplers.generate import balanced_labels, generate
-from training.validation import one_of, positive_integer
+from training.trained import load_trained
+from training.validation import positive_integer, switch
 
 
 def sample(config: DictConfig) -> None:
     positive_integer("n", config.n)
-    one_of("weights", config.weights, ("ema", "net"))
+    switch("decode", config.decode)
     path = Path(config.ckpt)
-    checkpoint = load_checkpoint(path)
-    trained = DictConfig(checkpoint["config"])
-    if "attention" in config:
-        trained.attention = trained.model.attention = config.attention
-    sampler = config.get("sampler", trained.sampler)
+    trained = load_trained(path, str(config.weights), config.get("attention"))
+    sampler = config.get("sampler") or trained.config.sampler
     if config.nfe is not None:
         sampler.nfe = config.nfe
-
-    data = build_data(trained)
-    module = build_module(trained, data)
-    load_weights(module, checkpoint, path)
-    net = module.net
-    if config.weights == "ema" and "ema" in checkpoint:
-        net = with_weights(net, checkpoint["ema"]["average"])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if config.label is not None and config.label not in range(data.num_classes):
+    num_classes = trained.num_classes
+    if config.label is not None and config.label not in range(num_classes):
         raise ValueError(
-            f"label must be one of 0 ... {data.num_classes - 1} or null (all), got {config.label}"
+            f"label must be one of 0 ... {num_classes - 1} or null (all), got {config.label}"
         )
-    classes = data.num_classes if config.label is None else 1
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    classes = num_classes if config.label is None else 1
     y = balanced_labels(config.n, classes) + (config.label or 0)
-    images = generate(net.to(device), instantiate(sampler), y, data.shape, config.seed)
-    columns = 10 if config.label is None and data.num_classes == 10 else None
+    images = generate(trained.net.to(device), instantiate(sampler), y, trained.shape, config.seed)
+    if config.decode and trained.data["latents"]:
+        images = decode_latents(images, trained.data["latents"])
+    columns = 10 if config.label is None and num_classes == 10 else None
     default = path.resolve().parent.parent / "samples" / f"nfe{sampler.nfe}_n{config.n}.png"
-    print(write_png(config.output or default, grid(images, columns)))
+    print(write_png(config.output or default, picture_of(images, columns)))
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="sample")

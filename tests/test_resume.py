@@ -14,6 +14,7 @@ EXACT = ("train/loss", "train/error", "train/v_loss", "train/grad_norm", "train/
 # The schedule is constant, so that every run is the beginning of a longer one.
 ENDLESS = [*FAST, "trainer.log_every_n_steps=1", "optimizer.schedule=constant", "attention=sdpa"]
 ENDLESS += ["callbacks.accuracy=null", "callbacks.samples=null", "model.dropout=0.1"]
+ENDLESS += ["callbacks.ema.decay=[0.9,0.99]", "callbacks.ema.power=[0.1]"]
 
 
 def start(run, *arguments):
@@ -54,8 +55,9 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
     a, b = (load_checkpoint(run / "checkpoints" / "last.ckpt") for run in (killed, whole))
     for name, weight in a["state_dict"].items():
         assert torch.equal(weight, b["state_dict"][name]), name
-    for name, weight in a["ema"]["average"].items():
-        assert torch.equal(weight, b["ema"]["average"][name]), name
+    for average, weights in a["ema"]["averages"].items():
+        for name, weight in weights.items():
+            assert torch.equal(weight, b["ema"]["averages"][average][name]), (average, name)
 
 
 @pytest.mark.parametrize("numbers", [[signal.SIGINT, signal.SIGINT], [signal.SIGTERM]])

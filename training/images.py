@@ -34,6 +34,11 @@ def grid(images: torch.Tensor, columns: int | None = None, side: int = 512) -> t
     return canvas
 
 
+def picture_of(x: torch.Tensor, columns: int | None = None) -> torch.Tensor:
+    """What can be seen of samples (n, C, H, W): a grid, or the density of points of the plane."""
+    return density(x) if x.shape[1:] == (2, 1, 1) else grid(x, columns)
+
+
 def density(points: torch.Tensor, side: int = 128, reach: float = 2.0) -> torch.Tensor:
     """Points of the plane (n, 2, 1, 1) as a picture of their density over [-reach, reach]², the
     densest place white. (side, side, 1) of bytes

@@ -20,6 +20,7 @@ class GenerativeModule(LightningModule):
         compile: compile the objective's step, a pure function of tensors. The module itself is
             never compiled: Lightning's logging breaks under ``torch.compile``.
         config: what was configured, stored in every checkpoint so that it can be rebuilt from it.
+        data: ``Data.description``, stored too: the data set need not be at hand then.
     """
 
     def __init__(
@@ -30,10 +31,11 @@ class GenerativeModule(LightningModule):
         seed: int,
         compile: bool = False,
         config: dict[str, Any] | None = None,
+        data: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.net, self.objective, self.optimizer = net, objective, optimizer
-        self.seed, self.config = seed, config or {}
+        self.seed, self.config, self.data = seed, config or {}, data or {}
         objective.attach(net)
         self.step = torch.compile(objective.loss, fullgraph=True) if compile else objective.loss
 
@@ -68,4 +70,4 @@ class GenerativeModule(LightningModule):
         self.log("train/lr", optimizer.param_groups[0]["lr"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["config"] = self.config
+        checkpoint["config"], checkpoint["data"] = self.config, self.data

@@ -1,12 +1,14 @@
 """Optimizers with their learning-rate schedule."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from training.validation import between, one_of
+from training.validation import between, one_of, positive_integer
+
+SCHEDULES = ("constant", "cosine", "linear", "inverse_sqrt")
 
 
 def adamw(
@@ -17,30 +19,51 @@ def adamw(
     weight_decay: float = 0.0,
     schedule: str = "constant",
     warmup_steps: int = 0,
-    fused: bool = True,
+    floor: float = 0.0,
+    decay_steps: int = 10_000,
+    fused: bool | None = None,
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """AdamW whose rate rises linearly for ``warmup_steps``, then stays or falls to 0 as a half
-    cosine.
-    """
+    """AdamW; for the schedule see ``factor``. ``fused`` None is true."""
     between("optimizer.lr", lr, 0, open_low=True)
     between("optimizer.weight_decay", weight_decay, 0)
+    beta1, beta2 = betas
+    for beta in (beta1, beta2):
+        between("optimizer.betas", beta, 0, 1)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=lr, betas=(beta1, beta2), weight_decay=weight_decay, fused=fused is not False
+    )
+    rate = factor(max_steps, schedule, warmup_steps, floor, decay_steps)
+    return optimizer, LambdaLR(optimizer, rate)
+
+
+def factor(
+    max_steps: int, schedule: str, warmup_steps: int, floor: float, decay_steps: int
+) -> Callable[[int], float]:
+    """What the rate is multiplied by at each step. After a linear rise of ``warmup_steps``:
+
+    constant      1
+    cosine        half a cosine from 1 to ``floor`` at max_steps
+    linear        a line from 1 to ``floor`` at max_steps
+    inverse_sqrt  1 / sqrt(max(1, step / decay_steps)) (EDM2, arXiv 2312.02696)
+    """
     between("optimizer.warmup_steps", warmup_steps, 0)
-    one_of("optimizer.schedule", schedule, ("constant", "cosine"))
-    if schedule == "cosine" and max_steps < 1:
+    between("optimizer.floor", floor, 0, 1)
+    positive_integer("optimizer.decay_steps", decay_steps)
+    one_of("optimizer.schedule", schedule, SCHEDULES)
+    if schedule in ("cosine", "linear") and max_steps < 1:
         raise ValueError(
-            f"optimizer.schedule=cosine needs trainer.max_steps >= 1; got {max_steps}"
+            f"optimizer.schedule={schedule} needs trainer.max_steps >= 1; got {max_steps}"
             " (or choose optimizer.schedule=constant)"
         )
 
-    def factor(step: int) -> float:
-        rise = min(1.0, (step + 1) / (warmup_steps + 1))
+    def fall(step: int) -> float:
         if schedule == "constant":
-            return rise
+            return 1.0
+        if schedule == "inverse_sqrt":
+            return max(1.0, step / decay_steps) ** -0.5
         share = (step - warmup_steps) / max(1, max_steps - warmup_steps)
-        return rise * 0.5 * (1 + math.cos(math.pi * min(max(share, 0.0), 1.0)))
+        share = min(max(share, 0.0), 1.0)
+        left = 1 - share if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * share))
+        return floor + (1 - floor) * left
 
-    beta1, beta2 = betas
-    optimizer = torch.optim.AdamW(
-        parameters, lr=lr, betas=(beta1, beta2), weight_decay=weight_decay, fused=fused
-    )
-    return optimizer, LambdaLR(optimizer, factor)
+    return lambda step: min(1.0, (step + 1) / (warmup_steps + 1)) * fall(step)

@@ -34,9 +34,14 @@ def check(config: DictConfig) -> None:
         for name, part in config[group].items():
             if part is not None and not OmegaConf.is_dict(part):
                 raise TypeError(f"{group}.{name} must be null (off) or have keys; got {part!r}")
-    _check_precision(config.trainer)
+    _check_precision(config.trainer, OmegaConf.select(config, "optimizer.fused"))
     _check_strategy(config.trainer)
     mode = OmegaConf.select(config, "objective.jvp.mode")
+    if config.checkpointing and mode in ("single", "tangent_grad"):
+        raise NotImplementedError(
+            "checkpointing=true cannot recompute inside torch.func.jvp, where"
+            f" objective.jvp.mode={mode} needs a gradient; use objective.jvp.mode=double"
+        )
     if config.compile and mode in ("double", "finite_difference"):
         raise NotImplementedError(
             "compile=true cannot replay the random state between the forwards of"
@@ -56,7 +61,7 @@ def precision(trainer: DictConfig) -> str:
     return ALIASES.get(given, given)
 
 
-def _check_precision(trainer: DictConfig) -> None:
+def _check_precision(trainer: DictConfig, fused: bool | None) -> None:
     name = precision(trainer)
     one_of("trainer.precision", name, PRECISIONS)
     on_cpu = trainer.accelerator == "cpu" or (
@@ -65,6 +70,11 @@ def _check_precision(trainer: DictConfig) -> None:
     if name == "16-mixed" and on_cpu:
         raise ValueError(
             "trainer.precision=16-mixed needs a GPU; on a CPU use bf16-mixed or 32-true"
+        )
+    if name == "16-mixed" and fused:
+        raise ValueError(
+            "optimizer.fused=true hides the scale of the gradients from clipping and from the guard"
+            " under trainer.precision=16-mixed; use optimizer.fused=null or false"
         )
 
 

@@ -181,7 +181,7 @@ class HalfSize:
 def latents(picture_folder, tmp_path, monkeypatch):
     """The script's output for the twenty pictures, each training picture mirrored too."""
     diffusers = ModuleType("diffusers")
-    diffusers.AutoencoderKL = SimpleNamespace(from_pretrained=lambda name: HalfSize())
+    diffusers.AutoencoderKL = SimpleNamespace(from_pretrained=lambda name, **_: HalfSize())
     monkeypatch.setitem(sys.modules, "diffusers", diffusers)
     output = tmp_path / "out"
     arguments = [f"data.path={picture_folder}", "data.image_size=8", f"output={output}"]

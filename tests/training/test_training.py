@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import itertools
 import json
 import resource
 
@@ -13,7 +14,7 @@ from lightning import Callback, Trainer
 from jvp_flash_attention import attention as jvp_attention
 from training.attentions import sdpa
 from training.callbacks.checkpoint import Interrupted, LastCheckpoint
-from training.callbacks.ema import EMA
+from training.callbacks.ema import EMA, choose
 from training.callbacks.guard import Diverged, Guard
 from training.callbacks.summary import strict_json
 from training.checkpoints import AtomicCheckpointIO, find_checkpoint, load_checkpoint, refuse_used
@@ -22,7 +23,7 @@ from training.loggers.csv import CSVFile
 from training.models.dit import DiT
 from training.module import GenerativeModule
 from training.objectives.meanflow import MeanFlow
-from training.optimizers import adamw
+from training.optimizers import adamw, factor
 
 
 class Losses(Callback):
@@ -77,8 +78,9 @@ def test_a_resumed_run_continues_exactly(tmp_path, accumulate):
         assert torch.equal(weight, resumed.net.get_parameter(name)), name
     a, b = (load_checkpoint(p / "checkpoints/last.ckpt") for p in (tmp_path / "whole", tmp_path))
     assert a["ema"]["updates"] == b["ema"]["updates"] == 8
-    for name in a["ema"]["average"]:
-        assert torch.equal(a["ema"]["average"][name], b["ema"]["average"][name]), name
+    assert a["ema"]["averages"].keys() == {"0.9999"}
+    for name, weight in a["ema"]["averages"]["0.9999"].items():
+        assert torch.equal(weight, b["ema"]["averages"]["0.9999"][name]), name
 
 
 def test_a_run_resumed_from_the_middle_of_a_killed_one_continues_exactly(tmp_path):
@@ -173,8 +175,54 @@ def test_ema_is_the_weighted_mean_of_the_weights_so_far(tmp_path):
 
     ema, expected = EMA(decay=0.5), Expected()
     train(tmp_path, 12, ema, expected)
-    for a, b in zip(ema.average.values(), expected.average, strict=True):
+    for a, b in zip(ema.averages["0.5"].values(), expected.average, strict=True):
         torch.testing.assert_close(a, b.data, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [0.05, 0.1, 0.25])
+def test_a_power_function_average_has_the_width_that_is_asked_for(width):
+    """The weight of step i in the average after n steps, by unrolling the recursion."""
+    ema, n = EMA(decay=[], power=[width]), 4000
+    share, left = torch.zeros(n, dtype=torch.float64), 1.0
+    for i in range(n, 0, -1):
+        beta = ema.beta(f"power_{width}", i)
+        share[i - 1] = (1 - beta) * left
+        left *= beta
+    time = torch.arange(1, n + 1) / n
+    assert float(share.sum()) == pytest.approx(1)
+    mean = (share * time).sum()
+    assert float(((time - mean).square() * share).sum().sqrt()) == pytest.approx(width, rel=0.01)
+
+
+def test_several_averages_are_kept_and_one_is_chosen(tmp_path):
+    ema = EMA(decay=[0.5, 0.9], power=[0.1], use="power_0.1")
+    _, module = train(tmp_path, 12, ema, last(tmp_path))
+    checkpoint = load_checkpoint(tmp_path / "checkpoints/last.ckpt")
+    chosen = {name: choose(checkpoint, name) for name in ("0.5", "0.9", "power_0.1")}
+    key = next(name for name in chosen["0.5"] if name.endswith("projection.weight"))
+    values = [weights[key] for weights in chosen.values()]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(values, 2))
+    assert torch.equal(choose(checkpoint, "ema")[key], chosen["power_0.1"][key])
+    assert torch.equal(ema.averaged(module.net).get_parameter(key), chosen["power_0.1"][key])
+    assert choose(checkpoint, "net") is None
+    with pytest.raises(ValueError, match=r"weights must be one of ema, net, 0\.5, 0\.9"):
+        choose(checkpoint, "0.99")
+    with pytest.raises(ValueError, match=r"callbacks\.ema: an average cannot begin in the middle"):
+        train(tmp_path, 14, EMA(decay=0.7), resume=tmp_path / "checkpoints/last.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"decay": 1.5}, r"callbacks\.ema\.decay must be"),
+        ({"decay": []}, r"callbacks\.ema\.decay: give a decay"),
+        ({"power": [0.5]}, r"callbacks\.ema\.power must be"),
+        ({"use": 0.5}, r"callbacks\.ema\.use must be one of 0\.9999; got '0\.5'"),
+    ],
+)
+def test_a_wrong_average_raises_an_error_that_names_its_key(options, says):
+    with pytest.raises(ValueError, match=says):
+        EMA(**options)
 
 
 class Poison(Callback):
@@ -256,7 +304,11 @@ def test_metrics_csv_joins_values_of_a_step_and_continues_on_resuming(tmp_path):
     ("options", "key"),
     [
         ({"lr": 0}, "optimizer.lr"),
-        ({"schedule": "linear"}, "optimizer.schedule"),
+        ({"schedule": "step"}, "optimizer.schedule"),
+        ({"schedule": "linear", "max_steps": -1}, "optimizer.schedule"),
+        ({"floor": 2}, "optimizer.floor"),
+        ({"decay_steps": 0}, "optimizer.decay_steps"),
+        ({"betas": (0.9, 1.5)}, "optimizer.betas"),
         ({"schedule": "cosine", "max_steps": -1}, "optimizer.schedule"),
         ({"warmup_steps": -1}, "optimizer.warmup_steps"),
     ],
@@ -279,3 +331,16 @@ def test_the_learning_rate_rises_then_falls_to_zero():
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[3:] == sorted(rates[3:], reverse=True)
     assert rates[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1]),
+        ("linear", [1 / 3, 2 / 3, 1, 1 - 0.9 / 4, 1 - 1.8 / 4, 1 - 2.7 / 4, 0.1]),
+        ("inverse_sqrt", [1 / 3, 2 / 3, 1, 3**-0.5 * 2**0.5, 2**-0.5, (5 / 2) ** -0.5]),
+    ],
+)
+def test_the_schedules_have_their_shapes(schedule, expected):
+    rate = factor(6, schedule, warmup_steps=2, floor=0.1, decay_steps=2)
+    assert [rate(step) for step in range(len(expected))] == pytest.approx(expected)

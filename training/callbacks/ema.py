@@ -1,6 +1,8 @@
-"""Exponential moving average of the weights; samples are drawn from it."""
+"""Exponential moving averages of the weights; samples are drawn from one of them."""
 
 import copy
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,27 +10,53 @@ from lightning import Callback, LightningModule, Trainer
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from training.validation import between
+from training.validation import between, one_of
+
+Weights = dict[str, torch.Tensor]
 
 
 class EMA(Callback):
-    """average ← β average + (1 - β) weights after every optimizer step.
+    """average ← β average + (1 - β) weights after every optimizer step, for several β at once.
 
-    β = min(decay, (1 + n) / (10 + n)) at step n: early on the average spans about a tenth of the
-    run so far, so that short runs do not sample from their initialisation.
+    Args:
+        decay: one or several. β = min(decay, (1 + n) / (10 + n)) at step n: early on the average
+            spans about a tenth of the run so far, so that short runs do not sample from their
+            initialisation. The average is called ``0.9999``.
+        power: none or several relative widths σ of power-function averages (EDM2, arXiv 2312.02696,
+            equations 121 to 127): β = (1 - 1 / n)^(γ + 1), a profile that grows with the run.
+            The average is called ``power_0.05``.
+        use: the name of the average that samples are drawn from; None is the first one.
     """
 
-    def __init__(self, decay: float = 0.9999) -> None:
-        between("callbacks.ema.decay", decay, 0, 1)
-        self.decay = decay
-        self.average: dict[str, torch.Tensor] = {}
+    def __init__(
+        self,
+        decay: float | Sequence[float] = 0.9999,
+        power: Sequence[float] = (),
+        use: str | float | None = None,
+    ) -> None:
+        self.decays: dict[str, float] = {}
+        self.exponents: dict[str, float] = {}
+        for value in decay if isinstance(decay, Sequence) else [decay]:
+            between("callbacks.ema.decay", value, 0, 1)
+            self.decays[f"{value:g}"] = value
+        for width in power:
+            self.exponents[f"power_{width:g}"] = exponent(width)
+        names = [*self.decays, *self.exponents]
+        if not names:
+            raise ValueError(
+                "callbacks.ema.decay: give a decay, or widths with callbacks.ema.power, or switch"
+                " the averages off with callbacks.ema=null"
+            )
+        self.use = names[0] if use is None else str(use)
+        one_of("callbacks.ema.use", self.use, names)
+        self.averages: dict[str, Weights] = {name: {} for name in names}
         self.updates = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         weights = dict(pl_module.net.named_parameters())  # type: ignore[union-attr]
-        if not self.average:
-            self.average = {name: w.detach().clone() for name, w in weights.items()}
-        self.average = {name: self.average[name].to(w) for name, w in weights.items()}
+        for name, average in self.averages.items():
+            start = average or {key: w.detach().clone() for key, w in weights.items()}
+            self.averages[name] = {key: start[key].to(w) for key, w in weights.items()}
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -37,28 +65,65 @@ class EMA(Callback):
         if trainer.global_step == self.updates:
             return  # a step of gradient accumulation
         self.updates = trainer.global_step
-        beta = min(self.decay, (1 + self.updates) / (10 + self.updates))
         weights = [w.detach() for w in pl_module.net.parameters()]  # type: ignore[union-attr]
-        get_ema_multi_avg_fn(beta)(list(self.average.values()), weights, self.updates)
+        for name, average in self.averages.items():
+            update = get_ema_multi_avg_fn(self.beta(name, self.updates))
+            update(list(average.values()), weights, self.updates)
+
+    def beta(self, name: str, n: int) -> float:
+        """Of one average at step n = 1, 2, ..."""
+        if name in self.decays:
+            return min(self.decays[name], (1 + n) / (10 + n))
+        return (1 - 1 / n) ** (self.exponents[name] + 1)
 
     def averaged(self, net: nn.Module) -> nn.Module:
         """A copy of the network with the averaged weights, or itself before any step."""
-        return with_weights(net, self.average) if self.average else net
+        average = self.averages[self.use]
+        return with_weights(net, average) if average else net
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint["ema"] = {"average": self.average, "updates": self.updates}
+        checkpoint["ema"] = {"averages": self.averages, "use": self.use, "updates": self.updates}
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if "ema" in checkpoint:
-            self.average = dict(checkpoint["ema"]["average"])
-            self.updates = checkpoint["ema"]["updates"]
+        found = checkpoint.get("ema", {}).get("averages", {})
+        if found.keys() != self.averages.keys():
+            raise ValueError(
+                "callbacks.ema: an average cannot begin in the middle of a run; resume with those"
+                f" of the checkpoint ({', '.join(found) or 'none'}); got {', '.join(self.averages)}"
+            )
+        self.averages = {name: dict(average) for name, average in found.items()}
+        self.updates = checkpoint["ema"]["updates"]
 
 
-def with_weights(net: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:
+def exponent(width: float) -> float:
+    """γ of a power-function average with standard deviation ``width`` of the run's length: the root
+    of σ² = (γ + 1) / ((γ + 2)² (γ + 3)).
+    """
+    between("callbacks.ema.power", width, 0, 1 / math.sqrt(12), open_low=True)  # γ = 0: the mean
+    low, high = 0.0, 1 / width  # σ falls with γ; σ < 1 / (γ + 2)
+    for _ in range(100):
+        middle = (low + high) / 2
+        wide = (middle + 1) / ((middle + 2) ** 2 * (middle + 3)) > width**2
+        low, high = (middle, high) if wide else (low, middle)
+    return low
+
+
+def choose(checkpoint: dict[str, Any], name: str) -> Weights | None:
+    """Weights of a checkpoint by name: an average, ``ema`` (the one that the run sampled from), or
+    ``net`` (None: those that were trained).
+    """
+    ema = checkpoint.get("ema", {"averages": {}, "use": None})
+    if name == "net" or (name == "ema" and not ema["averages"]):
+        return None
+    one_of("weights", name, ["ema", "net", *ema["averages"]])
+    return ema["averages"][ema["use"] if name == "ema" else name]
+
+
+def with_weights(net: nn.Module, weights: Weights) -> nn.Module:
     net = copy.deepcopy(net)
     net.load_state_dict(weights, strict=False)  # buffers are fixed: only parameters are averaged
     return net

@@ -7,7 +7,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 from training.callbacks.ema import averaged_net
-from training.images import density, grid, write_png
+from training.images import picture_of, write_png
 from training.samplers.generate import balanced_labels, generate
 from training.validation import positive_integer
 
@@ -51,7 +51,7 @@ class Samples(Callback):
         y = balanced_labels(n, min(10, data.num_classes))
         net = averaged_net(trainer, pl_module)
         x = generate(net, self.sampler, y, data.shape, pl_module.seed)  # type: ignore[arg-type]
-        picture = density(x) if points else grid(x, columns)
+        picture = picture_of(x, columns)
         path = write_png(self.directory / f"step_{step:06d}.png", picture)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):

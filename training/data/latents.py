@@ -45,12 +45,25 @@ class Latents(Data):
             num_workers=num_workers,
         )
 
+    @property
+    def description(self) -> dict[str, Any]:
+        latents = {key: self.meta[key] for key in ("vae", "scale", "shift")}
+        return super().description | {"latents": latents}
+
     def decode(self, x: torch.Tensor) -> torch.Tensor:
-        """Latents (n, C, h, w) -> images (n, 3, H, W) in [-1, 1], with the autoencoder."""
-        vae = load_vae(self.meta["vae"])
-        x = x / self.meta["scale"] + self.meta["shift"]
-        with torch.no_grad():
-            return torch.cat([vae.decode(part).sample for part in x.split(16)]).clamp(-1, 1)
+        return decode_latents(x, self.description["latents"])
+
+
+@torch.no_grad()
+def decode_latents(x: torch.Tensor, latents: dict[str, Any]) -> torch.Tensor:
+    """Latents (n, C, h, w) -> images (n, 3, H, W) in [-1, 1]; ``latents`` names the autoencoder and
+    the scaling.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vae = load_vae(latents["vae"]).to(device)
+    x = x / latents["scale"] + latents["shift"]
+    parts = [vae.decode(part.to(device)).sample.cpu() for part in x.split(16)]
+    return torch.cat(parts).clamp(-1, 1)
 
 
 class Rows:
@@ -114,7 +127,7 @@ def load_vae(name: str) -> Any:
             'latents are encoded and decoded with diffusers: pip install -e ".[latents]"'
         ) from error
     try:
-        vae = AutoencoderKL.from_pretrained(name)
+        vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(

@@ -4,7 +4,7 @@ A source reads examples by their numbers; the data module orders them, mirrors t
 to Lightning. Every random draw is keyed by the number of the batch, as everywhere.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from lightning import LightningDataModule
@@ -116,6 +116,11 @@ class Data(LightningDataModule):
     def read(self, split: str, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The examples of these numbers, never mirrored. (n, C, H, W), (n,)"""
         return _Reader(self, split, seed=0, rank=0, flip=False)[batch]
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What a trained network must know of the data set in order to be sampled from."""
+        return {"shape": tuple(self.shape), "num_classes": self.num_classes, "latents": None}
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         """What the network draws -> images in [-1, 1]; the identity but for latents."""

@@ -1,0 +1,104 @@
+"""A trained network from a checkpoint or from an exported file, without its data set.
+
+trained = load_trained(Path("last.ckpt"), weights="ema")
+images = generate(trained.net, instantiate(trained.config.sampler), y, trained.shape, seed=0)
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from training.build import build_net
+from training.callbacks.ema import choose, with_weights
+from training.checkpoints import load_checkpoint
+
+PREFIX = "net."  # of the network's weights in the module's state
+
+
+class Trained(NamedTuple):
+    net: nn.Module  # in evaluation mode, on the CPU
+    config: DictConfig
+    shape: tuple[int, int, int]  # (C, H, W) of an image
+    num_classes: int
+    step: int
+    averages: list[str]  # names of the averages that the file holds
+    data: dict[str, Any]  # ``Data.description`` of what it was trained on
+    path: Path
+
+
+def load_trained(path: Path, weights: str = "ema", attention: DictConfig | None = None) -> Trained:
+    """The network of a checkpoint with the weights of this name (see ``callbacks.ema.choose``), or
+    of an exported file, which has one set of weights; ``attention`` replaces the one trained with.
+    """
+    if path.suffix == ".safetensors":
+        meta, state = _read_exported(path)
+        averages = []
+        if weights not in ("ema", meta["weights"]):
+            raise ValueError(f"weights: {path} holds {meta['weights']} only; got {weights!r}")
+    else:
+        meta = checkpoint = load_checkpoint(path)
+        meta["step"] = checkpoint["global_step"]
+        state = {
+            name.removeprefix(PREFIX): value
+            for name, value in checkpoint["state_dict"].items()
+            if name.startswith(PREFIX)
+        }
+        averages = list(checkpoint.get("ema", {}).get("averages", {}))
+    config = DictConfig(meta["config"])
+    if attention is not None:
+        config.attention = config.model.attention = attention
+    shape, num_classes = tuple(meta["data"]["shape"]), meta["data"]["num_classes"]
+    net = build_net(config, shape, num_classes)
+    load_state(net, state, path)
+    if path.suffix != ".safetensors" and (average := choose(meta, weights)) is not None:
+        net = with_weights(net, average)
+    return Trained(
+        net.eval(), config, shape, num_classes, int(meta["step"]), averages, meta["data"], path
+    )
+
+
+def load_flow(ckpt: str | None, weights: str = "ema") -> nn.Module:
+    """A trained network as a teacher: at r = t the velocity of the linear path.
+
+    ``weights``: as in ``load_trained``.
+    """
+    if ckpt is None:
+        raise ValueError(
+            "objective.teacher.ckpt must name the checkpoint to distil, of a run with"
+            " objective=flow_matching; got null"
+        )
+    trained = load_trained(Path(ckpt), weights)
+    if trained.config.objective._target_.endswith(".SCM"):
+        raise ValueError(
+            f"objective.teacher.ckpt: {ckpt} is a consistency model, which has no velocity; give"
+            " one of objective=flow_matching"
+        )
+    return trained.net
+
+
+def load_state(net: nn.Module, state: dict[str, Any], path: Path) -> None:
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} does not fit the network that its own configuration describes: it was written"
+            " by another version of the model"
+        ) from error
+
+
+def _read_exported(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"ckpt: there is no file {path}; give an existing one")
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"ckpt: {path} is not a readable safetensors file ({error})") from error
+    if "flash_jvp" not in found:
+        raise ValueError(f"ckpt: {path} was not written by scripts/export.py")
+    return json.loads(found["flash_jvp"]), state
