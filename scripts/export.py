@@ -8,7 +8,7 @@ from pathlib import Path
 import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from training.cli import one_line_errors, run
 from training.trained import load_trained
@@ -31,7 +31,7 @@ def export(config: DictConfig) -> None:
     state = {name: value.to(dtype).contiguous() for name, value in trained.net.state_dict().items()}
     output = Path(config.output or path.resolve().parent.parent / "model.safetensors")
     output.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, output, {"format": "pt", "flash_jvp": json.dumps(meta)})
+    output.write_bytes(save(state, {"format": "pt", "flash_jvp": json.dumps(meta)}))
     print(output)
 
 

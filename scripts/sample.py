@@ -37,7 +37,9 @@ def sample(config: DictConfig) -> None:
     if config.decode and trained.data["latents"]:
         images = decode_latents(images, trained.data["latents"])
     columns = 10 if config.label is None and num_classes == 10 else None
-    default = path.resolve().parent.parent / "samples" / f"nfe{sampler.nfe}_n{config.n}.png"
+    folder = path.resolve().parent  # an exported file is beside the samples, a checkpoint below
+    folder = folder if path.suffix == ".safetensors" else folder.parent
+    default = folder / "samples" / f"nfe{sampler.nfe}_n{config.n}.png"
     print(write_png(config.output or default, picture_of(images, columns)))
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from training.objectives.objective import Objective
 from training.randomness import generator, key
+from training.ranks import over_ranks
 
 
 class GenerativeModule(LightningModule):
@@ -50,10 +51,18 @@ class GenerativeModule(LightningModule):
         torch.manual_seed(key(*where, "layers"))  # dropout inside the network
         draws = lambda purpose: generator(*where, purpose, device=x.device)  # noqa: E731
         null_label: int = self.net.null_label  # type: ignore[assignment]
-        loss, metrics = self.step(self.net, self.objective.draw(x, y, null_label, draws))
-        self.log("train/loss", loss.detach(), prog_bar=True)
-        self.log_dict({f"train/{name}": value for name, value in metrics.items()})
+        sample = self.objective.draw(x, y, null_label, draws)
+        loss, metrics = self.step(self.net, sample)[:2]
+        self._log_means({"loss": loss.detach(), **metrics})
         return {"loss": loss, "metrics": metrics}
+
+    def _log_means(self, values: dict[str, torch.Tensor]) -> None:
+        """Means over the processes, in one exchange, where a row is going to be written."""
+        means = torch.stack([value.float() for value in values.values()])
+        last = self.trainer.max_steps - 1
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0 or self.global_step == last:  # type: ignore[attr-defined]
+            means = over_ranks(means, "mean")
+        self.log_dict({f"train/{name}": mean for name, mean in zip(values, means, strict=True)})
 
     def configure_optimizers(self) -> Any:
         optimizer, scheduler = self.optimizer(self.net.parameters(), self.trainer.max_steps)

@@ -27,7 +27,6 @@ class Trained(NamedTuple):
     step: int
     averages: list[str]  # names of the averages that the file holds
     data: dict[str, Any]  # ``Data.description`` of what it was trained on
-    path: Path
 
 
 def load_trained(path: Path, weights: str = "ema", attention: DictConfig | None = None) -> Trained:
@@ -56,9 +55,8 @@ def load_trained(path: Path, weights: str = "ema", attention: DictConfig | None 
     load_state(net, state, path)
     if path.suffix != ".safetensors" and (average := choose(meta, weights)) is not None:
         net = with_weights(net, average)
-    return Trained(
-        net.eval(), config, shape, num_classes, int(meta["step"]), averages, meta["data"], path
-    )
+    step, data = int(meta["step"]), meta["data"]
+    return Trained(net.eval(), config, shape, num_classes, step, averages, data)
 
 
 def load_flow(ckpt: str | None, weights: str = "ema") -> nn.Module:

@@ -6,9 +6,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from training.ranks import over_ranks
 from training.validation import positive_integer
 
 # Seconds in which further signals are the same wish: the terminal and a wrapper send one each, and
@@ -66,10 +68,8 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # gradients half accumulated are not in a checkpoint
-        number = self.signal
-        if trainer.world_size > 1:  # one rank's signal stops all
-            number = trainer.strategy.reduce(float(number), reduce_op="max")
-        self.stop = int(number)
+        number = torch.tensor(self.signal, device=pl_module.device)
+        self.stop = int(over_ranks(number, "max"))  # one rank's signal stops all
         step, end = trainer.global_step, trainer.global_step == trainer.max_steps
         # At the end at once, not after the other callbacks have drawn and judged their samples.
         if self.stop or step % self.every_n_steps == 0 or end:

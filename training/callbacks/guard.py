@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from training.ranks import over_ranks
 from training.validation import positive_integer
 
 
@@ -45,7 +46,7 @@ class Guard(Callback):
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         finite = torch.isfinite(torch.stack([norm, *self.losses])).all()
         self.losses.clear()
-        if trainer.strategy.reduce(1.0 - finite.float(), reduce_op="sum") == 0:
+        if over_ranks(1.0 - finite.float(), "max") == 0:
             self.in_a_row = 0
         else:
             self.skipped += 1
