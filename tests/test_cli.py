@@ -7,8 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from tests.commands import FAST, ROOT, call, column, rows, succeed
+from training.trained import load_trained
 
 METRICS = {
     "train/loss",
@@ -82,6 +85,67 @@ def test_sample_writes_a_grid_from_a_checkpoint(runs, tmp_path, arguments):
     assert [p.name for p in tmp_path.iterdir()] == ["grid.png"]  # and nothing else
 
 
+def in_process(monkeypatch, script, *arguments):
+    """Much faster than a process of its own, where that is not what is tested."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+
+
+@pytest.fixture
+def exported(runs, tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    ckpt = runs[0] / "jvp" / "checkpoints" / "last.ckpt"
+    in_process(monkeypatch, "export.py", f"ckpt={ckpt}", f"output={path}")
+    return ckpt, path
+
+
+def test_an_exported_network_is_loaded_as_the_documentation_says(exported, monkeypatch):
+    """The block of docs/training.md, run where there is a model.safetensors."""
+    ckpt, path = exported
+    page = (ROOT / "docs" / "training.md").read_text()
+    (block,) = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert len([line for line in block.splitlines() if line and "import" not in line]) == 3
+    monkeypatch.chdir(path.parent)
+    namespace = {}
+    exec(block, namespace)
+    assert namespace["images"].shape == (10, 1, 8, 8)
+    ema, net = (load_trained(ckpt, weights).net.state_dict() for weights in ("ema", "net"))
+    for name, weight in namespace["trained"].net.state_dict().items():
+        assert torch.equal(weight, ema[name]), name
+    assert any(not torch.equal(ema[name], net[name]) for name in ema)
+
+
+def test_a_file_that_was_not_exported_is_refused(tmp_path):
+    for content, says in ((b"no", "not a readable safetensors"), (save({}), "not written by")):
+        (tmp_path / "x.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match=says):
+            load_trained(tmp_path / "x.safetensors")
+
+
+def test_evaluation_scores_every_average_at_every_nfe(exported, tmp_path, monkeypatch, capsys):
+    ckpt, path = exported
+    options = ["n=200", "nfe=[1,2]", "classifier_steps=30", f"classifier={tmp_path / 'c.pt'}"]
+    output = tmp_path / "scores.json"
+    more = [f"output={output}", "weights=[0.9999,net]"]
+    in_process(monkeypatch, "evaluate.py", f"ckpt={ckpt}", *options, *more)
+    table = capsys.readouterr().out
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["weights"], row.get("nfe")) for row in rows] == [
+        ("real, held out", None),
+        *((weights, nfe) for weights in ("0.9999", "net") for nfe in (1, 2)),
+    ]
+    for row in rows[1:]:
+        assert row["frechet_distance"] > 3 * rows[0]["frechet_distance"]  # after thirty steps
+        assert 0 <= row["precision"] <= 1
+    assert "FID" not in table
+    assert "class accuracy" in table
+    in_process(monkeypatch, "evaluate.py", f"ckpt={path}", *options, f"output={output}")
+    again = json.loads(output.read_text())["rows"]
+    assert [row | {"weights": "0.9999"} for row in again[1:]] == rows[
+        1:3
+    ]  # of the export: the same
+
+
 def test_flow_matching_trains_and_samples(tmp_path):
     arguments = ["objective=flow_matching", "trainer.max_steps=5", "sampler.nfe=4", *FAST]
     succeed("train.py", *arguments, f"hydra.run.dir={tmp_path}", cwd=tmp_path)
@@ -121,6 +185,11 @@ def test_flow_matching_trains_and_samples(tmp_path):
         ("encode_latents.py", ["data=blobs", "output=x"], "data: latents are encoded from colour"),
         ("sample.py", ["ckpt=nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
         ("sample.py", [], "ckpt"),
+        ("evaluate.py", ["ckpt=nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
+        ("evaluate.py", ["ckpt=x", "nfe=0"], "nfe must be an integer >= 1"),
+        ("evaluate.py", ["ckpt=x", "features=fid"], "features must be one of classifier"),
+        ("export.py", ["ckpt=no.safetensors"], "there is no file no.safetensors"),
+        ("export.py", ["ckpt=x", "dtype=int8"], "dtype must be one of float32"),
         ("sample.py", ["ckpt=x", "n=0"], "n must be an integer >= 1"),
     ],
     ids=lambda x: "_".join(x)[:40] if isinstance(x, list) else None,

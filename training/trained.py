@@ -29,10 +29,13 @@ class Trained(NamedTuple):
     data: dict[str, Any]  # ``Data.description`` of what it was trained on
 
 
-def load_trained(path: Path, weights: str = "ema", attention: DictConfig | None = None) -> Trained:
+def load_trained(
+    path: str | Path, weights: str = "ema", attention: DictConfig | None = None
+) -> Trained:
     """The network of a checkpoint with the weights of this name (see ``callbacks.ema.choose``), or
     of an exported file, which has one set of weights; ``attention`` replaces the one trained with.
     """
+    path = Path(path)
     if path.suffix == ".safetensors":
         meta, state = _read_exported(path)
         averages = []

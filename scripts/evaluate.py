@@ -1,0 +1,107 @@
+"""Evaluate: ``python scripts/evaluate.py ckpt=RUN/checkpoints/last.ckpt nfe=[1,2]`` prints a table
+and writes it as JSON.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from scripts.environment import environment
+from training.build import build_data
+from training.cli import one_line_errors, run
+from training.metrics.judge import Options, judge_of
+from training.samplers.generate import balanced_labels, generate
+from training.trained import load_trained
+from training.validation import integer, one_of, positive_integer
+
+TITLES = {
+    "weights": "weights",
+    "nfe": "NFE",
+    "frechet_distance": "Fréchet distance (classifier)",
+    "fid": "FID",
+    "precision": "precision",
+    "recall": "recall",
+    "accuracy": "class accuracy",
+    "energy_distance": "energy distance",
+}
+
+
+def evaluate(config: DictConfig) -> None:
+    for name in ("n", "k", "classifier_steps"):
+        positive_integer(name, config[name])
+    integer("seed", config.seed)
+    one_of("features", config.features, ("classifier", "inception"))
+    counts = [config.nfe] if isinstance(config.nfe, int) else list(config.nfe)
+    for nfe in counts:
+        positive_integer("nfe", nfe)
+    path = Path(config.ckpt)
+    trained = load_trained(path)
+    names = [str(name) for name in config.weights or trained.averages or ["ema"]]
+    data_config = config.get("data") or trained.config.data
+    data = build_data(DictConfig({"data": data_config, "seed": trained.config.seed}))
+    if data.shape != trained.shape or data.num_classes != trained.num_classes:
+        raise ValueError(
+            f"data: the network was trained on images {trained.shape} of {trained.num_classes}"
+            f" classes; this data set has {data.shape} and {data.num_classes}"
+        )
+    folder = path.resolve().parent
+    folder = (folder if path.suffix == ".safetensors" else folder.parent) / "evaluation"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    judge = judge_of(
+        data,
+        Options(
+            config.features,
+            config.n,
+            config.k,
+            Path(config.classifier or folder / "classifier.pt"),
+            config.classifier_steps,
+            config.inception,
+            device,
+        ),
+    )
+    # Real examples that nobody trained on: the best that can be reached with this many.
+    real, real_y = data.examples("held_out", config.n)
+    rows: list[dict[str, Any]] = [{"weights": "real, held out", "n": len(real)}]
+    rows[0] |= judge.scores(real, real_y)
+    y = balanced_labels(config.n, data.num_classes)
+    sampler = config.get("sampler") or trained.config.sampler
+    for name in names:
+        net = load_trained(path, name, config.get("attention")).net.to(device)
+        for nfe in counts:
+            sampler.nfe = nfe
+            x = generate(net, instantiate(sampler), y, data.shape, config.seed)
+            rows.append({"weights": name, "nfe": nfe, "n": len(x)} | judge.scores(x, y))
+
+    output = Path(config.output or folder / "scores.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    about = {"ckpt": str(path), "step": trained.step, "features": config.features, "k": config.k}
+    about |= {"seed": config.seed, "environment": environment()}
+    output.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
+    Console().print(table_of(rows))
+    print(output)
+
+
+def table_of(rows: list[dict[str, Any]]) -> Table:
+    keys = [key for key in TITLES if any(key in row for row in rows)]
+    table = Table(*(TITLES[key] for key in keys))
+    for row in rows:
+        cells = [row.get(key, "") for key in keys]
+        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells))
+    return table
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="evaluate")
+def main(config: DictConfig) -> None:
+    with one_line_errors():
+        evaluate(config)
+
+
+if __name__ == "__main__":
+    run(main)
