@@ -23,7 +23,12 @@ METRICS = {
     "train/grad_norm",
     "train/lr",
     "perf/step_ms",
+    "perf/step_ms_p10",
+    "perf/step_ms_p90",
     "perf/samples_per_s",
+    "perf/tflops",
+    "error_t/0.00-0.25",
+    "error_t/0.75-1.00",
     "sample_accuracy",
 }
 

@@ -52,9 +52,9 @@ class GenerativeModule(LightningModule):
         draws = lambda purpose: generator(*where, purpose, device=x.device)  # noqa: E731
         null_label: int = self.net.null_label  # type: ignore[assignment]
         sample = self.objective.draw(x, y, null_label, draws)
-        loss, metrics = self.step(self.net, sample)[:2]
+        loss, metrics, errors = self.step(self.net, sample)
         self._log_means({"loss": loss.detach(), **metrics})
-        return {"loss": loss, "metrics": metrics}
+        return {"loss": loss, "metrics": metrics, "errors": errors, "times": sample.t}
 
     def _log_means(self, values: dict[str, torch.Tensor]) -> None:
         """Means over the processes, in one exchange, where a row is going to be written."""

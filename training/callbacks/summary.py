@@ -21,8 +21,12 @@ ROWS = {
     "loss": "loss",
     "error": "error (unweighted)",
     "dudt_rms": "du/dt RMS",
-    "step_ms": "ms per step",
+    "step_ms": "ms per step (median)",
+    "step_ms_p10": "... 10th percentile",
+    "step_ms_p90": "... 90th percentile",
     "samples_per_s": "samples per second",
+    "tflops": "useful TFLOP/s a device",
+    "mfu": "... share of its peak (MFU)",
     "skipped": "steps skipped (not finite)",
     "sample_accuracy": "accuracy of samples (SVM)",
     "real_accuracy": "accuracy of held-out images (SVM)",
@@ -30,6 +34,17 @@ ROWS = {
     "real_energy_distance": "energy distance of other data",
     "run_dir": "written to",
 }
+
+
+FROM_THE_LOG = (
+    "perf/step_ms",
+    "perf/step_ms_p10",
+    "perf/step_ms_p90",
+    "perf/samples_per_s",
+    "perf/tflops",
+    "perf/mfu",
+    "train/skipped",
+)
 
 
 class Summary(Callback):
@@ -62,7 +77,7 @@ class Summary(Callback):
         }
         for name in self.history[-1]:
             summary[name] = float(torch.stack([terms[name] for terms in self.history]).mean())
-        for name in ("perf/step_ms", "perf/samples_per_s", "train/skipped"):
+        for name in FROM_THE_LOG:
             if name in now:
                 summary[name.split("/")[1]] = float(now[name])
         for callback in trainer.callbacks:  # type: ignore[attr-defined]

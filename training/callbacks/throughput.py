@@ -1,34 +1,85 @@
-"""Time of a training step."""
+"""Time of a training step and what is achieved in it."""
 
-import statistics
 import time
 from collections import deque
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from training.metrics.flops import peak_tflops, step_flops
+from training.validation import between, positive_integer
+
+PERCENTILES = {"step_ms_p10": 0.1, "step_ms": 0.5, "step_ms_p90": 0.9}
 
 
 class Throughput(Callback):
-    """Logs ``perf/step_ms``, the median over the last ``window`` batches, and
-    ``perf/samples_per_s``.
+    """Logs, over the last ``window`` optimizer steps:
 
-    A batch is timed from its start to the end of its optimizer step, without the other callbacks.
-    The guard reads the gradient norm in every step, so the clock has waited for the device.
+    perf/step_ms, _p10, _p90   median and percentiles of the time of a step
+    perf/samples_per_s         of all processes, at the median
+    perf/tflops                useful operations (``metrics.flops``) of one process, at the median
+    perf/mfu                   the same as a share of ``peak_tflops``
+
+    A step is timed from the start of its (first) batch to the end of the optimizer's step, without
+    the other callbacks and without waiting for data. The guard reads the gradient norm in every
+    step, so the clock has waited for the device. The first ``warmup`` steps, in which kernels are
+    compiled and tuned, are forgotten afterwards.
+
+    ``peak_tflops``: of one device; None looks it up for data-centre GPUs in half precision, and
+    where it is not known there is no perf/mfu.
     """
 
-    def __init__(self, window: int = 50) -> None:
+    def __init__(
+        self, window: int = 50, warmup: int = 10, peak_tflops: float | None = None
+    ) -> None:
+        positive_integer("callbacks.throughput.window", window)
+        between("callbacks.throughput.warmup", warmup, 0)
+        if peak_tflops is not None:
+            between("callbacks.throughput.peak_tflops", peak_tflops, 0, open_low=True)
         self.durations: deque[float] = deque(maxlen=window)
-        self.start = 0.0
+        self.warmup, self.peak, self.steps, self.start = warmup, peak_tflops, 0, 0.0
+        self.flops: int | None = None  # of a batch
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.start = time.perf_counter()
+        if self.flops is None:
+            self.flops = self._count(pl_module, *batch)
+            self.peak = self.peak or peak_tflops(pl_module.device, str(trainer.precision))
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self.start = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        batches = trainer.accumulate_grad_batches
+        if (batch_idx + 1) % batches:
+            return
+        if self.steps == self.warmup:
+            self.durations.clear()
+        self.steps += 1
         self.durations.append(time.perf_counter() - self.start)
-        seconds = statistics.median(self.durations)
-        pl_module.log("perf/step_ms", 1000 * seconds, prog_bar=True)
-        pl_module.log("perf/samples_per_s", len(batch[0]) * trainer.world_size / seconds)
+        times = torch.tensor(self.durations, dtype=torch.float64)
+        for name, share in PERCENTILES.items():
+            value = 1000 * float(times.quantile(share))
+            pl_module.log(f"perf/{name}", value, prog_bar=name == "step_ms")
+        median = float(times.quantile(0.5))
+        samples = len(batch[0]) * batches * trainer.world_size
+        pl_module.log("perf/samples_per_s", samples / median)
+        if self.flops:
+            tflops = self.flops * batches / median / 1e12
+            pl_module.log("perf/tflops", tflops)
+            if self.peak:
+                pl_module.log("perf/mfu", tflops / self.peak)
+
+    def _count(self, module: Any, x: torch.Tensor, y: torch.Tensor) -> int:
+        try:
+            return step_flops(module.net, module.objective, x, y)
+        except Exception as error:  # the counter does not know every operation; training does
+            rank_zero_warn(
+                f"perf/tflops is not logged: the operations of {type(module.objective).__name__}"
+                f" cannot be counted ({type(error).__name__}: {error})"
+            )
+            return 0

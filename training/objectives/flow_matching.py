@@ -52,6 +52,7 @@ class FlowMatching(Objective):
 
     def loss(self, net: Net, sample: FlowMatchingSample) -> Terms:
         z, v, t, y = sample
-        loss = squared_error(net(z, t, t, y), v, self.reduce).mean()
+        errors = squared_error(net(z, t, t, y), v, self.reduce)
+        loss = errors.mean()
         error = loss.detach()
-        return Terms(loss, {"error": error, "v_loss": error})
+        return Terms(loss, {"error": error, "v_loss": error}, errors.detach())

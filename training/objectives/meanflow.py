@@ -121,7 +121,7 @@ class MeanFlow(Objective):
                 "tangent_norm": tangent.flatten(1).norm(dim=1).mean(),
                 "weight": weight.mean(),
             }
-        return Terms((weight * error).mean(), metrics)
+        return Terms((weight * error).mean(), metrics, error.detach())
 
     def _equal(self, n: int) -> int:
         return round(self.equal_share * n)

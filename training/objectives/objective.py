@@ -20,6 +20,7 @@ from training.randomness import Draws
 class Terms(NamedTuple):
     loss: torch.Tensor  # (), with gradient
     metrics: dict[str, torch.Tensor]  # scalars without gradient; "error" is the unweighted error
+    errors: torch.Tensor | None = None  # (B,), of each sample, in the order of sample.t
 
 
 class Net(Protocol):

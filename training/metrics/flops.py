@@ -1,0 +1,92 @@
+"""Useful floating-point operations of a training step, the numerator of MFU."""
+
+import copy
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from training.attentions import sdpa
+from training.randomness import generator
+from training.recompute import Recomputed
+
+# Dense half-precision matrix products with float32 accumulation, 10^12 a second, as published.
+PEAKS = {"H200": 989.4, "H100 PCIe": 756.0, "H100": 989.4, "A100": 312.0}
+
+
+class _Linear(nn.Linear):
+    """Value and tangent of a linear layer in one product each.
+
+    PyTorch 2.13 multiplies the zero tangent of the weights out: three products, one of them idle.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        x, t_x = torch.autograd.forward_ad.unpack_dual(input)
+        y = functional.linear(x, self.weight, self.bias)
+        if t_x is None:
+            return y
+        return torch.autograd.forward_ad.make_dual(y, functional.linear(t_x, self.weight))
+
+
+def step_flops(net: nn.Module, objective: Any, x: torch.Tensor, y: torch.Tensor) -> int:
+    """Of the loss and its gradient on one batch of this shape: matrix products only, 2 a
+    multiply-add, attention dense, nothing recomputed, one jvp that serves value and tangent, no
+    product with the zero tangent of a weight.
+
+    It depends on network, objective and batch, not on how they are computed: the same number for
+    every attention, for the modes single and double, with and without activation checkpointing.
+    Counted by PyTorch on the meta device, where nothing is computed.
+    """
+    net, objective = _plain(net), _on_meta(objective)
+    jvp = getattr(objective, "jvp", None)
+    if jvp is not None and jvp.mode == "double":
+        objective.jvp = dataclasses.replace(jvp, mode="single")
+    x, y = torch.zeros(x.shape), torch.zeros(y.shape, dtype=torch.int64)
+    draws = functools.partial(generator, 0, 0, 0)
+    sample = objective.draw(x, y, net.null_label, draws)
+    dtype = next(net.parameters()).dtype
+    sample = tree_map_only(
+        torch.Tensor,
+        lambda tensor: tensor.to("meta", dtype if tensor.is_floating_point() else None),
+        sample,
+    )
+    with FlopCounterMode(display=False) as counter:
+        objective.loss(net, sample).loss.backward()
+    return counter.get_total_flops()
+
+
+def _on_meta(thing: Any) -> Any:
+    """A copy whose parameters and buffers have shapes only: no memory is taken."""
+    tensors = [*thing.parameters(), *thing.buffers()] if isinstance(thing, nn.Module) else []
+    empty = {id(x): torch.empty_like(x, device="meta") for x in tensors}
+    for x in tensors:
+        if isinstance(x, nn.Parameter):
+            empty[id(x)] = nn.Parameter(empty[id(x)], x.requires_grad)
+    return copy.deepcopy(thing, empty)
+
+
+def _plain(net: nn.Module) -> Any:
+    """A copy on the meta device that computes what has to be computed, and nothing twice."""
+    net = _on_meta(net)
+    for module in net.modules():
+        if isinstance(module, Recomputed):
+            module.__class__ = type(module).__bases__[1]
+        if type(module) is nn.Linear:
+            module.__class__ = _Linear
+        attention = getattr(module, "attention", None)
+        if callable(attention) and not isinstance(attention, nn.Module):
+            module.attention = sdpa  # type: ignore[assignment]
+    return net
+
+
+def peak_tflops(device: torch.device, precision: str) -> float | None:
+    """Of this GPU in half precision; None where this table does not know."""
+    if device.type != "cuda" or precision not in ("bf16-mixed", "16-mixed"):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
