@@ -54,7 +54,8 @@ class GenerativeModule(LightningModule):
         sample = self.objective.draw(x, y, null_label, draws)
         loss, metrics, errors = self.step(self.net, sample)
         self._log_means({"loss": loss.detach(), **metrics})
-        return {"loss": loss, "metrics": metrics, "errors": errors, "times": sample.t}
+        times = getattr(sample, "t", None)
+        return {"loss": loss, "metrics": metrics, "errors": errors, "times": times}
 
     def _log_means(self, values: dict[str, torch.Tensor]) -> None:
         """Means over the processes, in one exchange, where a row is going to be written."""

@@ -56,6 +56,10 @@ def test_errors_are_averaged_by_time_over_the_steps_since_the_last_row():
     for _ in range(2):  # the first two are forgotten; an empty bucket is not logged
         fake.end(buckets, {"errors": torch.tensor([9.0]), "times": torch.tensor([0.2])})
     assert fake.logged == {"error_t/0.00-0.50": 9}
+    fake.logged.clear()
+    for missing in ({"errors": None, "times": None}, {"errors": torch.ones(1), "times": None}):
+        fake.end(buckets, missing)
+    assert fake.logged == {}
 
 
 @pytest.mark.parametrize("objective", [MeanFlow(), FlowMatching()], ids=["mf", "fm"])

@@ -18,7 +18,7 @@ class TimeBuckets(Callback):
         number: of equal intervals of [0, end]; a time beyond ``end`` counts in the last one.
         end: the largest time, 1 on the linear path.
 
-    An objective that does not give its errors sample by sample has none of these.
+    An objective that does not give its errors and times sample by sample has none of these.
     """
 
     def __init__(self, number: int = 4, end: float = 1.0) -> None:
@@ -33,7 +33,7 @@ class TimeBuckets(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         errors, t = outputs["errors"], outputs["times"]
-        if errors is None:
+        if errors is None or t is None:
             return
         if self.sums is None:
             self.sums = torch.zeros(2, self.number, device=errors.device)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,9 +41,10 @@ def step_flops(net: nn.Module, objective: Any, x: torch.Tensor, y: torch.Tensor)
 
     It depends on network, objective and batch, not on how they are computed: the same number for
     every attention, for the modes single and double, with and without activation checkpointing.
-    Counted by PyTorch on the meta device, where nothing is computed.
+    Counted by PyTorch on fake tensors, with which nothing is computed.
     """
-    net, objective = _plain(net), _on_meta(objective)
+    mode = FakeTensorMode()
+    net, objective = _plain(net, mode), _fake(objective, mode)
     jvp = getattr(objective, "jvp", None)
     if jvp is not None and jvp.mode == "double":
         objective.jvp = dataclasses.replace(jvp, mode="single")
@@ -52,27 +54,29 @@ def step_flops(net: nn.Module, objective: Any, x: torch.Tensor, y: torch.Tensor)
     dtype = next(net.parameters()).dtype
     sample = tree_map_only(
         torch.Tensor,
-        lambda tensor: tensor.to("meta", dtype if tensor.is_floating_point() else None),
+        lambda x: mode.from_tensor(x.to(dtype) if x.is_floating_point() else x),
         sample,
     )
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, mode:
         objective.loss(net, sample).loss.backward()
     return counter.get_total_flops()
 
 
-def _on_meta(thing: Any) -> Any:
-    """A copy whose parameters and buffers have shapes only: no memory is taken."""
+def _fake(thing: Any, mode: FakeTensorMode) -> Any:
+    """A copy whose parameters and buffers are shapes on the CPU: no memory is taken."""
     tensors = [*thing.parameters(), *thing.buffers()] if isinstance(thing, nn.Module) else []
-    empty = {id(x): torch.empty_like(x, device="meta") for x in tensors}
+    fakes = {}
     for x in tensors:
-        if isinstance(x, nn.Parameter):
-            empty[id(x)] = nn.Parameter(empty[id(x)], x.requires_grad)
-    return copy.deepcopy(thing, empty)
+        with mode:
+            fake = torch.empty(x.shape, dtype=x.dtype)
+        is_parameter = isinstance(x, nn.Parameter)
+        fakes[id(x)] = nn.Parameter(fake, x.requires_grad) if is_parameter else fake
+    return copy.deepcopy(thing, fakes)
 
 
-def _plain(net: nn.Module) -> Any:
-    """A copy on the meta device that computes what has to be computed, and nothing twice."""
-    net = _on_meta(net)
+def _plain(net: nn.Module, mode: FakeTensorMode) -> Any:
+    """A copy without memory that computes what has to be computed, and nothing twice."""
+    net = _fake(net, mode)
     for module in net.modules():
         if isinstance(module, Recomputed):
             module.__class__ = type(module).__bases__[1]
