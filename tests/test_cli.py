@@ -41,7 +41,11 @@ def runs(tmp_path_factory):
     for attention in ("jvp", "sdpa", "reference"):
         arguments = ["trainer=cpu", "trainer.max_steps=30", "trainer.log_every_n_steps=1"]
         arguments += ["logger=wandb_offline" if attention == "jvp" else "logger=csv"]
-        arguments += [f"attention={attention}", f"hydra.run.dir={folder / attention}"]
+        arguments += [
+            "callbacks.accuracy.n=100",
+            f"attention={attention}",
+            f"hydra.run.dir={folder / attention}",
+        ]
         outputs[attention] = succeed("train.py", *arguments, cwd=folder).stdout
     return folder, outputs
 
@@ -153,10 +157,13 @@ def test_evaluation_scores_every_average_at_every_nfe(exported, tmp_path, monkey
 
 def test_flow_matching_trains_and_samples(tmp_path):
     arguments = ["objective=flow_matching", "trainer.max_steps=5", "sampler.nfe=4", *FAST]
+    arguments += ["callbacks.accuracy.n=50", "callbacks.ema=null"]
     succeed("train.py", *arguments, f"hydra.run.dir={tmp_path}", cwd=tmp_path)
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 5
     assert column(tmp_path, "step") == [4, 5]  # the last step, and the accuracy after it
     assert all(error > 0 for error in column(tmp_path, "train/error"))
+    trained = load_trained(tmp_path / "checkpoints" / "last.ckpt")  # without averages: as trained
+    assert trained.averages == []
 
 
 @pytest.mark.parametrize(

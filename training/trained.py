@@ -25,7 +25,7 @@ class Trained(NamedTuple):
     shape: tuple[int, int, int]  # (C, H, W) of an image
     num_classes: int
     step: int
-    averages: list[str]  # names of the averages that the file holds
+    averages: list[str]  # names of the averages (or of the exported weights) that the file holds
     data: dict[str, Any]  # ``Data.description`` of what it was trained on
 
 
@@ -38,7 +38,7 @@ def load_trained(
     path = Path(path)
     if path.suffix == ".safetensors":
         meta, state = _read_exported(path)
-        averages = []
+        averages = [meta["weights"]]
         if weights not in ("ema", meta["weights"]):
             raise ValueError(f"weights: {path} holds {meta['weights']} only; got {weights!r}")
     else:
