@@ -88,6 +88,22 @@ def test_a_resumed_run_continues_exactly_with_its_teacher_and_schedule(tmp_path,
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(b[key])), key
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_errors_and_times_are_given_sample_by_sample(batch, draws, name):
+    net, objective = (
+        DiT(sdpa, image_size=8, channels=1, num_classes=10, **MODEL),
+        OBJECTIVES[name](),
+    )
+    objective.attach(net)
+    for steps in (0, 100):  # of a schedule
+        objective.steps = steps
+        sample = objective.draw(*batch, net.null_label, draws)
+        _, metrics, errors = objective.loss(net, sample)
+        assert errors.shape == sample.t.shape == batch[1].shape
+        assert not errors.requires_grad
+        torch.testing.assert_close(errors.mean(), metrics["error"])
+
+
 @pytest.mark.parametrize("name", ["tvm", "shortcut"])
 def test_a_teacher_follows_once_a_step_and_is_not_trained(tmp_path, name):
     _, module = train(tmp_path, OBJECTIVES[name](), 4, accumulate_grad_batches=2)

@@ -29,6 +29,10 @@ class AlphaFlowSample(NamedTuple):
     alpha: torch.Tensor  # ()
     discrete: bool  # α > 0
 
+    @property
+    def t(self) -> torch.Tensor:
+        return self.pair.t
+
 
 class AlphaFlow(MeanFlow, ScheduledObjective):
     """The α-Flow objective.
@@ -100,8 +104,8 @@ class AlphaFlow(MeanFlow, ScheduledObjective):
     def loss(self, net: Net, sample: AlphaFlowSample) -> Terms:
         pair, alpha, discrete = sample
         if not discrete:
-            loss, metrics = super().loss(net, pair)
-            return Terms(loss, metrics | {"alpha": alpha})
+            terms = super().loss(net, pair)
+            return terms._replace(metrics=terms.metrics | {"alpha": alpha})
         z, _, t, r, y, *_ = pair
         n = self._equal(len(z))
         v_g = self._guided_velocity(net, pair)
@@ -121,4 +125,4 @@ class AlphaFlow(MeanFlow, ScheduledObjective):
                 "weight": weight.mean(),
                 "alpha": alpha,
             }
-        return Terms((weight * error).mean(), metrics)
+        return Terms((weight * error).mean(), metrics, error.detach())

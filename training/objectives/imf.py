@@ -126,7 +126,8 @@ class IMF(Objective):
                 "tangent_norm": step.flatten(1).norm(dim=1).mean(),
                 "weight": weight.mean(),
             }
-        return Terms((weight * error + head_weight * head_error).mean(), metrics)
+        loss = (weight * error + head_weight * head_error).mean()
+        return Terms(loss, metrics, error.detach())
 
     def _equal(self, n: int) -> int:
         return round(self.equal_share * n)

@@ -133,7 +133,7 @@ class SCM(ScheduledObjective):
                 "tangent_norm": g.flatten(1).norm(dim=1).mean(),
                 "weight": weight.mean(),
             }
-        return Terms(loss, metrics)
+        return Terms(loss, metrics, error)
 
     @torch.no_grad()
     def _velocity(self, sample: SCMSample) -> torch.Tensor:

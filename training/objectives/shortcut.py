@@ -101,7 +101,7 @@ class Shortcut(Objective):
                 "v_loss": squared_error(prediction, v, self.reduce).mean(),
                 "consistency_error": error[:n].mean() if n else error.new_zeros(()),
             }
-        return Terms(error.mean(), metrics)
+        return Terms(error.mean(), metrics, error.detach())
 
     def _jumps(self, n: int) -> int:
         return round(self.consistency_share * n)

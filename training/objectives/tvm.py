@@ -106,15 +106,16 @@ class TVM(Objective):
         terminal = squared_error(u + step * duds, teacher(arrival, s, s, y), self.reduce)
         prediction = net(z_flow, s_flow, s_flow, y)
         flow = squared_error(prediction, self._guided_velocity(sample), self.reduce)
+        errors = terminal + flow  # (B,)
         with torch.no_grad():
             metrics = {
-                "error": (terminal + flow).mean(),
+                "error": errors.mean(),
                 "terminal_error": terminal.mean(),
                 "v_loss": squared_error(prediction, v, self.reduce).mean(),
                 "dudt_rms": duds.square().mean().sqrt(),
                 "tangent_norm": (step * duds).flatten(1).norm(dim=1).mean(),
             }
-        return Terms((terminal + flow).mean() / self.omega**2, metrics)
+        return Terms(errors.mean() / self.omega**2, metrics, errors.detach())
 
     @torch.no_grad()
     def _guided_velocity(self, sample: TVMSample) -> torch.Tensor:
