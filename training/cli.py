@@ -26,7 +26,12 @@ USER_ERRORS = (
     OmegaConfBaseException,
     Diverged,
 )
-NOISE = ("does not have many workers", "before the epoch ended", r"isinstance\(treespec")
+NOISE = (
+    "does not have many workers",
+    "before the epoch ended",
+    r"isinstance\(treespec",
+    "in eval mode at the start",  # an objective's teacher
+)
 FULL = "HYDRA_FULL_ERROR"
 TRACEBACKS = os.environ.get(FULL) == "1"  # the user wants to see where errors come from
 

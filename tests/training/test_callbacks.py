@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from jvp_flash_attention import attention as jvp_attention
 from training.attentions import sdpa
@@ -17,6 +18,7 @@ from training.metrics.flops import step_flops
 from training.models.dit import DiT
 from training.objectives.flow_matching import FlowMatching
 from training.objectives.meanflow import MeanFlow
+from training.objectives.scm import SCM
 from training.objectives.tangents import Jvp
 from training.recompute import recompute_blocks
 
@@ -138,6 +140,19 @@ def test_useful_operations_do_not_depend_on_how_they_are_computed():
     assert flops(MeanFlow(equal_share=1.0)) == flops(FlowMatching())
     ratio = flops(MeanFlow(equal_share=0.0)) / flops(FlowMatching())
     assert 4 / 3 < ratio < 1.5  # a tangent is one forward more, in the attention two
+
+
+@pytest.mark.parametrize("attention", [sdpa, jvp_attention])
+def test_the_forward_of_a_teacher_is_useful_too(attention):
+    teacher = DiT(attention, image_size=8, channels=1, num_classes=10, width=64, depth=1).eval()
+    student = SCM(learned_variance=False, teacher=lambda: teacher)
+    student.start(torch.device("cpu"))
+    x, t = torch.zeros(8, 1, 8, 8), torch.zeros(8)
+    teacher.blocks[0].attention.attention = sdpa
+    with torch.no_grad(), FlopCounterMode(display=False) as forward:
+        teacher(x, t, t, t.long())
+    teacher.blocks[0].attention.attention = attention
+    assert flops(student) == flops(SCM(learned_variance=False)) + forward.get_total_flops()
 
 
 def test_an_objective_that_cannot_be_counted_trains_on(tiny):

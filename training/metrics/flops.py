@@ -44,7 +44,7 @@ def step_flops(net: nn.Module, objective: Any, x: torch.Tensor, y: torch.Tensor)
     Counted by PyTorch on fake tensors, with which nothing is computed.
     """
     mode = FakeTensorMode()
-    net, objective = _plain(net, mode), _fake(objective, mode)
+    net, objective = _plain(net, mode), _plain(objective, mode)
     jvp = getattr(objective, "jvp", None)
     if jvp is not None and jvp.mode == "double":
         objective.jvp = dataclasses.replace(jvp, mode="single")
@@ -62,11 +62,18 @@ def step_flops(net: nn.Module, objective: Any, x: torch.Tensor, y: torch.Tensor)
     return counter.get_total_flops()
 
 
-def _fake(thing: Any, mode: FakeTensorMode) -> Any:
+def _modules(thing: nn.Module) -> list[nn.Module]:
+    """All that are part of it, also teachers in a list, which are no part of its state."""
+    lists = [value for value in vars(thing).values() if isinstance(value, list)]
+    teachers = [part for parts in lists for part in parts if isinstance(part, nn.Module)]
+    return [*thing.modules(), *(module for teacher in teachers for module in teacher.modules())]
+
+
+def _fake(thing: nn.Module, mode: FakeTensorMode) -> Any:
     """A copy whose parameters and buffers are shapes on the CPU: no memory is taken."""
-    tensors = [*thing.parameters(), *thing.buffers()] if isinstance(thing, nn.Module) else []
     fakes = {}
-    for x in tensors:
+    whole = nn.ModuleList(_modules(thing))
+    for x in (*whole.parameters(), *whole.buffers()):
         with mode:
             fake = torch.empty(x.shape, dtype=x.dtype)
         is_parameter = isinstance(x, nn.Parameter)
@@ -74,10 +81,10 @@ def _fake(thing: Any, mode: FakeTensorMode) -> Any:
     return copy.deepcopy(thing, fakes)
 
 
-def _plain(net: nn.Module, mode: FakeTensorMode) -> Any:
+def _plain(thing: nn.Module, mode: FakeTensorMode) -> Any:
     """A copy without memory that computes what has to be computed, and nothing twice."""
-    net = _fake(net, mode)
-    for module in net.modules():
+    thing = _fake(thing, mode)
+    for module in _modules(thing):
         if isinstance(module, Recomputed):
             module.__class__ = type(module).__bases__[1]
         if type(module) is nn.Linear:
@@ -85,7 +92,7 @@ def _plain(net: nn.Module, mode: FakeTensorMode) -> Any:
         attention = getattr(module, "attention", None)
         if callable(attention) and not isinstance(attention, nn.Module):
             module.attention = sdpa  # type: ignore[assignment]
-    return net
+    return thing
 
 
 def peak_tflops(device: torch.device, precision: str) -> float | None:
