@@ -13,16 +13,15 @@ import json
 from pathlib import Path
 
 import torch
-from eight_gaussians import energy_distance
-from environment import environment
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from training.build import build_data, build_module
-from training.callbacks.ema import with_weights
-from training.checkpoints import load_checkpoint, load_weights
+from scripts.environment import environment
+from training.build import build_data
+from training.metrics.energy import energy_distance
 from training.metrics.svm import SVM
 from training.samplers.generate import balanced_labels, generate
+from training.trained import load_trained
 
 N = 1000
 
@@ -34,24 +33,17 @@ def name(config: DictConfig) -> str:
 
 
 def row(run: Path) -> dict:
-    path, summary = (
-        run / "checkpoints" / "last.ckpt",
-        json.loads((run / "summary.json").read_text()),
-    )
-    checkpoint = load_checkpoint(path)
-    config = DictConfig(checkpoint["config"])
-    data = build_data(config)
-    module = build_module(config, data)
-    load_weights(module, checkpoint, path)
-    net = with_weights(module.net, checkpoint["ema"]["average"])
+    summary = json.loads((run / "summary.json").read_text())
+    trained = load_trained(run / "checkpoints" / "last.ckpt")
+    config, data = trained.config, build_data(trained.config)
     svm, y = SVM(*data.train), balanced_labels(N, data.num_classes)
-    real = data.train[0].flatten(1)
+    real = data.train[0]
     accuracy, distance = {}, {}
     for nfe in sorted({1, 2, 4, config.sampler.nfe}):
         sampler = instantiate(config.sampler, nfe=nfe)
-        images = generate(net, sampler, y, data.shape, config.seed + 1)
+        images = generate(trained.net, sampler, y, data.shape, config.seed + 1)
         accuracy[str(nfe)] = round(svm.accuracy(images, y), 4)
-        distance[str(nfe)] = round(energy_distance(images.clamp(-1, 1).flatten(1), real), 4)
+        distance[str(nfe)] = round(energy_distance(images.clamp(-1, 1), real), 4)
     return {
         "objective": name(config),
         "steps": summary["steps"],
@@ -59,7 +51,7 @@ def row(run: Path) -> dict:
         "step_ms": round(summary["step_ms"], 1),
         "error": round(summary["error"], 4),
         "real_accuracy": round(summary["real_accuracy"], 4),
-        "real_distance": round(energy_distance(data.held_out[0].flatten(1), real), 4),
+        "real_distance": round(energy_distance(data.held_out[0], real), 4),
         "sample_accuracy": accuracy,
         "energy_distance": distance,
     }

@@ -17,10 +17,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from environment import environment
 from torch import nn
 
+from scripts.environment import environment
 from training.callbacks.ema import with_weights
+from training.metrics.energy import energy_distance
 from training.objectives.alphaflow import AlphaFlow
 from training.objectives.flow_matching import FlowMatching
 from training.objectives.meanflow import MeanFlow
@@ -70,12 +71,6 @@ def data(n: int, seed: int, step: int) -> torch.Tensor:
     angle = torch.randint(8, (n,), generator=g) * (math.pi / 4)
     centre = RADIUS * torch.stack([angle.cos(), angle.sin()], dim=1)
     return centre + STD * torch.randn(n, 2, generator=g)
-
-
-def energy_distance(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Unbiased: pairs of a point with itself are left out."""
-    within = lambda a: torch.cdist(a, a).sum() / (len(a) * (len(a) - 1))  # noqa: E731
-    return float(2 * torch.cdist(x, y).mean() - within(x) - within(y))
 
 
 def train(objective: Objective, steps: int, batch: int, seed: int) -> nn.Module:
