@@ -1,10 +1,14 @@
-"""Scripts run as users run them: each in a process of its own."""
+"""Scripts run as users run them, each in a process of its own, or here, which is faster."""
 
 import csv
+import io
 import os
+import runpy
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).parents[1]
 # One thread: OpenMP's waiting threads must not fight with whatever else the machine does.
@@ -31,6 +35,14 @@ def succeed(script, *arguments, cwd):
     result = call(script, *arguments, cwd=cwd)
     assert result.returncode == 0, result.stderr
     return result
+
+
+def in_process(script, *arguments):
+    """What the script prints, where the process is not what is tested."""
+    path, printed = ROOT / "scripts" / script, io.StringIO()
+    with mock.patch.object(sys, "argv", [script, *map(str, arguments)]), redirect_stdout(printed):
+        runpy.run_path(str(path), run_name="__main__")
+    return printed.getvalue()
 
 
 def rows(run):

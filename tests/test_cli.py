@@ -2,15 +2,12 @@
 
 import json
 import re
-import runpy
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import save
 
-from tests.commands import FAST, ROOT, call, column, rows, succeed
+from tests.commands import FAST, ROOT, call, column, in_process, rows, succeed
 from training.trained import load_trained
 
 METRICS = {
@@ -46,7 +43,10 @@ def runs(tmp_path_factory):
             f"attention={attention}",
             f"hydra.run.dir={folder / attention}",
         ]
-        outputs[attention] = succeed("train.py", *arguments, cwd=folder).stdout
+        if attention == "jvp":
+            outputs[attention] = succeed("train.py", *arguments, cwd=folder).stdout
+        else:
+            outputs[attention] = in_process("train.py", *arguments)
     return folder, outputs
 
 
@@ -84,27 +84,26 @@ def test_the_first_twenty_losses_agree_with_sdpa(runs, attention, name):
 @pytest.mark.parametrize(
     "arguments", [["nfe=1", "n=64"], ["nfe=2", "n=5", "label=3", "weights=net"]]
 )
-def test_sample_writes_a_grid_from_a_checkpoint(runs, tmp_path, arguments):
+def test_sample_writes_a_grid_from_a_checkpoint(runs, tmp_path, monkeypatch, arguments):
     folder, _ = runs
     path = tmp_path / "grid.png"
     ckpt = folder / "jvp" / "checkpoints" / "last.ckpt"
-    result = succeed("sample.py", f"ckpt={ckpt}", f"output={path}", *arguments, cwd=tmp_path)
-    assert result.stdout.strip() == str(path)
+    arguments = [f"ckpt={ckpt}", f"output={path}", *arguments]
+    monkeypatch.chdir(tmp_path)
+    if "nfe=1" in arguments:
+        printed = succeed("sample.py", *arguments, cwd=tmp_path).stdout
+    else:
+        printed = in_process("sample.py", *arguments)
+    assert printed.strip() == str(path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in tmp_path.iterdir()] == ["grid.png"]  # and nothing else
 
 
-def in_process(monkeypatch, script, *arguments):
-    """Much faster than a process of its own, where that is not what is tested."""
-    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-    runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
-
-
 @pytest.fixture
-def exported(runs, tmp_path, monkeypatch):
+def exported(runs, tmp_path):
     path = tmp_path / "model.safetensors"
     ckpt = runs[0] / "jvp" / "checkpoints" / "last.ckpt"
-    in_process(monkeypatch, "export.py", f"ckpt={ckpt}", f"output={path}")
+    in_process("export.py", f"ckpt={ckpt}", f"output={path}")
     return ckpt, path
 
 
@@ -131,13 +130,12 @@ def test_a_file_that_was_not_exported_is_refused(tmp_path):
             load_trained(tmp_path / "x.safetensors")
 
 
-def test_evaluation_scores_every_average_at_every_nfe(exported, tmp_path, monkeypatch, capsys):
+def test_evaluation_scores_every_average_at_every_nfe(exported, tmp_path):
     ckpt, path = exported
     options = ["n=200", "nfe=[1,2]", "classifier_steps=30", f"classifier={tmp_path / 'c.pt'}"]
     output = tmp_path / "scores.json"
     more = [f"output={output}", "weights=[0.9999,net]"]
-    in_process(monkeypatch, "evaluate.py", f"ckpt={ckpt}", *options, *more)
-    table = capsys.readouterr().out
+    table = in_process("evaluate.py", f"ckpt={ckpt}", *options, *more)
     rows = json.loads(output.read_text())["rows"]
     assert [(row["weights"], row.get("nfe")) for row in rows] == [
         ("real, held out", None),
@@ -148,22 +146,45 @@ def test_evaluation_scores_every_average_at_every_nfe(exported, tmp_path, monkey
         assert 0 <= row["precision"] <= 1
     assert "FID" not in table
     assert "class accuracy" in table
-    in_process(monkeypatch, "evaluate.py", f"ckpt={path}", *options, f"output={output}")
+    in_process("evaluate.py", f"ckpt={path}", *options, f"output={output}")
     again = json.loads(output.read_text())["rows"]
-    assert [row | {"weights": "0.9999"} for row in again[1:]] == rows[
-        1:3
-    ]  # of the export: the same
+    # Of the export: the same.
+    assert [row | {"weights": "0.9999"} for row in again[1:]] == rows[1:3]
 
 
 def test_flow_matching_trains_and_samples(tmp_path):
     arguments = ["objective=flow_matching", "trainer.max_steps=5", "sampler.nfe=4", *FAST]
     arguments += ["callbacks.accuracy.n=50", "callbacks.ema=null"]
-    succeed("train.py", *arguments, f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    in_process("train.py", *arguments, f"hydra.run.dir={tmp_path}")
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 5
     assert column(tmp_path, "step") == [4, 5]  # the last step, and the accuracy after it
     assert all(error > 0 for error in column(tmp_path, "train/error"))
     trained = load_trained(tmp_path / "checkpoints" / "last.ckpt")  # without averages: as trained
     assert trained.averages == []
+
+
+@pytest.mark.parametrize("objective", ["imf", "tvm", "scd"])
+def test_an_objective_goes_on_and_is_exported_evaluated_and_sampled(tmp_path, objective):
+    """What it keeps, a second head or a teacher, is no hindrance."""
+    fast = [*FAST, "callbacks.accuracy.n=20"]
+    options, run = [f"objective={objective}"], tmp_path / objective
+    if objective == "scd":
+        more = ["objective=flow_matching", "trainer.max_steps=2", f"hydra.run.dir={tmp_path}"]
+        in_process("train.py", *fast, *more)
+        options += [f"objective.teacher.ckpt={tmp_path / 'checkpoints' / 'last.ckpt'}"]
+    for steps in (2, 3):
+        more = [f"trainer.max_steps={steps}", "ckpt_path=auto", f"hydra.run.dir={run}"]
+        in_process("train.py", *fast, *options, *more)
+    assert column(run, "step") == [1, 2, 3]  # each last step, and the samples at the end
+    if objective == "scd":
+        (tmp_path / "checkpoints").rename(tmp_path / "gone")  # no teacher is needed any more
+    ckpt = f"ckpt={run / 'checkpoints' / 'last.ckpt'}"
+    scores = ["n=80", "nfe=1", "classifier_steps=2", f"output={run / 'scores.json'}"]
+    in_process("evaluate.py", ckpt, *scores)
+    in_process("export.py", ckpt, f"output={run / 'model.safetensors'}")
+    for path in ("checkpoints/last.ckpt", "model.safetensors"):
+        in_process("sample.py", f"ckpt={run / path}", "n=10", f"output={run / 'grid.png'}")
+    assert (run / "grid.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -190,6 +211,10 @@ def test_flow_matching_trains_and_samples(tmp_path):
         ("train.py", ["ckpt_path=nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
         ("train.py", ["optimizer.lr=0"], "optimizer.lr must be > 0"),
         ("train.py", ["optimizer.lr=1e38", *FAST], "not finite (NaN or infinite) for 10 steps"),
+        # An infinite error of weight 0 has a gradient of exactly 0: the run must not succeed.
+        ("train.py", ["optimizer.lr=1e30", *FAST], "the loss or its gradient was not finite"),
+        ("train.py", ["compile=true", "objective.jvp.mode=double"], "use objective.jvp.mode=singl"),
+        ("train.py", ["objective=scd", *FAST], "objective.teacher.ckpt must name the checkpoint"),
         ("train.py", ["data=image_folder"], "data.path"),
         ("train.py", ["data=image_folder", "data.path=no"], "data.path: there is no directory no"),
         ("train.py", ["data=fashion_mnist", "data.path=no"], "there is no train-images-idx3-ubyte"),
@@ -210,10 +235,9 @@ def test_a_mistake_gives_one_line_and_exit_code_1(
     tmp_path, monkeypatch, capfd, script, arguments, says
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [script, *arguments])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+        in_process(script, *arguments)
     lines = capfd.readouterr().err.strip().splitlines()
     assert stopped.value.code == 1
     assert len(lines) == 1, lines
@@ -234,14 +258,11 @@ def test_an_unreadable_image_ends_a_run_with_one_line_that_names_it(tmp_path):
 
 
 @pytest.mark.parametrize("data", ["eight_gaussians", "blobs", "gaussian"])
-def test_distributions_train_and_are_judged(tmp_path, monkeypatch, capsys, data):
+def test_distributions_train_and_are_judged(tmp_path, data):
     arguments = [f"data={data}", "trainer.max_steps=2", "callbacks.accuracy.n=100"]
     arguments += ["model.patch=1"] if data == "eight_gaussians" else []
     arguments += ["data.tokens=64"] if data == "blobs" else []
-    monkeypatch.setattr(
-        sys, "argv", ["train.py", *FAST, *arguments, f"hydra.run.dir={tmp_path / 'run'}"]
-    )
-    runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
+    in_process("train.py", *FAST, *arguments, f"hydra.run.dir={tmp_path / 'run'}")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     if data == "blobs":
         assert summary["real_accuracy"] > 0.5
@@ -250,20 +271,19 @@ def test_distributions_train_and_are_judged(tmp_path, monkeypatch, capsys, data)
     assert list((tmp_path / "run" / "samples").glob("*.png"))
 
 
-def test_a_run_that_has_made_its_steps_says_so(runs, monkeypatch, capsys):
+def test_a_run_that_has_made_its_steps_says_so(runs):
     run = runs[0] / "reference"
     written = (run / "metrics.csv").read_text()
     arguments = ["trainer=cpu", "trainer.max_steps=30", "ckpt_path=last", f"hydra.run.dir={run}"]
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
-    assert "has made 30 steps; raise trainer.max_steps to go on" in capsys.readouterr().out
+    says = "has made 30 steps; raise trainer.max_steps to go on"
+    assert says in in_process("train.py", *arguments)
     assert (run / "metrics.csv").read_text() == written
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
 def test_other_precisions_train_and_draw(tmp_path, precision):
     arguments = ["trainer.max_steps=3", f"trainer.precision={precision}", "callbacks.accuracy.n=20"]
-    succeed("train.py", *FAST, *arguments, f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    in_process("train.py", *FAST, *arguments, f"hydra.run.dir={tmp_path}")
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 3
 
 
@@ -272,21 +292,3 @@ def test_a_mistake_in_a_process_of_its_own_gives_one_line_too(tmp_path):
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.startswith("error: ")
     assert len(result.stderr.splitlines()) == 1
-
-
-def test_an_infinite_error_of_weight_zero_ends_the_run(tmp_path):
-    """Its gradient is exactly 0 and finite; the run must not count as a success."""
-    command = [sys.executable, "scripts/train.py", "attention=sdpa", "trainer.max_steps=40"]
-    more = ["optimizer.lr=1e30", "logger=csv", f"hydra.run.dir={tmp_path}"]
-    done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "the loss or its gradient was not finite" in done.stderr
-
-
-def test_compiling_the_double_mode_says_what_to_do(tmp_path):
-    command = [sys.executable, "scripts/train.py", "compile=true", "objective.jvp.mode=double"]
-    done = subprocess.run(
-        [*command, f"hydra.run.dir={tmp_path}"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    assert "use objective.jvp.mode=single or compile=false" in done.stderr

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from tests.commands import ENVIRONMENT, FAST, column, command, rows, succeed
+from tests.commands import ENVIRONMENT, FAST, column, command, in_process, rows, succeed
 from training.checkpoints import load_checkpoint
 
 EXACT = ("train/loss", "train/error", "train/v_loss", "train/grad_norm", "train/lr")
@@ -48,7 +48,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
 
     end = f"trainer.max_steps={len(rows(killed)) + 5}"
     succeed("train.py", *ENDLESS, end, "ckpt_path=auto", f"hydra.run.dir={killed}", cwd=tmp_path)
-    succeed("train.py", *ENDLESS, end, f"hydra.run.dir={whole}", cwd=tmp_path)
+    in_process("train.py", *ENDLESS, end, f"hydra.run.dir={whole}")
     assert column(killed, "step") == column(whole, "step") == list(range(len(rows(whole))))
     for name in EXACT:
         assert column(killed, name) == column(whole, name), name
@@ -73,5 +73,5 @@ def test_an_interrupted_run_leaves_a_checkpoint_that_resumes(tmp_path, numbers):
     assert len(stderr.strip().splitlines()) == 1
     step = int(stderr.split()[3].rstrip(";"))
     end = [f"trainer.max_steps={step + 2}", "ckpt_path=last", f"hydra.run.dir={tmp_path}"]
-    succeed("train.py", *ENDLESS, *end, cwd=tmp_path)
+    in_process("train.py", *ENDLESS, *end)
     assert column(tmp_path, "step") == list(range(step + 2))
