@@ -172,6 +172,7 @@ def test_an_objective_goes_on_and_is_exported_evaluated_and_sampled(tmp_path, ob
         more = ["objective=flow_matching", "trainer.max_steps=2", f"hydra.run.dir={tmp_path}"]
         in_process("train.py", *fast, *more)
         options += [f"objective.teacher.ckpt={tmp_path / 'checkpoints' / 'last.ckpt'}"]
+        options += ["trainer.precision=64-true"]  # another one than the teacher's
     for steps in (2, 3):
         more = [f"trainer.max_steps={steps}", "ckpt_path=auto", f"hydra.run.dir={run}"]
         in_process("train.py", *fast, *options, *more)

@@ -41,7 +41,7 @@ class GenerativeModule(LightningModule):
         self.step = torch.compile(objective.loss, fullgraph=True) if compile else objective.loss
 
     def on_fit_start(self) -> None:
-        self.objective.start(self.device)
+        self.objective.start(next(self.net.parameters()))
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> dict:
         x, y = batch

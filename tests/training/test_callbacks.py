@@ -146,7 +146,7 @@ def test_useful_operations_do_not_depend_on_how_they_are_computed():
 def test_the_forward_of_a_teacher_is_useful_too(attention):
     teacher = DiT(attention, image_size=8, channels=1, num_classes=10, width=64, depth=1).eval()
     student = SCM(learned_variance=False, teacher=lambda: teacher)
-    student.start(torch.device("cpu"))
+    student.start(torch.zeros(()))
     x, t = torch.zeros(8, 1, 8, 8), torch.zeros(8)
     teacher.blocks[0].attention.attention = sdpa
     with torch.no_grad(), FlopCounterMode(display=False) as forward:

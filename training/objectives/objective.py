@@ -33,8 +33,10 @@ class Objective(nn.Module):
     def attach(self, net: nn.Module) -> None:
         """Called once, with the network at its initialisation."""
 
-    def start(self, device: torch.device) -> None:
-        """Called when training starts (or resumes), not when a checkpoint is only sampled from."""
+    def start(self, weight: torch.Tensor) -> None:
+        """Called when training starts (or resumes), not when a checkpoint is only sampled from;
+        ``weight`` is one of the network's, on its device and in its precision.
+        """
 
     def draw(self, x: torch.Tensor, y: torch.Tensor, null_label: int, draws: Draws) -> Any:
         """The noisy batch of images x (B, C, H, W) and labels y (B,)."""

@@ -92,9 +92,9 @@ class SCM(ScheduledObjective):
         self.prior_weight, self.learned_variance = prior_weight, learned_variance
         self.label_dropout = label_dropout
 
-    def start(self, device: torch.device) -> None:
+    def start(self, weight: torch.Tensor) -> None:
         if self.load_teacher is not None:
-            self.teacher = [self.load_teacher().to(device).eval().requires_grad_(False)]
+            self.teacher = [self.load_teacher().to(weight).eval().requires_grad_(False)]
 
     def draw(self, x: torch.Tensor, y: torch.Tensor, null_label: int, draws: Draws) -> SCMSample:
         t = draw_angles(len(x), self.time_mean, self.time_std, self.sigma_data, draws("times"))
@@ -141,7 +141,7 @@ class SCM(ScheduledObjective):
         if self.load_teacher is None:
             return sample.dxdt
         if not self.teacher:
-            raise RuntimeError("distillation needs its teacher: call objective.start(device) first")
+            raise RuntimeError("distillation needs its teacher: call objective.start(weight) first")
         (teacher,) = self.teacher
 
         def velocity(z: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
