@@ -4,7 +4,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, _unwrap_for_grad, _wrap_for_grad
+from torch._C._functorch import TransformType
 from torch._functorch import eager_transforms
 from torch._functorch.pyfunctorch import (
     FuncTorchInterpreter,
@@ -248,11 +248,7 @@ def _below(transform: FuncTorchInterpreter | None, attend, *args) -> tuple[Tenso
         return attend(*args)
     if any(isinstance(x, Tensor) and x.requires_grad for x in args):
         return attend(*args)
-    level = transform.level()
-    inner = [_unwrap_for_grad(x, level) if isinstance(x, Tensor) else x for x in args]
-    with transform.lower():
-        outputs = attend(*inner)
-    return tuple(_wrap_for_grad(x, level) for x in outputs)
+    return autograd.below(transform, attend, *args)
 
 
 def _is_jvp(transform: FuncTorchInterpreter) -> bool:

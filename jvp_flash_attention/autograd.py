@@ -20,7 +20,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, _unwrap_for_grad, _wrap_for_grad
 from torch._functorch import eager_transforms
+from torch._functorch.pyfunctorch import (
+    FuncTorchInterpreter,
+    retrieve_current_functorch_interpreter,
+)
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function, forward_ad
 from torch.nn import Parameter
@@ -75,12 +80,17 @@ class _Folded(Function):
         cls.forward.__signature__ = _Positional.from_callable(cls.forward)
 
     @classmethod
-    def apply(cls, *args):
+    def apply(cls, *args) -> Any:
         """`Function.apply`, or only the forward where nobody records a graph."""
         if not torch._C._are_functorch_transforms_active():
             args = unwrap_dead_wrappers(args)  # of transforms that ended
             if not _is_recorded(args):
                 return cls.forward(*args)
+        elif not torch.is_grad_enabled():
+            # inside of torch.func.grad a Function enables gradients for every level below
+            transform = retrieve_current_functorch_interpreter()
+            if transform.key() == TransformType.Grad:
+                return below(transform, cls.apply, *args)
         return super().apply(*args)
 
     @classmethod
@@ -148,6 +158,7 @@ class AttentionJvp(_Folded):
         q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu = ctx.saved_tensors
         need = ctx.needs_input_grad
         bias_grad = need[3] or need[8]
+        d_out, d_t_out = _nonzero(d_out), _nonzero(d_t_out)
         if d_t_out is None:  # the tangent was detached: an ordinary backward
             if d_out is None:
                 return (None,) * 10
@@ -238,6 +249,15 @@ class AttentionJvpGrad(_Folded):
         raise NotImplementedError(THIRD_ORDER)
 
 
+def below(transform: FuncTorchInterpreter, attend, *args) -> tuple[Tensor, ...]:
+    """attend(*args), one level below a grad or a jvp that has nothing to do with it."""
+    level = transform.level()
+    inner = [_unwrap_for_grad(x, level) if isinstance(x, Tensor) else x for x in args]
+    with transform.lower():
+        outputs = attend(*inner)
+    return tuple(_wrap_for_grad(x, level) for x in outputs)
+
+
 def _is_recorded(args) -> bool:
     """Whether autograd may differentiate what is done to tensors outside of every transform."""
     # the level inside of torch.func.jvp is its own: only tensors that it wraps have tangents
@@ -257,6 +277,11 @@ def _jvp_grad(*args):
     `bias_grad`."""
     grads = AttentionJvpGrad.apply(*args)
     return grads if args[-1] else (*grads[:3], None, *grads[3:], None)
+
+
+def _nonzero(x: Tensor | None) -> Tensor | None:
+    """None for a symbolic zero, as a product with an untouched factor gives its other output."""
+    return None if x is None or x._is_zerotensor() else x
 
 
 def _batch(x: Tensor, dim: int | None) -> int:

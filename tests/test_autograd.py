@@ -254,3 +254,22 @@ def test_rows_masked_by_a_finite_constant_are_those_of_a_softmax():
     bias[1] = -1e9
     run = lambda f: torch.func.grad(lambda q: f(q, i.k, i.v, bias).square().sum())(i.q)  # noqa: E731
     torch.testing.assert_close(run(ours), run(dense), rtol=1e-5, atol=1e-7)
+
+
+def test_no_grad_inside_a_transform_is_a_stop():
+    """A teacher: no gradient reaches it, in the transform or below."""
+    i = Inputs()
+    w = i.k.clone().requires_grad_()
+
+    def student(f):
+        def loss(q):
+            with torch.no_grad():
+                target = f(q, w * q.sum(), i.v, i.bias)
+            return (q.square().sum() - target).square().sum()
+
+        return loss
+
+    for transform in (grad, lambda f: lambda q: grad(lambda x: grad(f)(x).sum())(q)):
+        got, exact = (transform(student(f))(i.q) for f in (ours, dense))
+        close(got, exact)
+        assert not got.requires_grad

@@ -130,3 +130,24 @@ def test_a_captured_graph_replays_forward_and_backward():
     graph.replay()
     for got, e in zip(captured, exact, strict=True):
         assert torch.equal(got, e)
+
+
+@pytest.mark.parametrize(("L", "S", "B"), [(0, 9, 2), (9, 0, 2), (9, 9, 0)])
+def test_nothing_in_gives_nothing_out(L, S, B):
+    x = [torch.randn(B, 2, n, 64, device="cuda", dtype=torch.float16) for n in (L, S, S) * 2]
+    for t in x:
+        t.requires_grad_()
+    out, t_out = attention_jvp(*x)
+    assert out.shape == (B, 2, L, 64)
+    assert not out.any()
+    assert not t_out.any()
+    for g in torch.autograd.grad(out.sum() + t_out.sum(), x):
+        assert not g.any()
+
+
+def test_rows_of_a_wider_tensor_whose_results_are_not_aligned():
+    q = torch.randn(1, 2, 130, 40, device="cuda", dtype=torch.float16)[..., :36]
+    out, t_out = attention_jvp(q, q, q, q, q, q)
+    exact, t_exact = attention_jvp(*[q.double()] * 6)
+    assert (out - exact).norm() / exact.norm() < tolerances.FIRST[torch.float16]
+    assert (t_out - t_exact).norm() / t_exact.norm() < tolerances.FIRST[torch.float16]

@@ -4,8 +4,10 @@ GPU.
 
 import pytest
 import torch
+from torch.func import jvp
 
 from jvp_flash_attention import attention, attention_jvp, kernels, reference
+from jvp_flash_attention.kernels import launch
 from tests.cases import Case, build, check, errors, solve
 
 CASES = (
@@ -130,3 +132,30 @@ def test_rows_masked_by_a_finite_constant_are_those_of_a_softmax(device, low):
         norm = float(x.norm())
         error = float((got[name] - x).norm())
         assert error <= 2e-3 * norm, name  # beside 1e4 float32 has digits of 1e4 / 2^24
+
+
+def test_a_gate_without_tangent_behind_the_attention(device):
+    """The backward of tO * gate gives dO as a symbolic zero, which has no memory."""
+    q, k, v, t, gate = (torch.randn(1, 2, 9, 8, device=device) for _ in range(5))
+
+    def gradient(backend):
+        f = lambda x, k: attention(x, k, v, backend=backend) * gate  # noqa: E731
+        loss = lambda q, k: jvp(lambda x: f(x, k), (q,), (t,))[1].square().sum()  # noqa: E731
+        return torch.func.grad(loss, (0, 1))(q, k)
+
+    for got, exact in zip(gradient("triton"), gradient("reference"), strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_either_name_of_the_switch_of_tf32_is_read(device):
+    """PyTorch's old question raises after the new switch was used."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("this PyTorch has the old switch only")
+    before = torch.backends.cuda.matmul.fp32_precision
+    q = torch.randn(1, 2, 9, 8, device=device)
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert launch.tf32_allowed()
+        attention(q, q, q, backend="triton")
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

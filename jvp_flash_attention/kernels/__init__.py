@@ -28,6 +28,7 @@ from .launch import (
     pointer,
     problem,
     readable_mask,
+    tf32_allowed,
     unit,
 )
 from .plans import Launch
@@ -138,7 +139,7 @@ def _forward(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu, op
         yield Launch(forward_kernel, (cdiv(p.L, tile.BM) * p.B * p.H,), args, switches)
 
     inputs = (q, k, v, bias, seed, t_q, t_k, t_v, t_bias)
-    key = ("forward", t_out is not None, options, torch.get_float32_matmul_precision())
+    key = ("forward", t_out is not None, options, q.dtype == torch.float32 and tf32_allowed())
     plans.run(key, inputs, (out, t_out, lse, mu), launches)
 
 
@@ -218,7 +219,7 @@ def _backward(
     given = (q, k, v, mask_, seed, t_q, t_k, t_v, t_mask, d_out, d_t_out, out, t_out, lse, mu)
     grads = (d_q, d_k, d_v, d_bias, d_t_q, d_t_k, d_t_v, d_t_bias)
     accumulator = None if d_bias is None else d_bias.shape
-    key = ("backward", options, accumulator, torch.get_float32_matmul_precision())
+    key = ("backward", options, accumulator, d_q.dtype == torch.float32 and tf32_allowed())
     plans.run(key, given, (*grads, w_sum, h_sum, statistics), launches)
     d_bias, d_t_bias = (_bias_grad(g, bias) for g in (d_bias, d_t_bias))
     return d_q, d_k, d_v, d_bias, d_t_q, d_t_k, d_t_v, d_t_bias

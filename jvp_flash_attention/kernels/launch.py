@@ -93,9 +93,23 @@ def precision(itemsize: int, block: int) -> str:
     outgrow shared memory."""
     if itemsize != 4:
         return "ieee"
-    if torch.get_float32_matmul_precision() != "highest":
+    if tf32_allowed():
         return "tf32"
     return "tf32x3" if block < 256 else "ieee"
+
+
+def tf32_allowed() -> bool:
+    """Whether float32 products may lose digits: PyTorch's switch, by its old or its new name, one
+    of which raises where the other was used."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def materialised(x: Tensor) -> Tensor:
+    """The elements in memory: a symbolic zero has none, a negative view holds the others."""
+    return x.clone() if x._is_zerotensor() else x.resolve_neg()
 
 
 def unit(x: Tensor | None) -> Tensor | None:
@@ -103,7 +117,7 @@ def unit(x: Tensor | None) -> Tensor | None:
     so close that 128 of them are counted in 32 bits; otherwise a copy."""
     if x is None:
         return None
-    x = x.resolve_neg()
+    x = materialised(x)
     return x if x.stride(-1) == 1 and x.stride(-2) < 2**24 else x.contiguous()
 
 
@@ -131,7 +145,7 @@ def readable_mask(bias: Tensor | None) -> Tensor | None:
     """A mask as the kernels read it: a bool mask as int8."""
     if bias is None:
         return None
-    return bias.view(torch.int8) if bias.dtype == torch.bool else bias.resolve_neg()
+    return bias.view(torch.int8) if bias.dtype == torch.bool else materialised(bias)
 
 
 def mask(bias: Tensor | None, p: Problem):
@@ -161,8 +175,13 @@ def _padded(d: int) -> int:
 
 
 def tma_can_read(x: Tensor | None) -> bool:
-    """TMA wants 16-byte aligned rows and real strides; anything else is read through pointers."""
+    """TMA wants elements, 16-byte aligned rows and real strides; anything else is read through
+    pointers."""
     if x is None:
         return True
     unit = 16 // x.element_size()
-    return x.data_ptr() % 16 == 0 and all(s % unit == 0 and s > 0 for s in x.stride()[:3])
+    return (
+        x.numel() > 0
+        and x.data_ptr() % 16 == 0
+        and all(s % unit == 0 and s > 0 for s in x.stride()[:3])
+    )

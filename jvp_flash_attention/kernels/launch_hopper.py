@@ -27,6 +27,7 @@ def serves_forward(p: Problem, bias: Tensor | None, t_bias: Tensor | None) -> bo
     """Whether `hopper.py` can take the call; everything else is `forward.py`'s."""
     return (
         p.D == p.DV <= 128
+        and p.D % 8 == 0  # rows of the results, which TMA writes
         and p.options.scale > 0.0
         and p.options.dropout_p == 0.0
         and t_bias is None
@@ -70,13 +71,15 @@ def forward_jvp(p: Problem, q, k, v, bias, t_q, t_k, t_v, out, t_out, lse, mu) -
         "THRESHOLD": "0f41000000" if q.dtype == torch.bfloat16 else "0f40000000",
         "num_warps": 4,
     }
-    return Launch(forward_jvp_kernel, (min(items, multiprocessors(q.device)),), args, switches)
+    blocks = cdiv(items, 2) if p.options.causal else items  # which takes pairs
+    return Launch(forward_jvp_kernel, (min(blocks, multiprocessors(q.device)),), args, switches)
 
 
 def serves_keys(p: Problem, *tangents: Tensor | None) -> bool:
     """Whether `hopper_keys.py` can take the call; everything else is `backward.py`'s."""
     return (
-        p.D == p.DV <= 64  # two more accumulators of 64 columns are all that fits
+        p.D % 8 == 0
+        and p.D == p.DV <= 64  # two more accumulators of 64 columns are all that fits
         and min(p.B, p.H, p.L) > 0
         and p.S > 64  # with fewer keys `backward.py` takes h and w from the tile
         and p.options.dropout_p == 0.0
@@ -109,7 +112,7 @@ def keys(
 
 def _mask_kind(bias: Tensor, p: Problem) -> str:
     """full (L, S), keys (1, S), or nothing that the pass can read."""
-    if bias.shape[3] != p.S:
+    if bias.shape[3] != p.S or bias.dtype not in LAYOUT_TYPES:
         return ""
     if bias.shape[2] == 1 and p.L > 1:
         return "keys" if bias.stride(3) == 1 else ""

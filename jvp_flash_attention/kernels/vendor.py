@@ -35,7 +35,7 @@ def serves(
         and torch.backends.cuda.cudnn_sdp_enabled()
         and torch.backends.cudnn.is_available()
         and not torch.are_deterministic_algorithms_enabled()
-        and all(x.is_contiguous() for x in (q, k, v, *more))
+        and all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (q, k, v, *more))
     )
 
 
