@@ -43,15 +43,22 @@ class GenerativeModule(LightningModule):
     def on_fit_start(self) -> None:
         self.objective.start(next(self.net.parameters()))
 
-    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> dict:
-        x, y = batch
+    def _where(self, batch_idx: int) -> tuple[int, int, int]:
+        """What keys the draws of a step: (seed, number of the batch, rank)."""
         accumulate = self.trainer.accumulate_grad_batches
-        number = self.global_step * accumulate + batch_idx % accumulate
-        where = (self.seed, number, self.global_rank)
-        torch.manual_seed(key(*where, "layers"))  # dropout inside the network
+        return self.seed, self.global_step * accumulate + batch_idx % accumulate, self.global_rank
+
+    def draw(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> Any:
+        """The noisy batch of a step, the same however often it is asked for."""
+        x, y = batch
+        where = self._where(batch_idx)
         draws = lambda purpose: generator(*where, purpose, device=x.device)  # noqa: E731
         null_label: int = self.net.null_label  # type: ignore[assignment]
-        sample = self.objective.draw(x, y, null_label, draws)
+        return self.objective.draw(x, y, null_label, draws)
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> dict:
+        torch.manual_seed(key(*self._where(batch_idx), "layers"))  # dropout inside the network
+        sample = self.draw(batch, batch_idx)
         loss, metrics, errors = self.step(self.net, sample)
         self._log_means({"loss": loss.detach(), **metrics})
         times = getattr(sample, "t", None)

@@ -9,10 +9,15 @@ STEP = "trainer/global_step"
 
 
 def wandb_logger(
-    directory: str, offline: bool, project: str = "flash-jvp", name: str | None = None
+    directory: str,
+    offline: bool,
+    project: str = "flash-jvp",
+    name: str | None = None,
+    group: str | None = None,
+    job_type: str | None = None,
 ) -> Logger | None:
     """A W&B logger; ``offline`` needs neither account nor network and writes to
-    ``directory/wandb``.
+    ``directory/wandb``. Runs that are compared share a ``group``; ``job_type`` is their attention.
 
     None on other ranks than 0. Where the package is missing, offline logging is left out with a
     warning (metrics.csv has everything) and online logging raises.
@@ -29,6 +34,8 @@ def wandb_logger(
     run = wandb.init(
         project=project,
         name=name,
+        group=group,
+        job_type=job_type,
         dir=directory,
         mode="offline" if offline else "online",
         reinit="finish_previous",

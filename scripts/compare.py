@@ -1,0 +1,50 @@
+"""Compare two attentions: ``python scripts/compare.py experiment=loss_matching`` (or
+``speed_matching``, or ``runs=[RUN,RUN]``) writes a report; docs/comparison.md says how to read it.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from scripts.environment import environment
+from scripts.train import train
+from training.cli import one_line_errors, run
+from training.comparison.files import write_report
+from training.comparison.loss import compare_losses
+from training.comparison.speed_report import compare_speeds
+from training.comparison.wandb import log_comparison
+from training.validation import one_of
+
+
+def compare(config: DictConfig, overrides: Sequence[str], output: Path) -> Path:
+    """Returns the path of the page."""
+    one_of("comparison.kind", config.comparison.kind, ("loss", "speed"))
+
+    def compose(more: Sequence[str]) -> DictConfig:
+        return hydra.compose("compare", [*overrides, *more])
+
+    output.mkdir(parents=True, exist_ok=True)
+    if config.comparison.kind == "speed":
+        found = compare_speeds(config, compose, output)
+    else:
+        found = compare_losses(config, compose, train, output)
+    page = write_report(found, environment(), overrides, output)
+    log_comparison(found, config, output)
+    return page
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="compare")
+def main(config: DictConfig) -> None:
+    with one_line_errors():
+        hydra_config = HydraConfig.get()
+        output = Path(hydra_config.runtime.output_dir)
+        page = compare(config, list(hydra_config.overrides.task), output)
+        print(page.with_suffix(".md").read_text().split("\n## ")[1])
+        print(page)
+
+
+if __name__ == "__main__":
+    run(main)

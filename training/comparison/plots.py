@@ -1,0 +1,275 @@
+"""The pictures of a report. Figures are made without pyplot: no global state, no display."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from training.comparison.arms import REPEAT, Run
+from training.comparison.curves import Curves, differences, on
+from training.comparison.statistics import smooth
+
+COLOURS = {"jvp": "#0b6e99", "sdpa": "#c1440e", "sdpa_fused": "#6b8e23", "double": "#7a5195"}
+OTHERS = ("#444444", "#d4a017", "#008b8b", "#c71585")
+SHADES = ("-", "--", ":", "-.")
+
+
+def colour(arm: str, arms: Sequence[str]) -> str:
+    name = arm.removesuffix(REPEAT)
+    return COLOURS.get(name) or OTHERS[list(arms).index(arm) % len(OTHERS)]
+
+
+def save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _legend(whole: Figure, columns: int) -> None:
+    """One for all panels, below them."""
+    lines = [line for axis in whole.axes for line in axis.get_lines()]
+    named = {str(line.get_label()): line for line in lines}
+    shown = [name for name in named if not name.startswith("_")]
+    where = {"loc": "outside lower center", "ncols": columns, "fontsize": 8}
+    whole.legend([named[name] for name in shown], shown, **where)
+
+
+def error_curves(runs: Sequence[Run], found: Curves, candidate: str, baseline: str) -> Figure:
+    """Curves over each other; below, their difference between the floors."""
+    whole = figure(7.2, 6.4)
+    above, below = whole.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    arms = list(dict.fromkeys(run.arm for run in runs))
+    for run in runs:
+        seed = sorted({r.seed for r in runs}).index(run.seed)
+        above.plot(
+            found.steps,
+            smooth(on(run, found.steps), found.smoothing),
+            SHADES[seed % len(SHADES)],
+            color=colour(run.arm, arms),
+            lw=2.6 if run.arm == baseline else 1.2,
+            alpha=0.45 if run.arm == baseline else 1,
+            label=run.arm if seed == 0 else None,
+        )
+    above.set_yscale("log")
+    above.set_ylabel("unweighted error")
+    above.set_title(f"mean of {found.smoothing} steps; a line style for each seed", fontsize=9)
+    above.legend(fontsize=8, ncols=2)
+
+    parts = differences(found)
+    if parts["seed_std"] is not None:
+        low, high = -parts["seed_std"], parts["seed_std"]
+        below.fill_between(
+            found.steps, low, high, color="#999999", alpha=0.3, lw=0, label="seed floor (±1 std)"
+        )
+    if parts["repeat"] is not None:
+        reach = np.abs(parts["repeat"])
+        below.fill_between(
+            found.steps, -reach, reach, color="#c1440e", alpha=0.35, lw=0, label="A/A floor"
+        )
+    for i, row in enumerate(parts["pairs"]):
+        label = f"{candidate} - {baseline}" if i == 0 else None
+        below.plot(
+            found.steps, row, SHADES[i % 4], color=colour(candidate, arms), lw=1, label=label
+        )
+    below.axhline(0, color="black", lw=0.6)
+    below.set_xlabel("step")
+    below.set_ylabel("difference of errors")
+    below.legend(fontsize=8)
+    return whole
+
+
+def scatter(found: Curves, candidate: str, baseline: str) -> Figure:
+    """The error of every step in one arm over that of the other, same seed and batch."""
+    whole = figure(5, 4.6)
+    axis = whole.subplots()
+    axis.loglog(found.baseline.T, found.candidate.T, ".", ms=3, alpha=0.5)
+    both = np.concatenate([found.baseline, found.candidate])
+    ends = [both.min(), both.max()]
+    axis.plot(ends, ends, color="black", lw=0.7)
+    axis.set_xlabel(f"error, {baseline}")
+    axis.set_ylabel(f"error, {candidate}")
+    axis.legend([f"seed {seed}" for seed in found.seeds], fontsize=8)
+    return whole
+
+
+def lockstep_errors(rows: Sequence[dict[str, Any]], truth: str) -> Figure:
+    """Errors against float64: over the steps for the whole network, over the layers inside it."""
+    rows = [row for row in rows if row["against"] == truth]
+    quantities = list(dict.fromkeys(row["quantity"] for row in rows))
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    lines = -(-len(quantities) // 2)
+    whole = figure(7.2, 2.3 * lines + 0.6)
+    axes = whole.subplots(lines, 2, squeeze=False).flat
+    for quantity, axis in zip(quantities, axes, strict=False):
+        layered = any(row["layer"] for row in rows if row["quantity"] == quantity)
+        where = "layer" if layered else "step"
+        for i, arm in enumerate(arms):
+            mine = [r for r in rows if (r["quantity"], r["arm"]) == (quantity, arm)]
+            places = sorted({int(r[where]) for r in mine})
+            values = [np.median([r["error"] for r in mine if int(r[where]) == p]) for p in places]
+            marker = "ox+sd^v"[i % 7]
+            axis.semilogy(
+                places, values, marker + SHADES[i % 4], ms=4, lw=1, mfc="none",
+                color=colour(arm, arms), label=arm,
+            )  # fmt: skip
+        axis.set_title(f"{quantity}, by {where}", fontsize=9)
+        axis.tick_params(labelsize=7)
+    for axis in axes:
+        axis.set_axis_off()
+    _legend(whole, 4)
+    whole.supylabel("relative error against float64", fontsize=9)
+    return whole
+
+
+def _groups(rows: Sequence[dict[str, Any]], *names: str) -> dict[tuple, list[dict[str, Any]]]:
+    found: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in names), []).append(row)
+    return found
+
+
+def over_tokens(rows: Sequence[dict[str, Any]], quantity: str, label: str) -> Figure:
+    """A panel for each head dim and mode, a line for each arm; a cross at the upper edge where
+    memory ran out. Dashed: compiled.
+    """
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    dims = list(dict.fromkeys(row["head_dim"] for row in rows))
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    whole = figure(max(4.2, 2.9 * len(dims) + 0.6), 2.6 * len(modes) + 0.7)
+    axes = whole.subplots(len(modes), len(dims), squeeze=False, sharex=True, sharey="row")
+    for (mode, dim, arm, compiled), mine in _groups(
+        rows, "mode", "head_dim", "arm", "compiled"
+    ).items():
+        axis = axes[modes.index(mode), dims.index(dim)]
+        name = f"{arm}{', compiled' if compiled else ''}"
+        points = sorted((r["tokens"], r[quantity]) for r in mine if r.get(quantity) is not None)
+        look = {"color": colour(arm, arms), "ms": 4, "label": name}
+        if points:
+            x, y = zip(*points, strict=True)
+            axis.plot(x, y, "o--" if compiled else "o-", lw=1.4, **look)
+        lost = [r["tokens"] for r in mine if r["status"] == "out of memory"]
+        axis.plot(
+            lost, [0.96 - 0.05 * arms.index(arm)] * len(lost), "x", mew=2, clip_on=False,
+            transform=axis.get_xaxis_transform(), color=look["color"], ms=6,
+        )  # fmt: skip
+    ticks = sorted({row["tokens"] for row in rows})
+    for i, mode in enumerate(modes):
+        axes[i, 0].set_ylabel(f"{label}\n({mode})", fontsize=8)
+        for j, dim in enumerate(dims):
+            axis = axes[i, j]
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.set_xticks(ticks, [str(t) for t in ticks])
+            axis.tick_params(labelsize=7)
+            if i == 0:
+                axis.set_title(f"head dim {dim}", fontsize=9)
+    for axis in axes[-1]:
+        axis.set_xlabel("tokens", fontsize=8)
+    _legend(whole, 3)
+    return whole
+
+
+def step_times(rows: Sequence[dict[str, Any]]) -> Figure:
+    """The distribution of step times over the median of their row, an arm a line: how steady the
+    clock was, whatever the size.
+    """
+    whole = figure(6.4, 3.4)
+    axis = whole.subplots()
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    for arm in arms:
+        ratios = [
+            t / r["ms"] for r in rows if r["arm"] == arm and r.get("ms") for t in r["times_ms"]
+        ]
+        if ratios:
+            ratios.sort()
+            share = np.arange(1, len(ratios) + 1) / len(ratios)
+            axis.step(ratios, share, where="post", color=colour(arm, arms), label=arm)
+    axis.axvline(1, color="black", lw=0.6)
+    axis.set_xlabel("step time / median of its cell")
+    axis.set_ylabel("share of steps")
+    if axis.get_lines()[:-1]:
+        axis.legend(fontsize=8)
+    return whole
+
+
+def split_bars(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Forward, backward and optimizer of every cell of the equal batch."""
+    rows = [r for r in rows if r.get("ms") and r["batches"] == "equal"]
+    cells = list(_groups(rows, "head_dim", "mode", "compiled", "tokens"))
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    whole = figure(max(6.4, 0.28 * len(rows) + 2), 3.6)
+    axis = whole.subplots()
+    width = 0.8 / max(1, len(arms))
+    for row in rows:
+        cell = cells.index((row["head_dim"], row["mode"], row["compiled"], row["tokens"]))
+        x, bottom = cell + width * (arms.index(row["arm"]) - (len(arms) - 1) / 2), 0.0
+        for part, alpha in (("forward_ms", 1.0), ("backward_ms", 0.65), ("optimizer_ms", 0.3)):
+            share = row[part] / row["ms"] * row["images_per_s"] ** -1 * 1e3
+            look = {
+                "color": colour(row["arm"], arms),
+                "alpha": alpha,
+                "edgecolor": "white",
+                "lw": 0.3,
+            }
+            axis.bar(x, share, width, bottom=bottom, **look)
+            bottom += share
+    names = [f"{t}\nD {d}\n{m}{' c' if c else ''}" for d, m, c, t in cells]
+    axis.set_xticks(range(len(cells)), names, fontsize=6)
+    axis.set_yscale("log")
+    axis.set_ylabel("ms an image")
+    axis.set_title("forward (full), backward, optimizer (light), stacked; c: compiled", fontsize=9)
+    for arm in arms:
+        axis.bar([], [], color=colour(arm, arms), label=arm)
+    axis.legend(fontsize=8)
+    return whole
+
+
+def mfu_bars(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Share of the machine's peak; where the peak is not known, useful TFLOP/s."""
+    key = "mfu" if any(row.get("mfu") for row in rows) else "tflops"
+    rows = [row for row in rows if row.get(key) and row["batches"] == "equal"]
+    cells = list(_groups(rows, "head_dim", "mode", "compiled", "tokens"))
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    whole = figure(max(6.4, 0.28 * len(rows) + 2), 3.4)
+    axis = whole.subplots()
+    width = 0.8 / max(1, len(arms))
+    for arm in arms:
+        mine = [row for row in rows if row["arm"] == arm]
+        places = [cells.index((r["head_dim"], r["mode"], r["compiled"], r["tokens"])) for r in mine]
+        shift = width * (arms.index(arm) - (len(arms) - 1) / 2)
+        axis.bar(
+            np.array(places) + shift, [r[key] for r in mine], width,
+            color=colour(arm, arms), label=arm,
+        )  # fmt: skip
+    names = [f"{t}\nD {d}\n{m}{' c' if c else ''}" for d, m, c, t in cells]
+    axis.set_xticks(range(len(cells)), names, fontsize=6)
+    axis.set_ylabel("MFU" if key == "mfu" else "useful TFLOP/s")
+    axis.legend(fontsize=8)
+    return whole
+
+
+def speedup(rows: Sequence[dict[str, Any]], ratios: Sequence[dict[str, Any]]) -> Figure:
+    """Baseline's time over the candidate's, a line for each setting; above 1 the candidate wins."""
+    whole = figure(6.4, 3.8)
+    axis = whole.subplots()
+    for (dim, mode, compiled), mine in _groups(ratios, "head_dim", "mode", "compiled").items():
+        points = sorted((r["tokens"], r["ratio"]) for r in mine if r["ratio"])
+        if points:
+            x, y = zip(*points, strict=True)
+            name = f"D {dim}, {mode}{', compiled' if compiled else ''}"
+            axis.plot(x, y, "o--" if compiled else "o-", ms=4, lw=1.3, label=name)
+    axis.axhline(1, color="black", lw=0.8)
+    axis.set_xscale("log", base=2)
+    ticks = sorted({row["tokens"] for row in rows})
+    axis.set_xticks(ticks, [str(t) for t in ticks])
+    axis.set_xlabel("tokens")
+    axis.set_ylabel("times faster than the baseline")
+    if axis.get_lines()[:-1]:
+        axis.legend(fontsize=7)
+    return whole

@@ -1,0 +1,364 @@
+"""Speed matching: the time of a whole training step, arm by arm, over tokens, head dims and modes.
+
+A cell is (tokens, head dim, mode, compiled, batch). In it all arms hold the same parameters, the
+same optimizer and the same batch; they take turns, in reversed order every other round, so that a
+machine that warms up or is disturbed does so for all of them. A step is draws, forward, backward
+and optimizer; events between them give the split. The first step (compilation, tuning of kernels)
+is timed apart, and so is the memory of a step: the peak, with parameters, gradients and optimizer.
+
+The numerator of MFU is the useful work of the objective (``metrics.flops``), one number for all
+arms.
+"""
+
+import gc
+import math
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import nn
+
+from training.build import build_data, build_module
+from training.comparison.arms import Compose
+from training.comparison.files import append_jsonl, read_jsonl
+from training.metrics.flops import peak_tflops, step_flops
+from training.randomness import generator, key
+from training.settings import check, precision
+
+CELL = ("tokens", "head_dim", "mode", "compiled", "batches")
+OUT_OF_MEMORY, UNSUPPORTED, MEASURED = "out of memory", "unsupported", "measured"
+DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+class Stepper:
+    """One arm's training step on one batch that stays where it is."""
+
+    def __init__(
+        self, config: DictConfig, net: nn.Module, optimizer: Any, batch: Any, device: str
+    ) -> None:
+        self.config, self.net, self.optimizer, self.batch = config, net, optimizer, batch
+        self.device, self.number = device, 0
+        self.objective = instantiate(config.objective).to(device)
+        self.objective.attach(net)
+        self.objective.start(torch.device(device))
+        loss = self.objective.loss
+        self.loss = torch.compile(loss, fullgraph=True) if config.compile else loss
+        self.dtype = DTYPES.get(precision(config.trainer))
+
+    def __call__(self, mark: Any) -> None:
+        x, y = self.batch
+        number = self.number
+        self.number += 1
+        torch.manual_seed(key(self.config.seed, number, 0, "layers"))
+        draws = lambda purpose: generator(self.config.seed, number, 0, purpose, x.device)  # noqa: E731
+        mark()
+        sample = self.objective.draw(x, y, self.net.null_label, draws)
+        with torch.autocast(self.device, self.dtype) if self.dtype else nullcontext():
+            loss = self.loss(self.net, sample).loss
+        mark()
+        loss.backward()
+        mark()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.objective.after_step(self.net)
+        mark()
+
+    def times(self, steps: int) -> list[tuple[float, ...]]:
+        """(forward, backward, optimizer) of each step in milliseconds, after the device waited."""
+        if self.device != "cuda":
+            marks: list[float] = []
+            for _ in range(steps):
+                self(lambda: marks.append(1e3 * time.perf_counter()))
+            spans = [b - a for a, b in pairwise(marks)]
+        else:
+            events: list[torch.cuda.Event] = []
+
+            def mark() -> None:
+                events.append(torch.cuda.Event(enable_timing=True))
+                events[-1].record()
+
+            for _ in range(steps):
+                self(mark)
+            torch.cuda.synchronize()
+            spans = [a.elapsed_time(b) for a, b in pairwise(events)]
+        # Of every four spans the last is between two steps.
+        return [tuple(spans[4 * i : 4 * i + 3]) for i in range(steps)]
+
+    def first(self) -> float:
+        """Seconds until the first step is done."""
+        start = time.perf_counter()
+        self.times(1)
+        return time.perf_counter() - start
+
+    def peak_mib(self) -> float | None:
+        if self.device != "cuda":
+            return None
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        self.times(1)
+        return torch.cuda.max_memory_allocated() / 2**20
+
+
+def overrides_of(cell: dict[str, Any], dims: DictConfig, batch: int) -> list[str]:
+    """What a cell asks of train.py."""
+    return [
+        *dims[str(cell["head_dim"])],
+        f"objective.jvp.mode={cell['mode']}",
+        f"compile={str(cell['compiled']).lower()}",
+        f"data.tokens={cell['tokens']}",
+        f"data.batch_size={batch}",
+    ]
+
+
+def arms_of(config: DictConfig) -> dict[str, list[str]]:
+    return {name: list(given) for name, given in config.comparison.arms.items() if given}
+
+
+class Cell:
+    """The arms of a cell, on the same parameters, optimizer and batch."""
+
+    def __init__(self, configs: dict[str, DictConfig], device: str) -> None:
+        first = next(iter(configs.values()))
+        data = build_data(first)
+        module = build_module(first, data).to(device)
+        parameters = list(module.net.parameters())
+        optimizer, _ = module.optimizer(parameters, max(1, first.trainer.max_steps))
+        if not data.drawn:
+            raise ValueError("data: speed is measured on drawn images of any size; use data=blobs")
+        batch = data.draw(data.batch_size, generator(first.seed, 0, 0, "data"))
+        self.batch = tuple(x.to(device) for x in batch)
+        self.steppers = {}
+        for name, config in configs.items():
+            net = build_module(config, data).net
+            _share(net, module.net)
+            self.steppers[name] = Stepper(config, net, optimizer, self.batch, device)
+        self.head_dim = _head_dim(module.net)
+        self.flops = step_flops(module.net, module.objective, *self.batch)
+
+
+def _share(net: nn.Module, other: nn.Module) -> None:
+    """Give a network the parameters and buffers of another one: the same tensors."""
+    for mine, theirs in zip(net.modules(), other.modules(), strict=True):
+        mine._parameters.update(theirs._parameters)
+        mine._buffers.update(theirs._buffers)
+
+
+def _head_dim(net: Any) -> int:
+    attention = net.blocks[0].attention
+    return attention.qkv.in_features // attention.heads
+
+
+def clear() -> None:
+    """Forget compiled code and cached memory of an earlier cell."""
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def measure(
+    configs: dict[str, DictConfig], head_dim: int, options: DictConfig, device: str
+) -> dict[str, dict[str, Any]]:
+    """Arm -> what was measured, on one batch size, the arms taking turns."""
+    found: dict[str, dict[str, Any]] = {name: {"status": MEASURED} for name in configs}
+    try:
+        cell = Cell(configs, device)
+    except torch.cuda.OutOfMemoryError:
+        return {name: {"status": OUT_OF_MEMORY} for name in configs}
+    if cell.head_dim != head_dim:
+        raise ValueError(
+            f"comparison.speed.head_dims.{head_dim}: its overrides make a model of head dim"
+            f" {cell.head_dim}; set model.width and model.heads so that width / heads = {head_dim}"
+        )
+    for name, stepper in cell.steppers.items():
+        found[name] |= _prepare(stepper, options.warmup)
+    ready = [name for name in cell.steppers if found[name]["status"] == MEASURED]
+    spans: dict[str, list[tuple[float, ...]]] = {name: [] for name in ready}
+    for number in range(options.rounds):
+        for name in ready if number % 2 == 0 else ready[::-1]:
+            spans[name] += cell.steppers[name].times(options.steps_per_round)
+    config = next(iter(configs.values()))
+    peak = config.callbacks.throughput.peak_tflops
+    peak = peak or peak_tflops(torch.device(device), precision(config.trainer))
+    images = len(cell.batch[0])
+    for name in ready:
+        found[name] |= _numbers(np.array(spans[name]), images, cell.flops, peak)
+        found[name]["batch"] = images
+    return found
+
+
+def _prepare(stepper: Stepper, warmup: int) -> dict[str, Any]:
+    """First step, warm-up and peak memory of an arm that is alone on the device."""
+    lost = False
+    try:
+        first = stepper.first()
+        stepper.times(warmup)
+        return {"first_step_s": first, "peak_mib": stepper.peak_mib()}
+    except torch.cuda.OutOfMemoryError:
+        lost = True  # left at once: the error holds what filled the memory
+    except (NotImplementedError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+    stepper.optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return {"status": OUT_OF_MEMORY} if lost else {"status": UNSUPPORTED, "reason": reason}
+
+
+def _numbers(spans: np.ndarray, images: int, flops: int, peak: float | None) -> dict[str, Any]:
+    """(steps, 3) -> the row of an arm."""
+    times = spans.sum(1)
+    p10, median, p90 = np.quantile(times, [0.1, 0.5, 0.9])
+    forward, backward, optimizer = np.median(spans, axis=0)
+    tflops = flops / median / 1e9
+    return {
+        "ms": float(median),
+        "ms_p10": float(p10),
+        "ms_p90": float(p90),
+        "images_per_s": float(1e3 * images / median),
+        "forward_ms": float(forward),
+        "backward_ms": float(backward),
+        "optimizer_ms": float(optimizer),
+        "tflops": float(tflops),
+        "mfu": float(tflops / peak) if peak else None,
+        "times_ms": times.round(4).tolist(),
+    }
+
+
+def largest_batch(
+    compose: Compose, arm: list[str], cell: dict[str, Any], options: DictConfig, start: int,
+    device: str,
+) -> int:  # fmt: skip
+    """The most images that fit, to within a factor of 1.25: doubled until memory runs out, then
+    halved between; 0 where not even one does.
+    """
+
+    def fits(batch: int) -> bool:
+        clear()
+        config = compose([*arm, *overrides_of(cell, options.head_dims, batch)])
+        try:
+            stepper = Cell({"": config}, device).steppers[""]
+        except torch.cuda.OutOfMemoryError:
+            return False
+        return _prepare(stepper, 1).get("status") is None
+
+    low, high = 0, start
+    while high <= options.largest_limit and fits(high):
+        low, high = high, 2 * high
+    if high > options.largest_limit:
+        return low
+    while high - low > max(1, low // 4):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def compare_cells(config: DictConfig, compose: Compose, output: Path) -> list[dict[str, Any]]:
+    """Every cell that speed.jsonl does not hold yet; a comparison that was cut off goes on."""
+    options, arms = config.comparison.speed, arms_of(config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = output / "speed.jsonl"
+    done = {tuple(row[name] for name in CELL) for row in read_jsonl(path)}
+    dims = [dim for dim, given in options.head_dims.items() if given]
+    settings = product(options.compiled, options.batches, options.modes, dims, options.tokens)
+    cells = [
+        {"tokens": n, "head_dim": int(dim), "mode": mode, "compiled": compiled, "batches": batches}
+        for compiled, batches, mode, dim, n in settings
+    ]
+    for number, cell in enumerate(cells, 1):
+        if tuple(cell.values()) in done:
+            continue
+        named = ", ".join(f"{name} {value}" for name, value in cell.items())
+        print(f"cell {number} of {len(cells)}: {named}", flush=True)
+        append_jsonl(_rows(cell, arms, options, compose, device), path)
+    return read_jsonl(path)
+
+
+def _rows(
+    cell: dict[str, Any], arms: dict[str, list[str]], options: DictConfig, compose: Compose,
+    device: str,
+) -> list[dict[str, Any]]:  # fmt: skip
+    equal = max(1, options.tokens_per_batch // cell["tokens"])
+    configs = {
+        name: compose([*arm, *overrides_of(cell, options.head_dims, equal)])
+        for name, arm in arms.items()
+    }
+    reason = _unsupported(configs, cell, device)
+    if reason:
+        return [cell | {"arm": a, "status": UNSUPPORTED, "reason": reason} for a in arms]
+    if cell["batches"] == "equal":
+        clear()
+        found = measure(configs, cell["head_dim"], options, device)
+        return [cell | {"arm": name} | row for name, row in found.items()]
+    rows = []
+    for name, arm in arms.items():
+        batch = largest_batch(compose, arm, cell, options, equal, device)
+        row: dict[str, Any] = {"status": OUT_OF_MEMORY}
+        if batch:
+            clear()
+            alone = {name: compose([*arm, *overrides_of(cell, options.head_dims, batch)])}
+            row = measure(alone, cell["head_dim"], options, device)[name]
+        rows.append(cell | {"arm": name} | row)
+    return rows
+
+
+def _unsupported(configs: dict[str, DictConfig], cell: dict[str, Any], device: str) -> str | None:
+    if cell["batches"] == "largest" and device != "cuda":
+        return "the largest batch that fits is a question to a GPU"
+    for config in configs.values():
+        try:
+            check(config)
+        except NotImplementedError as error:
+            return str(error)
+    return None
+
+
+def ratios(rows: Sequence[dict[str, Any]], candidate: str, baseline: str) -> list[dict[str, Any]]:
+    """Images per second of the candidate over the baseline's, for every cell that has both."""
+    by_cell: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        by_cell.setdefault(tuple(row[name] for name in CELL), {})[row["arm"]] = row
+    found = []
+    for cell, arms in by_cell.items():
+        mine, theirs = arms.get(candidate, {}), arms.get(baseline, {})
+        fast, slow = mine.get("images_per_s"), theirs.get("images_per_s")
+        found.append(
+            dict(zip(CELL, cell, strict=True))
+            | {
+                "ratio": fast / slow if fast and slow else None,
+                "memory_ratio": _over(theirs.get("peak_mib"), mine.get("peak_mib")),
+                "baseline_fits": theirs.get("status") != OUT_OF_MEMORY,
+                "candidate_fits": mine.get("status") != OUT_OF_MEMORY,
+            }
+        )
+    return found
+
+
+def _over(a: float | None, b: float | None) -> float | None:
+    return a / b if a and b else None
+
+
+def crossover(points: Sequence[tuple[int, float]]) -> tuple[float | None, str]:
+    """Where the candidate begins to win for good: tokens, and in words.
+
+    points: (tokens, ratio). Between two lengths log ratio is taken as linear in log tokens.
+    """
+    points = sorted(points)
+    if not points:
+        return None, "not measured"
+    if all(ratio >= 1 for _, ratio in points):
+        return float(points[0][0]), f"faster at every length measured, from {points[0][0]} on"
+    if points[-1][1] < 1:
+        return None, f"not faster at the longest length measured, {points[-1][0]}"
+    last = max(i for i, (_, ratio) in enumerate(points) if ratio < 1)
+    (n0, r0), (n1, r1) = points[last], points[last + 1]
+    share = -math.log(r0) / (math.log(r1) - math.log(r0))
+    tokens = math.exp(math.log(n0) + share * (math.log(n1) - math.log(n0)))
+    return tokens, f"faster from about {tokens:.0f} tokens on (between {n0} and {n1})"
