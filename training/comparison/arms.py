@@ -5,7 +5,7 @@ runs they become, and the proof that they saw the same.
 import csv
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,8 @@ def run_config(
         "every_n_steps": config.comparison.fingerprint_every_n_steps,
     }
     if config.logger.get("wandb"):
-        config.logger.wandb |= {"group": pair_id, "job_type": arm, "name": f"{arm} seed {seed}"}
+        names = {"group": pair_id, "job_type": arm, "name": f"{arm}, seed {seed}"}
+        config.logger.wandb.update(names)
     return config
 
 
@@ -164,20 +165,21 @@ def attention_name(config: DictConfig) -> str:
 
 
 def name_arms(runs: Sequence[Run]) -> list[Run]:
-    """Runs that were found, not planned: named after what they differ in, a second one of the same
-    kind and seed is the A/A arm.
+    """Runs that were found, not planned: named after their attention and what else is not as in
+    most of them; a second one of the same kind and seed is the A/A arm.
     """
+    keys = ("trainer.precision", "objective.jvp.mode", "compile")
+    values = {key: [OmegaConf.select(run.config, key) for run in runs] for key in keys}
+    usual = {key: max(found, key=found.count) for key, found in values.items()}
     named: list[Run] = []
     for run in runs:
         arm = run.arm
-        base = runs[0].config
-        for key in ("trainer.precision", "objective.jvp.mode", "compile"):
-            if (mine := OmegaConf.select(run.config, key)) != OmegaConf.select(base, key):
+        for key in keys:
+            if (mine := OmegaConf.select(run.config, key)) != usual[key]:
                 arm += f" {key.rsplit('.', 1)[1]}={mine}"
         if any((other.arm, other.seed) == (arm, run.seed) for other in named):
             arm += REPEAT
-        values = (run.directory, run.config, run.steps, run.metrics, run.summary, run.fingerprint)
-        named.append(Run(arm, *values))
+        named.append(replace(run, arm=arm))
     return named
 
 

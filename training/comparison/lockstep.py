@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map_only
 from training.attentions import sdpa
 from training.build import build_data, build_module
 from training.module import GenerativeModule
+from training.objectives.objective import Terms
 from training.randomness import generator, key
 from training.settings import precision
 from training.validation import one_of, positive_integer
@@ -79,21 +80,24 @@ class Arm:
         finally:
             torch.set_default_dtype(before)
 
-    def loss(self, sample: Any, seed: int, step: int, device: str) -> torch.Tensor:
+    def terms(self, sample: Any, seed: int, step: int, device: str) -> Terms:
         if self.precision == "64-true":
             sample = tree_map_only(
                 torch.Tensor, lambda x: x.double() if x.is_floating_point() else x, sample
             )
         torch.manual_seed(key(seed, step, 0, "layers"))
         with self.context(device):
-            return self.module.objective.loss(self.module.net, sample).loss
+            return self.module.objective.loss(self.module.net, sample)
 
     def measure(self, sample: Any, seed: int, step: int, device: str) -> Tensors:
         """Every quantity at the present parameters; gradients are left at None."""
         self.attentions.clear()
-        loss = self.loss(sample, seed, step, device)
-        loss.backward()
-        found: Tensors = {("loss", ""): [loss.detach()]}
+        terms = self.terms(sample, seed, step, device)
+        terms.loss.backward()
+        found: Tensors = {
+            ("loss", ""): [terms.loss.detach()],
+            ("unweighted error", ""): [terms.metrics["error"]],
+        }
         if self.recorder is not None and self.recorder.tangent is not None:
             found["u", ""] = [self.recorder.value.detach()]  # type: ignore[attr-defined]
             found["du/dt", ""] = [self.recorder.tangent.detach()]
@@ -212,7 +216,7 @@ def lockstep(
                         for (quantity, layer), parts in mine.items()
                         if (quantity, layer) in other and (arm.name, against) != (baseline,) * 2
                     ]
-        driver.loss(sample, config.seed, step, device).backward()
+        driver.terms(sample, config.seed, step, device).loss.backward()
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)

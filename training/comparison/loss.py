@@ -33,10 +33,11 @@ Train = Callable[[DictConfig, Path], None]  # scripts/train.py's
 def compare_losses(config: DictConfig, compose: Compose, train: Train, output: Path) -> Found:
     comparison = config.comparison
     positive_integer("comparison.seeds", comparison.seeds)
+    notes: list[str] = []
     if config.runs:
         runs = name_arms([read_run(Path(path)) for path in config.runs])
     else:
-        runs = _train_arms(config, compose, train, output)
+        runs, notes = _train_arms(config, compose, train, output)
     check_comparable(runs)
     found = curves(runs, comparison.candidate, comparison.baseline)
     fingerprints = check_fingerprints(runs)
@@ -52,7 +53,7 @@ def compare_losses(config: DictConfig, compose: Compose, train: Train, output: P
     folder, names = output / "plots", (comparison.candidate, comparison.baseline)
     pictures = {
         "curves": plots.save(plots.error_curves(runs, found, *names), folder / "curves.png"),
-        "scatter": plots.save(plots.scatter(found, *names), folder / "scatter.png"),
+        "pairs": plots.save(plots.pairs(found, judgement, *names), folder / "pairs.png"),
     }
     if rows:
         drawn = plots.lockstep_errors(rows, lockstep.TRUTH)
@@ -65,6 +66,7 @@ def compare_losses(config: DictConfig, compose: Compose, train: Train, output: P
         "lockstep": step_verdict,
         "lockstep_errors": lockstep.summary(rows),
         "runs": finals,
+        "notes": notes,
         "fingerprints": fingerprints,
     }
     grids = _grids(runs, found.seeds[0], output / "samples")
@@ -72,8 +74,11 @@ def compare_losses(config: DictConfig, compose: Compose, train: Train, output: P
     return Found(title, results, _blocks(results, config, pictures, grids), pictures | dict(grids))
 
 
-def _train_arms(config: DictConfig, compose: Compose, train: Train, output: Path) -> list[Run]:
-    pair, runs = pair_id(config), []
+def _train_arms(
+    config: DictConfig, compose: Compose, train: Train, output: Path
+) -> tuple[list[Run], list[str]]:
+    """The finished runs, and what was left out."""
+    pair, runs, notes = pair_id(config), [], []
     planned = plan(config.comparison, config.seed)
     pair_of_arms = (config.comparison.candidate, config.comparison.baseline)
     base = compose(config.comparison.arms[config.comparison.baseline])
@@ -81,14 +86,15 @@ def _train_arms(config: DictConfig, compose: Compose, train: Train, output: Path
         composed = compose(overrides)
         asked_for = arm in pair_of_arms or arm.endswith(REPEAT)
         if not asked_for and _same(composed, base):
-            print(f"{arm}: left out, it is {config.comparison.baseline} here", flush=True)
+            notes.append(f"The arm {arm} is left out: here it is {config.comparison.baseline}.")
+            print(notes[-1], flush=True)
             continue
         directory = output / "runs" / f"{arm.replace(' ', '_')}_seed{seed}"
         print(f"run {number} of {len(planned)}: {arm}, seed {seed} -> {directory}", flush=True)
         directory.mkdir(parents=True, exist_ok=True)
         train(run_config(compose, arm, seed, overrides, directory, pair), directory)
         runs.append(read_run(directory, arm))
-    return runs
+    return runs, notes
 
 
 def _same(a: DictConfig, b: DictConfig) -> bool:
@@ -151,11 +157,20 @@ def _blocks(
             " and what another seed changes."
         ),
         Pictures([(pictures["curves"], f"Unweighted error; {candidate} minus {baseline}")]),
-        Pictures([(pictures["scatter"], "Every step of both arms, same seed, same batch")]),
+        Pictures(
+            [
+                (
+                    pictures["pairs"],
+                    "Left: every step of both arms, same seed and batch. Right: what the verdict"
+                    " rests on.",
+                )
+            ]
+        ),
         Table(*_free_table(free)),
         Heading("Final window"),
         Text(f"Means over the last {free['window']} logged steps of every run."),
         Table(*_finals(results["runs"])),
+        *(Text(note) for note in results["notes"]),
     ]
     if results["lockstep_errors"]:
         blocks += [
@@ -165,10 +180,7 @@ def _blocks(
                 " errors against float64 and against the driver, over measured steps and layers."
             ),
             Pictures([(pictures["lockstep"], "Relative errors against float64")]),
-            Table(
-                ("quantity", "arm", "against", "median", "largest"),
-                [list(row.values()) for row in results["lockstep_errors"]],
-            ),
+            *_lockstep_tables(results["lockstep_errors"], baseline),
         ]
     if grids:
         blocks += [
@@ -202,6 +214,23 @@ def _free_table(free: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
         ["TOST interval", f"[{test['low']:+.4g}, {test['high']:+.4g}]" if test else None],
     ]
     return ["final window", "value"], rows
+
+
+def _lockstep_tables(rows: Sequence[dict[str, Any]], baseline: str) -> list[Block]:
+    """Median and largest error: a line for each quantity, a column for each arm."""
+    blocks: list[Block] = []
+    for against in (lockstep.TRUTH, baseline):
+        mine = {
+            (row["quantity"], row["arm"]): f"{row['median']:.2g} ({row['largest']:.2g})"
+            for row in rows
+            if row["against"] == against
+        }
+        arms = list(dict.fromkeys(arm for _, arm in mine))
+        quantities = list(dict.fromkeys(quantity for quantity, _ in mine))
+        blocks.append(Text(f"Against {against}, median (largest):"))
+        cells = [[q, *(mine.get((q, arm)) for arm in arms)] for q in quantities]
+        blocks.append(Table(["quantity", *arms], cells))
+    return blocks
 
 
 def _finals(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:

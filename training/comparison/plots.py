@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from training.comparison.arms import REPEAT, Run
 from training.comparison.curves import Curves, differences, on
@@ -40,10 +41,24 @@ def _legend(whole: Figure, columns: int) -> None:
     whole.legend([named[name] for name in shown], shown, **where)
 
 
+def _log(axes: Any) -> None:
+    """A logarithmic ordinate with plain numbers at 1, 2 and 5."""
+    axes.set_yscale("log")
+    _plain(axes.yaxis)
+
+
+def _plain(axis: Any) -> None:
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def error_curves(runs: Sequence[Run], found: Curves, candidate: str, baseline: str) -> Figure:
-    """Curves over each other; below, their difference between the floors."""
-    whole = figure(7.2, 6.4)
-    above, below = whole.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    """Curves over each other; below, their difference between the floors, and its size, which is
+    often far below both.
+    """
+    whole = figure(7.2, 8.2)
+    above, below, size = whole.subplots(3, 1, sharex=True, height_ratios=[3, 2, 2])
     arms = list(dict.fromkeys(run.arm for run in runs))
     for run in runs:
         seed = sorted({r.seed for r in runs}).index(run.seed)
@@ -56,45 +71,74 @@ def error_curves(runs: Sequence[Run], found: Curves, candidate: str, baseline: s
             alpha=0.45 if run.arm == baseline else 1,
             label=run.arm if seed == 0 else None,
         )
-    above.set_yscale("log")
+    _log(above)
     above.set_ylabel("unweighted error")
     above.set_title(f"mean of {found.smoothing} steps; a line style for each seed", fontsize=9)
     above.legend(fontsize=8, ncols=2)
 
     parts = differences(found)
-    if parts["seed_std"] is not None:
-        low, high = -parts["seed_std"], parts["seed_std"]
-        below.fill_between(
-            found.steps, low, high, color="#999999", alpha=0.3, lw=0, label="seed floor (±1 std)"
-        )
+    floors = {"seed floor (±1 std)": ("#999999", parts["seed_std"])}
     if parts["repeat"] is not None:
-        reach = np.abs(parts["repeat"])
-        below.fill_between(
-            found.steps, -reach, reach, color="#c1440e", alpha=0.35, lw=0, label="A/A floor"
-        )
+        floors["A/A floor"] = (COLOURS["sdpa"], np.abs(parts["repeat"]))
+    for label, (shade, reach) in floors.items():
+        if reach is not None:
+            look = {"color": shade, "alpha": 0.3, "lw": 0}
+            below.fill_between(found.steps, -reach, reach, label=label, **look)
+            size.plot(found.steps, _positive(reach), color=shade, lw=2.5, alpha=0.5, label=label)
     for i, row in enumerate(parts["pairs"]):
+        look = {"color": colour(candidate, arms), "lw": 1, "ls": SHADES[i % len(SHADES)]}
         label = f"{candidate} - {baseline}" if i == 0 else None
-        below.plot(
-            found.steps, row, SHADES[i % 4], color=colour(candidate, arms), lw=1, label=label
-        )
+        below.plot(found.steps, row, label=label, **look)
+        size.plot(found.steps, _positive(np.abs(row)), label=label, **look)
     below.axhline(0, color="black", lw=0.6)
-    below.set_xlabel("step")
     below.set_ylabel("difference of errors")
-    below.legend(fontsize=8)
+    size.set_yscale("log")
+    size.set_ylabel("its size (0 is not shown)")
+    size.set_xlabel("step")
+    for axis in (below, size):
+        axis.legend(fontsize=8)
     return whole
 
 
-def scatter(found: Curves, candidate: str, baseline: str) -> Figure:
-    """The error of every step in one arm over that of the other, same seed and batch."""
-    whole = figure(5, 4.6)
-    axis = whole.subplots()
-    axis.loglog(found.baseline.T, found.candidate.T, ".", ms=3, alpha=0.5)
+def _positive(values: np.ndarray) -> np.ndarray:
+    """Zeros as gaps: a logarithmic axis has no place for them."""
+    return np.where(values > 0, values, np.nan)
+
+
+def pairs(found: Curves, judged: dict[str, Any], candidate: str, baseline: str) -> Figure:
+    """Left: the error of every step in one arm over that of the other, same seed and batch. Right:
+    what the verdict rests on, the final differences, their interval and the margin.
+    """
+    whole = figure(7.2, 3.6)
+    left, right = whole.subplots(1, 2)
+    left.loglog(found.baseline.T, found.candidate.T, ".", ms=3, alpha=0.5)
     both = np.concatenate([found.baseline, found.candidate])
     ends = [both.min(), both.max()]
-    axis.plot(ends, ends, color="black", lw=0.7)
-    axis.set_xlabel(f"error, {baseline}")
-    axis.set_ylabel(f"error, {candidate}")
-    axis.legend([f"seed {seed}" for seed in found.seeds], fontsize=8)
+    left.plot(ends, ends, color="black", lw=0.7)
+    for axis in (left.xaxis, left.yaxis):
+        _plain(axis)
+    left.set_xlabel(f"error, {baseline}")
+    left.set_ylabel(f"error, {candidate}")
+    left.legend([f"seed {seed}" for seed in found.seeds], fontsize=8)
+
+    marks = [
+        (f"seed {s}", d, None) for s, d in zip(found.seeds, judged["differences"], strict=True)
+    ]
+    marks.append(("mean, bootstrap 95%", judged["difference"], judged["bootstrap_95"]))
+    if test := judged["tost"]:
+        level = f"mean, TOST {1 - 2 * test['alpha']:.0%}"
+        marks.append((level, test["mean"], (test["low"], test["high"])))
+        for end in (-test["margin"], test["margin"]):
+            right.axvline(end, color="#c1440e", ls="--", lw=1)
+    for place, (_, middle, interval) in enumerate(marks):
+        right.plot([middle], [place], "o", ms=4, color="#0b6e99")
+        if interval:
+            right.hlines(place, *interval, color="#0b6e99", lw=2)
+    right.axvline(0, color="black", lw=0.6)
+    right.set_yticks(range(len(marks)), [name for name, *_ in marks], fontsize=7)
+    right.tick_params(axis="x", labelsize=7)
+    right.invert_yaxis()
+    right.set_xlabel(f"{candidate} - {baseline}, final window; dashed: margin", fontsize=8)
     return whole
 
 
@@ -118,6 +162,9 @@ def lockstep_errors(rows: Sequence[dict[str, Any]], truth: str) -> Figure:
                 places, values, marker + SHADES[i % 4], ms=4, lw=1, mfc="none",
                 color=colour(arm, arms), label=arm,
             )  # fmt: skip
+        low, high = axis.get_ylim()  # whole powers of ten: small differences look small
+        axis.set_ylim(10 ** np.floor(np.log10(low)), 10 ** np.ceil(np.log10(high)))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_title(f"{quantity}, by {where}", fontsize=9)
         axis.tick_params(labelsize=7)
     for axis in axes:
@@ -154,6 +201,8 @@ def over_tokens(rows: Sequence[dict[str, Any]], quantity: str, label: str) -> Fi
             x, y = zip(*points, strict=True)
             axis.plot(x, y, "o--" if compiled else "o-", lw=1.4, **look)
         lost = [r["tokens"] for r in mine if r["status"] == "out of memory"]
+        if not lost:
+            continue
         axis.plot(
             lost, [0.96 - 0.05 * arms.index(arm)] * len(lost), "x", mew=2, clip_on=False,
             transform=axis.get_xaxis_transform(), color=look["color"], ms=6,
@@ -164,7 +213,7 @@ def over_tokens(rows: Sequence[dict[str, Any]], quantity: str, label: str) -> Fi
         for j, dim in enumerate(dims):
             axis = axes[i, j]
             axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
+            _log(axis)
             axis.set_xticks(ticks, [str(t) for t in ticks])
             axis.tick_params(labelsize=7)
             if i == 0:
@@ -221,7 +270,7 @@ def split_bars(rows: Sequence[dict[str, Any]]) -> Figure:
             bottom += share
     names = [f"{t}\nD {d}\n{m}{' c' if c else ''}" for d, m, c, t in cells]
     axis.set_xticks(range(len(cells)), names, fontsize=6)
-    axis.set_yscale("log")
+    _log(axis)
     axis.set_ylabel("ms an image")
     axis.set_title("forward (full), backward, optimizer (light), stacked; c: compiled", fontsize=9)
     for arm in arms:
@@ -255,15 +304,18 @@ def mfu_bars(rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def speedup(rows: Sequence[dict[str, Any]], ratios: Sequence[dict[str, Any]]) -> Figure:
-    """Baseline's time over the candidate's, a line for each setting; above 1 the candidate wins."""
+    """Baseline's time over the candidate's, a line for each setting; above 1 the candidate wins.
+    Vertical lines are 95 % intervals.
+    """
     whole = figure(6.4, 3.8)
     axis = whole.subplots()
     for (dim, mode, compiled), mine in _groups(ratios, "head_dim", "mode", "compiled").items():
-        points = sorted((r["tokens"], r["ratio"]) for r in mine if r["ratio"])
+        points = sorted((r["tokens"], r["ratio"], r["low"], r["high"]) for r in mine if r["ratio"])
         if points:
-            x, y = zip(*points, strict=True)
+            x, y, low, high = zip(*points, strict=True)
             name = f"D {dim}, {mode}{', compiled' if compiled else ''}"
-            axis.plot(x, y, "o--" if compiled else "o-", ms=4, lw=1.3, label=name)
+            (line,) = axis.plot(x, y, "o--" if compiled else "o-", ms=4, lw=1.3, label=name)
+            axis.vlines(x, low, high, color=line.get_color(), lw=1)
     axis.axhline(1, color="black", lw=0.8)
     axis.set_xscale("log", base=2)
     ticks = sorted({row["tokens"] for row in rows})

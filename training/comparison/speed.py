@@ -11,9 +11,7 @@ arms.
 """
 
 import gc
-import math
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import pairwise, product
 from pathlib import Path
@@ -318,47 +316,3 @@ def _unsupported(configs: dict[str, DictConfig], cell: dict[str, Any], device: s
         except NotImplementedError as error:
             return str(error)
     return None
-
-
-def ratios(rows: Sequence[dict[str, Any]], candidate: str, baseline: str) -> list[dict[str, Any]]:
-    """Images per second of the candidate over the baseline's, for every cell that has both."""
-    by_cell: dict[tuple, dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        by_cell.setdefault(tuple(row[name] for name in CELL), {})[row["arm"]] = row
-    found = []
-    for cell, arms in by_cell.items():
-        mine, theirs = arms.get(candidate, {}), arms.get(baseline, {})
-        fast, slow = mine.get("images_per_s"), theirs.get("images_per_s")
-        found.append(
-            dict(zip(CELL, cell, strict=True))
-            | {
-                "ratio": fast / slow if fast and slow else None,
-                "memory_ratio": _over(theirs.get("peak_mib"), mine.get("peak_mib")),
-                "baseline_fits": theirs.get("status") != OUT_OF_MEMORY,
-                "candidate_fits": mine.get("status") != OUT_OF_MEMORY,
-            }
-        )
-    return found
-
-
-def _over(a: float | None, b: float | None) -> float | None:
-    return a / b if a and b else None
-
-
-def crossover(points: Sequence[tuple[int, float]]) -> tuple[float | None, str]:
-    """Where the candidate begins to win for good: tokens, and in words.
-
-    points: (tokens, ratio). Between two lengths log ratio is taken as linear in log tokens.
-    """
-    points = sorted(points)
-    if not points:
-        return None, "not measured"
-    if all(ratio >= 1 for _, ratio in points):
-        return float(points[0][0]), f"faster at every length measured, from {points[0][0]} on"
-    if points[-1][1] < 1:
-        return None, f"not faster at the longest length measured, {points[-1][0]}"
-    last = max(i for i, (_, ratio) in enumerate(points) if ratio < 1)
-    (n0, r0), (n1, r1) = points[last], points[last + 1]
-    share = -math.log(r0) / (math.log(r1) - math.log(r0))
-    tokens = math.exp(math.log(n0) + share * (math.log(n1) - math.log(n0)))
-    return tokens, f"faster from about {tokens:.0f} tokens on (between {n0} and {n1})"

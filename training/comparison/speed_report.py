@@ -1,7 +1,6 @@
 """Speed matching, from the measured cells to the report."""
 
 import csv
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,10 @@ from omegaconf import DictConfig
 
 from training.comparison import plots
 from training.comparison.arms import Compose, pair_id
+from training.comparison.crossover import crossings, ratios, verdict
 from training.comparison.document import Block, Heading, Judgement, Pictures, Table, Text
 from training.comparison.files import Found
-from training.comparison.speed import CELL, MEASURED, compare_cells, crossover, ratios
+from training.comparison.speed import CELL, MEASURED, compare_cells
 
 COLUMNS = {
     "tokens": "tokens",
@@ -41,54 +41,20 @@ def compare_speeds(config: DictConfig, compose: Compose, output: Path) -> Found:
             raise ValueError(f"comparison.{key} must be one of {given}; got {comparison[key]!r}")
     rows = compare_cells(config, compose, output)
     _write_csv(rows, output / "speed.csv")
-    found = ratios(rows, candidate, baseline)
     others = [a for a in dict.fromkeys(r["arm"] for r in rows) if a not in names]
-    crossings = [
-        row
-        for arm in (baseline, *others)
-        for row in _crossings(ratios(rows, candidate, arm), candidate, arm)
-    ]
-    pictures = _pictures(rows, found, output / "plots")
+    found = [row for arm in (baseline, *others) for row in ratios(rows, candidate, arm)]
+    pictures = _pictures(rows, [r for r in found if r["against"] == baseline], output / "plots")
+    crossed = crossings(found)
     results = {
         "pair": pair_id(config),
         "candidate": candidate,
         "baseline": baseline,
-        "crossovers": crossings,
+        "verdicts": {arm: verdict(crossed, candidate, arm) for arm in (baseline, *others)},
+        "crossovers": crossed,
         "ratios": found,
     }
     title = f"Speed matching: {candidate} against {baseline}"
     return Found(title, results, _blocks(rows, results, pictures), pictures)
-
-
-def _crossings(
-    found: Sequence[dict[str, Any]], candidate: str, against: str
-) -> list[dict[str, Any]]:
-    """For every setting of the equal batch, where the candidate begins to win."""
-    groups: dict[tuple, list[dict[str, Any]]] = {}
-    for row in found:
-        if row["batches"] == "equal":
-            groups.setdefault((row["head_dim"], row["mode"], row["compiled"]), []).append(row)
-    crossings = []
-    for (dim, mode, compiled), rows in groups.items():
-        points = [(row["tokens"], row["ratio"]) for row in rows if row["ratio"]]
-        tokens, words = crossover(points)
-        alone = [r["tokens"] for r in rows if r["candidate_fits"] and not r["baseline_fits"]]
-        if alone:
-            words += f"; at {', '.join(map(str, sorted(alone)))} tokens only {candidate} fits"
-        if points:
-            best = max(points, key=lambda point: point[1])
-            words += f"; at most {best[1]:.2f} times as fast, at {best[0]} tokens"
-        crossings.append(
-            {
-                "head_dim": dim,
-                "mode": mode,
-                "compiled": compiled,
-                "against": against,
-                "tokens": tokens,
-                "words": words,
-            }
-        )
-    return crossings
 
 
 def _pictures(
@@ -131,12 +97,25 @@ def _blocks(
 ) -> list[Block]:
     candidate, baseline = results["candidate"], results["baseline"]
     blocks: list[Block] = [Heading("Verdict")]
-    for row in results["crossovers"]:
-        how = "compiled" if row["compiled"] else "eager"
-        setting = f"head dim {row['head_dim']}, {row['mode']}, {how}"
-        title = f"{candidate} against {row['against']}: {setting}"
-        passed = None if row["against"] != baseline else row["tokens"] is not None
-        blocks.append(Judgement(title, row["words"] + ".", passed))
+    for arm, judged in results["verdicts"].items():
+        passed = judged["passed"] if arm == baseline else None
+        blocks.append(Judgement(f"{candidate} against {arm}", judged["words"], passed))
+    crossed = [
+        [
+            row["against"],
+            row["head_dim"],
+            row["mode"],
+            "compiled" if row["compiled"] else "eager",
+            row["words"],
+            row["best"],
+            row["best_tokens"],
+            ", ".join(map(str, row["only_candidate_fits"])),
+        ]
+        for row in results["crossovers"]
+        if row["best"]
+    ]
+    columns = ("against", "head dim", "mode", "", candidate, "at best", "at tokens", "fits alone")
+    blocks.append(Table(columns, crossed))
     blocks += [
         Heading("Over tokens"),
         Text(

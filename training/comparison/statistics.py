@@ -131,6 +131,9 @@ def verdict(
         "tost": None,
         "equivalent": None,
     }
+    floor = ""
+    if repeat is not None:
+        floor = f" The baseline, run again, differs by {found['repeat_difference']:+.4g} (A/A)."
     if len(means) < LEAST_SEEDS:
         found["words"] = (
             f"No verdict: a margin needs at least {LEAST_SEEDS} seeds of both arms, there are"
@@ -156,4 +159,5 @@ def verdict(
             f"Equivalence is not shown: {numbers} reaches beyond what another seed changes"
             f" {limits}. This is no proof of a difference: more seeds or steps narrow the interval."
         )
+    found["words"] += floor
     return found

@@ -1,0 +1,121 @@
+"""From how many tokens on is one arm faster than another, and how sure is that?
+
+The arms take turns, so that their steps are paired: the interval of a ratio is the exponential of a
+paired block bootstrap of log(time of the baseline / time of the candidate).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from training.comparison.speed import CELL, OUT_OF_MEMORY
+from training.comparison.statistics import block_bootstrap
+
+
+def ratios(rows: Sequence[dict[str, Any]], candidate: str, baseline: str) -> list[dict[str, Any]]:
+    """Images per second of the candidate over the baseline's, for every cell: ``ratio`` of the
+    medians and, where the arms took turns, the ends ``low`` and ``high`` of a 95 % interval.
+    """
+    by_cell: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        by_cell.setdefault(tuple(row[name] for name in CELL), {})[row["arm"]] = row
+    found = []
+    for cell, arms in by_cell.items():
+        mine, theirs = arms.get(candidate, {}), arms.get(baseline, {})
+        low = high = None
+        if mine.get("batch") == theirs.get("batch") and mine.get("times_ms"):
+            pairs = np.log(theirs["times_ms"]) - np.log(mine["times_ms"])
+            low, high = (math.exp(end) for end in block_bootstrap(pairs))
+        found.append(
+            dict(zip(CELL, cell, strict=True))
+            | {
+                "against": baseline,
+                "ratio": _over(mine.get("images_per_s"), theirs.get("images_per_s")),
+                "low": low,
+                "high": high,
+                "memory_ratio": _over(theirs.get("peak_mib"), mine.get("peak_mib")),
+                "baseline_fits": theirs.get("status") != OUT_OF_MEMORY,
+                "candidate_fits": mine.get("status") != OUT_OF_MEMORY,
+            }
+        )
+    return found
+
+
+def _over(a: float | None, b: float | None) -> float | None:
+    return a / b if a and b else None
+
+
+def crossover(points: Sequence[tuple[int, float]]) -> tuple[float | None, str]:
+    """Where the candidate begins to win for good: tokens, and in words.
+
+    points: (tokens, ratio). Between two lengths log ratio is taken as linear in log tokens.
+    """
+    points = sorted(points)
+    if not points:
+        return None, "not measured"
+    if all(ratio >= 1 for _, ratio in points):
+        return float(points[0][0]), f"faster at every length measured, from {points[0][0]} on"
+    if points[-1][1] < 1:
+        return None, f"not faster at the longest length measured, {points[-1][0]}"
+    last = max(i for i, (_, ratio) in enumerate(points) if ratio < 1)
+    (n0, r0), (n1, r1) = points[last], points[last + 1]
+    share = -math.log(r0) / (math.log(r1) - math.log(r0))
+    tokens = math.exp(math.log(n0) + share * (math.log(n1) - math.log(n0)))
+    return tokens, f"faster from about {tokens:.0f} tokens on (between {n0} and {n1})"
+
+
+def crossings(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For every setting of the equal batch, where the candidate begins to win, and its best."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in found:
+        if row["batches"] == "equal":
+            key = (row["against"], row["head_dim"], row["mode"], row["compiled"])
+            groups.setdefault(key, []).append(row)
+    rows = []
+    for (against, dim, mode, compiled), mine in groups.items():
+        measured = [row for row in mine if row["ratio"]]
+        tokens, words = crossover([(row["tokens"], row["ratio"]) for row in measured])
+        best = max(measured, key=lambda row: row["ratio"], default=None)
+        alone = sorted(r["tokens"] for r in mine if r["candidate_fits"] and not r["baseline_fits"])
+        rows.append(
+            {
+                "against": against,
+                "head_dim": dim,
+                "mode": mode,
+                "compiled": compiled,
+                "from_tokens": tokens,
+                "words": words,
+                "best": best and best["ratio"],
+                "best_low": best and best["low"],
+                "best_high": best and best["high"],
+                "best_tokens": best and best["tokens"],
+                "only_candidate_fits": alone,
+            }
+        )
+    return rows
+
+
+def verdict(rows: Sequence[dict[str, Any]], candidate: str, against: str) -> dict[str, Any]:
+    """All settings against one arm in one sentence."""
+    rows = [row for row in rows if row["against"] == against and row["best"]]
+    if not rows:
+        return {"passed": None, "words": "No verdict: nothing was measured in both arms."}
+    winning = [row for row in rows if row["from_tokens"] is not None]
+    words = f"{candidate} becomes faster than {against} in {len(winning)} of {len(rows)} settings"
+    if winning:
+        starts = [row["from_tokens"] for row in winning]
+        words += f", from {min(starts):.0f} to {max(starts):.0f} tokens on"
+    best = max(rows, key=lambda row: row["best"])
+    words += f"; at best {best['best']:.2f} times as fast"
+    if best["best_low"]:
+        words += f" (95% interval {best['best_low']:.2f} to {best['best_high']:.2f})"
+    how = "compiled" if best["compiled"] else "eager"
+    words += (
+        f", at {best['best_tokens']} tokens, head dim {best['head_dim']}, {best['mode']}, {how}"
+    )
+    alone = sorted({n for row in rows for n in row["only_candidate_fits"]})
+    if alone:
+        words += f"; at {', '.join(map(str, alone))} tokens only {candidate} fits into memory"
+    return {"passed": len(winning) == len(rows), "words": words + "."}
