@@ -26,7 +26,6 @@ def compare(config: DictConfig, overrides: Sequence[str], output: Path) -> Path:
     def compose(more: Sequence[str]) -> DictConfig:
         return hydra.compose("compare", [*overrides, *more])
 
-    output.mkdir(parents=True, exist_ok=True)
     if config.comparison.kind == "speed":
         found = compare_speeds(config, compose, output)
     else:

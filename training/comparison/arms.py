@@ -31,6 +31,11 @@ MAY_DIFFER = (
     "compile",
     "trainer.precision",
     "objective.jvp",
+    "checkpointing",
+    "trainer.log_every_n_steps",
+    "trainer.enable_progress_bar",
+    "trainer.enable_model_summary",
+    "trainer.profiler",
     "callbacks",
     "logger",
     "ckpt_path",
@@ -99,11 +104,13 @@ def run_config(
     return config
 
 
-def pair_id(config: DictConfig) -> str:
-    """A name for everything that the arms share."""
+def pair_id(config: DictConfig, kind: str) -> str:
+    """A name for everything that the arms share; for a finished run, that under which it logged."""
+    if named := OmegaConf.select(config, "logger.wandb.group"):
+        return named
     shared = json.dumps(_shared(config), sort_keys=True, default=str)
     tensor = torch.frombuffer(bytearray(shared.encode()), dtype=torch.uint8)
-    return f"{config.comparison.kind}-{digest([tensor])[:8]}"
+    return f"{kind}-{digest([tensor])[:8]}"
 
 
 def read_run(directory: Path, arm: str | None = None) -> Run:

@@ -16,7 +16,6 @@ import numpy as np
 
 from training.comparison.arms import REPEAT, Run
 from training.comparison.statistics import smooth, verdict
-from training.validation import between
 
 ERROR = "train/error"
 TABLE = {  # column of metrics.csv -> title
@@ -60,7 +59,6 @@ def on(run: Run, steps: np.ndarray, metric: str = ERROR) -> np.ndarray:
 
 
 def judge(found: Curves, window: float, alpha: float) -> dict[str, Any]:
-    between("comparison.window", window, 0, 1, open_low=True)
     n = max(1, round(window * len(found.steps)))
     repeat = None if found.repeat is None else found.repeat[-n:]
     return verdict(found.candidate[:, -n:], found.baseline[:, -n:], repeat, alpha)

@@ -64,10 +64,13 @@ def panels() -> dict[str, list[Any]]:
     }
 
 
+def _only(pair: str) -> str:
+    return f"Metric('{GROUP}') == '{pair}'"
+
+
 def workspace(entity: str, project: str, pair: str | None = None) -> Any:
     """A saved view of the project: the runs of one pair (all, if None), grouped by attention."""
     _, ws = _need()
-    filters = [ws.Metric(GROUP) == pair] if pair else []
     return ws.Workspace(
         entity=entity,
         project=project,
@@ -76,7 +79,9 @@ def workspace(entity: str, project: str, pair: str | None = None) -> Any:
             ws.Section(name=name, panels=parts, is_open=True) for name, parts in panels().items()
         ],
         settings=ws.WorkspaceSettings(x_axis=STEP, smoothing_type="gaussian", smoothing_weight=5),
-        runset_settings=ws.RunsetSettings(filters=filters, groupby=[ws.Metric(JOB)]),
+        runset_settings=ws.RunsetSettings(
+            filters=_only(pair) if pair else "", groupby=[ws.Metric(JOB)]
+        ),
     )
 
 
@@ -87,7 +92,7 @@ def report(entity: str, project: str, pair: str, verdicts: Sequence[tuple[str, s
         entity=entity,
         project=project,
         name=pair,
-        filters=f"Metric('{GROUP}') == '{pair}'",
+        filters=_only(pair),
         groupby=[JOB],
     )
     blocks: list[Any] = [wr.H1(text="Verdict")]

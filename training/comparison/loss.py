@@ -25,7 +25,7 @@ from training.comparison.curves import TABLE, curves, final_rows, judge, write_c
 from training.comparison.document import Block, Heading, Judgement, Pictures, Table, Text
 from training.comparison.files import Found, write_jsonl
 from training.settings import precision
-from training.validation import positive_integer
+from training.validation import between, positive_integer
 
 Train = Callable[[DictConfig, Path], None]  # scripts/train.py's
 
@@ -33,6 +33,8 @@ Train = Callable[[DictConfig, Path], None]  # scripts/train.py's
 def compare_losses(config: DictConfig, compose: Compose, train: Train, output: Path) -> Found:
     comparison = config.comparison
     positive_integer("comparison.seeds", comparison.seeds)
+    between("comparison.window", comparison.window, 0, 1, open_low=True)
+    between("comparison.alpha", comparison.alpha, 0, 0.5, open_low=True)
     notes: list[str] = []
     if config.runs:
         runs = name_arms([read_run(Path(path)) for path in config.runs])
@@ -59,7 +61,7 @@ def compare_losses(config: DictConfig, compose: Compose, train: Train, output: P
         drawn = plots.lockstep_errors(rows, lockstep.TRUTH)
         pictures["lockstep"] = plots.save(drawn, folder / "lockstep.png")
     results = {
-        "pair": pair_id(runs[0].config if config.runs else config),
+        "pair": pair_id(runs[0].config if config.runs else config, "loss"),
         "candidate": comparison.candidate,
         "baseline": comparison.baseline,
         "free_run": judgement,
@@ -78,7 +80,7 @@ def _train_arms(
     config: DictConfig, compose: Compose, train: Train, output: Path
 ) -> tuple[list[Run], list[str]]:
     """The finished runs, and what was left out."""
-    pair, runs, notes = pair_id(config), [], []
+    pair, runs, notes = pair_id(config, "loss"), [], []
     planned = plan(config.comparison, config.seed)
     pair_of_arms = (config.comparison.candidate, config.comparison.baseline)
     base = compose(config.comparison.arms[config.comparison.baseline])

@@ -92,7 +92,8 @@ def error_curves(runs: Sequence[Run], found: Curves, candidate: str, baseline: s
         size.plot(found.steps, _positive(np.abs(row)), label=label, **look)
     below.axhline(0, color="black", lw=0.6)
     below.set_ylabel("difference of errors")
-    size.set_yscale("log")
+    if any(np.nanmax(line.get_ydata(), initial=0) > 0 for line in size.get_lines()):
+        size.set_yscale("log")
     size.set_ylabel("its size (0 is not shown)")
     size.set_xlabel("step")
     for axis in (below, size):
@@ -121,7 +122,7 @@ def pairs(found: Curves, judged: dict[str, Any], candidate: str, baseline: str) 
     left.set_ylabel(f"error, {candidate}")
     left.legend([f"seed {seed}" for seed in found.seeds], fontsize=8)
 
-    marks = [
+    marks: list[tuple[str, float, Any]] = [
         (f"seed {s}", d, None) for s, d in zip(found.seeds, judged["differences"], strict=True)
     ]
     marks.append(("mean, bootstrap 95%", judged["difference"], judged["bootstrap_95"]))
@@ -162,8 +163,12 @@ def lockstep_errors(rows: Sequence[dict[str, Any]], truth: str) -> Figure:
                 places, values, marker + SHADES[i % 4], ms=4, lw=1, mfc="none",
                 color=colour(arm, arms), label=arm,
             )  # fmt: skip
-        low, high = axis.get_ylim()  # whole powers of ten: small differences look small
-        axis.set_ylim(10 ** np.floor(np.log10(low)), 10 ** np.ceil(np.log10(high)))
+        positive = [r["error"] for r in rows if r["quantity"] == quantity and r["error"] > 0]
+        if positive:  # whole powers of ten: small differences look small
+            axis.set_yscale("log")
+            axis.set_ylim(
+                10 ** np.floor(np.log10(min(positive))), 10 ** np.ceil(np.log10(max(positive)))
+            )
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_title(f"{quantity}, by {where}", fontsize=9)
         axis.tick_params(labelsize=7)

@@ -46,7 +46,7 @@ def compare_speeds(config: DictConfig, compose: Compose, output: Path) -> Found:
     pictures = _pictures(rows, [r for r in found if r["against"] == baseline], output / "plots")
     crossed = crossings(found)
     results = {
-        "pair": pair_id(config),
+        "pair": pair_id(config, "speed"),
         "candidate": candidate,
         "baseline": baseline,
         "verdicts": {arm: verdict(crossed, candidate, arm) for arm in (baseline, *others)},

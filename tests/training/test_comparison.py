@@ -1,0 +1,378 @@
+"""The comparison judges rightly: statistics against known values, a tiny comparison from end to
+end, in which a wrong attention is found out.
+"""
+
+import csv
+import json
+import re
+
+import hydra
+import numpy as np
+import pytest
+import torch
+from hydra import initialize_config_dir
+from omegaconf import OmegaConf
+from scipy import stats
+
+from scripts.compare import compare
+from scripts.dashboard import build
+from tests.commands import ROOT, call, succeed
+from training.attentions import sdpa, sdpa_fused
+from training.comparison import dashboard, lockstep
+from training.comparison.arms import Run, check_comparable, check_fingerprints, name_arms
+from training.comparison.crossover import crossover, ratios
+from training.comparison.document import Heading, Judgement, Pictures, Table, Text, markdown, page
+from training.comparison.statistics import block_bootstrap, smooth, tost, verdict
+from training.images import write_png
+
+TINY = [
+    "trainer=cpu",
+    "logger=csv",
+    "data.batch_size=8",
+    "model.depth=2",
+    "model.width=32",
+    "trainer.max_steps=6",
+    "optimizer.warmup_steps=0",
+    "comparison.lockstep.steps=4",
+    "comparison.lockstep.every=2",
+    "comparison.fingerprint_every_n_steps=2",
+]
+CONFIGS = ROOT / "configs"
+WRONG = '+comparison.arms.wrong=["attention=sdpa","+attention.scale=1.0"]'
+
+
+# A test of another package's deprecations this is not.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """jvp, sdpa, sdpa again, and an attention that scales wrongly, six steps each."""
+    where = tmp_path_factory.mktemp("compared")
+    arms = ["comparison.seeds=1", "comparison.arms.double=null", "comparison.arms.float32=null"]
+    arguments = ["experiment=loss_matching_smoke", *TINY, *arms, WRONG]
+    done = succeed("compare.py", *arguments, f"hydra.run.dir={where / 'out'}", cwd=where)
+    return where / "out", done.stdout
+
+
+def results(output):
+    return json.loads((output / "results.json").read_text())
+
+
+def test_tost_is_two_one_sided_t_tests():
+    d = np.array([0.10, -0.20, 0.05, 0.30, -0.10])
+    test = tost(d, 0.4)
+    above = stats.ttest_1samp(d, -0.4, alternative="greater").pvalue
+    below = stats.ttest_1samp(d, 0.4, alternative="less").pvalue
+    assert test.p == pytest.approx(max(above, below), rel=1e-12)
+    # By hand: mean 0.03, s = √(0.148 / 4) = 0.19235, s / √5 = 0.08602, t = -0.37 / 0.08602 = -4.301
+    # on 4 degrees of freedom, whose 95 % point is 2.1318.
+    assert test.p == pytest.approx(stats.t.cdf(-4.3012, 4), rel=1e-4)
+    assert test.equivalent
+    assert (test.low, test.high) == pytest.approx(
+        (0.03 - 2.1318 * 0.08602, 0.03 + 2.1318 * 0.08602), abs=1e-4
+    )
+
+
+def test_tost_rejects_exactly_where_its_interval_is_inside_the_margin():
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        d = random.normal(0.2, 0.5, size=random.integers(2, 8))
+        test = tost(d, 0.6, alpha=0.05)
+        assert test.equivalent == (test.low > -0.6 and test.high < 0.6)
+
+
+def test_differences_without_spread_are_equivalent_inside_the_margin_only():
+    assert tost(np.zeros(3), 0.1).equivalent
+    assert not tost(np.full(3, 0.2), 0.1).equivalent
+
+
+@pytest.mark.parametrize(
+    ("differences", "margin", "message"),
+    [([1.0], 1.0, "two or more"), ([1.0, float("nan")], 1.0, "finite"), ([1.0, 2.0], 0.0, "> 0")],
+)
+def test_tost_refuses_what_has_no_answer(differences, margin, message):
+    with pytest.raises(ValueError, match=message):
+        tost(np.array(differences), margin)
+
+
+def coverage(rho, block=None, n=300, trials=150):
+    """Share of 95 % intervals that hold the true mean, 0, of an AR(1) process."""
+    random, hits = np.random.default_rng(1), 0
+    for trial in range(trials):
+        noise = random.normal(size=n + 50)
+        series = np.zeros(n + 50)
+        for i in range(1, n + 50):
+            series[i] = rho * series[i - 1] + noise[i]
+        low, high = block_bootstrap(series[50:], draws=400, block=block, seed=trial)
+        hits += low <= 0 <= high
+    return hits / trials
+
+
+def test_the_bootstrap_interval_covers_the_mean_of_dependent_steps():
+    assert 0.90 <= coverage(0.0) <= 0.99
+    assert coverage(0.6) >= 0.84
+    assert coverage(0.6, block=1) < 0.75, "single steps are not independent, blocks are needed"
+
+
+def test_the_bootstrap_is_a_function_of_its_seed():
+    d = np.random.default_rng(2).normal(size=(3, 40))
+    assert block_bootstrap(d, seed=1) == block_bootstrap(d, seed=1) != block_bootstrap(d, seed=2)
+
+
+def test_a_smoothed_curve_is_a_mean_of_the_steps_before():
+    assert smooth(np.array([1.0, 3.0, 5.0, 7.0]), 2).tolist() == [1.0, 2.0, 4.0, 6.0]
+
+
+def test_the_verdict_knows_three_answers():
+    random = np.random.default_rng(3)
+    baseline = 40 + np.array([[0.0], [1.0], [2.0]]) + random.normal(size=(3, 50))
+    near = baseline + 0.01 * random.normal(size=(3, 50))
+    assert verdict(near, baseline, baseline[0])["equivalent"] is True
+    assert verdict(baseline + 5, baseline, None)["equivalent"] is False
+    few = verdict(near[:2], baseline[:2], None)
+    assert few["equivalent"] is None
+    assert "at least 3 seeds" in few["words"]
+
+
+def test_the_crossover_is_interpolated_between_lengths():
+    tokens, words = crossover([(64, 0.5), (256, 2.0), (1024, 4.0)])
+    assert tokens == pytest.approx(128)
+    assert "about 128 tokens" in words
+    assert crossover([(64, 1.1), (256, 2.0)])[0] == 64
+    assert crossover([(64, 0.5), (256, 0.9)])[0] is None
+    assert crossover([]) == (None, "not measured")
+
+
+def test_a_ratio_of_speeds_has_an_interval_from_paired_steps():
+    cell = {"tokens": 64, "head_dim": 64, "mode": "single", "compiled": False, "batches": "equal"}
+    shared = np.random.default_rng(4).uniform(1, 3, size=30)  # a disturbed machine
+    rows = [
+        cell | {"arm": "jvp", "status": "measured", "batch": 8, "images_per_s": 200.0}
+        | {"times_ms": shared.tolist()},
+        cell | {"arm": "sdpa", "status": "measured", "batch": 8, "images_per_s": 100.0}
+        | {"times_ms": (2 * shared).tolist()},
+    ]  # fmt: skip
+    (found,) = ratios(rows, "jvp", "sdpa")
+    assert found["ratio"] == 2
+    assert (found["low"], found["high"]) == pytest.approx((2, 2))
+    rows[1] = cell | {"arm": "sdpa", "status": "out of memory"}
+    (found,) = ratios(rows, "jvp", "sdpa")
+    assert (found["ratio"], found["baseline_fits"]) == (None, False)
+
+
+def run(tmp_path, arm="jvp", seed=0, weights="a", **config):
+    whole = {"seed": seed, "attention": {"_target_": arm}, "trainer": {"precision": "32-true"}}
+    prints = {"weights": weights, "batches": {0: "x", 10: "y"}}
+    steps = np.arange(3)
+    return Run(arm, tmp_path, OmegaConf.create(whole | config), steps, {}, {}, prints)
+
+
+def test_runs_that_differ_in_more_than_they_may_are_refused(tmp_path):
+    check_comparable([run(tmp_path), run(tmp_path, "sdpa", 1)])
+    with pytest.raises(ValueError, match=r"data\.batch_size is None in one and 8 in the other"):
+        check_comparable([run(tmp_path), run(tmp_path, "sdpa", data={"batch_size": 8})])
+
+
+def test_other_weights_are_found_out(tmp_path):
+    rows = check_fingerprints([run(tmp_path), run(tmp_path, "sdpa", weights="b")])
+    assert [row["same_weights"] for row in rows] == [True, False]
+    assert all(row["same_batches"] for row in rows)
+
+
+def test_found_runs_are_named_after_what_differs(tmp_path):
+    half = {"trainer": {"precision": "bf16-mixed"}}
+    named = name_arms([run(tmp_path), run(tmp_path), run(tmp_path, **half)])
+    assert [r.arm for r in named] == ["jvp", "jvp again", "jvp precision=bf16-mixed"]
+
+
+def test_the_toughest_baseline_has_the_numbers_of_sdpa():
+    torch.manual_seed(0)
+    inputs = tuple(torch.randn(2, 2, 9, 4, dtype=torch.float64) for _ in range(3))
+    tangents = tuple(torch.randn_like(x) for x in inputs)
+    assert torch.allclose(sdpa_fused(*inputs), sdpa(*inputs))
+    for mine, theirs in zip(
+        torch.func.jvp(sdpa_fused, inputs, tangents),
+        torch.func.jvp(sdpa, inputs, tangents),
+        strict=True,
+    ):
+        assert torch.equal(mine, theirs)
+
+
+def test_the_page_needs_nothing_else_and_escapes(tmp_path):
+    picture = write_png(tmp_path / "a.png", torch.zeros(2, 2, 1, dtype=torch.uint8))
+    blocks = [
+        Heading("A <b>"),
+        Text("x < y"),
+        Judgement("Verdict", "fine", True),
+        Table(("a", "b"), [[1.23456, None], [True, "s"]]),
+        Pictures([(picture, "caption")]),
+    ]
+    text = page("Title", blocks)
+    assert "A &lt;b&gt;" in text
+    assert 'class="judgement passed"' in text
+    assert not re.search(r'<script|src="(?!data:)|https?://', text)
+    assert "![caption](a.png)" in markdown("Title", blocks, tmp_path)
+
+
+def test_a_comparison_leaves_a_page_and_its_data(compared):
+    output, told = compared
+    assert str(output / "report.html") in told
+    text = (output / "report.html").read_text()
+    assert text.count("data:image/png;base64,") >= 4
+    assert 'name="viewport"' in text
+    assert "sdpa again" in (output / "report.md").read_text()
+    with (output / "curves.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["arm"] for row in rows} == {"jvp", "sdpa", "sdpa again", "wrong"}
+    assert len(rows) == 4 * 6
+
+
+def test_arms_start_from_the_same_weights_and_see_the_same_batches(compared):
+    prints = results(compared[0])["fingerprints"]
+    assert len(prints) == 4
+    for row in prints:
+        assert (row["source"], row["batches"]) == ("recorded", 3)
+        assert row["same_weights"]
+        assert row["same_batches"]
+
+
+def test_the_lock_step_finds_a_wrong_attention_and_passes_the_right_one(compared):
+    found = results(compared[0])
+    assert found["lockstep"]["passed"] is True
+    errors = {
+        (row["quantity"], row["arm"]): row["median"]
+        for row in found["lockstep_errors"]
+        if row["against"] == lockstep.TRUTH
+    }
+    for quantity in ("u", "du/dt", "gradient", "attention", "its tangent"):
+        assert errors[quantity, "jvp"] < 1e-5, quantity
+    assert errors["attention", "wrong"] > 1e-4
+    assert errors["its tangent", "wrong"] > 1e-2
+    again = [
+        r for r in found["lockstep_errors"] if (r["arm"], r["against"]) == ("sdpa again", "sdpa")
+    ]
+    assert again
+    assert all(row["largest"] == 0 for row in again)
+
+
+def test_without_three_seeds_there_is_no_verdict(compared):
+    free = results(compared[0])["free_run"]
+    assert free["equivalent"] is None
+    assert free["repeat_difference"] == 0
+
+
+def test_runs_that_exist_already_are_compared(compared, tmp_path):
+    output, _ = compared
+    runs = [output / "runs" / f"{arm}_seed0" for arm in ("sdpa", "jvp")]
+    given = f"runs=[{','.join(map(str, runs))}]"
+    (runs[0] / "fingerprint.jsonl").rename(tmp_path / "away")  # a run that recorded none
+    arguments = [given, "logger=csv", "comparison.lockstep.steps=0"]
+    succeed("compare.py", *arguments, f"hydra.run.dir={tmp_path / 'out'}", cwd=tmp_path)
+    (tmp_path / "away").rename(runs[0] / "fingerprint.jsonl")
+    found = results(tmp_path / "out")
+    assert {row["source"] for row in found["fingerprints"]} == {"recomputed"}
+    assert all(row["same_weights"] and row["same_batches"] for row in found["fingerprints"])
+    recorded = {row["weights"] for row in results(output)["fingerprints"]}
+    assert {row["weights"] for row in found["fingerprints"]} == recorded
+
+
+def test_speeds_are_compared(tmp_path):
+    small = [
+        "tokens=[16]",
+        "modes=[single]",
+        "rounds=2",
+        "steps_per_round=1",
+        "tokens_per_batch=64",
+    ]
+    options = [f"comparison.speed.{option}" for option in small]
+    options += ["comparison.speed.head_dims.24=null", "comparison.speed.batches=[equal,largest]"]
+    arguments = ["experiment=speed_matching_smoke", "trainer=cpu", "logger=csv", *options]
+    succeed("compare.py", *arguments, f"hydra.run.dir={tmp_path / 'out'}", cwd=tmp_path)
+    lines = (tmp_path / "out" / "speed.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    equal = [row for row in rows if row["batches"] == "equal"]
+    assert {row["arm"] for row in equal} == {"jvp", "sdpa", "sdpa_fused"}
+    for row in equal:
+        parts = row["forward_ms"] + row["backward_ms"] + row["optimizer_ms"]
+        assert 0 < row["ms_p10"] <= row["ms"] <= row["ms_p90"]
+        assert parts == pytest.approx(row["ms"], rel=0.5)
+        assert row["batch"] == 4
+        assert row["first_step_s"] > 0
+    assert len({row["tflops"] * row["ms"] for row in equal}) <= 3
+    numerators = [row["tflops"] * row["ms"] for row in equal]
+    assert max(numerators) == pytest.approx(min(numerators)), "one numerator for all arms"
+    assert {row["status"] for row in rows if row["batches"] == "largest"} == {"unsupported"}
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["comparison.kind=size"], "comparison.kind must be one of loss, speed"),
+        (["comparison.candidate=flash"], "comparison.candidate must be one of jvp, sdpa"),
+        (["runs=[nowhere]"], "nowhere has no config.yaml"),
+        (["comparison.seeds=0"], "comparison.seeds must be an integer >= 1"),
+        (["comparison.window=2"], "comparison.window must be"),
+    ],
+)
+def test_wrong_settings_are_named_before_anything_runs(arguments, message, tmp_path):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = hydra.compose("compare", arguments)
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            compare(config, arguments, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_error_is_one_clear_line(tmp_path):
+    done = call("compare.py", "comparison.sede=3", cwd=tmp_path)
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert "unknown configuration key 'comparison.sede'" in line
+
+
+class TestDashboard:
+    @pytest.fixture(autouse=True)
+    def needs_the_package(self):
+        pytest.importorskip("wandb_workspaces")
+
+    def test_panels_show_what_runs_log(self, compared):
+        output, _ = compared
+        with (output / "runs" / "jvp_seed0" / "metrics.csv").open() as file:
+            logged = set(next(csv.reader(file)))
+        sections = dashboard.panels()
+        lines = [p for p in sections["Loss matching"] if p.y]
+        assert {name for p in lines for name in p.y} <= logged
+        assert all(p.groupby == "JobType" for p in lines)
+        pictures = {path.stem for path in (output / "plots").glob("*.png")}
+        (curves, *_) = sections["Comparison"]
+        assert {f"comparison/{name}" for name in pictures} == set(curves.media_keys)
+
+    def test_the_workspace_shows_one_pair(self):
+        space = dashboard.workspace("us", "flash-jvp", "loss-1234")
+        assert [s.name for s in space.sections] == list(dashboard.panels())
+        assert "loss-1234" in str(space.runset_settings.filters)
+        assert space._to_model() is not None
+
+    def test_the_report_says_the_verdicts(self, compared):
+        verdicts = dashboard.verdicts(results(compared[0]))
+        made = dashboard.report("us", "flash-jvp", "loss-1234", verdicts)
+        words = [getattr(block, "text", "") for block in made.blocks]
+        assert any("No verdict" in str(text) for text in words)
+        assert any("As accurate" in str(text) for text in words)
+
+    def test_what_would_be_saved_is_shown_without_login(self, compared, capsys):
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            config = hydra.compose("dashboard", [f"comparison={compared[0]}", "save=false"])
+        build(config)
+        assert "LinePlot: Unweighted error" in capsys.readouterr().out
+
+    def test_saving_without_login_says_what_to_do(self, monkeypatch):
+        import wandb
+
+        def api():
+            raise wandb.errors.UsageError("No API key configured.")
+
+        monkeypatch.setattr(wandb, "Api", api)
+        with pytest.raises(ValueError, match="run 'wandb login' and upload the offline runs"):
+            dashboard.entity_or_raise(None)
