@@ -40,8 +40,12 @@ def sdpa_fused(
     it chooses. With ``objective.jvp.mode=double`` the forward that carries the gradient, and its
     backward, are then the vendor's.
     """
-    unpack = torch.autograd.forward_ad.unpack_dual
-    if any(unpack(x).tangent is not None for x in (query, key, value)):
+    if torch.compiler.is_compiling():
+        # The level is named: the compiler takes the global that forward_ad reads for a constant.
+        tangents = [torch._VF._unpack_dual(x, level=0)[1] for x in (query, key, value)]
+    else:
+        tangents = [torch.autograd.forward_ad.unpack_dual(x)[1] for x in (query, key, value)]
+    if any(tangent is not None for tangent in tangents):
         return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa

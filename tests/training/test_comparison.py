@@ -24,6 +24,7 @@ from training.comparison.crossover import crossover, ratios
 from training.comparison.document import Heading, Judgement, Pictures, Table, Text, markdown, page
 from training.comparison.statistics import block_bootstrap, smooth, tost, verdict
 from training.images import write_png
+from training.objectives.meanflow import MeanFlow
 
 TINY = [
     "trainer=cpu",
@@ -154,7 +155,7 @@ def test_a_ratio_of_speeds_has_an_interval_from_paired_steps():
         | {"times_ms": (2 * shared).tolist()},
     ]  # fmt: skip
     (found,) = ratios(rows, "jvp", "sdpa")
-    assert found["ratio"] == 2
+    assert found["ratio"] == pytest.approx(2)
     assert (found["low"], found["high"]) == pytest.approx((2, 2))
     rows[1] = cell | {"arm": "sdpa", "status": "out of memory"}
     (found,) = ratios(rows, "jvp", "sdpa")
@@ -197,6 +198,15 @@ def test_the_toughest_baseline_has_the_numbers_of_sdpa():
         strict=True,
     ):
         assert torch.equal(mine, theirs)
+
+
+def test_the_toughest_baseline_compiles(tiny, batch, draws):
+    net, objective = tiny(sdpa_fused, depth=1), MeanFlow(equal_share=0.5, label_dropout=0.0)
+    sample = objective.draw(*batch, net.null_label, draws)
+    torch.compiler.reset()
+    compiled = torch.compile(objective.loss, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(net, sample).loss, objective.loss(net, sample).loss)
+    torch.compiler.reset()
 
 
 def test_the_page_needs_nothing_else_and_escapes(tmp_path):
@@ -299,7 +309,6 @@ def test_speeds_are_compared(tmp_path):
         assert parts == pytest.approx(row["ms"], rel=0.5)
         assert row["batch"] == 4
         assert row["first_step_s"] > 0
-    assert len({row["tflops"] * row["ms"] for row in equal}) <= 3
     numerators = [row["tflops"] * row["ms"] for row in equal]
     assert max(numerators) == pytest.approx(min(numerators)), "one numerator for all arms"
     assert {row["status"] for row in rows if row["batches"] == "largest"} == {"unsupported"}

@@ -147,7 +147,7 @@ def _arm(name: str, config: DictConfig, data: Any, device: str) -> Arm:
     module = build_module(config, data).to(device)
     if given == "64-true":
         module.double()
-    module.objective.start(torch.device(device))
+    module.objective.start(next(module.net.parameters()))
     recorder = None
     if getattr(module.objective, "jvp", None) is not None:
         recorder = module.objective.jvp = Recorder(module.objective.jvp)  # type: ignore[assignment]

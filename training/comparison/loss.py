@@ -1,5 +1,6 @@
 """Loss matching: runs of every arm, the lock-step, the judgement, and what is written of them."""
 
+import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,7 @@ def _train_arms(
         print(f"run {number} of {len(planned)}: {arm}, seed {seed} -> {directory}", flush=True)
         directory.mkdir(parents=True, exist_ok=True)
         train(run_config(compose, arm, seed, overrides, directory, pair), directory)
+        gc.collect()  # a trainer is a circle, and holds the memory of its device
         runs.append(read_run(directory, arm))
     return runs, notes
 

@@ -11,7 +11,9 @@ arms.
 """
 
 import gc
+import json
 import time
+import zlib
 from contextlib import nullcontext
 from itertools import pairwise, product
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from training.build import build_data, build_module
@@ -45,7 +47,7 @@ class Stepper:
         self.device, self.number = device, 0
         self.objective = instantiate(config.objective).to(device)
         self.objective.attach(net)
-        self.objective.start(torch.device(device))
+        self.objective.start(next(net.parameters()))
         loss = self.objective.loss
         self.loss = torch.compile(loss, fullgraph=True) if config.compile else loss
         self.dtype = DTYPES.get(precision(config.trainer))
@@ -134,11 +136,14 @@ class Cell:
         self.batch = tuple(x.to(device) for x in batch)
         self.steppers = {}
         for name, config in configs.items():
-            net = build_module(config, data).net
+            with torch.device("meta"):
+                net = build_module(config, data).net
             _share(net, module.net)
             self.steppers[name] = Stepper(config, net, optimizer, self.batch, device)
-        self.head_dim = _head_dim(module.net)
-        self.flops = step_flops(module.net, module.objective, *self.batch)
+        self.module, self.head_dim = module, _head_dim(module.net)
+
+    def flops(self) -> int:
+        return step_flops(self.module.net, self.module.objective, *self.batch)
 
 
 def _share(net: nn.Module, other: nn.Module) -> None:
@@ -180,14 +185,18 @@ def measure(
     ready = [name for name in cell.steppers if found[name]["status"] == MEASURED]
     spans: dict[str, list[tuple[float, ...]]] = {name: [] for name in ready}
     for number in range(options.rounds):
-        for name in ready if number % 2 == 0 else ready[::-1]:
-            spans[name] += cell.steppers[name].times(options.steps_per_round)
+        for name in list(ready if number % 2 == 0 else ready[::-1]):
+            try:
+                spans[name] += cell.steppers[name].times(options.steps_per_round)
+            except torch.cuda.OutOfMemoryError:  # beside what the other arms keep
+                found[name] = {"status": OUT_OF_MEMORY}
+                ready.remove(name)
     config = next(iter(configs.values()))
     peak = config.callbacks.throughput.peak_tflops
     peak = peak or peak_tflops(torch.device(device), precision(config.trainer))
-    images = len(cell.batch[0])
+    images, flops = len(cell.batch[0]), cell.flops()
     for name in ready:
-        found[name] |= _numbers(np.array(spans[name]), images, cell.flops, peak)
+        found[name] |= _numbers(np.array(spans[name]), images, flops, peak)
         found[name]["batch"] = images
     return found
 
@@ -202,7 +211,8 @@ def _prepare(stepper: Stepper, warmup: int) -> dict[str, Any]:
     except torch.cuda.OutOfMemoryError:
         lost = True  # left at once: the error holds what filled the memory
     except (NotImplementedError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:300]
+        lost = "out of memory" in reason.lower()  # as compiled code says it
     stepper.optimizer.zero_grad(set_to_none=True)
     gc.collect()
     if torch.cuda.is_available():
@@ -263,20 +273,34 @@ def compare_cells(config: DictConfig, compose: Compose, output: Path) -> list[di
     options, arms = config.comparison.speed, arms_of(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = output / "speed.jsonl"
-    done = {tuple(row[name] for name in CELL) for row in read_jsonl(path)}
+    settings, measured = settings_of(config), read_jsonl(path)
+    if any(row["settings"] != settings for row in measured):
+        raise ValueError(
+            f"hydra.run.dir: {path} was measured with another model, objective, data or precision;"
+            " give another directory"
+        )
+    done = {tuple(row[name] for name in CELL) for row in measured}
     dims = [dim for dim, given in options.head_dims.items() if given]
-    settings = product(options.compiled, options.batches, options.modes, dims, options.tokens)
+    grid = product(options.compiled, options.batches, options.modes, dims, options.tokens)
     cells = [
         {"tokens": n, "head_dim": int(dim), "mode": mode, "compiled": compiled, "batches": batches}
-        for compiled, batches, mode, dim, n in settings
+        for compiled, batches, mode, dim, n in grid
     ]
     for number, cell in enumerate(cells, 1):
         if tuple(cell.values()) in done:
             continue
         named = ", ".join(f"{name} {value}" for name, value in cell.items())
         print(f"cell {number} of {len(cells)}: {named}", flush=True)
-        append_jsonl(_rows(cell, arms, options, compose, device), path)
+        rows = _rows(cell, arms, options, compose, device)
+        append_jsonl(({**row, "settings": settings} for row in rows), path)
     return read_jsonl(path)
+
+
+def settings_of(config: DictConfig) -> str:
+    """A hash of everything that a time depends on, but for what makes a cell or an arm."""
+    names = ("model", "objective", "data", "optimizer", "trainer")
+    text = json.dumps([OmegaConf.to_container(config[name]) for name in names])
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 def _rows(
