@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from training.comparison.arms import REPEAT, Run
@@ -264,23 +265,19 @@ def split_bars(rows: Sequence[dict[str, Any]]) -> Figure:
         cell = cells.index((row["head_dim"], row["mode"], row["compiled"], row["tokens"]))
         x, bottom = cell + width * (arms.index(row["arm"]) - (len(arms) - 1) / 2), 0.0
         for part, alpha in (("forward_ms", 1.0), ("backward_ms", 0.65), ("optimizer_ms", 0.3)):
-            share = row[part] / row["ms"] * row["images_per_s"] ** -1 * 1e3
             look = {
                 "color": colour(row["arm"], arms),
                 "alpha": alpha,
                 "edgecolor": "white",
                 "lw": 0.3,
             }
-            axis.bar(x, share, width, bottom=bottom, **look)
-            bottom += share
+            axis.bar(x, row[part], width, bottom=bottom, **look)
+            bottom += row[part]
     names = [f"{t}\nD {d}\n{m}{' c' if c else ''}" for d, m, c, t in cells]
     axis.set_xticks(range(len(cells)), names, fontsize=6)
-    _log(axis)
-    axis.set_ylabel("ms an image")
+    axis.set_ylabel("ms a step")
     axis.set_title("forward (full), backward, optimizer (light), stacked; c: compiled", fontsize=9)
-    for arm in arms:
-        axis.bar([], [], color=colour(arm, arms), label=arm)
-    axis.legend(fontsize=8)
+    axis.legend(handles=[Patch(color=colour(arm, arms), label=arm) for arm in arms], fontsize=8)
     return whole
 
 

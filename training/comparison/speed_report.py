@@ -81,10 +81,10 @@ def _pictures(
 
 
 CAPTIONS = {
-    "speedup": "Images per second over the baseline's, equal batch",
+    "speedup": "How many times as fast as the baseline, equal batch, with 95% intervals",
     "time": "Time of a step, equal batch; a cross: out of memory",
     "memory": "Peak memory of a step, equal batch; a cross: out of memory",
-    "split": "Forward, backward, optimizer",
+    "split": "Forward, backward, optimizer; the equal batch has as many tokens in every cell",
     "mfu": "Useful work per second, equal batch",
     "largest": "Images per second with the largest batch that fits",
     "largest_batch": "The largest batch that fits",
