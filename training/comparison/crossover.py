@@ -108,7 +108,8 @@ def verdict(rows: Sequence[dict[str, Any]], candidate: str, against: str) -> dic
     words = f"{candidate} becomes faster than {against} in {len(winning)} of {len(rows)} settings"
     if winning:
         starts = [row["from_tokens"] for row in winning]
-        words += f", from {min(starts):.0f} to {max(starts):.0f} tokens on"
+        low, high = f"{min(starts):.0f}", f"{max(starts):.0f}"
+        words += f", from {low if low == high else f'{low} to {high}'} tokens on"
     best = max(rows, key=lambda row: row["best"])
     words += f"; at best {best['best']:.2f} times as fast"
     if best["best_low"]:

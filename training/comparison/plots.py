@@ -254,54 +254,43 @@ def step_times(rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def split_bars(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Forward, backward and optimizer of every cell of the equal batch."""
-    rows = [r for r in rows if r.get("ms") and r["batches"] == "equal"]
-    cells = list(_groups(rows, "head_dim", "mode", "compiled", "tokens"))
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
-    whole = figure(max(6.4, 0.28 * len(rows) + 2), 3.6)
-    axis = whole.subplots()
-    width = 0.8 / max(1, len(arms))
-    for row in rows:
-        cell = cells.index((row["head_dim"], row["mode"], row["compiled"], row["tokens"]))
-        x, bottom = cell + width * (arms.index(row["arm"]) - (len(arms) - 1) / 2), 0.0
-        for part, alpha in (("forward_ms", 1.0), ("backward_ms", 0.65), ("optimizer_ms", 0.3)):
-            look = {
-                "color": colour(row["arm"], arms),
-                "alpha": alpha,
-                "edgecolor": "white",
-                "lw": 0.3,
-            }
-            axis.bar(x, row[part], width, bottom=bottom, **look)
-            bottom += row[part]
-    names = [f"{t}\nD {d}\n{m}{' c' if c else ''}" for d, m, c, t in cells]
-    axis.set_xticks(range(len(cells)), names, fontsize=6)
-    axis.set_ylabel("ms a step")
-    axis.set_title("forward (full), backward, optimizer (light), stacked; c: compiled", fontsize=9)
-    axis.legend(handles=[Patch(color=colour(arm, arms), label=arm) for arm in arms], fontsize=8)
-    return whole
+    """Forward, backward and optimizer of every cell of the equal batch, stacked."""
+    parts = {"forward_ms": 1.0, "backward_ms": 0.65, "optimizer_ms": 0.3}
+    return _bars(rows, parts, "ms: forward (full), backward, optimizer (light)")
 
 
 def mfu_bars(rows: Sequence[dict[str, Any]]) -> Figure:
     """Share of the machine's peak; where the peak is not known, useful TFLOP/s."""
-    key = "mfu" if any(row.get("mfu") for row in rows) else "tflops"
-    rows = [row for row in rows if row.get(key) and row["batches"] == "equal"]
-    cells = list(_groups(rows, "head_dim", "mode", "compiled", "tokens"))
+    known = any(row.get("mfu") for row in rows)
+    return _bars(rows, {"mfu" if known else "tflops": 1.0}, "MFU" if known else "useful TFLOP/s")
+
+
+def _bars(rows: Sequence[dict[str, Any]], parts: dict[str, float], label: str) -> Figure:
+    """A panel for each mode, eager and compiled; in it the cells of the equal batch, an arm a bar,
+    its ``parts`` (quantity -> opacity) on each other.
+    """
+    rows = [row for row in rows if row.get("ms") and row["batches"] == "equal"]
     arms = list(dict.fromkeys(row["arm"] for row in rows))
-    whole = figure(max(6.4, 0.28 * len(rows) + 2), 3.4)
-    axis = whole.subplots()
-    width = 0.8 / max(1, len(arms))
-    for arm in arms:
-        mine = [row for row in rows if row["arm"] == arm]
-        places = [cells.index((r["head_dim"], r["mode"], r["compiled"], r["tokens"])) for r in mine]
-        shift = width * (arms.index(arm) - (len(arms) - 1) / 2)
-        axis.bar(
-            np.array(places) + shift, [r[key] for r in mine], width,
-            color=colour(arm, arms), label=arm,
-        )  # fmt: skip
-    names = [f"{t}\nD {d}\n{m}{' c' if c else ''}" for d, m, c, t in cells]
-    axis.set_xticks(range(len(cells)), names, fontsize=6)
-    axis.set_ylabel("MFU" if key == "mfu" else "useful TFLOP/s")
-    axis.legend(fontsize=8)
+    panels = _groups(rows, "mode", "compiled")
+    whole = figure(7.2, 2.2 * len(panels) + 0.6)
+    axes = whole.subplots(len(panels), 1, squeeze=False)[:, 0]
+    width = 0.8 / len(arms)
+    for axis, ((mode, compiled), mine) in zip(axes, panels.items(), strict=True):
+        cells = sorted(_groups(mine, "head_dim", "tokens"))
+        for row in mine:
+            cell = cells.index((row["head_dim"], row["tokens"]))
+            x, bottom = cell + width * (arms.index(row["arm"]) - (len(arms) - 1) / 2), 0.0
+            for part, alpha in parts.items():
+                look = {"color": colour(row["arm"], arms), "alpha": alpha}
+                axis.bar(x, row[part] or 0, width, bottom=bottom, **look)
+                bottom += row[part] or 0
+        names = [f"{tokens}\nD {dim}" for dim, tokens in cells]
+        axis.set_xticks(range(len(cells)), names, fontsize=7)
+        axis.tick_params(axis="y", labelsize=7)
+        axis.set_title(f"{mode}, {'compiled' if compiled else 'eager'}", fontsize=9)
+    whole.supylabel(label, fontsize=9)
+    handles = [Patch(color=colour(arm, arms), label=arm) for arm in arms]
+    whole.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
     return whole
 
 
