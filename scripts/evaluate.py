@@ -43,7 +43,8 @@ def evaluate(config: DictConfig) -> None:
         positive_integer("nfe", nfe)
     path = Path(config.ckpt)
     trained = load_trained(path)
-    names = [str(name) for name in config.weights or trained.averages or ["net"]]
+    chosen = [config.weights] if isinstance(config.weights, str) else config.weights
+    names = [str(name) for name in chosen or trained.averages or ["net"]]
     data_config = config.get("data") or trained.config.data
     data = build_data(DictConfig({"data": data_config, "seed": trained.config.seed}))
     if data.shape != trained.shape or data.num_classes != trained.num_classes:

@@ -29,7 +29,7 @@ def train(config: DictConfig, run_dir: Path) -> None:
         print(f"nothing to do: {resumed} has made {step} steps; raise trainer.max_steps to go on")
         return
     if rank_zero_only.rank == 0:
-        refuse_used(run_dir, resumed)
+        refuse_used(run_dir, resumed, config.ckpt_path)
     data = build_data(config)
     module = build_module(config, data)
     callbacks = [instantiate(c) for c in config.callbacks.values() if c]

@@ -78,15 +78,24 @@ def find_checkpoint(ckpt_path: str | None, run_dir: Path) -> Path | None:
     return path
 
 
-def refuse_used(run_dir: Path, resumed: Path | None) -> None:
-    """A run never writes over another one: its directory is new, or that of the resumed run."""
+def refuse_used(run_dir: Path, resumed: Path | None, ckpt_path: str | None = None) -> None:
+    """A run never writes over another one: its directory is new, or that of the resumed run. With
+    ``ckpt_path=auto`` the rows of a run that ended before its first checkpoint make room.
+    """
     if resumed is not None and run_dir.resolve() in resumed.resolve().parents:
         return
-    for used in (run_dir / "checkpoints" / "last.ckpt", run_dir / "metrics.csv"):
+    last, rows = run_dir / "checkpoints" / "last.ckpt", run_dir / "metrics.csv"
+    if ckpt_path == "auto" and not last.exists():
+        rows.unlink(missing_ok=True)
+    remedies = {
+        last: "continue it with ckpt_path=last",
+        rows: "it has no checkpoint yet, start it anew with ckpt_path=auto",
+    }
+    for used, remedy in remedies.items():
         if used.exists():
             raise FileExistsError(
-                f"hydra.run.dir: {run_dir} holds a run already ({used.name}); continue it with"
-                " ckpt_path=last, or give another directory"
+                f"hydra.run.dir: {run_dir} holds a run already ({used.name}); {remedy}, or give"
+                " another directory"
             )
 
 

@@ -146,6 +146,18 @@ def test_a_run_writes_over_no_other_run(tmp_path):
             refuse_used(tmp_path, resumed)
 
 
+def test_a_run_without_a_checkpoint_is_started_anew_by_auto(tmp_path):
+    rows = tmp_path / "metrics.csv"
+    rows.write_text("step")
+    with pytest.raises(FileExistsError, match=r"start it anew with ckpt_path=auto"):
+        refuse_used(tmp_path, None)
+    refuse_used(tmp_path, None, "auto")
+    assert not rows.exists()
+    AtomicCheckpointIO().save_checkpoint({}, tmp_path / "checkpoints" / "last.ckpt")
+    with pytest.raises(FileExistsError, match="ckpt_path=last"):
+        refuse_used(tmp_path, None, "auto")
+
+
 def test_auto_resumes_where_there_is_something_to_resume(tmp_path):
     assert find_checkpoint("auto", tmp_path) is None
     AtomicCheckpointIO().save_checkpoint({}, tmp_path / "checkpoints" / "last.ckpt")

@@ -22,16 +22,16 @@ class EMA(Callback):
         decay: one or several. β = min(decay, (1 + n) / (10 + n)) at step n: early on the average
             spans about a tenth of the run so far, so that short runs do not sample from their
             initialisation. The average is called ``0.9999``.
-        power: none or several relative widths σ of power-function averages (EDM2, arXiv 2312.02696,
-            equations 121 to 127): β = (1 - 1 / n)^(γ + 1), a profile that grows with the run.
-            The average is called ``power_0.05``.
+        power: none, one or several relative widths σ of power-function averages (EDM2, arXiv
+            2312.02696, equations 121 to 127): β = (1 - 1 / n)^(γ + 1), a profile that
+            grows with the run. The average is called ``power_0.05``.
         use: the name of the average that samples are drawn from; None is the first one.
     """
 
     def __init__(
         self,
         decay: float | Sequence[float] = 0.9999,
-        power: Sequence[float] = (),
+        power: float | Sequence[float] = (),
         use: str | float | None = None,
     ) -> None:
         self.decays: dict[str, float] = {}
@@ -39,7 +39,7 @@ class EMA(Callback):
         for value in decay if isinstance(decay, Sequence) else [decay]:
             between("callbacks.ema.decay", value, 0, 1)
             self.decays[f"{value:g}"] = value
-        for width in power:
+        for width in power if isinstance(power, Sequence) else [power]:
             self.exponents[f"power_{width:g}"] = exponent(width)
         names = [*self.decays, *self.exponents]
         if not names:

@@ -32,7 +32,6 @@ ROWS = {
     "real_accuracy": "accuracy of held-out images (SVM)",
     "energy_distance": "energy distance of samples",
     "real_energy_distance": "energy distance of other data",
-    "run_dir": "written to",
 }
 
 
@@ -96,6 +95,7 @@ class Summary(Callback):
                 text = f"{value:.4g}" if isinstance(value, float) else str(value)
                 table.add_row(title, f"{value:.1%}" if name.endswith("_accuracy") else text)
         Console().print(table)
+        print(f"written to {self.directory}")  # whole, however narrow the terminal
 
 
 def strict_json(values: dict[str, Any]) -> str:
