@@ -1,5 +1,5 @@
-"""Which calls the warp-specialised passes serve (`hopper.py`, `hopper_queries.py`), and their
-launches."""
+"""Which calls the warp-specialised passes serve (`hopper.py`, `hopper_keys.py`), and their
+launches, for problems that TMA reads."""
 
 from functools import cache
 from typing import Any

@@ -121,7 +121,8 @@ def read_run(directory: Path, arm: str | None = None) -> Run:
                 f"runs: {directory} has no {name}; give run directories of scripts/train.py"
             )
     config = OmegaConf.load(directory / "config.yaml")
-    assert isinstance(config, DictConfig)
+    if not isinstance(config, DictConfig):
+        raise ValueError(f"runs: {directory}/config.yaml holds no keys; give that of a run")
     with (directory / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     names = [name for name in (rows[0] if rows else {}) if name != "step"]
