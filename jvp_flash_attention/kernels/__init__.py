@@ -169,7 +169,8 @@ def _backward(
             *map(pointer, (d_out, d_t_out, out, t_out)),
             *(lse, mu, h_sum, w_sum, statistics, p.H, p.L),
         )
-        switches = {"DV": p.DV, "BLOCK_DV": p.block_dv, "BM": 64}
+        warps = 8 if p.block_dv > 64 else 4
+        switches = {"DV": p.DV, "BLOCK_DV": p.block_dv, "BM": 64, "num_warps": warps}
         yield Launch(row_sums_kernel, (cdiv(p.L, 64) * p.B * p.H,), sums, switches)
 
         def inputs(tile):
@@ -192,7 +193,7 @@ def _backward(
         apart = (None, None, d_v, d_t_v), (d_k, d_t_k, None, None)
         wide = jvp and max(p.block_d, p.block_dv) >= configs.SPLIT_KEYS
         tile = p.tile("keys", jvp)
-        if hopper is not None and not hopper.serves_keys(p, t_q, t_k, t_v):
+        if hopper is not None and not hopper.serves_backward(p, t_q, t_k, t_v):
             hopper = None
         if hopper is not None:
             yield hopper.keys(p, q, k, v, t_q, t_k, t_v, d_out, d_t_out, statistics, *together)
@@ -201,6 +202,9 @@ def _backward(
             switches = p.switches(tile, whole=p.L % tile.BM == 0)
             switches["SINGLE"] = p.S <= tile.BN
             yield Launch(keys_kernel, (cdiv(p.S, tile.BN) * p.B * p.Hk,), args, switches)
+        if hopper is not None and hopper.serves_queries(p):
+            yield hopper.queries(p, q, k, v, t_q, t_k, t_v, d_out, d_t_out, statistics, d_q, d_t_q)
+            return
         tile = p.tile("queries", jvp)
         args = (
             *inputs(tile),

@@ -92,15 +92,13 @@ def warp_specialized(head_dim: int, mask_bytes: int) -> Rings:
     return Rings(128, 0, 64, 2, 2, 1, masks, not mask_bytes)
 
 
-class KeyRings(NamedTuple):
-    """The warp-specialised gradients of keys and values (hopper_keys.py), head dims up to 64:
-    queries a tile, tiles of queries and pairs of key tiles in flight."""
+class Ring(NamedTuple):
+    """The warp-specialised gradients (hopper_keys.py, hopper_queries.py): columns that a head dim
+    takes, and how many tiles of 64 queries, or of keys, are in flight."""
 
-    BM: int
-    QS: int
-    KS: int
+    D: int
+    COUNT: int
 
 
-# with one pair of key tiles the blocks would wait for each other: a warpgroup gives its turn away
-# after the first scores of its next keys, which are fetched only once the other one is done
-KEY_RINGS = KeyRings(32, 4, 2)
+def gradient_ring(head_dim: int) -> Ring:
+    return Ring(64, 4) if head_dim <= 64 else Ring(128, 2)

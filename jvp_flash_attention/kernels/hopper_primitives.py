@@ -1,4 +1,4 @@
-"""What the warp-specialised pass (`hopper.py`) is written with: turns on the tensor cores, work
+"""What the warp-specialised passes (`hopper*.py`) are written with: turns on the tensor cores, work
 items, products of tiles, masks, row sums in lanes.
 """
 
@@ -49,6 +49,13 @@ def ring(like, COUNT: gl.constexpr):
     """Buffers for COUNT tiles of a descriptor."""
     shape: gl.constexpr = [COUNT] + like.block_shape  # noqa: RUF005 (no star in a kernel)
     return gl.allocate_shared_memory(like.dtype, shape, like.layout)
+
+
+@gluon.jit
+def exchange(COLUMNS: gl.constexpr):
+    """A tile (ROWS, COLUMNS) in float32 that passes from one warpgroup to the other."""
+    layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+    return gl.allocate_shared_memory(gl.float32, [ROWS, COLUMNS], layout)
 
 
 @gluon.jit

@@ -1,5 +1,5 @@
-"""Which calls the warp-specialised passes serve (`hopper.py`, `hopper_keys.py`), and their
-launches, for problems that TMA reads."""
+"""Which calls the warp-specialised passes serve (`hopper.py`, `hopper_keys.py`,
+`hopper_queries.py`), and their launches, for problems that TMA reads."""
 
 from functools import cache
 from typing import Any
@@ -12,6 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from . import configs
 from .hopper import forward_jvp_kernel
 from .hopper_keys import keys_jvp_kernel
+from .hopper_queries import queries_jvp_kernel
 from .launch import Problem, cdiv, tma_can_read
 from .plans import Launch
 
@@ -71,19 +72,18 @@ def forward_jvp(p: Problem, q, k, v, bias, t_q, t_k, t_v, out, t_out, lse, mu) -
         "THRESHOLD": "0f41000000" if q.dtype == torch.bfloat16 else "0f40000000",
         "num_warps": 4,
     }
-    blocks = cdiv(items, 2) if p.options.causal else items  # which takes pairs
-    return Launch(forward_jvp_kernel, (min(blocks, multiprocessors(q.device)),), args, switches)
+    return Launch(forward_jvp_kernel, _grid(p, items, q), args, switches)
 
 
-def serves_keys(p: Problem, *tangents: Tensor | None) -> bool:
-    """Whether `hopper_keys.py` can take the call; everything else is `backward.py`'s."""
+def serves_backward(p: Problem, *tangents: Tensor | None) -> bool:
+    """Whether `hopper_keys.py` can take the call, and `hopper_queries.py`; everything else is
+    `backward.py`'s."""
     return (
         p.D % 8 == 0
-        and p.D == p.DV <= 64  # two more accumulators of 64 columns are all that fits
+        and p.D == p.DV <= 128
         and min(p.B, p.H, p.L) > 0
         and p.S > 64  # with fewer keys `backward.py` takes h and w from the tile
         and p.options.dropout_p == 0.0
-        and not p.options.causal  # spills too much there
         and not p.bias
         and None not in tangents
     )
@@ -93,21 +93,53 @@ def keys(
     p: Problem, q, k, v, t_q, t_k, t_v, d_out, d_t_out, statistics, d_k, d_t_k, d_v, d_t_v
 ) -> Launch:
     """What writes dK, dtK, dV and dtV."""
-    t = configs.KEY_RINGS
-    tiles = cdiv(p.S, 128)
+    ring = configs.gradient_ring(p.D)
+    tiles = cdiv(p.S, 64)
     items = tiles * p.B * p.Hk
-    inputs = (
-        *((q, t.BM), (k, 64), (v, 64), (t_q, t.BM), (t_k, 64), (t_v, 64)),
-        *((d_out, t.BM), (d_t_out, t.BM)),
-    )
     args = (
-        *(None if x is None else _descriptor(x, rows, 64) for x, rows in inputs),
+        *_squares(ring.D, q, k, v, t_q, t_k, t_v, d_out, d_t_out),
         statistics,
-        *(_descriptor(x, 64, 64) for x in (d_k, d_t_k, d_v, d_t_v)),
+        *_squares(ring.D, d_k, d_t_k, d_v, d_t_v),
         *(p.options.scale, p.L, p.Hk, tiles, items),
     )
-    switches = {"GROUP": p.H // p.Hk, **t._asdict(), "num_warps": 4}
-    return Launch(keys_jvp_kernel, (min(items, multiprocessors(q.device)),), args, switches)
+    switches = {"QS": ring.COUNT, "BM": 64, **_gradient_switches(p, ring)}
+    return Launch(keys_jvp_kernel, _grid(p, items, q), args, switches)
+
+
+def serves_queries(p: Problem) -> bool:
+    """Whether `hopper_queries.py`, which can, is the faster one."""
+    return p.D > 64
+
+
+def queries(p: Problem, q, k, v, t_q, t_k, t_v, d_out, d_t_out, statistics, d_q, d_t_q) -> Launch:
+    """What writes dQ and dtQ."""
+    ring = configs.gradient_ring(p.D)
+    tiles = cdiv(p.L, 64)
+    items = tiles * p.B * p.H
+    args = (
+        *_squares(ring.D, q, k, v, t_q, t_k, t_v, d_out, d_t_out),
+        statistics,
+        *_squares(ring.D, d_q, d_t_q),
+        *(p.options.scale, p.L, p.S, p.H, tiles, items),
+    )
+    edge = p.options.causal or p.S % 64 != 0
+    switches = {"KS": ring.COUNT, "BN": 64, "EDGE": edge, **_gradient_switches(p, ring)}
+    return Launch(queries_jvp_kernel, _grid(p, items, q), args, switches)
+
+
+def _squares(columns: int, *tensors: Tensor | None) -> list:
+    """Descriptors of tiles of 64 rows."""
+    return [None if x is None else _descriptor(x, 64, columns) for x in tensors]
+
+
+def _gradient_switches(p: Problem, ring: configs.Ring) -> dict[str, Any]:
+    causal = p.options.causal
+    return {"GROUP": p.H // p.Hk, "D": ring.D, "CAUSAL": causal, "num_warps": 4}
+
+
+def _grid(p: Problem, items: int, x: Tensor) -> tuple[int]:
+    blocks = cdiv(items, 2) if p.options.causal else items  # which takes pairs
+    return (min(blocks, multiprocessors(x.device)),)
 
 
 def _mask_kind(bias: Tensor, p: Problem) -> str:

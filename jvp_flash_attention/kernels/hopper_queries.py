@@ -1,0 +1,277 @@
+"""Gradients of queries of (O, tO) on Hopper, head dims 72 to 128: the third launch of
+`backward.py`, with one role a warp.
+
+    S   = s Q Kᵀ                  tS = s (tQ Kᵀ + Q tKᵀ)
+    P   = exp(S − LSE)            R  = P ∘ (tS − μ)
+    Hm  = dtO Vᵀ − h              G  = dO Vᵀ + dtO tVᵀ
+    dtS = P ∘ Hm                  dS = P ∘ (G − w) + R ∘ Hm
+    dQ  = s (dS K + dtS tK)       dtQ = s dtS K
+
+The mirror image of `hopper_keys.py`: the two warpgroups share 64 queries, one computes S and tS and
+passes P and R on through shared memory, the other the rest. At head dims up to 64 the portable
+kernel, whose warpgroups own queries of their own, is as fast.
+"""
+
+# Triton's annotations name what a kernel receives, not what its caller passes.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# pyright: reportOptionalMemberAccess=false, reportIndexIssue=false
+# pyright: reportPossiblyUnboundVariable=false
+# Each role unpacks all rings and barriers, by name, and uses its own.
+# ruff: noqa: RUF059
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .hopper_primitives import (
+    ROWS,
+    advance,
+    barriers,
+    exchange,
+    keep_alive,
+    load,
+    matrix,
+    ring,
+    store,
+    visible,
+    work_item,
+    work_items,
+)
+from .primitives import LOG2E
+
+
+@gluon.jit
+def _tiles(tile, S, BN: gl.constexpr, CAUSAL: gl.constexpr):
+    """How many tiles of keys these queries see."""
+    n = (S + BN - 1) // BN
+    if CAUSAL:
+        n = gl.minimum(n, tile + 1)
+    return n
+
+
+@gluon.jit
+def _producer(
+    Q, T_Q, D_O, D_T_O, K, T_K, V, T_V, rings, bars, S, H, tiles, items,
+    BN: gl.constexpr, KS: gl.constexpr, GROUP: gl.constexpr, CAUSAL: gl.constexpr,
+):  # fmt: skip
+    """The warp that fetches."""
+    q, t_q, d_o, d_t_o, k, t_k, v, t_v = rings
+    q_ready, q_free, k_ready, k_free, p_ready, p_free = bars
+    TILES: gl.constexpr = 4 if D_O is not None else 3
+    slot = 0
+    phase = 1
+    q_phase = 1
+    for e in range(work_items(items, CAUSAL)):
+        b, h, tile = work_item(e, tiles, H, CAUSAL)
+        mbarrier.wait(q_free.index(0), q_phase)
+        bar = q_ready.index(0)
+        mbarrier.expect(bar, TILES * Q.block_type.nbytes)
+        rows = [b, h, tile * ROWS, 0]
+        load(Q, rows, bar, q.index(0))
+        load(T_Q, rows, bar, t_q.index(0))
+        load(D_T_O, rows, bar, d_t_o.index(0))
+        if D_O is not None:
+            load(D_O, rows, bar, d_o.index(0))
+        q_phase ^= 1
+        for j in range(_tiles(tile, S, BN, CAUSAL)):
+            mbarrier.wait(k_free.index(slot), phase)
+            ready = k_ready.index(slot)
+            mbarrier.expect(ready, 4 * K.block_type.nbytes)
+            at = [b, h // GROUP, j * BN, 0]
+            load(K, at, ready, k.index(slot))
+            load(T_K, at, ready, t_k.index(slot))
+            load(V, at, ready, v.index(slot))
+            load(T_V, at, ready, t_v.index(slot))
+            slot, phase = advance(slot, phase, 1, KS)
+
+
+@gluon.jit
+def _scores(
+    STATISTICS, rings, bars, p_tile, r_tile, scale, L, S, H, tiles, items,
+    D: gl.constexpr, BN: gl.constexpr, KS: gl.constexpr, CAUSAL: gl.constexpr, EDGE: gl.constexpr,
+):  # fmt: skip
+    """The warpgroup of S and tS."""
+    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, S_L)
+    q_ring, t_q_ring, d_o_ring, d_t_o_ring, k_ring, t_k_ring, v_ring, t_v_ring = rings
+    q_ready, q_free, k_ready, k_free, p_ready, p_free = bars
+    scale2 = scale * LOG2E
+    padded = (L + ROWS - 1) // ROWS * ROWS
+    slot = 0
+    phase = 0
+    q_phase = 0
+    p_phase = 1
+    for e in range(work_items(items, CAUSAL)):
+        b, h, tile = work_item(e, tiles, H, CAUSAL)
+        row = STATISTICS + (b * H + h).to(gl.int64) * 4 * padded + tile * ROWS
+        i = gl.arange(0, ROWS, layout=ROW)
+        lse = gl.load(row + i)
+        mu = gl.load(row + padded + i)
+        q = matrix(q_ring, 0, ROWS, D)
+        t_q = matrix(t_q_ring, 0, ROWS, D)
+        mbarrier.wait(q_ready.index(0), q_phase)
+        for j in range(_tiles(tile, S, BN, CAUSAL)):
+            k = matrix(k_ring, slot, BN, D)
+            t_k = matrix(t_k_ring, slot, BN, D)
+            zero = gl.zeros([ROWS, BN], gl.float32, S_L)
+            mbarrier.wait(k_ready.index(slot), phase)
+            s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+            t_s = warpgroup_mma(t_q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+            t_s = warpgroup_mma(q, t_k.permute((1, 0)), t_s, is_async=True)
+            s = warpgroup_mma_wait(2, deps=[s])
+            p = gl.exp2(s * scale2 - gl.expand_dims(lse, 1))
+            t_s = warpgroup_mma_wait(0, deps=[t_s])
+            mbarrier.arrive(k_free.index(slot), count=1)
+            r = p * (t_s * scale - gl.expand_dims(mu, 1))
+            if EDGE:
+                see = visible(tile * ROWS, j * BN, S, BN, S_L, CAUSAL)
+                p = gl.where(see, p, 0.0)
+                r = gl.where(see, r, 0.0)
+            mbarrier.wait(p_free.index(0), p_phase)
+            p_tile.store(p)
+            r_tile.store(r)
+            mbarrier.arrive(p_ready.index(0), count=1)
+            p_phase ^= 1
+            slot, phase = advance(slot, phase, 1, KS)
+        mbarrier.arrive(q_free.index(0), count=1)
+        q_phase ^= 1
+
+
+@gluon.jit
+def _gradients(
+    D_Q, D_T_Q, STATISTICS, rings, bars, p_tile, r_tile, scale, L, S, H, tiles, items,
+    D: gl.constexpr, BN: gl.constexpr, KS: gl.constexpr, HAS_D_O: gl.constexpr,
+    CAUSAL: gl.constexpr,
+):  # fmt: skip
+    """The warpgroup of Hm, G, dQ and dtQ."""
+    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    D_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    P_L: gl.constexpr = gl.DotOperandLayout(0, D_L, 2)
+    ROW: gl.constexpr = gl.SliceLayout(1, S_L)
+    DT: gl.constexpr = rings[0].dtype
+    q_ring, t_q_ring, d_o_ring, d_t_o_ring, k_ring, t_k_ring, v_ring, t_v_ring = rings
+    q_ready, q_free, k_ready, k_free, p_ready, p_free = bars
+    padded = (L + ROWS - 1) // ROWS * ROWS
+    slot = 0
+    phase = 0
+    q_phase = 0
+    p_phase = 0
+    for e in range(work_items(items, CAUSAL)):
+        b, h, tile = work_item(e, tiles, H, CAUSAL)
+        row = STATISTICS + (b * H + h).to(gl.int64) * 4 * padded + tile * ROWS
+        i = gl.arange(0, ROWS, layout=ROW)
+        h_sum = gl.load(row + 2 * padded + i)
+        w = gl.load(row + 3 * padded + i)
+        d_q = gl.zeros([ROWS, D], gl.float32, D_L)
+        d_t_q = gl.zeros([ROWS, D], gl.float32, D_L)
+        if HAS_D_O:
+            d_o = matrix(d_o_ring, 0, ROWS, D)
+        d_t_o = matrix(d_t_o_ring, 0, ROWS, D)
+        mbarrier.wait(q_ready.index(0), q_phase)
+        for j in range(_tiles(tile, S, BN, CAUSAL)):
+            k = matrix(k_ring, slot, BN, D)
+            t_k = matrix(t_k_ring, slot, BN, D)
+            v_t = matrix(v_ring, slot, BN, D).permute((1, 0))
+            t_v_t = matrix(t_v_ring, slot, BN, D).permute((1, 0))
+            zero = gl.zeros([ROWS, BN], gl.float32, S_L)
+            mbarrier.wait(k_ready.index(slot), phase)
+            h_m = warpgroup_mma(d_t_o, v_t, zero, use_acc=False, is_async=True)
+            g = warpgroup_mma(d_t_o, t_v_t, zero, use_acc=False, is_async=True)
+            if HAS_D_O:
+                g = warpgroup_mma(d_o, v_t, g, is_async=True)
+            h_m, g = warpgroup_mma_wait(0, deps=[h_m, g])
+            h_m = h_m - gl.expand_dims(h_sum, 1)
+            g = g - gl.expand_dims(w, 1)
+            mbarrier.wait(p_ready.index(0), p_phase)
+            p = p_tile.load(S_L)
+            r = r_tile.load(S_L)
+            mbarrier.arrive(p_free.index(0), count=1)
+            p_phase ^= 1
+            d_t_s = p * h_m
+            d_s = p * g + r * h_m
+            if CAUSAL:
+                see = visible(tile * ROWS, j * BN, S, BN, S_L, CAUSAL)
+                d_t_s = gl.where(see, d_t_s, 0.0)
+                d_s = gl.where(see, d_s, 0.0)
+            d_t_s16 = gl.convert_layout(d_t_s.to(DT), P_L, assert_trivial=True)
+            d_s16 = gl.convert_layout(d_s.to(DT), P_L, assert_trivial=True)
+            d_t_q = warpgroup_mma(d_t_s16, k, d_t_q, is_async=True)
+            d_q = warpgroup_mma(d_t_s16, t_k, d_q, is_async=True)
+            d_q = warpgroup_mma(d_s16, k, d_q, is_async=True)
+            d_q, d_t_q = warpgroup_mma_wait(0, deps=[d_q, d_t_q])
+            d_t_s16 = keep_alive(d_t_s16)
+            d_s16 = keep_alive(d_s16)
+            mbarrier.arrive(k_free.index(slot), count=1)
+            slot, phase = advance(slot, phase, 1, KS)
+        # through the buffer of dtO, which this warpgroup alone reads
+        d_t_o.store((d_q * scale).to(DT))
+        fence_async_shared()
+        at = [b, h, tile * ROWS, 0]
+        store(D_Q, at, d_t_o_ring.index(0))
+        tma.store_wait(0)
+        d_t_o.store((d_t_q * scale).to(DT))
+        fence_async_shared()
+        store(D_T_Q, at, d_t_o_ring.index(0))
+        tma.store_wait(0)
+        mbarrier.arrive(q_free.index(0), count=1)
+        q_phase ^= 1
+
+
+@gluon.jit(do_not_specialize=("L", "S", "H", "tiles", "items"))
+def queries_jvp_kernel(
+    Q, K, V, T_Q, T_K, T_V, D_O, D_T_O, STATISTICS, D_Q, D_T_Q,
+    scale, L, S, H, tiles, items,
+    GROUP: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, KS: gl.constexpr,
+    CAUSAL: gl.constexpr, EDGE: gl.constexpr,
+):  # fmt: skip
+    """A ring of KS tiles of keys, one set of queries; dO may be absent."""
+    HAS_D_O: gl.constexpr = D_O is not None
+    rings = (
+        ring(Q, 1),
+        ring(Q, 1),
+        ring(Q, 1) if HAS_D_O else None,
+        ring(Q, 1),
+        ring(K, KS),
+        ring(K, KS),
+        ring(V, KS),
+        ring(V, KS),
+    )
+    bars = (
+        barriers(1, 1),
+        barriers(1, 2),
+        barriers(KS, 1),
+        barriers(KS, 2),
+        barriers(1, 1),
+        barriers(1, 1),
+    )
+    p_tile = exchange(BN)
+    r_tile = exchange(BN)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (
+                _gradients,
+                (D_Q, D_T_Q, STATISTICS, rings, bars, p_tile, r_tile, scale, L, S, H, tiles, items,
+                 D, BN, KS, HAS_D_O, CAUSAL),
+            ),
+            (
+                _scores,
+                (STATISTICS, rings, bars, p_tile, r_tile, scale, L, S, H, tiles, items,
+                 D, BN, KS, CAUSAL, EDGE),
+            ),
+            (
+                _producer,
+                (Q, T_Q, D_O, D_T_O, K, T_K, V, T_V, rings, bars, S, H, tiles, items,
+                 BN, KS, GROUP, CAUSAL),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
