@@ -47,6 +47,8 @@ def train(config: DictConfig, run_dir: Path) -> None:
     for logger in loggers:
         logger.log_hyperparams(module.config)
     trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
+    if checkpoint and trainer.global_step == checkpoint["global_step"]:
+        print(f"nothing was done: the {config.trainer.max_time} of trainer.max_time are over")
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")

@@ -203,6 +203,11 @@ def test_an_objective_goes_on_and_is_exported_evaluated_and_sampled(tmp_path, ob
         ("train.py", ["trainer.precision=33"], "trainer.precision must be one of"),
         ("train.py", ["trainer.precision=bf16-true"], "trainer.precision must be one of"),
         ("train.py", ["trainer=cpu", "trainer.precision=16-mixed"], "use bf16-mixed"),
+        (
+            "train.py",
+            ["trainer.precision=bf16-mixed", "trainer.gradient_clip_val=1", "optimizer.fused=true"],
+            "under trainer.precision=bf16-mixed with trainer.gradient_clip_val",
+        ),
         ("train.py", ["trainer.strategy=fsdp"], "trainer.strategy=fsdp: the averages"),
         ("train.py", ["compile=ja"], "compile must be true or false; got 'ja'"),
         ("train.py", ["callbacks.samples=on"], "callbacks.samples must be null (off) or have"),

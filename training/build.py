@@ -9,7 +9,7 @@ from torch import nn
 
 from training.module import GenerativeModule
 from training.recompute import recompute_blocks
-from training.settings import precision
+from training.settings import fusable
 
 
 def build_data(config: DictConfig) -> Any:
@@ -32,8 +32,7 @@ def build_module(config: DictConfig, data: Any) -> GenerativeModule:
         recompute_blocks(net)
     options = dict(config.optimizer)
     if "fused" in options and options["fused"] is None:
-        # A fused optimizer unscales the gradients itself, after clipping and guard have seen them.
-        options["fused"] = precision(config.trainer) != "16-mixed"
+        options["fused"] = fusable(config.trainer)
     return GenerativeModule(
         net,
         instantiate(config.objective),

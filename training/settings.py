@@ -61,6 +61,14 @@ def precision(trainer: DictConfig) -> str:
     return ALIASES.get(given, given)
 
 
+def fusable(trainer: DictConfig) -> bool:
+    """Whether one kernel may take the optimizer's whole step: it unscales the gradients itself,
+    after clipping and guard have seen them, so that Lightning clips none under autocast.
+    """
+    name = precision(trainer)
+    return name != "16-mixed" and not (name == "bf16-mixed" and trainer.gradient_clip_val)
+
+
 def _check_precision(trainer: DictConfig, fused: bool | None) -> None:
     name = precision(trainer)
     one_of("trainer.precision", name, PRECISIONS)
@@ -71,10 +79,11 @@ def _check_precision(trainer: DictConfig, fused: bool | None) -> None:
         raise ValueError(
             "trainer.precision=16-mixed needs a GPU; on a CPU use bf16-mixed or 32-true"
         )
-    if name == "16-mixed" and fused:
+    if fused and not fusable(trainer):
+        clipped = " with trainer.gradient_clip_val" if name == "bf16-mixed" else ""
         raise ValueError(
             "optimizer.fused=true hides the scale of the gradients from clipping and from the guard"
-            " under trainer.precision=16-mixed; use optimizer.fused=null or false"
+            f" under trainer.precision={name}{clipped}; use optimizer.fused=null or false"
         )
 
 

@@ -20,6 +20,23 @@ def test_a_table_of_the_documents_is_drawn_from_its_result_file(monkeypatch, scr
     assert table in PAGE
 
 
+FASHION = sorted((ROOT / "docs" / "results").glob("fashion_mnist_*.json"))
+
+
+def test_the_block_of_fashion_mnist_is_drawn_from_its_result_file(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    block = __import__("fashion_mnist").block
+    drawn = "".join(block(json.loads(path.read_text()), path) for path in FASHION)
+    assert f"<!-- begin fashion_mnist -->\n{drawn}<!-- end fashion_mnist -->" in PAGE
+
+
+@pytest.mark.parametrize("path", FASHION, ids=lambda path: path.stem)
+def test_few_step_models_beat_flow_matching_in_one_step_on_clothes(path):
+    rows = {row["objective"]: row["scores"] for row in json.loads(path.read_text())["rows"]}
+    distance = {name: scores["1"]["frechet_distance"] for name, scores in rows.items()}
+    assert max(distance["meanflow"], distance["scm"]) < distance["flow_matching"] / 2
+
+
 def test_few_step_samples_of_digits_are_recognised():
     rows = {row["objective"]: row for row in result("digits_objectives")["rows"]}
     accuracy = {name: row["sample_accuracy"] for name, row in rows.items()}

@@ -1,11 +1,9 @@
 """Data sets: files as distributed, folders, latents, distributions; what is wrong is named."""
 
-import gzip
 import itertools
 import json
 import math
 import runpy
-import struct
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -14,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.idx import write_idx
 from training.data.idx import Idx
 from training.data.image_folder import ImageFolder
 from training.data.latents import Latents
@@ -24,14 +23,6 @@ from training.data.synthetic import Blobs, EightGaussians, Gaussian
 
 def batches(data, n=1):
     return list(itertools.islice(iter(data.train_dataloader()), n))
-
-
-def write_idx(folder, name, values, zipped):
-    head = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
-    content = head + values.astype(np.uint8).tobytes()
-    path = folder / (f"{name}.gz" if zipped else name)
-    path.write_bytes(gzip.compress(content) if zipped else content)
-    return path
 
 
 @pytest.fixture(params=[True, False], ids=["gz", "plain"])
@@ -46,7 +37,8 @@ def idx_folder(request, tmp_path):
 
 
 def test_idx_files_are_read_as_they_are_and_padded(idx_folder):
-    data = Idx(seed=0, name="unused", path=str(idx_folder), batch_size=8)
+    data = Idx(seed=0, name="unused", path=str(idx_folder), batch_size=8, num_workers=1)
+    assert data.num_workers == 1
     assert (data.shape, data.num_classes) == ((1, 32, 32), 10)
     ((x, y),) = batches(data)
     assert x.shape == (8, 1, 32, 32)

@@ -70,8 +70,9 @@ class LastCheckpoint(Checkpoint):
             return  # gradients half accumulated are not in a checkpoint
         number = torch.tensor(self.signal, device=pl_module.device)
         self.stop = int(over_ranks(number, "max"))  # one rank's signal stops all
-        step, end = trainer.global_step, trainer.global_step == trainer.max_steps
+        step = trainer.global_step
         # At the end at once, not after the other callbacks have drawn and judged their samples.
+        end = step == trainer.max_steps or trainer.should_stop  # trainer.max_time is over
         if self.stop or step % self.every_n_steps == 0 or end:
             self._save(trainer)
 

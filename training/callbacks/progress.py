@@ -7,12 +7,13 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+EVERY = 100  # steps between two lines of a run whose end is not a number of steps
 FIELDS = "step {step:.1f} ms  loss {loss:.4f}  error {error:.4f}"
 
 
 class RichProgress(ProgressBar):
-    """A bar with the time of a step, loss and unweighted error; a line every tenth of the run where
-    the output is not a terminal.
+    """A bar with the time of a step, loss and unweighted error; a line every tenth of the run (or
+    every hundred steps, if it has no last one) where the output is not a terminal.
     """
 
     def __init__(self) -> None:
@@ -44,7 +45,8 @@ class RichProgress(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step, last = trainer.global_step, trainer.max_steps
-        every = 10 if self.bar else max(1, last // 10)
+        lines = max(1, last // 10) if last > 0 else EVERY
+        every = 10 if self.bar else lines
         if not self.enabled or (step % every and step != last):
             return
         text = FIELDS.format(
@@ -55,7 +57,8 @@ class RichProgress(ProgressBar):
         if self.bar:
             self.bar.update(self.task, completed=step, text=text)
         else:
-            self.console.print(f"{step}/{last}  {text}", highlight=False)
+            of = f"{step}/{last}" if last > 0 else f"{step}"
+            self.console.print(f"{of}  {text}", highlight=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop()

@@ -42,7 +42,7 @@ def _legend(whole: Figure, columns: int) -> None:
     whole.legend([named[name] for name in shown], shown, **where)
 
 
-def _log(axes: Any) -> None:
+def logarithmic(axes: Any) -> None:
     """A logarithmic ordinate with plain numbers at 1, 2 and 5."""
     axes.set_yscale("log")
     _plain(axes.yaxis)
@@ -72,7 +72,7 @@ def error_curves(runs: Sequence[Run], found: Curves, candidate: str, baseline: s
             alpha=0.45 if run.arm == baseline else 1,
             label=run.arm if seed == 0 else None,
         )
-    _log(above)
+    logarithmic(above)
     above.set_ylabel("unweighted error")
     above.set_title(f"mean of {found.smoothing} steps; a line style for each seed", fontsize=9)
     above.legend(fontsize=8, ncols=2)
@@ -219,7 +219,7 @@ def over_tokens(rows: Sequence[dict[str, Any]], quantity: str, label: str) -> Fi
         for j, dim in enumerate(dims):
             axis = axes[i, j]
             axis.set_xscale("log", base=2)
-            _log(axis)
+            logarithmic(axis)
             axis.set_xticks(ticks, [str(t) for t in ticks])
             axis.tick_params(labelsize=7)
             if i == 0:

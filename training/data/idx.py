@@ -51,7 +51,9 @@ class Idx(Data):
                 images = images[:, 0]
             sources[split] = Tensors(pad(images, image_size)[:, None], labels)
         shape = (1, image_size, image_size)
-        super().__init__(seed, batch_size, **sources, shape=shape, num_classes=10)
+        super().__init__(
+            seed, batch_size, **sources, shape=shape, num_classes=10, num_workers=num_workers
+        )
 
 
 def read_pair(folder: Path, prefix: str) -> tuple[torch.Tensor, torch.Tensor]:

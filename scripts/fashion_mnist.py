@@ -1,0 +1,196 @@
+"""Collects runs on Fashion-MNIST into one result file, prints tables and draws pictures.
+
+    python scripts/train.py experiment=fashion_mnist_scm trainer=gpu hydra.run.dir=RUN
+    python scripts/fashion_mnist.py RUN RUN RUN --output docs/results/fashion_mnist_h100.json \
+        --pictures docs
+
+For each run: what it cost, its curve, and, at several numbers of evaluations of the averaged
+network, how good its samples are by one classifier that all runs share (``metrics.judge``), from
+the same noise. Without runs: the tables and the curves of the file once more.
+With ``--document docs/training.md`` its block between two lines `<!-- begin fashion_mnist -->` and
+`<!-- end fashion_mnist -->` is written anew.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+
+from scripts.digits_objectives import name
+from scripts.environment import environment
+from scripts.fashion_mnist_plots import TITLES, Strip, curves, sample_grid
+from training.build import build_data
+from training.comparison.arms import Run, read_run
+from training.comparison.files import finite
+from training.comparison.plots import save
+from training.metrics.judge import Judge, Options, judge_of
+from training.samplers.generate import balanced_labels, generate
+from training.trained import load_trained
+
+FEW = (1, 2, 4)  # evaluations of the network; beside them, those that the run's own sampler takes
+POINTS = 200  # of a curve in the result file
+SCORES = {
+    "frechet_distance": ("Fréchet distance (classifier)", "{:.2f}"),
+    "precision": ("precision", "{:.2f}"),
+    "recall": ("recall", "{:.2f}"),
+    "accuracy": ("class accuracy", "{:.1%}"),
+}
+COSTS = {
+    "steps": ("steps", "{}"),
+    "images": ("images seen", "{:,}"),
+    "seconds": ("seconds", "{:.0f}"),
+    "step_ms": ("ms a step (median)", "{:.1f}"),
+    "samples_per_s": ("images/s at the median", "{:.0f}"),
+}
+
+
+def collect(runs: Sequence[Path], arguments: argparse.Namespace) -> tuple[dict, list[Strip]]:
+    """The result, written after every run, and the strips of the grid of samples."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":  # TF32: there are many evaluations, and no derivative among them
+        torch.set_float32_matmul_precision("high")
+    data = build_data(load_trained(runs[0] / "checkpoints" / "last.ckpt").config)
+    path = arguments.classifier or runs[0] / "evaluation" / "classifier.pt"
+    judge = judge_of(
+        data, Options("classifier", arguments.n, 3, path, arguments.classifier_steps, None, device)
+    )
+    real, y = data.examples("held_out", arguments.n)
+    result: dict[str, Any] = {
+        "environment": environment(),
+        "note": arguments.note,
+        "samples": arguments.n,
+        "classifier_steps": arguments.classifier_steps,
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "real": judge.scores(real, y) | {"n": len(y)},
+        "rows": [],
+    }
+    strips = [Strip("real", torch.stack([real[y == label][0] for label in range(10)]))]
+    for run in runs:
+        row, drawn = judged(read_run(run), judge, balanced_labels(arguments.n, 10), device)
+        result["rows"].append(row)
+        strips += drawn
+        text = json.dumps(finite(result), indent=1, allow_nan=False)
+        arguments.output.write_text(text + "\n")
+        print(f"{run}: {row['objective']}", flush=True)
+    return result, strips
+
+
+def judged(run: Run, judge: Judge, y: torch.Tensor, device: str) -> tuple[dict, list[Strip]]:
+    """A run's row, and one sample of each class for each number of evaluations."""
+    trained = load_trained(run.directory / "checkpoints" / "last.ckpt")
+    config, net = trained.config, trained.net.to(device)
+    scores, strips = {}, []
+    for nfe in sorted({*FEW, config.sampler.nfe}):
+        sampler = instantiate(config.sampler, nfe=nfe)
+        # Other noise than the picture's: what is judged was not looked at.
+        images = generate(net, sampler, y, trained.shape, config.seed + 1)
+        scores[str(nfe)] = judge.scores(images, y)
+        images = generate(net, sampler, torch.arange(10), trained.shape, config.seed)
+        strips.append(Strip(f"{TITLES.get(name(config), name(config))}, {nfe} NFE", images))
+    ema = config.callbacks.ema
+    batch = config.data.batch_size * config.trainer.accumulate_grad_batches
+    row = {
+        "objective": name(config),
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "average": (ema and ema.use) or (trained.averages or ["net"])[0],
+        "batch_size": batch,
+        "steps": trained.step,
+        "images": trained.step * batch,
+        **{key: run.summary.get(key) for key in ("seconds", "step_ms", "samples_per_s")},
+        "precision": config.trainer.precision,
+        "compile": config.compile,
+        "scores": scores,
+        "curve": thinned(run),
+    }
+    return row, strips
+
+
+def thinned(run: Run) -> dict[str, list[float]]:
+    """The unweighted error over the steps, in means of neighbours: at most ``POINTS`` of them."""
+    steps, errors = run.steps + 1, run.metrics["train/error"]
+    parts = min(POINTS, len(steps))
+    return {
+        "step": [round(float(part.mean()), 1) for part in np.array_split(steps, parts)],
+        "error": [float(f"{part.mean():.5g}") for part in np.array_split(errors, parts)],
+    }
+
+
+def markdown(result: dict) -> str:
+    """The tables of docs/training.md: scores of the samples, then costs of the runs."""
+    rows = [["real, held out", "", *cells(SCORES, result["real"])]]
+    for row in result["rows"]:
+        for nfe, scores in row["scores"].items():
+            rows.append([f"`{row['objective']}`", nfe, *cells(SCORES, scores)])
+    runs = [[f"`{row['objective']}`", *cells(COSTS, row)] for row in result["rows"]]
+    first = table(["samples", "NFE", *(title for title, _ in SCORES.values())], rows)
+    return f"{first}\n\n{table(['run', *(title for title, _ in COSTS.values())], runs)}"
+
+
+def block(result: dict, path: Path) -> str:
+    """What docs/training.md shows: both pictures, both tables, and where they come from."""
+    about = result["environment"]
+    notes = [f"{about['gpu'] or about['cpu']}, torch {about['torch']}", result["note"]]
+    notes += [f"{result['samples']} samples", f"[{path.name}](results/{path.name})"]
+    parts = [
+        "![Samples](fashion_mnist.png)",
+        "*A class a column, every row but the first from the same noise.*",
+        markdown(result),
+        f"*{'; '.join(filter(None, notes))}.*",
+        "![Curves](fashion_mnist_curves.png)",
+        "*Unweighted error: means of neighbouring logged steps, and a running mean of those.*",
+    ]
+    return "".join(f"\n{part}\n" for part in parts) + "\n"
+
+
+def write_block(document: Path, text: str) -> None:
+    pattern = r"(<!-- begin fashion_mnist -->\n).*?(<!-- end fashion_mnist -->)"
+    page, found = re.subn(
+        pattern, lambda m: m[1] + text + m[2], document.read_text(), flags=re.DOTALL
+    )
+    if found != 1:
+        raise ValueError(f"{document} has {found} blocks named fashion_mnist, not one")
+    document.write_text(page)
+
+
+def cells(columns: dict[str, tuple[str, str]], row: dict) -> list[str]:
+    return ["" if row[key] is None else form.format(row[key]) for key, (_, form) in columns.items()]
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in (titles, *rows)]
+    return "\n".join([lines[0], "|---" * len(titles) + "|", *lines[1:]])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Runs on Fashion-MNIST as tables and pictures.")
+    parser.add_argument("runs", nargs="*", type=Path, help="run directories of scripts/train.py")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write, or to read")
+    parser.add_argument("--pictures", type=Path, default=None, help="folder of the pictures")
+    parser.add_argument("--document", type=Path, default=None, help="page to write the block to")
+    parser.add_argument("--n", type=int, default=2000, help="samples, and images to compare with")
+    parser.add_argument("--classifier", type=Path, default=None, help="its file, kept or made")
+    parser.add_argument("--classifier-steps", type=int, default=2000)
+    parser.add_argument("--note", default=None, help="what else a reader must know of the runs")
+    arguments = parser.parse_args()
+    strips: list[Strip] = []
+    if arguments.runs:
+        result, strips = collect(arguments.runs, arguments)
+    else:
+        result = json.loads(arguments.output.read_text())
+    print(markdown(result))
+    if arguments.document:
+        write_block(arguments.document, block(result, arguments.output))
+    if arguments.pictures:
+        print(save(curves(result["rows"]), arguments.pictures / "fashion_mnist_curves.png"))
+        if strips:
+            print(save(sample_grid(strips), arguments.pictures / "fashion_mnist.png"))
+
+
+if __name__ == "__main__":
+    main()
