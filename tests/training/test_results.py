@@ -30,11 +30,16 @@ def test_the_block_of_fashion_mnist_is_drawn_from_its_result_file(monkeypatch):
     assert f"<!-- begin fashion_mnist -->\n{drawn}<!-- end fashion_mnist -->" in PAGE
 
 
+# as measured, sCM has not learned there: a result that changes this must change the test
+DIVERGED = pytest.mark.xfail(strict=True, reason="sCM did not learn clothes in minutes")
+
+
+@pytest.mark.parametrize("objective", ["meanflow", pytest.param("scm", marks=DIVERGED)])
 @pytest.mark.parametrize("path", FASHION, ids=lambda path: path.stem)
-def test_few_step_models_beat_flow_matching_in_one_step_on_clothes(path):
+def test_few_step_models_beat_flow_matching_in_one_step_on_clothes(path, objective):
     rows = {row["objective"]: row["scores"] for row in json.loads(path.read_text())["rows"]}
     distance = {name: scores["1"]["frechet_distance"] for name, scores in rows.items()}
-    assert max(distance["meanflow"], distance["scm"]) < distance["flow_matching"] / 2
+    assert distance[objective] < distance["flow_matching"] / 2
 
 
 def test_few_step_samples_of_digits_are_recognised():
