@@ -4,7 +4,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
+from torch._C._functorch import CInterpreter, TransformType, peek_interpreter_stack
 from torch._functorch import eager_transforms
 from torch._functorch.pyfunctorch import (
     FuncTorchInterpreter,
@@ -72,17 +72,16 @@ def attention(
     )
     seed = _seed(q, dropout_p)
     if torch.compiler.is_compiling():
-        route, transform, pairs = ops, None, _unpack_compiled(q, k, v, bias)
+        route, call, pairs = ops, _call, _unpack_compiled(q, k, v, bias)
     else:
-        transform = _innermost_transform()
-        route, pairs = autograd, _unpack(transform, q, k, v, bias)
+        route, call, pairs = autograd, _below, _unpack(q, k, v, bias)
     (q, t_q), (k, t_k), (v, t_v), (bias, t_bias) = pairs
     if t_q is t_k is t_v is t_bias is None:
-        (out,) = _below(transform, route.attention, q, k, v, bias, seed, options)
+        (out,) = call(route.attention, q, k, v, bias, seed, options)
     else:
         args = (q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options)
-        out, t_out = _below(transform, route.attention_jvp, *args)
-        out = forward_ad.make_dual(out, t_out)
+        out, t_out = call(route.attention_jvp, *args)
+        out = torch._VF._make_dual(out, t_out, level=0)
     return _restore(out, query)
 
 
@@ -208,14 +207,9 @@ def _seed(q: Tensor, dropout_p: float) -> Tensor | None:
     return torch.randint(0, 2**62, (1,), device=q.device, dtype=torch.int64)
 
 
-def _innermost_transform() -> FuncTorchInterpreter | None:
-    """torch.func's innermost transform around this call."""
-    active = torch._C._are_functorch_transforms_active()
-    return retrieve_current_functorch_interpreter() if active else None
-
-
-def _unpack(transform: FuncTorchInterpreter | None, *inputs: Tensor | None) -> Pairs:
+def _unpack(*inputs: Tensor | None) -> Pairs:
     """(primal, tangent) of each input at the current level of differentiation."""
+    transform = peek_interpreter_stack()  # torch.func's innermost around this call
     # a graph recorded from bare primals would forget the tangent of a gradient
     recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     out_of_reach = transform is not None and not _is_jvp(transform)  # below vmap's, grad's wrapper
@@ -237,19 +231,27 @@ def _unpack_compiled(*inputs: Tensor | None) -> Pairs:
     return [(x, None) if x is None else torch._VF._unpack_dual(x, level=0) for x in inputs]
 
 
-def _below(transform: FuncTorchInterpreter | None, attend, *args) -> tuple[Tensor, ...]:
-    """attend(*args), one level below the innermost transform where that is a jvp.
+def _call(attend, *args) -> tuple[Tensor, ...]:
+    return attend(*args)
 
-    Once the arguments are unpacked a jvp's level has nothing to do, which PyTorch finds out by
-    making a Function for every call and by recording a graph even under `torch.no_grad()`. Only
-    tensors made at that level with a gradient of their own, as by `nn.Parameter`, need it.
+
+def _below(attend, *args) -> tuple[Tensor, ...]:
+    """attend(*args), one level below that of the duals, which were unpacked.
+
+    That level has nothing to do any more, which PyTorch finds out by making a Function for every
+    call and, in a jvp, by recording a graph even under `torch.no_grad()`. Only tensors with a
+    gradient of their own, as made at that level by `nn.Parameter`, need it.
     """
-    if transform is None or not _is_jvp(transform):
-        return attend(*args)
     if any(isinstance(x, Tensor) and x.requires_grad for x in args):
         return attend(*args)
-    return autograd.below(transform, attend, *args)
+    transform = peek_interpreter_stack()
+    if transform is None:
+        if forward_ad._current_level < 0:
+            return attend(*args)
+        with forward_ad._set_fwd_grad_enabled(False):
+            return attend(*args)
+    return autograd.below(transform, attend, *args) if _is_jvp(transform) else attend(*args)
 
 
-def _is_jvp(transform: FuncTorchInterpreter) -> bool:
+def _is_jvp(transform: CInterpreter | FuncTorchInterpreter) -> bool:
     return transform.key() == TransformType.Jvp

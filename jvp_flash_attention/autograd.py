@@ -20,12 +20,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, _unwrap_for_grad, _wrap_for_grad
-from torch._functorch import eager_transforms
-from torch._functorch.pyfunctorch import (
-    FuncTorchInterpreter,
-    retrieve_current_functorch_interpreter,
+from torch._C._functorch import (
+    CInterpreter,
+    TransformType,
+    _unwrap_for_grad,
+    _wrap_for_grad,
+    peek_interpreter_stack,
+    pop_dynamic_layer_stack,
+    push_dynamic_layer_stack,
 )
+from torch._functorch import eager_transforms
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function, forward_ad
 from torch.nn import Parameter
@@ -82,15 +86,14 @@ class _Folded(Function):
     @classmethod
     def apply(cls, *args) -> Any:
         """`Function.apply`, or only the forward where nobody records a graph."""
-        if not torch._C._are_functorch_transforms_active():
+        transform = peek_interpreter_stack()  # torch.func's innermost around this call
+        if transform is None:
             args = unwrap_dead_wrappers(args)  # of transforms that ended
             if not _is_recorded(args):
                 return cls.forward(*args)
-        elif not torch.is_grad_enabled():
+        elif transform.key() == TransformType.Grad and not torch.is_grad_enabled():
             # inside of torch.func.grad a Function enables gradients for every level below
-            transform = retrieve_current_functorch_interpreter()
-            if transform.key() == TransformType.Grad:
-                return below(transform, cls.apply, *args)
+            return below(transform, cls.apply, *args)
         return super().apply(*args)
 
     @classmethod
@@ -249,12 +252,15 @@ class AttentionJvpGrad(_Folded):
         raise NotImplementedError(THIRD_ORDER)
 
 
-def below(transform: FuncTorchInterpreter, attend, *args) -> tuple[Tensor, ...]:
-    """attend(*args), one level below a grad or a jvp that has nothing to do with it."""
+def below(transform: CInterpreter, attend, *args) -> tuple[Tensor, ...]:
+    """attend(*args), one level below the innermost grad or jvp, which has nothing to do with it."""
     level = transform.level()
     inner = [_unwrap_for_grad(x, level) if isinstance(x, Tensor) else x for x in args]
-    with transform.lower():
+    layer = pop_dynamic_layer_stack()
+    try:
         outputs = attend(*inner)
+    finally:
+        push_dynamic_layer_stack(layer)
     return tuple(_wrap_for_grad(x, level) for x in outputs)
 
 
@@ -262,6 +268,7 @@ def _is_recorded(args) -> bool:
     """Whether autograd may differentiate what is done to tensors outside of every transform."""
     # the level inside of torch.func.jvp is its own: only tensors that it wraps have tangents
     duals = forward_ad._current_level >= 0 and eager_transforms.JVP_NESTING == 0
+    duals = duals and torch._C._is_fwd_grad_enabled()
     grads = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
     return duals or grads
 

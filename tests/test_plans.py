@@ -4,6 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -13,11 +14,18 @@ from jvp_flash_attention.kernels import plans
 class Compiled(CompiledKernel):
     """A compiled kernel that notes its arguments."""
 
+    function, packed_metadata, run = "handle", "metadata", None
+
     def __init__(self, log):
-        self.log = log
+        self.log, self.run = log, self.launch
+
+    def launch(self, x, y, z, stream, function, metadata, of_launch, enter, leave, *args):
+        assert (stream, function, metadata) == (11, "handle", "metadata")
+        assert of_launch is enter is leave is None
+        self.log.append(("planned", (x, y, z), args))
 
     def __getitem__(self, grid):
-        return lambda *args: self.log.append(("planned", grid, args))
+        return lambda *args, stream: self.log.append(("watched", grid, args))
 
 
 class Kernel:
@@ -39,6 +47,7 @@ class Kernel:
 @pytest.fixture
 def call(monkeypatch):
     monkeypatch.setattr(plans, "_plans", {})
+    monkeypatch.setattr(plans, "_stream", lambda device: 11)
     kernel = Kernel()
 
     def call(x, y, key=("pass",)):
@@ -70,6 +79,21 @@ def test_the_second_call_launches_the_same_with_its_own_tensors(call):
     assert D.base is y
     assert (D.shape, D.block_shape) == ([4, 16], [1, 16])
     assert len(call.log) == 2  # an empty grid is never launched
+
+
+def test_a_profiler_is_told_of_planned_launches(call):
+    call(*tensors())
+    hooks = knobs.runtime.launch_enter_hook
+
+    def listen(metadata):
+        pass
+
+    hooks.add(listen)
+    try:
+        assert call(*tensors())[0] == "watched"
+    finally:
+        hooks.remove(listen)
+    assert call(*tensors())[0] == "planned"
 
 
 def test_another_signature_or_key_is_prepared_anew(call):

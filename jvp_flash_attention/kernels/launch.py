@@ -109,7 +109,9 @@ def tf32_allowed() -> bool:
 
 def materialised(x: Tensor) -> Tensor:
     """The elements in memory: a symbolic zero has none, a negative view holds the others."""
-    return x.clone() if x._is_zerotensor() else x.resolve_neg()
+    if x._is_zerotensor():
+        return x.clone()
+    return x.resolve_neg() if x.is_neg() else x
 
 
 def unit(x: Tensor | None) -> Tensor | None:

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton import knobs
 from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
 MOST = 4096  # signatures; a program with more starts to collect anew
 
@@ -32,11 +34,16 @@ class _Plan(NamedTuple):
     args: tuple  # as of the first call
     varying: tuple[tuple[int, int, Callable], ...]  # argument, tensor, tensor -> argument
 
-    def launch(self, tensors: tuple) -> None:
+    def launch(self, tensors: tuple, stream: int) -> None:
         args = list(self.args)
         for at, which, make in self.varying:
             args[at] = make(tensors[which])
-        self.compiled[self.grid](*args)
+        kernel: Any = self.compiled
+        if knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
+            kernel[self.grid](*args, stream=stream)  # a profiler listens
+        else:  # the same without metadata for hooks
+            fixed = (kernel.function, kernel.packed_metadata, None, None, None)
+            kernel.run(*self.grid, stream, *fixed, *args)
 
 
 _plans: dict[tuple, list[_Plan]] = {}
@@ -58,8 +65,9 @@ def run(
     signature = (key, first.device, *map(_signature, inputs))
     plans = _plans.get(signature)
     if plans is not None:
+        stream = _stream(first.device)
         for plan in plans:
-            plan.launch(tensors)
+            plan.launch(tensors, stream)
         return None
     plans = []
     for kernel, grid, args, switches in launches():
@@ -74,6 +82,11 @@ def run(
             _plans.clear()
         _plans[signature] = plans
     return None
+
+
+def _stream(device: torch.device) -> int:
+    active: Any = driver.active
+    return active.get_current_stream(device.index)
 
 
 def _signature(x: Tensor | None):
