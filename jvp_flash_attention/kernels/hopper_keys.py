@@ -32,13 +32,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .hopper_gradients import fetch_keys, fetch_queries, gradient_barriers
 from .hopper_primitives import (
     ROWS,
     advance,
-    barriers,
     exchange,
     keep_alive,
-    load,
     matrix,
     ring,
     store,
@@ -50,39 +49,21 @@ from .primitives import LOG2E
 
 @gluon.jit
 def _producer(
-    Q, T_Q, D_O, D_T_O, K, T_K, V, T_V, rings, bars, L, Hk, tiles, items,
+    queries, keys, rings, bars, L, Hk, tiles, items,
     BM: gl.constexpr, QS: gl.constexpr, GROUP: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """The warp that fetches."""
-    q, t_q, d_o, d_t_o, k, t_k, v, t_v = rings
-    q_ready, q_free, k_ready, k_free, p_ready, p_free = bars
-    TILES: gl.constexpr = 4 if D_O is not None else 3
+    """The warp that fetches. queries: Q, tQ, dO, dtO; keys: K, tK, V, tV."""
     slot = 0
     phase = 1
     k_phase = 1
     for e in range(work_items(items, CAUSAL)):
         b, hk, tile = work_item(e, tiles, Hk, CAUSAL)
-        mbarrier.wait(k_free.index(0), k_phase)
-        bar = k_ready.index(0)
-        mbarrier.expect(bar, 4 * K.block_type.nbytes)
-        rows = [b, hk, tile * ROWS, 0]
-        load(K, rows, bar, k.index(0))
-        load(T_K, rows, bar, t_k.index(0))
-        load(V, rows, bar, v.index(0))
-        load(T_V, rows, bar, t_v.index(0))
+        fetch_keys(keys, rings, bars, [b, hk, tile * ROWS, 0], 0, k_phase)
         k_phase ^= 1
         first = tile if CAUSAL else 0  # the first queries that see the keys
         for h in range(hk * GROUP, (hk + 1) * GROUP):
             for j in range(first, (L + BM - 1) // BM):
-                mbarrier.wait(q_free.index(slot), phase)
-                ready = q_ready.index(slot)
-                mbarrier.expect(ready, TILES * Q.block_type.nbytes)
-                at = [b, h, j * BM, 0]
-                load(Q, at, ready, q.index(slot))
-                load(T_Q, at, ready, t_q.index(slot))
-                load(D_T_O, at, ready, d_t_o.index(slot))
-                if D_O is not None:
-                    load(D_O, at, ready, d_o.index(slot))
+                fetch_queries(queries, rings, bars, [b, h, j * BM, 0], slot, phase)
                 slot, phase = advance(slot, phase, 1, QS)
 
 
@@ -272,14 +253,7 @@ def keys_jvp_kernel(
         ring(V, 1),
         ring(V, 1),
     )
-    bars = (
-        barriers(QS, 1),
-        barriers(QS, 2),
-        barriers(1, 1),
-        barriers(1, 2),
-        barriers(1, 1),
-        barriers(1, 1),
-    )
+    bars = gradient_barriers(QS, 1)
     p_tile = exchange(BM)
     r_tile = exchange(BM)
     fence_async_shared()
@@ -297,7 +271,7 @@ def keys_jvp_kernel(
             ),
             (
                 _producer,
-                (Q, T_Q, D_O, D_T_O, K, T_K, V, T_V, rings, bars, L, Hk, tiles, items,
+                ((Q, T_Q, D_O, D_T_O), (K, T_K, V, T_V), rings, bars, L, Hk, tiles, items,
                  BM, QS, GROUP, CAUSAL),
             ),
         ],

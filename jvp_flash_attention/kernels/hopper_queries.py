@@ -30,13 +30,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .hopper_gradients import fetch_keys, fetch_queries, gradient_barriers
 from .hopper_primitives import (
     ROWS,
     advance,
-    barriers,
     exchange,
     keep_alive,
-    load,
     matrix,
     ring,
     store,
@@ -58,37 +57,19 @@ def _tiles(tile, S, BN: gl.constexpr, CAUSAL: gl.constexpr):
 
 @gluon.jit
 def _producer(
-    Q, T_Q, D_O, D_T_O, K, T_K, V, T_V, rings, bars, S, H, tiles, items,
+    queries, keys, rings, bars, S, H, tiles, items,
     BN: gl.constexpr, KS: gl.constexpr, GROUP: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """The warp that fetches."""
-    q, t_q, d_o, d_t_o, k, t_k, v, t_v = rings
-    q_ready, q_free, k_ready, k_free, p_ready, p_free = bars
-    TILES: gl.constexpr = 4 if D_O is not None else 3
+    """The warp that fetches. queries: Q, tQ, dO, dtO; keys: K, tK, V, tV."""
     slot = 0
     phase = 1
     q_phase = 1
     for e in range(work_items(items, CAUSAL)):
         b, h, tile = work_item(e, tiles, H, CAUSAL)
-        mbarrier.wait(q_free.index(0), q_phase)
-        bar = q_ready.index(0)
-        mbarrier.expect(bar, TILES * Q.block_type.nbytes)
-        rows = [b, h, tile * ROWS, 0]
-        load(Q, rows, bar, q.index(0))
-        load(T_Q, rows, bar, t_q.index(0))
-        load(D_T_O, rows, bar, d_t_o.index(0))
-        if D_O is not None:
-            load(D_O, rows, bar, d_o.index(0))
+        fetch_queries(queries, rings, bars, [b, h, tile * ROWS, 0], 0, q_phase)
         q_phase ^= 1
         for j in range(_tiles(tile, S, BN, CAUSAL)):
-            mbarrier.wait(k_free.index(slot), phase)
-            ready = k_ready.index(slot)
-            mbarrier.expect(ready, 4 * K.block_type.nbytes)
-            at = [b, h // GROUP, j * BN, 0]
-            load(K, at, ready, k.index(slot))
-            load(T_K, at, ready, t_k.index(slot))
-            load(V, at, ready, v.index(slot))
-            load(T_V, at, ready, t_v.index(slot))
+            fetch_keys(keys, rings, bars, [b, h // GROUP, j * BN, 0], slot, phase)
             slot, phase = advance(slot, phase, 1, KS)
 
 
@@ -243,14 +224,7 @@ def queries_jvp_kernel(
         ring(V, KS),
         ring(V, KS),
     )
-    bars = (
-        barriers(1, 1),
-        barriers(1, 2),
-        barriers(KS, 1),
-        barriers(KS, 2),
-        barriers(1, 1),
-        barriers(1, 1),
-    )
+    bars = gradient_barriers(1, KS)
     p_tile = exchange(BN)
     r_tile = exchange(BN)
     fence_async_shared()
@@ -268,7 +242,7 @@ def queries_jvp_kernel(
             ),
             (
                 _producer,
-                (Q, T_Q, D_O, D_T_O, K, T_K, V, T_V, rings, bars, S, H, tiles, items,
+                ((Q, T_Q, D_O, D_T_O), (K, T_K, V, T_V), rings, bars, S, H, tiles, items,
                  BN, KS, GROUP, CAUSAL),
             ),
         ],
