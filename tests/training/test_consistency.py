@@ -197,13 +197,24 @@ def test_the_log_variance_is_learned_towards_the_logarithm_of_the_weighted_error
     assert abs(float(torch.autograd.grad(loss, s)[0])) < 1e-6
 
 
-def test_the_tangent_warms_up_with_the_steps_and_checkpoints_remember_them(batch, draws):
-    objective, resumed = SCM(warmup_steps=4), SCM(warmup_steps=4)
+@pytest.mark.parametrize(
+    ("denoiser_steps", "warmup_steps", "expected"),
+    [
+        (0, 4, [0, 0.25, 0.5, 0.75, 1, 1]),
+        (3, 2, [0, 0, 0, 0, 0.5, 1]),
+        (2, 0, [0, 0, 1, 1, 1, 1]),
+    ],
+)
+def test_the_tangent_warms_up_after_the_denoiser_and_checkpoints_remember_the_steps(
+    batch, draws, denoiser_steps, warmup_steps, expected
+):
+    build = lambda: SCM(denoiser_steps=denoiser_steps, warmup_steps=warmup_steps)  # noqa: E731
+    objective, resumed = build(), build()
     weights = []
     for _ in range(6):
         weights.append(float(objective.draw(*batch, NULL, draws).warmup))
         objective.after_step(torch.nn.Identity())
-    assert weights == [0, 0.25, 0.5, 0.75, 1, 1]
+    assert weights == expected
     resumed.load_state_dict(objective.state_dict())
     assert resumed.steps == 6
 
@@ -244,6 +255,7 @@ def test_renewed_noise_is_repeatable_and_does_not_depend_on_the_chunk(tiny):
         (lambda: SCM(Jvp("tangent_grad")), "objective.jvp.mode"),
         (lambda: SCM(sigma_data=0), "objective.sigma_data"),
         (lambda: SCM(time_std=0), "objective.time_std"),
+        (lambda: SCM(denoiser_steps=-1), "objective.denoiser_steps"),
         (lambda: SCM(warmup_steps=-1), "objective.warmup_steps"),
         (lambda: SCM(reduce="max"), "objective.reduce"),
         (lambda: SCM(c=0), "objective.c"),

@@ -8,8 +8,9 @@
     error = ‖g‖²
     loss  = λ(t) / e^s(t) ‖F - sg(F + g / (‖g‖ + c))‖² + s(t)                       (Algorithm 1)
 
-w rises from 0 to 1 in the first steps: w = 0 is the target of the denoiser. s is the learned
-log-variance of the weighted error.
+w rises from 0 to 1: w = 0 is the target of the denoiser, best learned before it rises. At
+w = 1 the target of a low noise level is built from the network's own derivative there, from which
+denoising is kept, but learned slowly. s is the learned log-variance of the weighted error.
 """
 
 from collections.abc import Callable
@@ -47,7 +48,8 @@ class SCM(ScheduledObjective):
         teacher_guidance: scale w of v_∅ + w (v_y - v_∅), the teacher's velocity.
         sigma_data: standard deviation of the data, the path's σ.
         time_mean, time_std: of τ in t = arctan(e^τ / σ).
-        warmup_steps: the tangent's weight w rises linearly over so many steps.
+        denoiser_steps: w is 0 for so many steps: the training of a denoiser to start from.
+        warmup_steps: the tangent's weight w then rises linearly over so many steps.
         reduce: ``mean``: ‖·‖² is the mean over the elements of a sample; ``sum``: their sum. Both
             in the error and where g is normalised.
         normalise: g / (‖g‖ + c) is the step towards the target; if false, g itself.
@@ -65,6 +67,7 @@ class SCM(ScheduledObjective):
         sigma_data: float = 0.5,
         time_mean: float = -1.0,
         time_std: float = 1.4,
+        denoiser_steps: int = 0,
         warmup_steps: int = 10_000,
         reduce: str = "mean",
         normalise: bool = True,
@@ -78,8 +81,9 @@ class SCM(ScheduledObjective):
         between("objective.sigma_data", sigma_data, 0, open_low=True)
         between("objective.time_mean", time_mean, float("-inf"))
         between("objective.time_std", time_std, 0, open_low=True)
-        integer("objective.warmup_steps", warmup_steps)
-        between("objective.warmup_steps", warmup_steps, 0)
+        for name, value in (("denoiser_steps", denoiser_steps), ("warmup_steps", warmup_steps)):
+            integer(f"objective.{name}", value)
+            between(f"objective.{name}", value, 0)
         one_of("objective.reduce", reduce, ("sum", "mean"))
         between("objective.c", c, 0, open_low=True)
         one_of("objective.prior_weight", prior_weight, ("none", "tan"))
@@ -88,7 +92,8 @@ class SCM(ScheduledObjective):
         self.load_teacher, self.teacher_guidance = teacher, teacher_guidance
         self.teacher: list[nn.Module] = []  # a list: a fixed teacher is not part of the checkpoint
         self.sigma_data, self.time_mean, self.time_std = sigma_data, time_mean, time_std
-        self.warmup_steps, self.reduce, self.normalise, self.c = warmup_steps, reduce, normalise, c
+        self.denoiser_steps, self.warmup_steps = denoiser_steps, warmup_steps
+        self.reduce, self.normalise, self.c = reduce, normalise, c
         self.prior_weight, self.learned_variance = prior_weight, learned_variance
         self.label_dropout = label_dropout
 
@@ -101,8 +106,14 @@ class SCM(ScheduledObjective):
         e = torch.randn(x.shape, generator=draws("noise"), device=x.device)
         x_t, dxdt = trig_path(x, e, t, self.sigma_data)
         y, dropped = drop_labels(y, self.label_dropout, null_label, draws("labels"))
-        warmup = min(1.0, self.steps / self.warmup_steps) if self.warmup_steps else 1.0
-        return SCMSample(x_t, dxdt, t, y, dropped, y.new_tensor(null_label), x.new_tensor(warmup))
+        warmup = x.new_tensor(self._warmup())
+        return SCMSample(x_t, dxdt, t, y, dropped, y.new_tensor(null_label), warmup)
+
+    def _warmup(self) -> float:
+        steps = self.steps - self.denoiser_steps
+        if steps < 0:
+            return 0.0
+        return min(1.0, steps / self.warmup_steps) if self.warmup_steps else 1.0
 
     def loss(self, net: nn.Module, sample: SCMSample) -> Terms:
         x_t, _, t, y, *_, warmup = sample
