@@ -145,3 +145,24 @@ def test_half_precision_inputs_are_computed_in_float32():
     assert lse.dtype == torch.float32
     exact = reference.forward(q.double(), q.double(), q.double(), None, None, Options(8**-0.5))[0]
     assert (out.double() - exact).norm() / exact.norm() < 3e-3
+
+
+def test_products_of_a_rounded_p_leave_the_error_that_the_documents_state():
+    """docs/mathematics.md, Arithmetic: P̃, P̃ ∘ (tS − μ), O and tO rounded once, all else exact."""
+    rng = torch.Generator().manual_seed(0)
+    rounded = lambda x: x.bfloat16().double()  # noqa: E731
+    draw = lambda rows: rounded(torch.randn(2, 3, rows, 64, generator=rng))  # noqa: E731
+    q, t_q, k, v, t_k, t_v = (draw(rows) for rows in (256, 256, *[2048] * 4))
+    out, t_out, lse, mu = reference.forward_jvp(
+        q, k, v, None, None, t_q, t_k, t_v, None, Options(0.125)
+    )
+    s = 0.125 * q @ k.mT
+    t_s = 0.125 * (t_q @ k.mT + q @ t_k.mT)
+    top = s.amax(-1, keepdim=True)
+    inverse = (top - lse[..., None]).exp()  # 1 / l
+    p = (s - top).exp()
+    p_t_s = rounded(p * (t_s - mu[..., None]))
+    approximate = rounded(p) @ v * inverse, (p_t_s @ v + rounded(p) @ t_v) * inverse
+    for x, exact, stated in zip(approximate, (out, t_out), (2.30e-3, 2.34e-3), strict=True):
+        error = float((rounded(x) - exact).norm() / exact.norm())
+        assert abs(error / stated - 1) < 0.01
