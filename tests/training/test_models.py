@@ -5,8 +5,9 @@ import torch
 
 from training.attentions import sdpa
 from training.models.dit import SIZES, DiT
+from training.models.duals import layer_norm, rms_norm
 from training.models.embedders import PatchEmbedder, TimeEmbedder, rotary_angles
-from training.models.layers import FinalLayer, QueryKeyNorm, norm, rms_norm, rotate
+from training.models.layers import FinalLayer, QueryKeyNorm, rotate
 
 IMF = {
     "mlp_ratio": 8 / 3,
@@ -214,7 +215,9 @@ def test_patches_come_back_at_their_own_place():
     tokens = patches(x)
     # The final layer normalises its tokens; with no shift and no scale that is all it changes.
     expected = (x.unfold(2, 2, 2).unfold(3, 2, 2)).movedim(1, 3).flatten(3)  # (B, 4, 4, 12)
-    expected = norm(expected).unflatten(3, (3, 2, 2)).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
+    expected = (
+        layer_norm(expected).unflatten(3, (3, 2, 2)).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
+    )
     torch.nn.init.zeros_(final.modulation.linear.weight)
     torch.nn.init.zeros_(final.modulation.linear.bias)
     torch.testing.assert_close(final(tokens, torch.zeros(2, 12), rows=4), expected)
@@ -223,7 +226,7 @@ def test_patches_come_back_at_their_own_place():
 def test_norms_are_those_of_torch_without_weights():
     x = torch.randn(4, 7, 32, dtype=torch.float64)
     expected = torch.nn.functional.layer_norm(x, (32,), eps=1e-6)
-    torch.testing.assert_close(norm(x), expected)
+    torch.testing.assert_close(layer_norm(x), expected)
     torch.testing.assert_close(rms_norm(x), torch.nn.functional.rms_norm(x, (32,), eps=1e-6))
 
 

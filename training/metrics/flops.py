@@ -8,30 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from training.attentions import sdpa
+from training.models.duals import Linear
 from training.randomness import generator
 from training.recompute import Recomputed
 
 # Dense half-precision matrix products with float32 accumulation, 10^12 a second, as published.
 PEAKS = {"H200": 989.4, "H100 PCIe": 756.0, "H100": 989.4, "A100": 312.0}
-
-
-class _Linear(nn.Linear):
-    """Value and tangent of a linear layer in one product each.
-
-    PyTorch 2.13 multiplies the zero tangent of the weights out: three products, one of them idle.
-    """
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        x, t_x = torch.autograd.forward_ad.unpack_dual(input)
-        y = functional.linear(x, self.weight, self.bias)
-        if t_x is None:
-            return y
-        return torch.autograd.forward_ad.make_dual(y, functional.linear(t_x, self.weight))
 
 
 def step_flops(net: nn.Module, objective: Any, x: torch.Tensor, y: torch.Tensor) -> int:
@@ -88,7 +74,7 @@ def _plain(thing: nn.Module, mode: FakeTensorMode) -> Any:
         if isinstance(module, Recomputed):
             module.__class__ = type(module).__bases__[1]
         if type(module) is nn.Linear:
-            module.__class__ = _Linear
+            module.__class__ = Linear
         attention = getattr(module, "attention", None)
         if callable(attention) and not isinstance(attention, nn.Module):
             module.attention = sdpa  # type: ignore[assignment]

@@ -6,6 +6,8 @@ import torch
 from einops import rearrange
 from torch import nn
 
+from training.models.duals import Linear
+
 FREQUENCIES = 256  # dimension of the sinusoidal embedding, as in DiT
 
 
@@ -27,8 +29,8 @@ class TimeEmbedder(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.inward = nn.Linear(FREQUENCIES, width)
-        self.outward = nn.Linear(width, width)
+        self.inward = Linear(FREQUENCIES, width)
+        self.outward = Linear(width, width)
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         hidden = self.inward(sinusoids(t).to(self.inward.weight.dtype))
@@ -91,7 +93,7 @@ class LogVariance(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear = nn.Linear(FREQUENCIES, 1)
+        self.linear = Linear(FREQUENCIES, 1)
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         return self.linear(sinusoids(t).to(self.linear.weight.dtype))[:, 0]  # (B,) -> (B,)
@@ -103,7 +105,7 @@ class PatchEmbedder(nn.Module):
     def __init__(self, patch: int, channels: int, width: int) -> None:
         super().__init__()
         self.patch = patch
-        self.projection = nn.Linear(channels * patch * patch, width)
+        self.projection = Linear(channels * patch * patch, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         p = self.patch

@@ -7,24 +7,12 @@ from einops import rearrange
 from torch import nn
 from torch.nn.functional import silu
 
+from training.models.duals import Linear, layer_norm, modulate, rms_norm
+
 Attention = Callable[..., torch.Tensor]  # (query, key, value), each (B, H, N, D) -> (B, H, N, D)
 
 
-def norm(x: torch.Tensor) -> torch.Tensor:
-    """Layer norm without weights, of primitives: F.layer_norm can fail under compile(func.jvp)."""
-    return rms_norm(x - x.mean(dim=-1, keepdim=True))
-
-
-def rms_norm(x: torch.Tensor) -> torch.Tensor:
-    """Root-mean-square norm without weights (arXiv 1910.07467)."""
-    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6)
-
-
-NORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"layer": norm, "rms": rms_norm}
-
-
-def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return x * (1 + scale) + shift  # (B, N, W) with (B or 1, 1, W)
+NORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"layer": layer_norm, "rms": rms_norm}
 
 
 def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
@@ -55,9 +43,9 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int, attention: Attention, qk_norm: bool = False) -> None:
         super().__init__()
         self.heads, self.attention = heads, attention
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width)
         self.qk_norm = QueryKeyNorm(width // heads) if qk_norm else None
-        self.projection = nn.Linear(width, width)
+        self.projection = Linear(width, width)
 
     def forward(self, x: torch.Tensor, angles: torch.Tensor | None = None) -> torch.Tensor:
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
@@ -76,10 +64,10 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, heads: int, attention: Attention, qk_norm: bool = False) -> None:
         super().__init__()
         self.heads, self.attention = heads, attention
-        self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(width, 2 * width)
+        self.query = Linear(width, width)
+        self.key_value = Linear(width, 2 * width)
         self.qk_norm = QueryKeyNorm(width // heads) if qk_norm else None
-        self.projection = nn.Linear(width, width)
+        self.projection = Linear(width, width)
 
     def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         q = rearrange(self.query(x), "b n (h d) -> b h n d", h=self.heads)
@@ -94,10 +82,10 @@ class CrossAttention(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__()
-        self.expand = nn.Linear(width, hidden)
+        self.expand = Linear(width, hidden)
         self.activation = nn.GELU(approximate="tanh")
         self.dropout = nn.Dropout(dropout)
-        self.contract = nn.Linear(hidden, width)
+        self.contract = Linear(hidden, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.contract(self.dropout(self.activation(self.expand(x))))
@@ -110,9 +98,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__()
-        self.expand = nn.Linear(width, 2 * hidden)
+        self.expand = Linear(width, 2 * hidden)
         self.dropout = nn.Dropout(dropout)
-        self.contract = nn.Linear(hidden, width)
+        self.contract = Linear(hidden, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, x = self.expand(x).chunk(2, -1)
@@ -130,7 +118,7 @@ class Modulation(nn.Module):
     def __init__(self, width: int, n: int, conditioned: bool) -> None:
         super().__init__()
         self.n = n
-        self.linear = nn.Linear(width, n * width) if conditioned else None
+        self.linear = Linear(width, n * width) if conditioned else None
         self.constants = None if conditioned else nn.Parameter(torch.zeros(n * width))
 
     def forward(self, condition: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -195,7 +183,7 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.patch, self.norm = patch, NORMS[norm]
         self.modulation = Modulation(width, 2, conditioned)
-        self.projection = nn.Linear(width, channels * patch * patch)
+        self.projection = Linear(width, channels * patch * patch)
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor | None, rows: int) -> torch.Tensor:
         shift, scale = self.modulation(condition)
