@@ -41,15 +41,17 @@ SPEED = ("tokens", "head dim", "", "images", "arm", "images/s", "ms", "GiB", "MF
 def kept(output: Path, title: str, note: str | None) -> dict[str, Any]:
     """The result file of a comparison: its results.json, curves and errors, or cells."""
     result = json.loads((output / "results.json").read_text())
-    result["arguments"] = [a for a in result["arguments"] if not a.startswith(PATHS)]
+    measured_in_parts = not (output / "curves.csv").is_file()  # the arguments are the last part's
+    dropped = (*PATHS, "comparison.") if measured_in_parts else PATHS
+    result["arguments"] = [a for a in result["arguments"] if not a.startswith(dropped)]
     result = {"title": title, "note": note} | {k: v for k, v in result.items() if k != "title"}
-    if (output / "curves.csv").is_file():
-        result["curves"] = _curves(output / "curves.csv")
-        result["lockstep_rows"] = _condensed(read_jsonl(output / "lockstep.jsonl"))
-    else:
+    if measured_in_parts:
         left_out = ("times_ms", "settings")
         rows = read_jsonl(output / "speed.jsonl")
         result["rows"] = [{k: v for k, v in r.items() if k not in left_out} for r in rows]
+    else:
+        result["curves"] = _curves(output / "curves.csv")
+        result["lockstep_rows"] = _condensed(read_jsonl(output / "lockstep.jsonl"))
     return result
 
 

@@ -13,7 +13,12 @@ from training.comparison import lockstep
 ROOT = Path(__file__).parents[2]
 PAGE = "a\n<!-- begin comparison -->\nold\n<!-- end comparison -->\nb\n"
 ENVIRONMENT = {"gpu": None, "cpu": "x86_64", "torch": "2.11", "commit": "abc"}
-ARGUMENTS = ["experiment=x", "data.path=/somewhere", "hydra.run.dir=/elsewhere"]
+ARGUMENTS = [
+    "experiment=x",
+    "comparison.speed.tokens=[]",
+    "data.path=/somewhere",
+    "hydra.run.dir=/elsewhere",
+]
 
 
 def write_loss(output, steps=20):
@@ -109,7 +114,7 @@ def test_a_comparison_of_losses_is_kept_and_drawn(docs, tmp_path):
     assert "a note" in page
     assert "| du/dt | 0.01 | 0.02 | 2.00 |" in page
     assert "| sdpa again | 2.5 |  |" in page
-    assert "`experiment=x`" in page
+    assert "`experiment=x comparison.speed.tokens=[]`" in page
     path = docs / "results" / "compare_loss_x.json"
     assert "somewhere" not in path.read_text()
     assert "elsewhere" not in path.read_text()
@@ -134,6 +139,7 @@ def test_a_comparison_of_speeds_is_kept_and_held_against_the_goals(docs, tmp_pat
     assert "| images/s ≥ 5 x at 4096 tokens | sdpa is out of memory | yes |" in page
     assert "| peak memory ≤ 0.25 x at 4096 tokens | sdpa is out of memory | yes |" in page
     assert "1024 tokens" not in page, "not measured"
+    assert "`experiment=x`" in page, "the arguments of the last part say nothing of the others"
     assert "| 4096 | 64 | single, eager |  | sdpa | out of memory |" in page
     assert "2.00 | 1.90 to 2.10 |" in page
     assert "times_ms" not in (docs / "results" / "compare_speed_x.json").read_text()
