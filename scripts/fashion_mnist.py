@@ -148,13 +148,13 @@ def block(result: dict, path: Path) -> str:
     return "".join(f"\n{part}\n" for part in parts) + "\n"
 
 
-def write_block(document: Path, text: str) -> None:
-    pattern = r"(<!-- begin fashion_mnist -->\n).*?(<!-- end fashion_mnist -->)"
+def write_block(document: Path, text: str, name: str = "fashion_mnist") -> None:
+    pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
     page, found = re.subn(
         pattern, lambda m: m[1] + text + m[2], document.read_text(), flags=re.DOTALL
     )
     if found != 1:
-        raise ValueError(f"{document} has {found} blocks named fashion_mnist, not one")
+        raise ValueError(f"{document} has {found} blocks named {name}, not one")
     document.write_text(page)
 
 

@@ -18,11 +18,12 @@ from scripts.compare import compare
 from scripts.dashboard import build
 from tests.commands import ROOT, call, succeed
 from training.attentions import sdpa, sdpa_fused
-from training.comparison import dashboard, lockstep
-from training.comparison.arms import Run, check_comparable, check_fingerprints, name_arms
+from training.comparison import dashboard, lockstep, speed
+from training.comparison.arms import Run, check_comparable, check_fingerprints, name_arms, placed
 from training.comparison.crossover import crossover, ratios
 from training.comparison.document import Heading, Judgement, Pictures, Table, Text, markdown, page
 from training.comparison.statistics import block_bootstrap, smooth, tost, verdict
+from training.comparison.together import train_together
 from training.images import write_png
 from training.objectives.meanflow import MeanFlow
 
@@ -54,6 +55,13 @@ def compared(tmp_path_factory):
     arguments = ["experiment=loss_matching_smoke", *TINY, *arms, WRONG]
     done = succeed("compare.py", *arguments, f"hydra.run.dir={where / 'out'}", cwd=where)
     return where / "out", done.stdout
+
+
+def write_or_fail(config, directory):
+    """A training that a process of its own can import."""
+    if config.fails:
+        raise ValueError("asked to")
+    (directory / "done").touch()
 
 
 def results(output):
@@ -287,6 +295,98 @@ def test_runs_that_exist_already_are_compared(compared, tmp_path):
     assert {row["weights"] for row in found["fingerprints"]} == recorded
 
 
+def errors_of(output):
+    with (output / "curves.csv").open() as file:
+        rows = csv.DictReader(file)
+        return {(r["arm"], r["seed"], r["step"]): r["train/error"] for r in rows}
+
+
+def test_runs_beside_each_other_are_those_after_each_other(compared, tmp_path):
+    arms = [f"comparison.arms.{arm}=null" for arm in ("double", "float32")]
+    arms += ["comparison.parallel=3", "comparison.seeds=1", "comparison.lockstep.steps=0"]
+    arguments = ["experiment=loss_matching_smoke", *TINY, *arms]
+    done = succeed("compare.py", *arguments, f"hydra.run.dir={tmp_path / 'out'}", cwd=tmp_path)
+    assert "jvp_seed0: done" in done.stdout
+    assert "samples per second" not in done.stdout
+    assert "samples per second" in (tmp_path / "out/runs/jvp_seed0/log.txt").read_text()
+    expected = {k: v for k, v in errors_of(compared[0]).items() if k[0] != "wrong"}
+    assert errors_of(tmp_path / "out") == expected
+
+
+def test_a_run_that_fails_beside_others_is_named_when_they_are_done(tmp_path):
+    jobs = []
+    for name in ("fails", "first", "second"):
+        (tmp_path / name).mkdir()
+        jobs.append((OmegaConf.create({"fails": name == "fails"}), tmp_path / name))
+    with pytest.raises(ChildProcessError, match=r"1 of 3 runs failed: see \S*fails/log.txt;"):
+        train_together(write_or_fail, jobs, 1)
+    assert (tmp_path / "fails" / "log.txt").read_text() == "error: asked to\n"
+    assert all((tmp_path / name / "done").is_file() for name in ("first", "second"))
+
+
+def test_errors_of_single_numbers_are_shown_and_not_judged():
+    medians = {("du/dt", "a"): 1.2, ("du/dt", "b"): 1.0, ("loss", "a"): 9.0, ("loss", "b"): 1.0}
+    rows = [
+        {"quantity": quantity, "arm": arm, "against": lockstep.TRUTH, "error": error}
+        for (quantity, arm), error in medians.items()
+    ]
+    judged = lockstep.verdict(rows, "a", "b", 1.5)
+    assert judged["passed"]
+    assert judged["ratios"] == {"du/dt": pytest.approx(1.2)}
+    assert len(lockstep.summary(rows)) == 4
+
+
+def test_an_arm_that_runs_out_of_memory_leaves_the_others_measured(tmp_path, monkeypatch):
+    """At its first step, and at one of the rounds, where the others hold memory too."""
+    overrides = ["experiment=speed_matching_smoke", "trainer=cpu", "logger=csv"]
+    overrides += ["data.tokens=16", "data.batch_size=4", "comparison.speed.rounds=2"]
+    overrides += ["model.width=32", "model.heads=2"]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = hydra.compose("compare", overrides)
+    configs = {name: placed(config, tmp_path) for name in ("fine", "first", "later", "cannot")}
+    calls = {}
+    real = speed.Stepper.times
+
+    def times(self, steps):
+        name = next(n for n, c in configs.items() if c is self.config)
+        calls[name] = calls.get(name, 0) + 1
+        found = real(self, steps)
+        if name == "first" or (name == "later" and calls[name] == 4):
+            for parameter in self.net.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        if name == "cannot":
+            raise NotImplementedError("no such derivative")
+        assert all(p.grad is None for p in self.net.parameters())
+        return found
+
+    monkeypatch.setattr(speed.Stepper, "times", times)
+    found = speed.measure(configs, 16, config.comparison.speed, "cpu")
+    status = {name: row["status"] for name, row in found.items()}
+    assert status == {
+        "fine": "measured",
+        "first": "out of memory",
+        "later": "out of memory",
+        "cannot": "unsupported",
+    }
+    assert len(found["fine"]["times_ms"]) == 2 * config.comparison.speed.steps_per_round
+    assert found["cannot"]["reason"] == "no such derivative"
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        ("CUDA error: out of memory", "out of memory"),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate", "out of memory"),
+        ("out of resource: shared memory", "unsupported"),
+    ],
+)
+def test_what_failed_is_told_apart(words, status):
+    assert speed._failure(RuntimeError(words))["status"] == status
+    with pytest.raises(RuntimeError, match="illegal"):
+        speed._failure(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
 def test_speeds_are_compared(tmp_path):
     small = [
         "tokens=[16]",
@@ -322,6 +422,7 @@ def test_speeds_are_compared(tmp_path):
         (["comparison.candidate=flash"], "comparison.candidate must be one of jvp, sdpa"),
         (["runs=[nowhere]"], "nowhere has no config.yaml"),
         (["comparison.seeds=0"], "comparison.seeds must be an integer >= 1"),
+        (["comparison.parallel=0"], "comparison.parallel must be an integer >= 1"),
         (["comparison.window=2"], "comparison.window must be"),
     ],
 )

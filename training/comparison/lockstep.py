@@ -32,6 +32,7 @@ from training.settings import precision
 from training.validation import one_of, positive_integer
 
 TRUTH = "float64"
+SCALARS = ("loss", "unweighted error")  # their error may vanish by chance: shown, not judged
 AUTOCAST = {"bf16-mixed": torch.bfloat16}
 Tensors = dict[tuple[str, str], list[torch.Tensor]]  # (quantity, layer) -> its parts
 
@@ -85,18 +86,18 @@ class Arm:
             sample = tree_map_only(
                 torch.Tensor, lambda x: x.double() if x.is_floating_point() else x, sample
             )
+        self.attentions.clear()
         torch.manual_seed(key(seed, step, 0, "layers"))
         with self.context(device):
             return self.module.objective.loss(self.module.net, sample)
 
     def measure(self, sample: Any, seed: int, step: int, device: str) -> Tensors:
         """Every quantity at the present parameters; gradients are left at None."""
-        self.attentions.clear()
         terms = self.terms(sample, seed, step, device)
         terms.loss.backward()
         found: Tensors = {
-            ("loss", ""): [terms.loss.detach()],
-            ("unweighted error", ""): [terms.metrics["error"]],
+            (SCALARS[0], ""): [terms.loss.detach()],
+            (SCALARS[1], ""): [terms.metrics["error"]],
         }
         if self.recorder is not None and self.recorder.tangent is not None:
             found["u", ""] = [self.recorder.value.detach()]  # type: ignore[attr-defined]
@@ -217,6 +218,8 @@ def lockstep(
                         if (quantity, layer) in other and (arm.name, against) != (baseline,) * 2
                     ]
         driver.terms(sample, config.seed, step, device).loss.backward()
+        if largest := config.trainer.gradient_clip_val:
+            nn.utils.clip_grad_norm_(module.net.parameters(), largest)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
@@ -251,7 +254,7 @@ def verdict(rows: list[dict[str, Any]], candidate: str, baseline: str, factor: f
     ratios = {
         quantity: medians[quantity, candidate] / medians[quantity, baseline]
         for quantity, arm in medians
-        if arm == candidate and medians.get((quantity, baseline))
+        if arm == candidate and quantity not in SCALARS and medians.get((quantity, baseline))
     }
     if not ratios:
         return {"ratios": {}, "passed": None, "words": "No verdict: nothing was measured."}

@@ -1,7 +1,7 @@
 """Loss matching: runs of every arm, the lock-step, the judgement, and what is written of them."""
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,15 @@ from training.comparison.arms import (
 from training.comparison.curves import TABLE, curves, final_rows, judge, write_csv
 from training.comparison.document import Block, Heading, Judgement, Pictures, Table, Text
 from training.comparison.files import Found, write_jsonl
+from training.comparison.together import Train, train_together
 from training.settings import precision
 from training.validation import between, positive_integer
-
-Train = Callable[[DictConfig, Path], None]  # scripts/train.py's
 
 
 def compare_losses(config: DictConfig, compose: Compose, train: Train, output: Path) -> Found:
     comparison = config.comparison
     positive_integer("comparison.seeds", comparison.seeds)
+    positive_integer("comparison.parallel", comparison.parallel)
     between("comparison.window", comparison.window, 0, 1, open_low=True)
     between("comparison.alpha", comparison.alpha, 0, 0.5, open_low=True)
     notes: list[str] = []
@@ -81,7 +81,8 @@ def _train_arms(
     config: DictConfig, compose: Compose, train: Train, output: Path
 ) -> tuple[list[Run], list[str]]:
     """The finished runs, and what was left out."""
-    pair, runs, notes = pair_id(config, "loss"), [], []
+    pair = pair_id(config, "loss")
+    arms, jobs, notes = [], [], []
     planned = plan(config.comparison, config.seed)
     pair_of_arms = (config.comparison.candidate, config.comparison.baseline)
     base = compose(config.comparison.arms[config.comparison.baseline])
@@ -95,9 +96,15 @@ def _train_arms(
         directory = output / "runs" / f"{arm.replace(' ', '_')}_seed{seed}"
         print(f"run {number} of {len(planned)}: {arm}, seed {seed} -> {directory}", flush=True)
         directory.mkdir(parents=True, exist_ok=True)
-        train(run_config(compose, arm, seed, overrides, directory, pair), directory)
-        gc.collect()  # a trainer is a circle, and holds the memory of its device
-        runs.append(read_run(directory, arm))
+        job = run_config(compose, arm, seed, overrides, directory, pair), directory
+        arms.append(arm)
+        jobs.append(job)
+        if config.comparison.parallel == 1:
+            train(*job)
+            gc.collect()  # a trainer is a circle, and holds the memory of its device
+    if config.comparison.parallel > 1:
+        train_together(train, jobs, config.comparison.parallel)
+    runs = [read_run(directory, arm) for arm, (_, directory) in zip(arms, jobs, strict=True)]
     return runs, notes
 
 

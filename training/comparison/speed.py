@@ -14,6 +14,7 @@ import gc
 import json
 import time
 import zlib
+from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import pairwise, product
 from pathlib import Path
@@ -97,13 +98,16 @@ class Stepper:
         self.times(1)
         return time.perf_counter() - start
 
-    def peak_mib(self) -> float | None:
+    def memory(self) -> dict[str, float]:
+        """MiB of a GPU: before a step (the same for all arms of a cell), and at its peak."""
         if self.device != "cuda":
-            return None
+            return {}
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+        resting = torch.cuda.memory_allocated()
         self.times(1)
-        return torch.cuda.max_memory_allocated() / 2**20
+        peak = torch.cuda.max_memory_allocated()
+        return {"resting_mib": resting / 2**20, "peak_mib": peak / 2**20}
 
 
 def overrides_of(cell: dict[str, Any], dims: DictConfig, batch: int) -> list[str]:
@@ -186,11 +190,13 @@ def measure(
     spans: dict[str, list[tuple[float, ...]]] = {name: [] for name in ready}
     for number in range(options.rounds):
         for name in list(ready if number % 2 == 0 else ready[::-1]):
-            try:
-                spans[name] += cell.steppers[name].times(options.steps_per_round)
-            except torch.cuda.OutOfMemoryError:  # beside what the other arms keep
-                found[name] = {"status": OUT_OF_MEMORY}
+            stepper = cell.steppers[name]
+            turn = _attempt(stepper, lambda s=stepper: {"spans": s.times(options.steps_per_round)})
+            if "status" in turn:  # beside what the other arms keep
+                found[name] = turn
                 ready.remove(name)
+            else:
+                spans[name] += turn["spans"]
     config = next(iter(configs.values()))
     peak = config.callbacks.throughput.peak_tflops
     peak = peak or peak_tflops(torch.device(device), precision(config.trainer))
@@ -203,21 +209,37 @@ def measure(
 
 def _prepare(stepper: Stepper, warmup: int) -> dict[str, Any]:
     """First step, warm-up and peak memory of an arm that is alone on the device."""
-    lost = False
-    try:
+
+    def prepared() -> dict[str, Any]:
         first = stepper.first()
         stepper.times(warmup)
-        return {"first_step_s": first, "peak_mib": stepper.peak_mib()}
-    except torch.cuda.OutOfMemoryError:
-        lost = True  # left at once: the error holds what filled the memory
-    except (NotImplementedError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        lost = "out of memory" in reason.lower()  # as compiled code says it
+        return {"first_step_s": first, **stepper.memory()}
+
+    return _attempt(stepper, prepared)
+
+
+def _attempt(stepper: Stepper, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``work`` returns; where it fails, the status of the arm, its memory free again."""
+    try:
+        return work()
+    except Exception as error:
+        failure = _failure(error)  # and no more: the error holds what filled the memory
     stepper.optimizer.zero_grad(set_to_none=True)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return {"status": OUT_OF_MEMORY} if lost else {"status": UNSUPPORTED, "reason": reason}
+    return failure
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    # cuBLAS, kernels that are loaded and compiled code say it in words of their own.
+    full = "out of memory" in reason.lower() or "ALLOC_FAILED" in reason
+    if full or isinstance(error, torch.cuda.OutOfMemoryError):
+        return {"status": OUT_OF_MEMORY}
+    if "CUDA error" in reason:  # the device is lost to this process: nothing is said of the arm
+        raise error
+    return {"status": UNSUPPORTED, "reason": reason}
 
 
 def _numbers(spans: np.ndarray, images: int, flops: int, peak: float | None) -> dict[str, Any]:
@@ -293,7 +315,18 @@ def compare_cells(config: DictConfig, compose: Compose, output: Path) -> list[di
         print(f"cell {number} of {len(cells)}: {named}", flush=True)
         rows = _rows(cell, arms, options, compose, device)
         append_jsonl(({**row, "settings": settings} for row in rows), path)
+        for row in rows:
+            print(f"  {_line(row)}", flush=True)
     return read_jsonl(path)
+
+
+def _line(row: dict[str, Any]) -> str:
+    """An arm of a cell on the terminal."""
+    if row["status"] != MEASURED:
+        return f"{row['arm']}: {row['status']} {row.get('reason', '')}".rstrip()
+    peak = row.get("peak_mib")
+    memory = f", {peak:.0f} MiB" if peak else ""
+    return f"{row['arm']}: {row['ms']:.1f} ms, {row['images_per_s']:.1f} images/s{memory}"
 
 
 def settings_of(config: DictConfig) -> str:
