@@ -8,9 +8,9 @@
     error = ‖g‖²
     loss  = λ(t) / e^s(t) ‖F - sg(F + g / (‖g‖ + c))‖² + s(t)                       (Algorithm 1)
 
-w rises from 0 to 1: w = 0 is the target of the denoiser, best learned before it rises. At
-w = 1 the target of a low noise level is built from the network's own derivative there, from which
-denoising is kept, but learned slowly. s is the learned log-variance of the weighted error.
+w is 0, the target of the denoiser, for some steps, then rises to 1. There the target of a low noise
+level is built from the network's own derivative. s is the learned log-variance of the weighted
+error.
 """
 
 from collections.abc import Callable
