@@ -1,13 +1,18 @@
 """The command line as users type it: files, values, names, errors, interrupts."""
 
+import itertools
 import json
 import re
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save
 
 from tests.commands import FAST, ROOT, call, column, in_process, rows, succeed
+from training.checkpoints import load_checkpoint
+from training.data.module import split
+from training.data.stream import Stream
 from training.trained import load_trained
 
 METRICS = {
@@ -261,6 +266,29 @@ def test_an_unreadable_image_ends_a_run_with_one_line_that_names_it(tmp_path):
     assert result.returncode == 1
     assert len(result.stderr.splitlines()) == 1, result.stderr
     assert re.match(r"error: data\.path: \S+\.png is not a readable image", result.stderr)
+
+
+def test_an_unreadable_image_met_late_leaves_a_checkpoint(tmp_path):
+    folder, run = tmp_path / "images", tmp_path / "run"
+    folder.mkdir()
+    for i in range(64):
+        Image.new("L", (8, 8), i).save(folder / f"{i:02}.png")
+    data = ["data=image_folder", f"data.path={folder}", "data.image_size=8", "data.channels=1"]
+    train = ["train.py", *FAST, *data, "data.num_workers=0", f"hydra.run.dir={run}"]
+    train += ["callbacks.samples=null", "optimizer.schedule=constant", "data.batch_size=8"]
+    order = Stream(58, 8, seed=0)  # of the 64, six are held out
+    late = split(64, 0.1)[0][list(itertools.islice(order, 5))[-1].indices[0]]
+    picture = folder / f"{late:02}.png"
+    whole = picture.read_bytes()
+    picture.write_bytes(b"not an image")
+    result = call(*train, "trainer.max_steps=8", cwd=tmp_path)
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1), result.stderr
+    step = load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"]
+    assert step in (3, 4)  # batches are read ahead
+    assert f"wrote last.ckpt after step {step}; resume with ckpt_path=last" in result.stdout
+    picture.write_bytes(whole)
+    in_process(*train, "trainer.max_steps=8", "ckpt_path=last")
+    assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 8
 
 
 @pytest.mark.parametrize("data", ["eight_gaussians", "blobs", "gaussian"])
