@@ -310,8 +310,30 @@ def test_a_run_that_has_made_its_steps_says_so(runs):
     written = (run / "metrics.csv").read_text()
     arguments = ["trainer=cpu", "trainer.max_steps=30", "ckpt_path=last", f"hydra.run.dir={run}"]
     says = "has made 30 steps; raise trainer.max_steps to go on"
-    assert says in in_process("train.py", *arguments)
+    assert says in in_process("train.py", *arguments, "attention=reference")
     assert (run / "metrics.csv").read_text() == written
+
+
+@pytest.mark.parametrize("limit", ["trainer.max_steps=3", "trainer.max_time=00:00:00:02"])
+def test_a_run_whose_end_failed_is_finished_by_resuming_it(tmp_path, limit):
+    train = ["train.py", *FAST, limit, f"hydra.run.dir={tmp_path}", "callbacks.accuracy.n=20"]
+    train += ["optimizer.schedule=constant", "trainer.log_every_n_steps=1"]
+    (tmp_path / "samples").write_text("in the way")
+    with pytest.raises(SystemExit):
+        in_process(*train, "callbacks.samples.every_n_steps=1000000")
+    (tmp_path / "samples").unlink()
+    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+    before, step = checkpoint.read_bytes(), load_checkpoint(checkpoint)["global_step"]
+    says = in_process(*train, "ckpt_path=last")
+    assert f"the {step} steps are made; what follows them is missing and is made now" in says
+    assert checkpoint.read_bytes() == before
+    assert (tmp_path / "samples" / f"step_{step:06d}.png").is_file()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["steps"] == step
+    errors = column(tmp_path, "train/error")[-100:]
+    assert summary["error"] == pytest.approx(sum(errors) / len(errors))
+    assert column(tmp_path, "sample_accuracy") == [summary["sample_accuracy"]]
+    assert "nothing to do" in in_process(*train, "ckpt_path=last")
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])

@@ -89,7 +89,7 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.saved_step != trainer.global_step:
+        if trainer.global_step not in (self.first, self.saved_step):
             self._save(trainer)
         self._restore()
 
@@ -103,8 +103,8 @@ class LastCheckpoint(Checkpoint):
         step = trainer.global_step
         averages = [c.updates for c in trainer.callbacks if isinstance(c, EMA)]  # type: ignore[attr-defined]
         whole = self.begun <= step and all(updates == step for updates in averages)
-        error = isinstance(exception, Exception) and not isinstance(exception, Diverged)
-        if not error or not whole or step in (self.first, self.saved_step) or trainer.global_rank:
+        failed = isinstance(exception, Exception) and not isinstance(exception, Diverged)
+        if not failed or not whole or step in (self.first, self.saved_step) or trainer.global_rank:
             return
         self.saved_step = step
         # The loop's counters as they are after this step, whatever has begun since.
