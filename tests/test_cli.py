@@ -226,6 +226,23 @@ def test_an_objective_goes_on_and_is_exported_evaluated_and_sampled(tmp_path, ob
         ("train.py", ["optimizer.lr=1e30", *FAST], "the loss or its gradient was not finite"),
         ("train.py", ["compile=true", "objective.jvp.mode=double"], "use objective.jvp.mode=singl"),
         ("train.py", ["objective=scd", *FAST], "objective.teacher.ckpt must name the checkpoint"),
+        ("train.py", ["sampler.guidance=3"], "train with guidance in the target (objective.omega"),
+        (
+            "train.py",
+            ["objective=imf", "objective.guidance_max=1"],
+            "sampler.guidance must be null",
+        ),
+        (
+            "train.py",
+            ["objective=flow_matching", "objective.label_dropout=0", "sampler.guidance=2"],
+            "train with objective.label_dropout=0.1",
+        ),
+        (
+            "train.py",
+            ["objective.omega=2"],
+            "objective.label_dropout must be > 0 with objective.omega=2 objective.kappa=0.0",
+        ),
+        ("train.py", ["objective=tvm", "objective.omega=2"], "must be > 0 with objective.omega=2"),
         ("train.py", ["data=image_folder"], "data.path"),
         ("train.py", ["data=image_folder", "data.path=no"], "data.path: there is no directory no"),
         ("train.py", ["data=fashion_mnist", "data.path=no"], "there is no train-images-idx3-ubyte"),
