@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hydra.utils import get_class
 from omegaconf import DictConfig
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -73,10 +74,13 @@ def load_flow(ckpt: str | None, weights: str = "ema") -> nn.Module:
             " objective=flow_matching; got null"
         )
     trained = load_trained(Path(ckpt), weights)
-    if trained.config.objective._target_.endswith(".SCM"):
+    objective = trained.config.objective
+    kind = get_class(objective._target_)
+    if not getattr(kind, "teaches_velocity", False) or objective.get("equal_share") == 0:
         raise ValueError(
-            f"objective.teacher.ckpt: {ckpt} is a consistency model, which has no velocity; give"
-            " one of objective=flow_matching"
+            "objective.teacher.ckpt must be of a network that learned the velocity u(z, t, t) of"
+            " the linear path (objective=flow_matching, or meanflow with equal_share > 0, ...);"
+            f" {ckpt} is of {kind.__name__}"
         )
     return trained.net
 

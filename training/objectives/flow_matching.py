@@ -27,6 +27,8 @@ class FlowMatchingSample(NamedTuple):
 class FlowMatching(Objective):
     """Args: ``reduce`` sum or mean over the elements of a sample; ``time_*`` see ``Times``."""
 
+    teaches_velocity = True
+
     def __init__(
         self,
         reduce: str = "mean",

@@ -51,6 +51,8 @@ class IMF(Objective):
         label_dropout: share of samples without label; their target is the plain v.
     """
 
+    teaches_velocity = True
+
     def __init__(
         self,
         jvp: Jvp | None = None,

@@ -47,6 +47,8 @@ class MeanFlow(Objective):
         label_dropout: share of samples without label; their target is the plain v.
     """
 
+    teaches_velocity = True
+
     def __init__(
         self,
         jvp: Jvp | None = None,

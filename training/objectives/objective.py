@@ -31,6 +31,8 @@ class Net(Protocol):
 
 
 class Objective(nn.Module):
+    teaches_velocity = False  # u(z, t, t) becomes the velocity of the linear path
+
     def attach(self, net: nn.Module) -> None:
         """Called once, with the network at its initialisation."""
 

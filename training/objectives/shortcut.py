@@ -44,6 +44,8 @@ class Shortcut(Objective):
         label_dropout: share of samples without label.
     """
 
+    teaches_velocity = True
+
     def __init__(
         self,
         consistency_share: float = 0.125,

@@ -54,6 +54,8 @@ class TVM(Objective):
         label_dropout: share of samples without label.
     """
 
+    teaches_velocity = True
+
     def __init__(
         self,
         jvp: Jvp | None = None,
