@@ -104,6 +104,18 @@ def test_sample_writes_a_grid_from_a_checkpoint(runs, tmp_path, monkeypatch, arg
     assert [p.name for p in tmp_path.iterdir()] == ["grid.png"]  # and nothing else
 
 
+def test_pictures_of_different_settings_have_different_names(runs):
+    run = runs[0] / "reference"
+    ckpt = f"ckpt={run / 'checkpoints' / 'last.ckpt'}"
+    many = [[], ["weights=net"], ["seed=1"], ["label=3"], ["nfe=2"], ["sampler.nfe=3"]]
+    many += [["sampler.nfe=2", "sampler.times=[0.3]"], ["sampler=euler", "nfe=2"]]
+    names = [in_process("sample.py", ckpt, "n=5", *more).strip() for more in many]
+    assert len({*names}) == len(names)
+    assert names[0] == str(run / "samples" / "step000030_ema_nfe1_n5_seed0.png")
+    assert names[-2].endswith("_nfe2_n5_seed0_times[0.3].png")
+    assert "_nfe2_n5_seed0_FlowSampler_methodeuler" in names[-1]
+
+
 @pytest.fixture
 def exported(runs, tmp_path):
     path = tmp_path / "model.safetensors"
@@ -187,6 +199,14 @@ def test_an_objective_goes_on_and_is_exported_evaluated_and_sampled(tmp_path, ob
     ckpt = f"ckpt={run / 'checkpoints' / 'last.ckpt'}"
     scores = ["n=80", "nfe=1", "classifier_steps=2", f"output={run / 'scores.json'}"]
     in_process("evaluate.py", ckpt, *scores)
+    if objective == "imf":  # its sampler without being named
+        in_process("evaluate.py", ckpt, *scores[:-1], "sampler.guidance=3")
+        name = in_process("sample.py", ckpt, "n=10", "sampler.guidance=3", "weights=net").strip()
+        assert name.endswith("step000003_net_nfe1_n10_seed0_guidance3.png")
+        in_process("evaluate.py", ckpt, *scores[:-1])
+        files = [run / "evaluation" / name for name in ("scores.json", "scores_2.json")]
+        first, second = (json.loads(file.read_text())["sampler"]["guidance"] for file in files)
+        assert (first, second) == (3, 1.5)
     in_process("export.py", ckpt, f"output={run / 'model.safetensors'}")
     for path in ("checkpoints/last.ckpt", "model.safetensors"):
         in_process("sample.py", f"ckpt={run / path}", "n=10", f"output={run / 'grid.png'}")
@@ -271,6 +291,24 @@ def test_a_mistake_gives_one_line_and_exit_code_1(
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
     assert says in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["sampler.guidance=3"], "error: sampler.guidance must be null for a network that"),
+        (["sampler.guidence=3"], "error: sampler.guidence: MeanFlowSampler has nfe, times, guid"),
+        (["sampler=euler", "sampler.guidance=3"], "error: sampler.guidance must be 1 for a netw"),
+    ],
+)
+def test_a_sampler_that_does_not_fit_the_network_is_refused(runs, capfd, arguments, says):
+    ckpt = f"ckpt={runs[0] / 'sdpa' / 'checkpoints' / 'last.ckpt'}"
+    for script in ("sample.py", "evaluate.py"):
+        with pytest.raises(SystemExit):
+            in_process(script, ckpt, *arguments)
+        error = capfd.readouterr().err
+        assert says in error
+        assert len(error.splitlines()) == 1
 
 
 def test_an_unreadable_image_ends_a_run_with_one_line_that_names_it(tmp_path):
