@@ -10,7 +10,7 @@ from typing import Any
 import hydra
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -20,7 +20,7 @@ from training.cli import one_line_errors, run
 from training.metrics.judge import Options, judge_of
 from training.samplers.generate import balanced_labels, generate
 from training.trained import load_trained, sampler_of
-from training.validation import integer, one_of, positive_integer
+from training.validation import one_of, positive_integer, seed
 
 TITLES = {
     "weights": "weights",
@@ -37,9 +37,9 @@ TITLES = {
 def evaluate(config: DictConfig) -> None:
     for name in ("n", "k", "classifier_steps"):
         positive_integer(name, config[name])
-    integer("seed", config.seed)
+    seed(config.seed)
     one_of("features", config.features, ("classifier", "inception"))
-    counts = [config.nfe] if isinstance(config.nfe, int) else list(config.nfe)
+    counts = list(config.nfe) if isinstance(config.nfe, ListConfig) else [config.nfe]
     for nfe in counts:
         positive_integer("nfe", nfe)
     path = Path(config.ckpt)

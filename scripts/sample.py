@@ -14,12 +14,13 @@ from training.data.latents import decode_latents
 from training.images import picture_of, write_png
 from training.samplers.generate import balanced_labels, generate
 from training.trained import Trained, load_trained, sampler_of
-from training.validation import positive_integer, switch
+from training.validation import positive_integer, seed, switch
 
 
 def sample(config: DictConfig) -> None:
     positive_integer("n", config.n)
     switch("decode", config.decode)
+    seed(config.seed)
     path = Path(config.ckpt)
     trained = load_trained(path, str(config.weights), config.get("attention"))
     sampler = sampler_of(trained.config, config.get("sampler"))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from training.validation import integer, one_of, positive_integer, switch
+from training.validation import integer, one_of, positive_integer, seed, switch
 
 SWITCHES = (
     "compile",
@@ -24,7 +24,7 @@ ALIASES = {"32": "32-true", "64": "64-true", "bf16": "bf16-mixed", "16": "16-mix
 
 def check(config: DictConfig) -> None:
     """Raise ``TypeError``, ``ValueError`` or ``NotImplementedError`` at the first wrong setting."""
-    integer("seed", config.seed)
+    seed(config.seed)
     integer("trainer.max_steps", config.trainer.max_steps)
     positive_integer("trainer.log_every_n_steps", config.trainer.log_every_n_steps)
     positive_integer("trainer.accumulate_grad_batches", config.trainer.accumulate_grad_batches)
