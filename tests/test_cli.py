@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save
 
@@ -399,6 +400,16 @@ def test_other_precisions_train_and_draw(tmp_path, precision):
     arguments = ["trainer.max_steps=3", f"trainer.precision={precision}", "callbacks.accuracy.n=20"]
     in_process("train.py", *FAST, *arguments, f"hydra.run.dir={tmp_path}")
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 3
+
+
+@pytest.mark.parametrize("script", ["sample", "evaluate", "export", "encode_latents"])
+def test_help_of_a_script_lists_its_own_keys_alone(script):
+    says = in_process(f"{script}.py", "--help")
+    assert "objective" not in says
+    assert ("sampler=NAME" in says) == (script in ("sample", "evaluate"))
+    for key in OmegaConf.load(ROOT / "configs" / f"{script}.yaml"):
+        assert key in says or key in ("defaults", "hydra")
+    assert "objective: alphaflow, flow_matching" in in_process("train.py", "--help")
 
 
 def test_a_mistake_in_a_process_of_its_own_gives_one_line_too(tmp_path):
