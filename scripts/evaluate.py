@@ -2,6 +2,7 @@
 and writes it as JSON.
 """
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import hydra
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -18,8 +19,8 @@ from training.build import build_data
 from training.cli import one_line_errors, run
 from training.metrics.judge import Options, judge_of
 from training.samplers.generate import balanced_labels, generate
-from training.trained import load_trained
-from training.validation import integer, one_of, positive_integer
+from training.trained import load_trained, sampler_of
+from training.validation import one_of, positive_integer, seed
 
 TITLES = {
     "weights": "weights",
@@ -36,13 +37,14 @@ TITLES = {
 def evaluate(config: DictConfig) -> None:
     for name in ("n", "k", "classifier_steps"):
         positive_integer(name, config[name])
-    integer("seed", config.seed)
+    seed(config.seed)
     one_of("features", config.features, ("classifier", "inception"))
-    counts = [config.nfe] if isinstance(config.nfe, int) else list(config.nfe)
+    counts = list(config.nfe) if isinstance(config.nfe, ListConfig) else [config.nfe]
     for nfe in counts:
         positive_integer("nfe", nfe)
     path = Path(config.ckpt)
     trained = load_trained(path)
+    sampler = sampler_of(trained.config, config.get("sampler"))
     chosen = [config.weights] if isinstance(config.weights, str) else config.weights
     names = [str(name) for name in chosen or trained.averages or ["net"]]
     data_config = config.get("data") or trained.config.data
@@ -72,7 +74,6 @@ def evaluate(config: DictConfig) -> None:
     rows: list[dict[str, Any]] = [{"weights": "real, held out", "n": len(real)}]
     rows[0] |= judge.scores(real, real_y)
     y = balanced_labels(config.n, data.num_classes)
-    sampler = config.get("sampler") or trained.config.sampler
     for name in names:
         net = load_trained(path, name, config.get("attention")).net.to(device)
         for nfe in counts:
@@ -80,10 +81,13 @@ def evaluate(config: DictConfig) -> None:
             x = generate(net, instantiate(sampler), y, data.shape, config.seed)
             rows.append({"weights": name, "nfe": nfe, "n": len(x)} | judge.scores(x, y))
 
-    output = Path(config.output or folder / "scores.json")
+    numbers = (f"scores_{i}.json" if i > 1 else "scores.json" for i in itertools.count(1))
+    free = next(folder / name for name in numbers if not (folder / name).exists())
+    output = Path(config.output or free)
     output.parent.mkdir(parents=True, exist_ok=True)
     about = {"ckpt": str(path), "step": trained.step, "features": config.features, "k": config.k}
-    about |= {"seed": config.seed, "environment": environment()}
+    about |= {"seed": config.seed, "sampler": OmegaConf.to_container(sampler)}
+    about |= {"environment": environment()}
     output.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
     Console().print(table_of(rows))
     print(output)
@@ -105,4 +109,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, adopted="sampler")

@@ -13,16 +13,17 @@ from training.cli import one_line_errors, run
 from training.data.latents import decode_latents
 from training.images import picture_of, write_png
 from training.samplers.generate import balanced_labels, generate
-from training.trained import load_trained
-from training.validation import positive_integer, switch
+from training.trained import Trained, load_trained, sampler_of
+from training.validation import positive_integer, seed, switch
 
 
 def sample(config: DictConfig) -> None:
     positive_integer("n", config.n)
     switch("decode", config.decode)
+    seed(config.seed)
     path = Path(config.ckpt)
     trained = load_trained(path, str(config.weights), config.get("attention"))
-    sampler = config.get("sampler") or trained.config.sampler
+    sampler = sampler_of(trained.config, config.get("sampler"))
     if config.nfe is not None:
         sampler.nfe = config.nfe
     num_classes = trained.num_classes
@@ -39,8 +40,19 @@ def sample(config: DictConfig) -> None:
     columns = 10 if config.label is None and num_classes == 10 else None
     folder = path.resolve().parent  # an exported file is beside the samples, a checkpoint below
     folder = folder if path.suffix == ".safetensors" else folder.parent
-    default = folder / "samples" / f"nfe{sampler.nfe}_n{config.n}.png"
+    default = folder / "samples" / f"{name_of(config, trained, sampler)}.png"
     print(write_png(config.output or default, picture_of(images, columns)))
+
+
+def name_of(config: DictConfig, trained: Trained, sampler: DictConfig) -> str:
+    """Tells the pictures of a run apart: whatever they depend on, where it is not the run's own."""
+    name = f"step{trained.step:06d}_{config.weights}_nfe{sampler.nfe}_n{config.n}_seed{config.seed}"
+    own = trained.config.sampler
+    for key, value in sampler.items():
+        if key != "nfe" and value != own.get(key):
+            name += f"_{str(value).rsplit('.', 1)[-1] if key == '_target_' else f'{key}{value}'}"
+    name += f"_label{config.label}" if config.label is not None else ""
+    return name + "_latents" * bool(trained.data["latents"] and not config.decode)
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="sample")
@@ -50,4 +62,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, adopted="sampler")

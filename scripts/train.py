@@ -1,5 +1,6 @@
 """Train: ``python scripts/train.py attention=jvp``; ``--help`` lists the choices."""
 
+from datetime import timedelta
 from pathlib import Path
 
 import hydra
@@ -9,11 +10,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from training.build import build_data, build_module
+from training.callbacks.finish import Finish, finished, over
 from training.checkpoints import (
     AtomicCheckpointIO,
     find_checkpoint,
     load_checkpoint,
     load_weights,
+    refuse_changed,
     refuse_used,
 )
 from training.cli import one_line_errors, run
@@ -25,9 +28,17 @@ def train(config: DictConfig, run_dir: Path) -> None:
     check(config)
     resumed = find_checkpoint(config.ckpt_path, run_dir)
     checkpoint = load_checkpoint(resumed) if resumed else None
-    if checkpoint and 0 <= config.trainer.max_steps <= (step := checkpoint["global_step"]):
-        print(f"nothing to do: {resumed} has made {step} steps; raise trainer.max_steps to go on")
-        return
+    if resumed and checkpoint:
+        refuse_changed(config, checkpoint, resumed)
+    ending, limits = [], {}
+    if resumed and checkpoint and (limit := over(config.trainer, checkpoint)):
+        step = checkpoint["global_step"]
+        own = run_dir.resolve() in resumed.resolve().parents
+        if not own or finished(config.callbacks, run_dir, step):
+            print(f"nothing to do: {resumed} has made {step} steps; raise trainer.{limit} to go on")
+            return
+        print(f"the {step} steps are made; what follows them is missing and is made now")
+        ending, limits = [Finish()], {"max_steps": step + 1, "max_time": timedelta.max}
     if rank_zero_only.rank == 0:
         refuse_used(run_dir, resumed, config.ckpt_path)
     data = build_data(config)
@@ -35,7 +46,11 @@ def train(config: DictConfig, run_dir: Path) -> None:
     callbacks = [instantiate(c) for c in config.callbacks.values() if c]
     loggers = [logger for c in config.logger.values() if c and (logger := instantiate(c))]
     trainer = instantiate(
-        config.trainer, callbacks=callbacks, logger=loggers, plugins=[AtomicCheckpointIO()]
+        config.trainer,
+        callbacks=callbacks + ending,
+        logger=loggers,
+        plugins=[AtomicCheckpointIO()],
+        **limits,
     )
     if resumed and checkpoint:
         load_weights(module, checkpoint, resumed)  # says clearly whether they fit
@@ -47,8 +62,6 @@ def train(config: DictConfig, run_dir: Path) -> None:
     for logger in loggers:
         logger.log_hyperparams(module.config)
     trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
-    if checkpoint and trainer.global_step == checkpoint["global_step"]:
-        print(f"nothing was done: the {config.trainer.max_time} of trainer.max_time are over")
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")

@@ -41,7 +41,11 @@ def in_process(script, *arguments):
     """What the script prints, where the process is not what is tested."""
     path, printed = ROOT / "scripts" / script, io.StringIO()
     with mock.patch.object(sys, "argv", [script, *map(str, arguments)]), redirect_stdout(printed):
-        runpy.run_path(str(path), run_name="__main__")
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as stopped:
+            if stopped.code != 0:
+                raise
     return printed.getvalue()
 
 

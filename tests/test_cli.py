@@ -1,13 +1,19 @@
 """The command line as users type it: files, values, names, errors, interrupts."""
 
+import itertools
 import json
 import re
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from PIL import Image
 from safetensors.torch import save
 
 from tests.commands import FAST, ROOT, call, column, in_process, rows, succeed
+from training.checkpoints import load_checkpoint
+from training.data.module import split
+from training.data.stream import Stream
 from training.trained import load_trained
 
 METRICS = {
@@ -99,6 +105,18 @@ def test_sample_writes_a_grid_from_a_checkpoint(runs, tmp_path, monkeypatch, arg
     assert [p.name for p in tmp_path.iterdir()] == ["grid.png"]  # and nothing else
 
 
+def test_pictures_of_different_settings_have_different_names(runs):
+    run = runs[0] / "reference"
+    ckpt = f"ckpt={run / 'checkpoints' / 'last.ckpt'}"
+    many = [[], ["weights=net"], ["seed=1"], ["label=3"], ["nfe=2"], ["sampler.nfe=3"]]
+    many += [["sampler.nfe=2", "sampler.times=[0.3]"], ["sampler=euler", "nfe=2"]]
+    names = [in_process("sample.py", ckpt, "n=5", *more).strip() for more in many]
+    assert len({*names}) == len(names)
+    assert names[0] == str(run / "samples" / "step000030_ema_nfe1_n5_seed0.png")
+    assert names[-2].endswith("_nfe2_n5_seed0_times[0.3].png")
+    assert "_nfe2_n5_seed0_FlowSampler_methodeuler" in names[-1]
+
+
 @pytest.fixture
 def exported(runs, tmp_path):
     path = tmp_path / "model.safetensors"
@@ -182,6 +200,14 @@ def test_an_objective_goes_on_and_is_exported_evaluated_and_sampled(tmp_path, ob
     ckpt = f"ckpt={run / 'checkpoints' / 'last.ckpt'}"
     scores = ["n=80", "nfe=1", "classifier_steps=2", f"output={run / 'scores.json'}"]
     in_process("evaluate.py", ckpt, *scores)
+    if objective == "imf":  # its sampler without being named
+        in_process("evaluate.py", ckpt, *scores[:-1], "sampler.guidance=3")
+        name = in_process("sample.py", ckpt, "n=10", "sampler.guidance=3", "weights=net").strip()
+        assert name.endswith("step000003_net_nfe1_n10_seed0_guidance3.png")
+        in_process("evaluate.py", ckpt, *scores[:-1])
+        files = [run / "evaluation" / name for name in ("scores.json", "scores_2.json")]
+        first, second = (json.loads(file.read_text())["sampler"]["guidance"] for file in files)
+        assert (first, second) == (3, 1.5)
     in_process("export.py", ckpt, f"output={run / 'model.safetensors'}")
     for path in ("checkpoints/last.ckpt", "model.safetensors"):
         in_process("sample.py", f"ckpt={run / path}", "n=10", f"output={run / 'grid.png'}")
@@ -211,7 +237,10 @@ def test_an_objective_goes_on_and_is_exported_evaluated_and_sampled(tmp_path, ob
         ("train.py", ["trainer.strategy=fsdp"], "trainer.strategy=fsdp: the averages"),
         ("train.py", ["compile=ja"], "compile must be true or false; got 'ja'"),
         ("train.py", ["callbacks.samples=on"], "callbacks.samples must be null (off) or have"),
-        ("train.py", ["seed=abc"], "seed"),
+        ("train.py", ["seed=abc"], "seed must be an integer; got 'abc'"),
+        ("train.py", ["seed=-1"], "seed must be an integer >= 0 and < 2^32; got -1"),
+        ("sample.py", ["ckpt=x", "seed=-1"], "seed must be an integer >= 0 and < 2^32; got -1"),
+        ("evaluate.py", ["ckpt=x", "nfe=1.5"], "nfe must be an integer >= 1; got 1.5"),
         ("train.py", ["trainer.max_steps=many"], "trainer.max_steps must be an integer"),
         ("train.py", ["ckpt_path=last"], "ckpt_path=last: there is no"),
         ("train.py", ["ckpt_path=nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
@@ -221,6 +250,23 @@ def test_an_objective_goes_on_and_is_exported_evaluated_and_sampled(tmp_path, ob
         ("train.py", ["optimizer.lr=1e30", *FAST], "the loss or its gradient was not finite"),
         ("train.py", ["compile=true", "objective.jvp.mode=double"], "use objective.jvp.mode=singl"),
         ("train.py", ["objective=scd", *FAST], "objective.teacher.ckpt must name the checkpoint"),
+        ("train.py", ["sampler.guidance=3"], "train with guidance in the target (objective.omega"),
+        (
+            "train.py",
+            ["objective=imf", "objective.guidance_max=1"],
+            "sampler.guidance must be null",
+        ),
+        (
+            "train.py",
+            ["objective=flow_matching", "objective.label_dropout=0", "sampler.guidance=2"],
+            "train with objective.label_dropout=0.1",
+        ),
+        (
+            "train.py",
+            ["objective.omega=2"],
+            "objective.label_dropout must be > 0 with objective.omega=2 objective.kappa=0.0",
+        ),
+        ("train.py", ["objective=tvm", "objective.omega=2"], "must be > 0 with objective.omega=2"),
         ("train.py", ["data=image_folder"], "data.path"),
         ("train.py", ["data=image_folder", "data.path=no"], "data.path: there is no directory no"),
         ("train.py", ["data=fashion_mnist", "data.path=no"], "there is no train-images-idx3-ubyte"),
@@ -251,6 +297,24 @@ def test_a_mistake_gives_one_line_and_exit_code_1(
     assert says in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["sampler.guidance=3"], "error: sampler.guidance must be null for a network that"),
+        (["sampler.guidence=3"], "error: sampler.guidence: MeanFlowSampler has nfe, times, guid"),
+        (["sampler=euler", "sampler.guidance=3"], "error: sampler.guidance must be 1 for a netw"),
+    ],
+)
+def test_a_sampler_that_does_not_fit_the_network_is_refused(runs, capfd, arguments, says):
+    ckpt = f"ckpt={runs[0] / 'sdpa' / 'checkpoints' / 'last.ckpt'}"
+    for script in ("sample.py", "evaluate.py"):
+        with pytest.raises(SystemExit):
+            in_process(script, ckpt, *arguments)
+        error = capfd.readouterr().err
+        assert says in error
+        assert len(error.splitlines()) == 1
+
+
 def test_an_unreadable_image_ends_a_run_with_one_line_that_names_it(tmp_path):
     for name in ("a", "b"):
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -261,6 +325,29 @@ def test_an_unreadable_image_ends_a_run_with_one_line_that_names_it(tmp_path):
     assert result.returncode == 1
     assert len(result.stderr.splitlines()) == 1, result.stderr
     assert re.match(r"error: data\.path: \S+\.png is not a readable image", result.stderr)
+
+
+def test_an_unreadable_image_met_late_leaves_a_checkpoint(tmp_path):
+    folder, run = tmp_path / "images", tmp_path / "run"
+    folder.mkdir()
+    for i in range(64):
+        Image.new("L", (8, 8), i).save(folder / f"{i:02}.png")
+    data = ["data=image_folder", f"data.path={folder}", "data.image_size=8", "data.channels=1"]
+    train = ["train.py", *FAST, *data, "data.num_workers=0", f"hydra.run.dir={run}"]
+    train += ["callbacks.samples=null", "optimizer.schedule=constant", "data.batch_size=8"]
+    order = Stream(58, 8, seed=0)  # of the 64, six are held out
+    late = split(64, 0.1)[0][list(itertools.islice(order, 5))[-1].indices[0]]
+    picture = folder / f"{late:02}.png"
+    whole = picture.read_bytes()
+    picture.write_bytes(b"not an image")
+    result = call(*train, "trainer.max_steps=8", cwd=tmp_path)
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1), result.stderr
+    step = load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"]
+    assert step in (3, 4)  # batches are read ahead
+    assert f"wrote last.ckpt after step {step}; resume with ckpt_path=last" in result.stdout
+    picture.write_bytes(whole)
+    in_process(*train, "trainer.max_steps=8", "ckpt_path=last")
+    assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 8
 
 
 @pytest.mark.parametrize("data", ["eight_gaussians", "blobs", "gaussian"])
@@ -282,8 +369,30 @@ def test_a_run_that_has_made_its_steps_says_so(runs):
     written = (run / "metrics.csv").read_text()
     arguments = ["trainer=cpu", "trainer.max_steps=30", "ckpt_path=last", f"hydra.run.dir={run}"]
     says = "has made 30 steps; raise trainer.max_steps to go on"
-    assert says in in_process("train.py", *arguments)
+    assert says in in_process("train.py", *arguments, "attention=reference")
     assert (run / "metrics.csv").read_text() == written
+
+
+@pytest.mark.parametrize("limit", ["trainer.max_steps=3", "trainer.max_time=00:00:00:02"])
+def test_a_run_whose_end_failed_is_finished_by_resuming_it(tmp_path, limit):
+    train = ["train.py", *FAST, limit, f"hydra.run.dir={tmp_path}", "callbacks.accuracy.n=20"]
+    train += ["optimizer.schedule=constant", "trainer.log_every_n_steps=1"]
+    (tmp_path / "samples").write_text("in the way")
+    with pytest.raises(SystemExit):
+        in_process(*train, "callbacks.samples.every_n_steps=1000000")
+    (tmp_path / "samples").unlink()
+    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+    before, step = checkpoint.read_bytes(), load_checkpoint(checkpoint)["global_step"]
+    says = in_process(*train, "ckpt_path=last")
+    assert f"the {step} steps are made; what follows them is missing and is made now" in says
+    assert checkpoint.read_bytes() == before
+    assert (tmp_path / "samples" / f"step_{step:06d}.png").is_file()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["steps"] == step
+    errors = column(tmp_path, "train/error")[-100:]
+    assert summary["error"] == pytest.approx(sum(errors) / len(errors))
+    assert column(tmp_path, "sample_accuracy") == [summary["sample_accuracy"]]
+    assert "nothing to do" in in_process(*train, "ckpt_path=last")
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
@@ -291,6 +400,16 @@ def test_other_precisions_train_and_draw(tmp_path, precision):
     arguments = ["trainer.max_steps=3", f"trainer.precision={precision}", "callbacks.accuracy.n=20"]
     in_process("train.py", *FAST, *arguments, f"hydra.run.dir={tmp_path}")
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 3
+
+
+@pytest.mark.parametrize("script", ["sample", "evaluate", "export", "encode_latents"])
+def test_help_of_a_script_lists_its_own_keys_alone(script):
+    says = in_process(f"{script}.py", "--help")
+    assert "objective" not in says
+    assert ("sampler=NAME" in says) == (script in ("sample", "evaluate"))
+    for key in OmegaConf.load(ROOT / "configs" / f"{script}.yaml"):
+        assert key in says or key in ("defaults", "hydra")
+    assert "objective: alphaflow, flow_matching" in in_process("train.py", "--help")
 
 
 def test_a_mistake_in_a_process_of_its_own_gives_one_line_too(tmp_path):

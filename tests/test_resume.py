@@ -60,6 +60,32 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
             assert torch.equal(weight, b["ema"]["averages"][average][name]), (average, name)
 
 
+def test_a_resumed_run_is_the_run_that_it_was(tmp_path, capfd):
+    run = ["train.py", *FAST, "attention=sdpa", f"hydra.run.dir={tmp_path}"]
+    run += ["callbacks.accuracy=null", "optimizer.schedule=constant", "optimizer.warmup_steps=0"]
+    in_process(*run, "trainer.max_steps=2")
+    config = (tmp_path / "config.yaml").read_text()
+    more = ["trainer.max_steps=3", "ckpt_path=last", "seed=1"]
+    depth, fm = "model.depth=1 (it was 2), seed=1 (it was 0); give", ["objective=flow_matching"]
+    for others, names, insist in (
+        ([], "now seed=1 (it was 0); give", "[seed]"),
+        (["model.depth=1"], depth, "[model.depth,seed]"),
+        (["model.depth=1", "ckpt_changes=[seed]"], "model.depth=1", "[seed,model.depth]"),
+        (fm, "objective._target_=training.objectives.flow_matching", "[objective,seed]"),
+        (["attention=jvp"], "attention._target_=jvp_flash_attention.attention", "[attention"),
+    ):
+        with pytest.raises(SystemExit):
+            in_process(*run, *more, *others)
+        error = capfd.readouterr().err
+        assert names in error
+        assert f"ckpt_changes={insist}" in error
+        assert len(error.splitlines()) == 1
+    assert (tmp_path / "config.yaml").read_text() == config
+    free = ["optimizer.lr=1e-4", "callbacks.samples=null", "logger=csv", "compile=false"]
+    in_process(*run, *more, *free, "ckpt_changes=[seed]")
+    assert column(tmp_path, "train/lr")[-1] == pytest.approx(1e-4)  # not the checkpoint's
+
+
 @pytest.mark.parametrize("numbers", [[signal.SIGINT, signal.SIGINT], [signal.SIGTERM]])
 def test_an_interrupted_run_leaves_a_checkpoint_that_resumes(tmp_path, numbers):
     """Two interrupts at once are one: whatever sends them, the checkpoint is written."""

@@ -1,5 +1,7 @@
 """Attention functions other than this project's own, with the signature of SDPA."""
 
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -9,11 +11,8 @@ def sdpa(
     query: torch.Tensor,  # (B, H, L, D)
     key: torch.Tensor,  # (B, H, S, D)
     value: torch.Tensor,  # (B, H, S, Dv)
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    *options: Any,
+    **named: Any,
 ) -> torch.Tensor:  # (B, H, L, Dv)
     """PyTorch's attention on the MATH backend, always.
 
@@ -21,20 +20,15 @@ def sdpa(
     neither); it materialises the L x S matrix, which is the cost that ``attention=jvp`` avoids.
     """
     with sdpa_kernel(SDPBackend.MATH):
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        return F.scaled_dot_product_attention(query, key, value, *options, **named)
 
 
 def sdpa_fused(
     query: torch.Tensor,  # (B, H, L, D)
     key: torch.Tensor,  # (B, H, S, D)
     value: torch.Tensor,  # (B, H, S, Dv)
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    *options: Any,
+    **named: Any,
 ) -> torch.Tensor:  # (B, H, L, Dv)
     """The best that PyTorch can do: MATH where there is a tangent, elsewhere whatever fused kernel
     it chooses. With ``objective.jvp.mode=double`` the forward that carries the gradient, and its
@@ -46,7 +40,5 @@ def sdpa_fused(
     else:
         tangents = [torch.autograd.forward_ad.unpack_dual(x)[1] for x in (query, key, value)]
     if any(tangent is not None for tangent in tangents):
-        return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
+        return sdpa(query, key, value, *options, **named)
+    return F.scaled_dot_product_attention(query, key, value, *options, **named)

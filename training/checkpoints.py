@@ -2,12 +2,21 @@
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
+
+# What a resumed run has in common with its checkpoint, less what may change on the way.
+KEPT = ("seed", "attention", "data", "model", "objective", "optimizer")
+KEPT += ("trainer.accumulate_grad_batches", "trainer.devices", "trainer.num_nodes")
+FREE = ("data.path", "data.num_workers", "data.in_memory", "model.attention")
+FREE += ("optimizer.lr", "optimizer.schedule", "optimizer.warmup_steps", "optimizer.floor")
+FREE += ("optimizer.decay_steps",)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -97,6 +106,43 @@ def refuse_used(run_dir: Path, resumed: Path | None, ckpt_path: str | None = Non
                 f"hydra.run.dir: {run_dir} holds a run already ({used.name}); {remedy}, or give"
                 " another directory"
             )
+
+
+def refuse_changed(config: DictConfig, checkpoint: dict[str, Any], path: Path) -> None:
+    """A resumed run is the run that it was: ``KEPT``, but for ``FREE`` and ``ckpt_changes``."""
+    insisted = list(config.ckpt_changes)
+    free = (*FREE, *insisted)
+    now: Any = OmegaConf.to_container(config, resolve=True)
+    changed = {
+        key: values
+        for key, values in differences(checkpoint["config"], now).items()
+        if _under(key, KEPT) and not _under(key, free)
+    }
+    if not changed:
+        return
+    few = dict(list(changed.items())[:4])
+    text = ", ".join(f"{key}={new} (it was {old})" for key, (old, new) in few.items())
+    more = f" and {len(changed) - 4} more keys" if len(changed) > 4 else ""
+    insist = few if not more else dict.fromkeys(key.split(".")[0] for key in changed)
+    raise ValueError(
+        f"ckpt_path: {path} was trained with other settings: now {text}{more}; give those of its"
+        f" run's config.yaml, or insist with ckpt_changes=[{','.join([*insisted, *insist])}]"
+    )
+
+
+def differences(old: Any, new: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ: (old, new)."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return {} if old == new else {key: (old, new)}
+    found = {}
+    for name in sorted(old.keys() | new.keys()):
+        inner = f"{key}.{name}" if key else name
+        found |= differences(old.get(name), new.get(name), inner)
+    return found
+
+
+def _under(key: str, groups: Sequence[str]) -> bool:
+    return any(key == group or key.startswith(f"{group}.") for group in groups)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

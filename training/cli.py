@@ -36,8 +36,13 @@ FULL = "HYDRA_FULL_ERROR"
 TRACEBACKS = os.environ.get(FULL) == "1"  # the user wants to see where errors come from
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a Hydra main, whose task wraps its work in ``one_line_errors`` too."""
+def run(main: Callable[[], None], adopted: str = "") -> None:
+    """Run a Hydra main, whose task wraps its work in ``one_line_errors`` too.
+
+    ``adopted``: a group whose keys may be set though it is not chosen here but comes from a run.
+    """
+    if adopted:
+        sys.argv[1:] = [f"++{a}" if a.startswith(f"{adopted}.") else a for a in sys.argv[1:]]
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for text in NOISE:
         warnings.filterwarnings("ignore", message=f".*{text}.*")

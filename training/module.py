@@ -38,6 +38,7 @@ class GenerativeModule(LightningModule):
         self.net, self.objective, self.optimizer = net, objective, optimizer
         self.seed, self.config, self.data = seed, config or {}, data or {}
         objective.attach(net)
+        self.compiled = compile
         self.step = torch.compile(objective.loss, fullgraph=True) if compile else objective.loss
 
     def on_fit_start(self) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -33,7 +34,17 @@ def adamw(
         parameters, lr=lr, betas=(beta1, beta2), weight_decay=weight_decay, fused=fused is not False
     )
     rate = factor(max_steps, schedule, warmup_steps, floor, decay_steps)
-    return optimizer, LambdaLR(optimizer, rate)
+    return optimizer, Rate(optimizer, rate)
+
+
+class Rate(LambdaLR):
+    """A resumed run takes the ``optimizer.lr`` of its configuration, not its checkpoint's."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict | {"base_lrs": self.base_lrs})
+        parts = (self.optimizer.param_groups, self.base_lrs, self.lr_lambdas)
+        for group, lr, rate in zip(*parts, strict=True):
+            group["lr"] = lr * rate(self.last_epoch)
 
 
 def factor(

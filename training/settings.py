@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from training.validation import integer, one_of, positive_integer, switch
+from training.validation import integer, one_of, positive_integer, seed, switch
 
 SWITCHES = (
     "compile",
@@ -24,7 +24,7 @@ ALIASES = {"32": "32-true", "64": "64-true", "bf16": "bf16-mixed", "16": "16-mix
 
 def check(config: DictConfig) -> None:
     """Raise ``TypeError``, ``ValueError`` or ``NotImplementedError`` at the first wrong setting."""
-    integer("seed", config.seed)
+    seed(config.seed)
     integer("trainer.max_steps", config.trainer.max_steps)
     positive_integer("trainer.log_every_n_steps", config.trainer.log_every_n_steps)
     positive_integer("trainer.accumulate_grad_batches", config.trainer.accumulate_grad_batches)
@@ -36,6 +36,7 @@ def check(config: DictConfig) -> None:
                 raise TypeError(f"{group}.{name} must be null (off) or have keys; got {part!r}")
     _check_precision(config.trainer, OmegaConf.select(config, "optimizer.fused"))
     _check_strategy(config.trainer)
+    check_guidance(config.sampler, config)
     mode = OmegaConf.select(config, "objective.jvp.mode")
     if config.checkpointing and mode in ("single", "tangent_grad"):
         raise NotImplementedError(
@@ -52,6 +53,23 @@ def check(config: DictConfig) -> None:
             f"compile=true: torch {torch.__version__} cannot compile the gradient through the"
             ' tangent (objective.jvp.mode=tangent_grad), versions before 2.15 raise "ZeroTensors'
             ' are immutable"; use compile=false'
+        )
+
+
+def check_guidance(sampler: DictConfig, config: DictConfig) -> None:
+    """Refuse a guidance of the sampler that the network of this configuration did not learn."""
+    guidance = sampler.get("guidance")
+    if sampler._target_.endswith(".MeanFlowSampler") and guidance is not None:
+        if not config.model.get("guided") or config.objective.get("guidance_max") == 1:
+            raise ValueError(
+                f"sampler.guidance must be null for a network that is not told any; got {guidance};"
+                " train with guidance in the target (objective.omega, objective.kappa), or with"
+                " objective=imf, whose guidance is chosen when sampling"
+            )
+    elif guidance not in (None, 1) and config.objective.get("label_dropout") == 0:
+        raise ValueError(
+            f"sampler.guidance must be 1 for a network that never saw a dropped label; got"
+            f" {guidance}; train with objective.label_dropout=0.1"
         )
 
 

@@ -5,16 +5,19 @@ images = generate(trained.net, instantiate(trained.config.sampler), y, trained.s
 """
 
 import json
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import DictConfig
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from training.build import build_net
 from training.callbacks.ema import choose, with_weights
 from training.checkpoints import load_checkpoint
+from training.settings import check_guidance
 
 PREFIX = "net."  # of the network's weights in the module's state
 
@@ -62,6 +65,22 @@ def load_trained(
     return Trained(net.eval(), config, shape, num_classes, step, averages, data)
 
 
+def sampler_of(config: DictConfig, given: DictConfig | None) -> DictConfig:
+    """The sampler of a trained network's configuration with the keys that were ``given``, or
+    another one that was chosen.
+    """
+    own, given = config.sampler, given or DictConfig({})
+    same = given.get("_target_", own._target_) == own._target_
+    sampler: Any = OmegaConf.merge(own, given) if same else given
+    kind = get_class(sampler._target_)
+    known = list(signature(kind).parameters)
+    for name in sampler:
+        if name not in known and not str(name).startswith("_"):
+            raise ValueError(f"sampler.{name}: {kind.__name__} has {', '.join(known)} only")
+    check_guidance(sampler, config)
+    return sampler
+
+
 def load_flow(ckpt: str | None, weights: str = "ema") -> nn.Module:
     """A trained network as a teacher: at r = t the velocity of the linear path.
 
@@ -73,10 +92,13 @@ def load_flow(ckpt: str | None, weights: str = "ema") -> nn.Module:
             " objective=flow_matching; got null"
         )
     trained = load_trained(Path(ckpt), weights)
-    if trained.config.objective._target_.endswith(".SCM"):
+    objective = trained.config.objective
+    kind = get_class(objective._target_)
+    if not getattr(kind, "teaches_velocity", False) or objective.get("equal_share") == 0:
         raise ValueError(
-            f"objective.teacher.ckpt: {ckpt} is a consistency model, which has no velocity; give"
-            " one of objective=flow_matching"
+            "objective.teacher.ckpt must be of a network that learned the velocity u(z, t, t) of"
+            " the linear path (objective=flow_matching, or meanflow with equal_share > 0, ...);"
+            f" {ckpt} is of {kind.__name__}"
         )
     return trained.net
 

@@ -26,6 +26,13 @@ def integer(key: str, value: object) -> None:
         raise TypeError(f"{key} must be an integer; got {value!r}")
 
 
+def seed(value: object) -> None:
+    """What every generator takes, NumPy's too."""
+    integer("seed", value)
+    if value not in range(2**32):
+        raise ValueError(f"seed must be an integer >= 0 and < 2^32; got {value!r}")
+
+
 def positive_integer(key: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{key} must be an integer >= 1; got {value!r}")

@@ -246,7 +246,7 @@ def _row_vector(q: Tensor, *more: int) -> Tensor:
 
 
 def _padded_row_vectors(q: Tensor) -> Tensor:
-    """What `row_sums_kernel` leaves for `hopper_keys.py`."""
+    """What `row_sums_kernel` leaves for `hopper_keys.py` and `hopper_queries.py`."""
     return q.new_empty(*q.shape[:2], 4, cdiv(q.shape[2], 64) * 64, dtype=torch.float32)
 
 

@@ -55,7 +55,7 @@ def row_sums_kernel(
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """One program: h and w of BM queries of one head. STATISTICS: by head four rows, LSE in base 2,
-    μ, h and w, padded to a multiple of BM with LSE = inf (hopper_keys.py)."""
+    μ, h and w, padded to a multiple of BM with LSE = inf (hopper_keys.py, hopper_queries.py)."""
     b, h, tile = head_of(tl.program_id(0), tl.cdiv(L, BM), H, False)
     m0 = tile * BM
     i = m0 + tl.arange(0, BM)

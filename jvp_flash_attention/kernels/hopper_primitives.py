@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 
-ROWS = gl.constexpr(64)  # queries of a warpgroup
+ROWS = gl.constexpr(64)  # queries, or keys, of a warpgroup
 
 # renamed in Triton 3.9
 load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared

@@ -13,6 +13,7 @@ from training.attentions import sdpa
 from training.callbacks.buckets import TimeBuckets
 from training.callbacks.divergence import Divergence
 from training.callbacks.guard import Diverged
+from training.callbacks.progress import RichProgress
 from training.callbacks.throughput import Throughput
 from training.metrics.flops import step_flops
 from training.models.dit import DiT
@@ -153,6 +154,16 @@ def test_the_forward_of_a_teacher_is_useful_too(attention):
         teacher(x, t, t, t.long())
     teacher.blocks[0].attention.attention = attention
     assert flops(student) == flops(SCM(learned_variance=False)) + forward.get_total_flops()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_compilation_is_announced(capsys, compiled):
+    fake, progress = Fake(), RichProgress()
+    fake.module.compiled = compiled
+    progress.on_train_start(fake.trainer, fake.module)
+    progress.disable()
+    progress.on_train_start(fake.trainer, fake.module)
+    assert capsys.readouterr().out.count("compiling the step") == compiled
 
 
 def test_an_objective_that_cannot_be_counted_trains_on(tiny):

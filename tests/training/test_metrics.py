@@ -39,7 +39,7 @@ def test_frechet_distance_agrees_with_a_matrix_square_root(features):
 
 
 def test_too_few_samples_for_a_covariance_are_refused(features):
-    with pytest.raises(ValueError, match="n: a covariance of 6 features needs more than 6 samples"):
+    with pytest.raises(ValueError, match="n must be at least 7, for a covariance of 6 features"):
         frechet_distance(features, features[:6])
 
 

@@ -134,10 +134,20 @@ def test_a_flow_is_distilled_from_its_checkpoint_and_other_checkpoints_are_refus
     assert not [key for key in stored["state_dict"] if "teacher" in key]
     assert not any(p.requires_grad for p in distilled.objective.teacher[0].parameters())
 
-    config["objective"]["_target_"] = "training.objectives.scm.SCM"
-    train(tmp_path, FlowMatching(), 1, config=config)
-    with pytest.raises(ValueError, match=r"objective\.teacher\.ckpt.*flow_matching"):
-        load_flow(str(path))
+    for module, kind, share in (
+        ("meanflow", "MeanFlow", 0.5),
+        ("meanflow", "MeanFlow", 0.0),
+        ("scm", "SCM", None),
+        ("objective", "Objective", None),  # somebody's own, which promises nothing
+    ):
+        target = f"training.objectives.{module}.{kind}"
+        config["objective"] |= {"_target_": target, "equal_share": share}
+        train(tmp_path, FlowMatching(), 1, config=config)
+        if share:
+            load_flow(str(path))
+            continue
+        with pytest.raises(ValueError, match=rf"objective\.teacher\.ckpt.*last.ckpt is of {kind}"):
+            load_flow(str(path))
     with pytest.raises(FileNotFoundError, match=r"nowhere\.ckpt"):
         load_flow("nowhere.ckpt")
     with pytest.raises(ValueError, match=r"objective\.teacher\.ckpt must name"):

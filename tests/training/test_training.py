@@ -87,13 +87,72 @@ def test_a_run_resumed_from_the_middle_of_a_killed_one_continues_exactly(tmp_pat
     class Killed(Callback):
         def on_train_batch_start(self, trainer, *_):
             if trainer.global_step == 5:
-                raise RuntimeError("power cut")
+                raise SystemExit("power cut")  # no error: nobody is asked
 
     whole, _ = train(tmp_path, 8)
-    with pytest.raises(RuntimeError, match="power cut"):
+    with pytest.raises(SystemExit, match="power cut"):
         train(tmp_path, 8, last(tmp_path, every_n_steps=3), Killed())
     again, _ = train(tmp_path, 8, resume=find_checkpoint("last", tmp_path))
     assert again == whole[3:]
+
+
+class Failing(Callback):
+    """Raises where it is told to: at the first batch from step 5 on, or at the one after it."""
+
+    def __init__(self, hook, error=OSError, late=0):
+        self.error, self.late = error, late
+        setattr(self, hook, self.fail)
+
+    def fail(self, trainer, *_):
+        if trainer.global_step >= 5:
+            self.late -= 1
+            if self.late < 0:
+                raise self.error("no")
+
+
+@pytest.mark.parametrize(
+    ("hook", "options"),
+    [
+        ("on_train_batch_start", {}),
+        ("on_train_batch_start", {"accumulate_grad_batches": 2}),
+        ("on_train_batch_start", {"accumulate_grad_batches": 2, "late": 1}),
+        ("on_after_backward", {}),
+        ("on_train_batch_end", {}),
+    ],
+)
+def test_an_error_leaves_a_checkpoint_of_the_last_finished_step(tmp_path, capsys, hook, options):
+    failing = Failing(hook, late=options.pop("late", 0))
+    rows = [CSVFile(tmp_path / name) for name in ("whole", "failed")]
+    options |= {"max_steps": 8, "log_every_n_steps": 1}
+    whole, _ = train(tmp_path, 8, logger=rows[0], **options)
+    with pytest.raises(OSError, match="no"):
+        train(tmp_path, 8, last(tmp_path), failing, logger=rows[1], **options)
+    path = find_checkpoint("last", tmp_path)
+    assert load_checkpoint(path)["global_step"] == 5
+    says = f"wrote last.ckpt after step 5; resume with ckpt_path=last hydra.run.dir={tmp_path}\n"
+    assert capsys.readouterr().out == says
+    rows[1].resume(5)
+    again, _ = train(tmp_path, 8, resume=path, logger=rows[1], **options)
+    assert again == whole[-len(again) :]
+    assert len(again) == 3 * options.get("accumulate_grad_batches", 1)
+    a, b = (logger.path.read_text().splitlines() for logger in rows)
+    assert a[-3:] == b[-3:]
+
+
+@pytest.mark.parametrize(
+    ("error", "step"), [(Diverged, 3), (KeyboardInterrupt, 3), (ValueError, 5)]
+)
+def test_a_network_that_diverged_does_not_replace_the_checkpoint(tmp_path, error, step):
+    with pytest.raises((error, SystemExit)):
+        train(tmp_path, 8, last(tmp_path, every_n_steps=3), Failing("on_after_backward", error))
+    assert load_checkpoint(tmp_path / "checkpoints/last.ckpt")["global_step"] == step
+
+
+def test_a_checkpoint_that_cannot_be_written_hides_no_error(tmp_path, capsys):
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(ValueError, match="no"):
+        train(tmp_path, 8, last(tmp_path), Failing("on_after_backward", ValueError))
+    assert "checkpoints" in capsys.readouterr().err
 
 
 def test_a_signal_finishes_the_step_and_writes_a_checkpoint(tmp_path):

@@ -1,6 +1,7 @@
-"""last.ckpt: every so many steps, at the end, and when the run is interrupted."""
+"""last.ckpt: every so many steps, at the end, and when the run is interrupted or fails."""
 
 import signal
+import sys
 import time
 from pathlib import Path
 from types import FrameType
@@ -10,6 +11,8 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from training.callbacks.ema import EMA
+from training.callbacks.guard import Diverged
 from training.ranks import over_ranks
 from training.validation import positive_integer
 
@@ -22,16 +25,18 @@ class Interrupted(Exception):
     """A signal ended the run; its checkpoint is written. ``signal`` is its number."""
 
     def __init__(self, number: int, path: Path, step: int) -> None:
-        run_dir = path.parent.parent
-        super().__init__(
-            f"interrupted after step {step}; resume with ckpt_path=last hydra.run.dir={run_dir}"
-        )
+        super().__init__(f"interrupted after step {step}; {remedy(path)}")
         self.signal = number
+
+
+def remedy(path: Path) -> str:
+    return f"resume with ckpt_path=last hydra.run.dir={path.parent.parent}"
 
 
 class LastCheckpoint(Checkpoint):
     """Writes ``directory/last.ckpt``. SIGINT and SIGTERM let the step in progress finish, write it
-    and raise ``Interrupted``; another signal later than ``SAME`` seconds acts as usual.
+    and raise ``Interrupted``; another signal later than ``SAME`` seconds acts as usual. An error
+    that ends the run leaves the last step that was finished; ``Diverged`` leaves the file as it is.
     """
 
     def __init__(self, directory: str, every_n_steps: int = 500) -> None:
@@ -39,9 +44,11 @@ class LastCheckpoint(Checkpoint):
         self.path, self.every_n_steps = Path(directory) / "last.ckpt", every_n_steps
         self.signal = self.stop = 0
         self.noted, self.saved_step = 0.0, -1
+        self.first = self.begun = 0  # steps made before this run, and with the one in progress
         self.handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.first = self.begun = trainer.global_step
         for number in (signal.SIGINT, signal.SIGTERM):
             self.handlers[number] = signal.signal(number, self._note)
 
@@ -63,6 +70,11 @@ class LastCheckpoint(Checkpoint):
         if self.stop:  # not earlier: the step before is logged by now
             raise Interrupted(self.stop, self.path, trainer.global_step)
 
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.begun = trainer.global_step + 1
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -77,13 +89,35 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.saved_step != trainer.global_step:
+        if trainer.global_step not in (self.first, self.saved_step):
             self._save(trainer)
         self._restore()
 
     def _save(self, trainer: Trainer) -> None:
+        self.saved_step = trainer.global_step  # before: a write that fails is not tried again
         trainer.save_checkpoint(self.path)
-        self.saved_step = trainer.global_step
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        step = trainer.global_step
+        averages = [c.updates for c in trainer.callbacks if isinstance(c, EMA)]  # type: ignore[attr-defined]
+        whole = self.begun <= step and all(updates == step for updates in averages)
+        failed = isinstance(exception, Exception) and not isinstance(exception, Diverged)
+        if not failed or not whole or step in (self.first, self.saved_step) or trainer.global_rank:
+            return
+        self.saved_step = step
+        # The loop's counters as they are after this step, whatever has begun since.
+        loop, batches = trainer.fit_loop.epoch_loop, step * trainer.accumulate_grad_batches
+        loop._batches_that_stepped = step
+        for counter in (loop.batch_progress.total, loop.batch_progress.current):
+            counter.load_state_dict(dict.fromkeys(vars(counter), batches))
+        try:  # not trainer.save_checkpoint: it would wait for the other processes
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint()
+            trainer.strategy.save_checkpoint(checkpoint, self.path)
+            print(f"wrote last.ckpt after step {step}; {remedy(self.path)}")
+        except Exception as error:  # the run's own error is told after this one
+            print(f"error: {error}", file=sys.stderr)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._restore()

@@ -26,6 +26,8 @@ class RichProgress(ProgressBar):
         self.enabled = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.enabled and pl_module.compiled:
+            self.console.print("compiling the step: the first one takes minutes")
         if not self.enabled or not self.console.is_terminal:
             return
         self.bar = Progress(

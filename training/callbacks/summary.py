@@ -54,6 +54,13 @@ class Summary(Callback):
         self.history: deque[dict[str, torch.Tensor]] = deque(maxlen=window)
         self.start = time.perf_counter()
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": [{k: float(v) for k, v in terms.items()} for terms in self.history]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for terms in state_dict["history"]:
+            self.history.append({name: torch.tensor(value) for name, value in terms.items()})
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -61,7 +68,7 @@ class Summary(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Whatever the logging interval, the last step is logged."""
-        if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        if trainer.callback_metrics and trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step - 1)
@@ -75,7 +82,8 @@ class Summary(Callback):
             "seconds": round(time.perf_counter() - self.start, 1),
         }
         for name in self.history[-1]:
-            summary[name] = float(torch.stack([terms[name] for terms in self.history]).mean())
+            values = [float(terms[name]) for terms in self.history if name in terms]
+            summary[name] = sum(values) / len(values)
         for name in FROM_THE_LOG:
             if name in now:
                 summary[name.split("/")[1]] = float(now[name])

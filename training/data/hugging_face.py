@@ -60,16 +60,9 @@ class HuggingFace(Data):
         sources: dict[str, Any] = {key: Examples(d, *columns) for key, d in datasets.items()}
         if in_memory:
             sources = {key: source.decoded() for key, source in sources.items()}
-        shape = (channels, image_size, image_size)
-        super().__init__(
-            seed,
-            batch_size,
-            **sources,
-            shape=shape,
-            num_classes=num_classes,
-            num_workers=num_workers,
-            flip=flip,
-        )
+        sizes = {"shape": (channels, image_size, image_size), "num_classes": num_classes}
+        options: dict[str, Any] = {**sizes, "num_workers": num_workers, "flip": flip}
+        super().__init__(seed, batch_size, **sources, **options)
 
 
 class Examples:

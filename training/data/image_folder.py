@@ -40,16 +40,9 @@ class ImageFolder(Data):
             key: Files([files[i] for i in part], labels[part], image_size, channels, resize)
             for key, part in zip(("train", "held_out"), split(len(files), held_out), strict=True)
         }
-        shape = (channels, image_size, image_size)
-        super().__init__(
-            seed,
-            batch_size,
-            **sources,
-            shape=shape,
-            num_classes=num_classes,
-            num_workers=num_workers,
-            flip=flip,
-        )
+        sizes = {"shape": (channels, image_size, image_size), "num_classes": num_classes}
+        options: dict[str, Any] = {**sizes, "num_workers": num_workers, "flip": flip}
+        super().__init__(seed, batch_size, **sources, **options)
 
 
 class Files:

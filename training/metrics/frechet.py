@@ -9,11 +9,11 @@ import torch
 
 def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
     """‖μ_a - μ_b‖² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½) for features (n, d) and (m, d), in float64."""
-    for name, features in (("a", a), ("b", b)):
-        n, d = features.shape
+    for n, d in (a.shape, b.shape):
         if n <= d:
             raise ValueError(
-                f"n: a covariance of {d} features needs more than {d} samples; {name} has {n}"
+                f"n must be at least {d + 1}, for a covariance of {d} features, and no fewer images"
+                f" may be held out; got {n}"
             )
     a, b = a.double(), b.double()
     covariances = torch.cov(a.T), torch.cov(b.T)

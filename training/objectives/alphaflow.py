@@ -11,7 +11,7 @@
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -50,20 +50,12 @@ class AlphaFlow(MeanFlow, ScheduledObjective):
         jvp: Jvp | None = None,
         equal_share: float = 0.25,
         reduce: str = "mean",
-        p: float = 1.0,
         c: float = 1e-3,
-        time_sampler: str = "logit_normal",
-        time_mean: float = -0.4,
-        time_std: float = 1.0,
-        omega: float = 1.0,
-        kappa: float = 0.0,
-        guidance_start: float = 0.0,
-        guidance_end: float = 1.0,
-        label_dropout: float = 0.1,
         start: int = 0,
         end: int = 1000,
         gamma: float = 25.0,
         clamp: float = 0.005,
+        **meanflow: Any,
     ) -> None:
         integer("objective.start", start)
         integer("objective.end", end)
@@ -71,21 +63,7 @@ class AlphaFlow(MeanFlow, ScheduledObjective):
         between("objective.end", end, start, open_low=True)
         between("objective.gamma", gamma, 0, open_low=True)
         between("objective.clamp", clamp, 0, 0.5)
-        super().__init__(
-            jvp,
-            equal_share,
-            reduce,
-            p,
-            c,
-            time_sampler,
-            time_mean,
-            time_std,
-            omega,
-            kappa,
-            guidance_start,
-            guidance_end,
-            label_dropout,
-        )
+        super().__init__(jvp, equal_share, reduce, c=c, **meanflow)
         self.first, self.last, self.gamma, self.clamp = start, end, gamma, clamp
 
     @property

@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import torch
 
-from training.objectives.objective import Net, Objective, Terms, drop_labels
+from training.objectives.objective import Net, Objective, Terms, check_label_dropout, drop_labels
 from training.objectives.paths import linear_path
 from training.objectives.times import Times
 from training.objectives.weighting import squared_error
 from training.randomness import Draws
-from training.validation import between, one_of
+from training.validation import one_of
 
 
 class FlowMatchingSample(NamedTuple):
@@ -27,6 +27,8 @@ class FlowMatchingSample(NamedTuple):
 class FlowMatching(Objective):
     """Args: ``reduce`` sum or mean over the elements of a sample; ``time_*`` see ``Times``."""
 
+    teaches_velocity = True
+
     def __init__(
         self,
         reduce: str = "mean",
@@ -37,7 +39,7 @@ class FlowMatching(Objective):
     ) -> None:
         super().__init__()
         one_of("objective.reduce", reduce, ("sum", "mean"))
-        between("objective.label_dropout", label_dropout, 0, 1)
+        check_label_dropout(label_dropout)
         self.reduce, self.label_dropout = reduce, label_dropout
         self.times = Times(time_sampler, time_mean, time_std)
 

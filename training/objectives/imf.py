@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from training.objectives.objective import Objective, Terms, drop_labels
+from training.objectives.objective import Objective, Terms, check_label_dropout, drop_labels
 from training.objectives.paths import expand, linear_path
 from training.objectives.tangents import Jvp
 from training.objectives.times import Times
@@ -51,6 +51,8 @@ class IMF(Objective):
         label_dropout: share of samples without label; their target is the plain v.
     """
 
+    teaches_velocity = True
+
     def __init__(
         self,
         jvp: Jvp | None = None,
@@ -70,7 +72,8 @@ class IMF(Objective):
         between("objective.p", p, 0)
         between("objective.c", c, 0, open_low=True)
         between("objective.guidance_max", guidance_max, 1)
-        between("objective.label_dropout", label_dropout, 0, 1)
+        guidance = f"objective.guidance_max={guidance_max}" if guidance_max > 1 else ""
+        check_label_dropout(label_dropout, guidance)
         self.jvp = (jvp or Jvp()).require_constant("iMF")
         self.times = Times(time_sampler, time_mean, time_std)
         self.equal_share, self.reduce, self.p, self.c = equal_share, reduce, p, c

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from training.objectives.objective import Net, Objective, Terms, drop_labels
+from training.objectives.objective import Net, Objective, Terms, check_label_dropout, drop_labels
 from training.objectives.paths import expand, linear_path
 from training.objectives.tangents import Jvp
 from training.objectives.times import Times
@@ -47,6 +47,8 @@ class MeanFlow(Objective):
         label_dropout: share of samples without label; their target is the plain v.
     """
 
+    teaches_velocity = True
+
     def __init__(
         self,
         jvp: Jvp | None = None,
@@ -72,7 +74,9 @@ class MeanFlow(Objective):
         between("objective.kappa", kappa, 0)
         between("objective.guidance_start", guidance_start, 0, 1)
         between("objective.guidance_end", guidance_end, guidance_start, 1)
-        between("objective.label_dropout", label_dropout, 0, 1)
+        guided = abs(1 - omega - kappa) > 1e-9
+        guidance = f"objective.omega={omega} objective.kappa={kappa}" if guided else ""
+        check_label_dropout(label_dropout, guidance)
         self.jvp = (jvp or Jvp()).require_constant(type(self).__name__)
         self.times = Times(time_sampler, time_mean, time_std)
         self.equal_share, self.reduce, self.p, self.c = equal_share, reduce, p, c

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from training.randomness import Draws
+from training.validation import between
 
 
 class Terms(NamedTuple):
@@ -30,6 +31,8 @@ class Net(Protocol):
 
 
 class Objective(nn.Module):
+    teaches_velocity = False  # u(z, t, t) becomes the velocity of the linear path
+
     def attach(self, net: nn.Module) -> None:
         """Called once, with the network at its initialisation."""
 
@@ -64,6 +67,16 @@ class ScheduledObjective(Objective):
 
     def set_extra_state(self, state: int) -> None:
         self.steps = state
+
+
+def check_label_dropout(share: float, guidance: str = "") -> None:
+    """``guidance``: the setting that asks the network without a label, if there is one."""
+    between("objective.label_dropout", share, 0, 1)
+    if guidance and share == 0:
+        raise ValueError(
+            f"objective.label_dropout must be > 0 with {guidance}: the network is asked without a"
+            " label, which it does not learn otherwise; got 0 (0.1 is usual)"
+        )
 
 
 def drop_labels(

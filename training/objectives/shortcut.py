@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from training.objectives.objective import Net, Objective, Terms, drop_labels
+from training.objectives.objective import Net, Objective, Terms, check_label_dropout, drop_labels
 from training.objectives.paths import expand, linear_path
 from training.objectives.teachers import AveragedTeacher, attached
 from training.objectives.times import Times
@@ -44,6 +44,8 @@ class Shortcut(Objective):
         label_dropout: share of samples without label.
     """
 
+    teaches_velocity = True
+
     def __init__(
         self,
         consistency_share: float = 0.125,
@@ -62,7 +64,7 @@ class Shortcut(Objective):
             raise ValueError(f"objective.finest must be a power of two >= 2; got {finest}")
         between("objective.teacher_decay", teacher_decay, 0, 1)
         one_of("objective.reduce", reduce, ("sum", "mean"))
-        between("objective.label_dropout", label_dropout, 0, 1)
+        check_label_dropout(label_dropout)
         self.consistency_share, self.finest, self.reduce = consistency_share, finest, reduce
         self.times = Times(time_sampler, time_mean, time_std)
         self.teacher_decay, self.label_dropout = teacher_decay, label_dropout

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from training.objectives.objective import Net, Objective, Terms, drop_labels
+from training.objectives.objective import Net, Objective, Terms, check_label_dropout, drop_labels
 from training.objectives.paths import expand, linear_path
 from training.objectives.tangents import Jvp
 from training.objectives.teachers import AveragedTeacher, attached
@@ -54,6 +54,8 @@ class TVM(Objective):
         label_dropout: share of samples without label.
     """
 
+    teaches_velocity = True
+
     def __init__(
         self,
         jvp: Jvp | None = None,
@@ -75,7 +77,7 @@ class TVM(Objective):
         between("objective.gap_std", gap_std, 0, open_low=True)
         between("objective.teacher_decay", teacher_decay, 0, 1)
         between("objective.omega", omega, 0, open_low=True)
-        between("objective.label_dropout", label_dropout, 0, 1)
+        check_label_dropout(label_dropout, f"objective.omega={omega}" if omega != 1 else "")
         self.jvp, self.reduce = jvp or Jvp("tangent_grad"), reduce
         self.times = Times(time_sampler, time_mean, time_std)
         self.gap = Times(gap_sampler, gap_mean, gap_std)
