@@ -11,6 +11,7 @@ from torch._functorch.pyfunctorch import (
     retrieve_current_functorch_interpreter,
 )
 from torch.autograd import forward_ad
+from torch.nn.attention.bias import CausalBias
 
 from . import autograd, backends, ops, validation
 from .options import Options
@@ -145,6 +146,8 @@ def _prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_g
     validation.tensors(query, key, value)
     validation.shapes(query, key, value, enable_gqa)
     scores = (*query.shape[:-1], key.shape[-2])
+    if isinstance(attn_mask, CausalBias):  # it has no elements, only a shape to give them
+        attn_mask = attn_mask._materialize(query.device)
     validation.mask(attn_mask, scores, query.device)
     q, k, v = map(_four, (query, key, value))
     bias = None if attn_mask is None else _bias(attn_mask, query, key)
@@ -160,7 +163,7 @@ def _prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_g
 def _autocast(*tensors):
     """Under autocast primals and tangents are cast together, before anything unpacks them."""
     kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     keep = (torch.float64, dtype)
