@@ -229,6 +229,8 @@ def _unpack_compiled(*inputs: Tensor | None) -> Pairs:
         raise NotImplementedError(autograd.NESTED_JVP)  # operators would return a zero tangent
     if eager_transforms.JVP_NESTING == 1 and not _is_jvp(retrieve_current_functorch_interpreter()):
         raise NotImplementedError(COMPILED_INSIDE)  # here too the tangent would be lost
+    if not torch.compiler.is_dynamo_compiling():  # torch.export would record an empty unpacking
+        return [(x, None) if x is None else forward_ad.unpack_dual(x) for x in inputs]
     # names the level: `forward_ad` reads a global that the compiler takes for a constant, "no
     # level" for the whole graph when a plain call comes first
     return [(x, None) if x is None else torch._VF._unpack_dual(x, level=0) for x in inputs]
