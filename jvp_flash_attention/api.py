@@ -11,6 +11,7 @@ from torch._functorch.pyfunctorch import (
     retrieve_current_functorch_interpreter,
 )
 from torch.autograd import forward_ad
+from torch.nn.attention.bias import CausalBias
 
 from . import autograd, backends, ops, validation
 from .options import Options
@@ -145,6 +146,8 @@ def _prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_g
     validation.tensors(query, key, value)
     validation.shapes(query, key, value, enable_gqa)
     scores = (*query.shape[:-1], key.shape[-2])
+    if isinstance(attn_mask, CausalBias):  # it has no elements, only a shape to give them
+        attn_mask = attn_mask._materialize(query.device)
     validation.mask(attn_mask, scores, query.device)
     q, k, v = map(_four, (query, key, value))
     bias = None if attn_mask is None else _bias(attn_mask, query, key)
@@ -160,7 +163,7 @@ def _prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_g
 def _autocast(*tensors):
     """Under autocast primals and tangents are cast together, before anything unpacks them."""
     kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     keep = (torch.float64, dtype)
@@ -226,6 +229,8 @@ def _unpack_compiled(*inputs: Tensor | None) -> Pairs:
         raise NotImplementedError(autograd.NESTED_JVP)  # operators would return a zero tangent
     if eager_transforms.JVP_NESTING == 1 and not _is_jvp(retrieve_current_functorch_interpreter()):
         raise NotImplementedError(COMPILED_INSIDE)  # here too the tangent would be lost
+    if not torch.compiler.is_dynamo_compiling():  # torch.export would record an empty unpacking
+        return [(x, None) if x is None else forward_ad.unpack_dual(x) for x in inputs]
     # names the level: `forward_ad` reads a global that the compiler takes for a constant, "no
     # level" for the whole graph when a plain call comes first
     return [(x, None) if x is None else torch._VF._unpack_dual(x, level=0) for x in inputs]

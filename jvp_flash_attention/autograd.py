@@ -15,16 +15,20 @@ into the batch.
 """
 
 from inspect import Signature
+from threading import local
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch._C._functorch import (
+    CGradInterpreterPtr,
     CInterpreter,
+    CJvpInterpreterPtr,
     TransformType,
     _unwrap_for_grad,
     _wrap_for_grad,
+    get_interpreter_stack,
     peek_interpreter_stack,
     pop_dynamic_layer_stack,
     push_dynamic_layer_stack,
@@ -61,11 +65,24 @@ def attention_jvp(
     return AttentionJvp.apply(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options)[:2]
 
 
-def _implementation(options: Options, q: Tensor):
+def _implementation(options: Options, *tensors: Tensor | None):
     """The backend itself; behind operators where a dispatch mode or a tensor subclass watches,
     which would see a kernel's outputs being allocated and not being written."""
-    watched = _get_current_dispatch_mode() is not None or type(q) not in (Tensor, Parameter)
+    watched = _get_current_dispatch_mode() is not None or not _PLAIN.issuperset(map(type, tensors))
     return ops if watched else backends.implementation(options.backend)
+
+
+_PLAIN = {Tensor, Parameter, type(None)}
+
+
+class _Stop(local):
+    """The level up to which PyTorch runs a Function with gradients enabled though `torch.no_grad()`
+    stops them; 0 is that outside of every transform."""
+
+    level = -1
+
+
+_stop = _Stop()
 
 
 class _Positional(Signature):
@@ -89,12 +106,19 @@ class _Folded(Function):
         transform = peek_interpreter_stack()  # torch.func's innermost around this call
         if transform is None:
             args = unwrap_dead_wrappers(args)  # of transforms that ended
-            if not _is_recorded(args):
-                return cls.forward(*args)
-        elif transform.key() == TransformType.Grad and not torch.is_grad_enabled():
-            # inside of torch.func.grad a Function enables gradients for every level below
-            return below(transform, cls.apply, *args)
-        return super().apply(*args)
+            if _stop.level >= 0:
+                with torch.no_grad():
+                    return cls.forward(*args)
+            return super().apply(*args) if _is_recorded(args) else cls.forward(*args)
+        # inside of torch.func.grad and jvp a Function enables gradients for every level below
+        before, level = _stop.level, max(_stop.level, _stopped_level(transform))
+        if transform.level() <= level and transform.key() == TransformType.Grad:
+            return below(transform, cls.apply, *unwrap_dead_wrappers(args))
+        _stop.level = level
+        try:
+            return super().apply(*args)
+        finally:
+            _stop.level = before
 
     @classmethod
     def vmap(cls, info, in_dims, *args):
@@ -114,7 +138,7 @@ class _Folded(Function):
 class Attention(_Folded):
     @staticmethod
     def forward(q, k, v, bias, seed, options):
-        return _implementation(options, q).forward(q, k, v, bias, seed, options)
+        return _implementation(options, q, k, v, bias).forward(q, k, v, bias, seed, options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -144,9 +168,8 @@ class Attention(_Folded):
 class AttentionJvp(_Folded):
     @staticmethod
     def forward(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options):
-        return _implementation(options, q).forward_jvp(
-            q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options
-        )
+        run = _implementation(options, q, k, v, bias, t_q, t_k, t_v, t_bias).forward_jvp
+        return run(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -186,9 +209,8 @@ class AttentionGrad(_Folded):
 
     @staticmethod
     def forward(d_out, q, k, v, bias, seed, out, lse, options, bias_grad):
-        grads = _implementation(options, q).backward(
-            d_out, q, k, v, bias, seed, out, lse, options, bias_grad
-        )
+        run = _implementation(options, d_out, q, k, v, bias).backward
+        grads = run(d_out, q, k, v, bias, seed, out, lse, options, bias_grad)
         return tuple(g for g in grads if g is not None)
 
     @staticmethod
@@ -233,7 +255,8 @@ class AttentionJvpGrad(_Folded):
         d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu,
         options, bias_grad,
     ):  # fmt: skip
-        grads = _implementation(options, q).backward_jvp(
+        run = _implementation(options, d_out, d_t_out, q, k, v, bias, t_q, t_k, t_v, t_bias)
+        grads = run.backward_jvp(
             d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu,
             options, bias_grad,
         )  # fmt: skip
@@ -256,11 +279,15 @@ def below(transform: CInterpreter, attend, *args) -> tuple[Tensor, ...]:
     """attend(*args), one level below the innermost grad or jvp, which has nothing to do with it."""
     level = transform.level()
     inner = [_unwrap_for_grad(x, level) if isinstance(x, Tensor) else x for x in args]
+    duals = torch._C._is_fwd_grad_enabled()
+    if transform.key() == TransformType.Jvp and not CJvpInterpreterPtr(transform).prevFwdGradMode():
+        torch._C._set_fwd_grad_enabled(False)  # torch.inference_mode() lies around the jvp
     layer = pop_dynamic_layer_stack()
     try:
         outputs = attend(*inner)
     finally:
         push_dynamic_layer_stack(layer)
+        torch._C._set_fwd_grad_enabled(duals)
     return tuple(_wrap_for_grad(x, level) for x in outputs)
 
 
@@ -271,6 +298,19 @@ def _is_recorded(args) -> bool:
     duals = duals and torch._C._is_fwd_grad_enabled()
     grads = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
     return duals or grads
+
+
+def _stopped_level(transform: CInterpreter) -> int:
+    """The highest level whose gradients `torch.no_grad()` stops, -1 where there is none;
+    `transform` is the innermost."""
+    if not torch.is_grad_enabled():
+        return transform.level()
+    stopped = (
+        x.level() - 1
+        for x in get_interpreter_stack() or ()
+        if x.key() == TransformType.Grad and not CGradInterpreterPtr(x).prevGradMode()
+    )
+    return max(stopped, default=-1)
 
 
 def _grad(d_out, q, k, v, bias, seed, out, lse, options, bias_grad):

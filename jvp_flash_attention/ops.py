@@ -12,10 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
+from torch._library.autograd import make_autograd_impl
+from torch._library.custom_ops import CustomOpDef
+from torch.autograd import forward_ad
+from torch.library import Library, custom_op
 
 from .backends import implementation
 from .options import Options
+
+RECORDED = (
+    "attention that was recorded (torch.func.linearize, torch.compile, torch.export) has no tangent"
+    " of its own; take the jvp of the function itself, or record the jvp"
+)
 
 
 def attention(q, k, v, bias, seed, options: Options) -> tuple[Tensor]:
@@ -172,6 +180,26 @@ def _forward_jvp_backward(ctx, d_out, d_t_out, _d_lse, _d_mu):
 
 forward_op.register_autograd(_forward_backward, setup_context=_save)
 forward_jvp_op.register_autograd(_forward_jvp_backward, setup_context=_save)
+
+
+def _refuse_duals(op: CustomOpDef) -> None:
+    """An operator drops a tangent without a sign of it; one that meets these raises."""
+    differentiate = make_autograd_impl(op._opoverload, op)
+
+    def run(keyset, *args, **kwargs):
+        if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():
+            tensors = (x for x in args if isinstance(x, Tensor))
+            if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+                raise NotImplementedError(RECORDED)
+        return differentiate(keyset, *args, **kwargs)
+
+    for device in ("CPU", "CUDA"):
+        _library.impl(op._opoverload, run, f"Autograd{device}", with_keyset=True)
+
+
+_library = Library("jvp_flash_attention", "IMPL")
+for _op in (forward_op, forward_jvp_op, backward_op, backward_jvp_op):
+    _refuse_duals(_op)
 
 
 def _fake_out(q: Tensor, v: Tensor) -> Tensor:

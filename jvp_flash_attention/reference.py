@@ -23,7 +23,8 @@ Shapes: q (B, H, L, D), k (B, Hk, S, D), v (B, Hk, S, Dv), bias broadcastable to
 and μ (B, H, L).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +46,22 @@ class Block(NamedTuple):
     lse: Tensor  # (B, H, l)
 
 
+def _as_written(run: Callable) -> Callable:
+    """A pass in the arithmetic that it names, also inside of autocast, which would compute its
+    products in 16 bits."""
+
+    @wraps(run)
+    def pass_(*args):
+        device = args[1].device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return run(*args)
+        with torch.autocast(device, enabled=False):
+            return run(*args)
+
+    return pass_
+
+
+@_as_written
 def forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
@@ -57,6 +74,7 @@ def forward(
     return out, lse
 
 
+@_as_written
 def forward_jvp(
     q: Tensor,
     k: Tensor,
@@ -88,6 +106,7 @@ def forward_jvp(
     return out, t_out, lse, mu
 
 
+@_as_written
 def backward(
     d_out: Tensor,
     q: Tensor,
@@ -119,6 +138,7 @@ def backward(
     return d_q, d_k, d_v, _like(d_bias, bias)
 
 
+@_as_written
 def backward_jvp(
     d_out: Tensor | None,
     d_t_out: Tensor,

@@ -36,7 +36,7 @@ def tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 def shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
     """Agreement of batch, heads, lengths and head dims."""
-    if query.shape == key.shape == value.shape and query.shape[-1] > 0:
+    if query.shape == key.shape == value.shape and query.numel() > 0:
         return
     q, k, v = ((1,) * (3 - x.dim()) + tuple(x.shape) for x in (query, key, value))
     if not q[:-3] == k[:-3] == v[:-3]:
@@ -47,6 +47,8 @@ def shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
         raise ValueError(
             f"head dim must be at least 1, got {q[-1]} for query and {v[-1]} for value"
         )
+    if q[-3] == 0:
+        raise ValueError("query must have at least 1 head, got 0")
     if k[-1] != q[-1]:
         raise ValueError(f"key must have query's head dim {q[-1]}, got {k[-1]}")
     if v[-2] != k[-2]:
@@ -73,6 +75,10 @@ def mask(attn_mask: Tensor | None, scores: tuple[int, ...], device: torch.device
         return
     if not isinstance(attn_mask, Tensor):
         raise TypeError(f"attn_mask must be a torch.Tensor or None, got {type(attn_mask).__name__}")
+    if attn_mask.layout != torch.strided:
+        raise NotImplementedError(
+            f"attn_mask must be a dense strided tensor, got layout {attn_mask.layout}"
+        )
     if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise TypeError(
             "attn_mask must be bool (True attends) or floating (added to the scores),"

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
 
 from jvp_flash_attention import attention, attention_jvp, selfcheck
 from jvp_flash_attention.selfcheck import COMPOSITIONS, THIRD_ORDER, Inputs, dense, ours
@@ -254,6 +256,94 @@ def test_rows_masked_by_a_finite_constant_are_those_of_a_softmax():
     bias[1] = -1e9
     run = lambda f: torch.func.grad(lambda q: f(q, i.k, i.v, bias).square().sum())(i.q)  # noqa: E731
     torch.testing.assert_close(run(ours), run(dense), rtol=1e-5, atol=1e-7)
+
+
+STOPPED = {  # PyTorch runs a Function with gradients enabled for the levels around it
+    "grad": lambda f, q: grad(f)(q),
+    "jvp of grad": lambda f, q: jvp(grad(f), (q,), (q,))[1],
+    "grad of vmap": lambda f, q: grad(lambda x: vmap(f)(torch.stack([x, x])).sum())(q),
+    "jvp of grad of vmap": lambda f, q: jvp(
+        grad(lambda x: vmap(f)(torch.stack([x, x])).sum()), (q,), (q,)
+    )[1],
+}
+
+
+@pytest.mark.parametrize("inner", ["plain", "vjp", "grad"])
+@pytest.mark.parametrize("name", STOPPED)
+def test_no_grad_stops_every_level_around_it(name, inner):
+    i = Inputs()
+
+    def gradients(f):
+        w = i.k.clone().requires_grad_()
+        attend = lambda q: f(q, w, i.v, i.bias)  # noqa: E731
+
+        def target(q):
+            if inner == "vjp":
+                out, pullback = torch.func.vjp(attend, q)
+                return pullback(out)[0]  # reads tensors of the vjp, which has ended
+            if inner == "grad":
+                return grad(lambda x: attend(x).square().sum())(q)
+            return attend(q)
+
+        def loss(q):
+            with torch.no_grad():
+                stopped = target(q)
+            return (q.sum() * w.sum() * stopped).sum()
+
+        got = STOPPED[name](loss, i.q)
+        return got.detach(), *torch.autograd.grad(got.square().sum(), w)
+
+    for got, exact in zip(gradients(ours), gradients(dense), strict=True):
+        close(got, exact)
+
+
+def test_a_stop_of_tangents_around_a_jvp_stops_those_of_an_outer_one():
+    """As by `torch.inference_mode()`, in which older versions of PyTorch have no jvp."""
+    i = Inputs()
+
+    def outer(f):
+        def inner(q):
+            with forward_ad._set_fwd_grad_enabled(False):
+                return jvp(lambda k: f(q, k, i.v, i.bias), (i.k,), (i.tangents[1],))
+
+        return jvp(inner, (i.q,), (i.q,))
+
+    for got, exact in zip(selfcheck.flat(outer(ours)), selfcheck.flat(outer(dense)), strict=True):
+        torch.testing.assert_close(got, exact)
+
+
+def test_a_tangent_that_meets_a_recorded_attention_raises_and_is_not_zero():
+    i = Inputs()
+    f = i.of_q(ours)
+    along = torch.func.linearize(f, i.q)[1]
+    traced = make_fx(f)(i.q)
+    derivative = make_fx(grad(lambda q: f(q).square().sum()))(i.q)
+    for recorded in (along, traced, derivative):
+        recorded(i.q)
+        with pytest.raises(NotImplementedError, match="recorded"):
+            jvp(recorded, (i.q,), (i.tangents[0],))
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="recorded"):
+            recorded(forward_ad.make_dual(i.q, i.tangents[0]))
+    with pytest.raises(NotImplementedError, match="recorded"):
+        torch.func.jacfwd(along)(i.q)
+
+
+@pytest.mark.parametrize("wrapped", range(7))
+def test_a_tensor_subclass_in_any_place_reaches_the_result(wrapped):
+    q, k, v, t_q, t_k, t_v = torch.randn(6, 1, 2, 5, 4)
+    args = [x.clone() for x in (q, k, v, t_q, t_k, t_v, torch.randn(5, 5))]
+    exact = attention_jvp(*args)
+    args[wrapped] = TwoTensor(args[wrapped], args[wrapped].clone())
+    t_out = attention_jvp(*args)[1]
+    assert isinstance(t_out, TwoTensor)
+    torch.testing.assert_close(t_out.a, exact[1])
+
+
+def test_tensors_without_memory_have_the_shapes_of_a_call():
+    q = torch.randn(1, 2, 5, 4, device="meta")
+    out, t_out = jvp(lambda x: attention(x, x, x, dropout_p=0.1), (q,), (q,))
+    assert out.shape == t_out.shape == q.shape
+    assert out.is_meta
 
 
 def test_no_grad_inside_a_transform_is_a_stop():

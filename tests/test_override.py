@@ -8,6 +8,7 @@ from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.utils.checkpoint import checkpoint
 
 from jvp_flash_attention import attention
@@ -92,6 +93,16 @@ def test_every_argument_is_passed_on_by_position_and_by_name(name, calls):
     ((got_args, got_kwargs),) = calls
     assert got_args == args
     assert got_kwargs == {**kwargs, "backend": None}
+
+
+@pytest.mark.parametrize("make", [causal_upper_left, causal_lower_right])
+def test_a_causal_bias_is_the_mask_that_it_stands_for(make):
+    """PyTorch's own kind of mask, a tensor with a shape and without elements."""
+    q, mask = Q[:, :, :3], make(3, 5)
+    exact = F.scaled_dot_product_attention(q, K, V, mask)
+    with sdpa_override():
+        assert relative(F.scaled_dot_product_attention(q, K, V, mask), exact) < 1e-13
+    assert relative(attention(q, K, V, mask), exact) < 1e-13
 
 
 def test_dropout_is_passed_on():

@@ -9,7 +9,7 @@ from torch.func import grad, jvp
 from jvp_flash_attention import attention, attention_jvp, reference
 from jvp_flash_attention.options import Options
 from jvp_flash_attention.selfcheck import dense
-from tests.cases import Case, build, close
+from tests.cases import Case, build, close, solve
 
 CASES = (
     Case(L=7, S=9, D=5, Dv=6),
@@ -145,6 +145,20 @@ def test_half_precision_inputs_are_computed_in_float32():
     assert lse.dtype == torch.float32
     exact = reference.forward(q.double(), q.double(), q.double(), None, None, Options(8**-0.5))[0]
     assert (out.double() - exact).norm() / exact.norm() < 3e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_arithmetic_does_not_depend_on_autocast(dtype):
+    """Nor does a product q kᵀ of 10⁵ overflow, which autocast would hold in float16."""
+    p = build(Case(D=24, bias="key", scale=1e-4), dtype)
+    for x in p.primals[:2]:
+        x.mul_(150)
+    exact = solve(reference, p)
+    with torch.autocast("cpu", dtype):
+        got = solve(reference, p)
+    for name, x in exact.items():
+        assert x.isfinite().all(), name
+        assert torch.equal(got[name], x), name
 
 
 def test_products_of_a_rounded_p_leave_the_error_that_the_documents_state():

@@ -35,6 +35,11 @@ BAD = {
         "head dim must be at least 1",
         lambda: attention(Q[..., :0], Q[..., :0], Q),
     ),
+    "no head": (
+        ValueError,
+        "query must have at least 1 head",
+        lambda: attention(Q[:, :0], Q[:, :0], Q[:, :0]),
+    ),
     "lengths differ": (
         ValueError,
         "value must have key's length 5",
@@ -50,6 +55,11 @@ BAD = {
         TypeError,
         "attn_mask must be bool",
         lambda: attention(Q, Q, Q, torch.ones(5, 5).long()),
+    ),
+    "sparse mask": (
+        NotImplementedError,
+        "attn_mask must be a dense",
+        lambda: attention(Q, Q, Q, torch.ones(5, 5).to_sparse()),
     ),
     "mask of another shape": (
         ValueError,
