@@ -49,7 +49,8 @@ def attention(
         value: (..., Hk, S, Dv), query's dtype and device.
         attn_mask: broadcastable to (..., H, L, S). Bool: True attends. Floating: added to the
             scaled scores; it may hold −inf, has a gradient and may have a tangent. A row that
-            attends nothing gives 0.
+            attends nothing gives 0. PyTorch's `CausalBias` becomes the (L, S) mask it stands for;
+            `is_causal` costs nothing.
         dropout_p: probability of dropping an attention weight, in [0, 1). As in SDPA there is no
             training flag.
         is_causal: query i attends keys j <= i (top-left aligned when L != S); may be combined with
