@@ -3,4 +3,5 @@
 from .api import attention, attention_jvp
 from .override import sdpa_override
 
+__version__ = "0.1.0"
 __all__ = ["attention", "attention_jvp", "sdpa_override"]

@@ -10,8 +10,10 @@ of differentiation is not supported, or `WRONG`, which must never be; then the e
 # pyright: reportAssignmentType=false, reportCallIssue=false, reportArgumentType=false
 # pyright: reportOptionalOperand=false
 
+import argparse
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable
 
 import torch
@@ -212,7 +214,7 @@ def ours(q, k, v, bias) -> Tensor:
 def error(got: object, exact: object) -> float:
     """The largest relative error among the tensors of two results."""
     pairs = zip(flat(got), flat(exact), strict=True)
-    return max(float((g.double() - e).norm() / e.norm()) for g, e in pairs)
+    return max(float((g.double() - e).detach().norm() / e.detach().norm()) for g, e in pairs)
 
 
 def _compiled(step, inputs: Inputs, exact: Inputs) -> float:
@@ -259,6 +261,7 @@ def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     print(f"jvp_flash_attention on {where}, torch {torch.__version__}")
+    warnings.filterwarnings("ignore", module="torch\\.fx")  # of what linearize folds
     start, wrong = time.perf_counter(), 0
     for name, verdict in check(device):
         wrong += verdict.startswith("WRONG")
@@ -268,4 +271,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     raise SystemExit(main())

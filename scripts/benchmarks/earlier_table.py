@@ -135,23 +135,52 @@ def speedups(rows: Sequence[Row]) -> list[float]:
     return [t["sdpa-math"] / t["ours"] for t in times.values() if len(t) > 1]
 
 
-def statistics_lines(rows: Sequence[Row]) -> list[str]:
-    """Speed-up, memory above what must be there, and how many configurations are accurate."""
-    lines, found = [], speedups(rows)
-    if found:
-        lines.append(
-            f"speed-up over SDPA MATH: average {statistics.mean(found):.2f}x (goal ≥ 10x), "
-            f"minimum {min(found):.2f}x (goal ≥ 2.5x), maximum {max(found):.2f}x"
-        )
+def statistics_of(rows: Sequence[Row]) -> Row:
+    """Speed-up over SDPA MATH; for each method how many configurations are accurate, and the most
+    memory it takes of what must be there."""
+    found: Row = {
+        "dtype": rows[0]["dtype"],
+        "speedups": speedups(rows),
+        "accurate": {},
+        "memory": {},
+    }
     for method in METHODS:
         mine = [row for row in rows if row["implementation"] == method]
-        good = sum(bool(row.get("accurate")) for row in mine)
         if mine:
-            lines.append(f"accurate against float64: {method} {good}/{len(mine)}")
+            good = sum(bool(row.get("accurate")) for row in mine)
+            found["accurate"][method] = f"{good}/{len(mine)}"
         needed = [row["mib"] / _least_mib(row) for row in mine if row.get("mib")]
         if needed:
-            lines.append(f"memory over six clones and two results: {method} ≤ {max(needed):.2f}x")
+            found["memory"][method] = max(needed)
+    return found
+
+
+def statistics_lines(rows: Sequence[Row]) -> list[str]:
+    """The same as sentences."""
+    found, lines = statistics_of(rows), []
+    if faster := found["speedups"]:
+        lines.append(
+            f"speed-up over SDPA MATH: average {statistics.mean(faster):.2f}x (goal ≥ 10x), "
+            f"minimum {min(faster):.2f}x (goal ≥ 2.5x), maximum {max(faster):.2f}x"
+        )
+    for method, accurate in found["accurate"].items():
+        lines.append(f"accurate against float64: {method} {accurate}")
+        if method in found["memory"]:
+            most = found["memory"][method]
+            lines.append(f"memory over six clones and two results: {method} ≤ {most:.2f}x")
     return lines
+
+
+STATISTICS: Columns = {
+    "dtype": lambda r: r["dtype"],
+    "average": lambda r: f"{statistics.mean(r['speedups']):.2f}x",
+    "least": lambda r: f"{min(r['speedups']):.2f}x",
+    "most": lambda r: f"{max(r['speedups']):.2f}x",
+    "accurate": lambda r: r["accurate"]["ours"],
+    "MATH": lambda r: r["accurate"]["sdpa-math"],
+    "memory": lambda r: f"{r['memory']['ours']:.2f}x",
+    "MATH's": lambda r: f"{r['memory']['sdpa-math']:.1f}x",
+}
 
 
 def _least_mib(row: Row) -> float:

@@ -6,7 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from training.comparison.document import Block, Heading, Table, markdown, page
+from training.comparison.document import Block, Heading, Table, Text, markdown, page
+
+ON_A_CPU = (
+    "On a CPU: attention=jvp is this library's reference in plain PyTorch; no Triton kernel ran."
+)
 
 
 class Found(NamedTuple):
@@ -49,6 +53,9 @@ def write_report(
     about = [[name, "none" if value is None else value] for name, value in environment.items()]
     about.append(["arguments", " ".join(command) or "none"])
     blocks = [*found.blocks, Heading("Environment"), Table(("what", "value"), about)]
+    elsewhere = any(argument.startswith("runs=") for argument in command)
+    if environment["gpu"] is None and not elsewhere:
+        blocks.insert(0, Text(ON_A_CPU))
     results = {"title": found.title, "environment": environment, "arguments": list(command)}
     text = json.dumps(finite(results | found.results), indent=2, allow_nan=False)
     (output / "results.json").write_text(text + "\n")
