@@ -29,6 +29,7 @@ from torch._C._functorch import (
     _unwrap_for_grad,
     _wrap_for_grad,
     get_interpreter_stack,
+    is_legacy_batchedtensor,
     peek_interpreter_stack,
     pop_dynamic_layer_stack,
     push_dynamic_layer_stack,
@@ -50,6 +51,10 @@ THIRD_ORDER = (
 NESTED_JVP = (
     "jvp of a jvp of attention is not supported; take the second directional derivative in reverse"
     " over forward (torch.func.grad or vjp of torch.func.jvp)"
+)
+BATCHED = (
+    "batched cotangents (is_grads_batched=True, torch.autograd.functional with vectorize=True) are not"
+    " supported; use torch.func.vmap of torch.func.vjp, or torch.func.jacrev"
 )
 
 
@@ -153,6 +158,7 @@ class Attention(_Folded):
     def backward(ctx, d_out, _d_lse):
         if d_out is None:
             return (None,) * 6
+        _refuse_batched(d_out)
         q, k, v, bias, seed, out, lse = ctx.saved_tensors
         need = ctx.needs_input_grad
         grads = _grad(d_out, q, k, v, bias, seed, out, lse, ctx.options, need[3])
@@ -185,6 +191,7 @@ class AttentionJvp(_Folded):
         need = ctx.needs_input_grad
         bias_grad = need[3] or need[8]
         d_out, d_t_out = _nonzero(d_out), _nonzero(d_t_out)
+        _refuse_batched(d_out, d_t_out)
         if d_t_out is None:  # the tangent was detached: an ordinary backward
             if d_out is None:
                 return (None,) * 10
@@ -226,6 +233,7 @@ class AttentionGrad(_Folded):
         dd_q, dd_k, dd_v, dd_bias = (*dd, None)[:4]
         if all(g is None for g in dd):
             return (None,) * 10
+        _refuse_batched(*dd)
         inputs = (q, k, v, bias, seed, dd_q, dd_k, dd_v, dd_bias)
         out, t_out, lse, mu = AttentionJvp.apply(*inputs, ctx.options)
         grads = _jvp_grad(
@@ -329,6 +337,12 @@ def _jvp_grad(*args):
 def _nonzero(x: Tensor | None) -> Tensor | None:
     """None for a symbolic zero, as a product with an untouched factor gives its other output."""
     return None if x is None or x._is_zerotensor() else x
+
+
+def _refuse_batched(*cotangents: Tensor | None) -> None:
+    """Those of PyTorch's older vmap, which knows no rule of a Function's."""
+    if any(x is not None and is_legacy_batchedtensor(x) for x in cotangents):
+        raise NotImplementedError(BATCHED)
 
 
 def _batch(x: Tensor, dim: int | None) -> int:

@@ -363,3 +363,15 @@ def test_no_grad_inside_a_transform_is_a_stop():
         got, exact = (transform(student(f))(i.q) for f in (ours, dense))
         close(got, exact)
         assert not got.requires_grad
+
+
+def test_batched_cotangents_raise_and_name_the_way_out():
+    inputs = Inputs(torch.float64, "cpu")
+    q, k, v, bias = (x.clone().requires_grad_() for x in inputs.all)
+    out = ours(q, k, v, bias)
+    (g,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    both = attention_jvp(q, k, v, inputs.tangents[0], None, None, enable_gqa=True)
+    for results, x in (((out,), q), (both, q), ((g,), k)):
+        batches = tuple(torch.ones(2, *y.shape, dtype=y.dtype) for y in results)
+        with pytest.raises(NotImplementedError, match=r"torch\.func\.jacrev"):
+            torch.autograd.grad(results, x, batches, is_grads_batched=True, retain_graph=True)
