@@ -45,16 +45,17 @@ from .options import Options
 
 THIRD_ORDER = (
     "attention is differentiable twice, this asks for a third derivative; detach the tangent or"
-    " the gradient (x.detach(), torch.no_grad()) where the third order is not wanted, or use plain"
-    " PyTorch attention in float64"
+    " the gradient (x.detach(), torch.no_grad()) where the third order is not wanted, take"
+    " torch.func.jvp of torch.func.grad for torch.autograd.functional.hvp, or use plain PyTorch"
+    " attention in float64"
 )
 NESTED_JVP = (
     "jvp of a jvp of attention is not supported; take the second directional derivative in reverse"
     " over forward (torch.func.grad or vjp of torch.func.jvp)"
 )
 BATCHED = (
-    "batched cotangents (is_grads_batched=True, torch.autograd.functional with vectorize=True) are not"
-    " supported; use torch.func.vmap of torch.func.vjp, or torch.func.jacrev"
+    "batched cotangents (is_grads_batched=True, torch.autograd.functional with vectorize=True) are"
+    " not supported; use torch.func.vmap of torch.func.vjp, or torch.func.jacrev"
 )
 
 
