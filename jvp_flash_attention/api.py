@@ -74,15 +74,15 @@ def attention(
     )
     seed = _seed(q, dropout_p)
     if torch.compiler.is_compiling():
-        route, call, pairs = ops, _call, _unpack_compiled(q, k, v, bias)
+        route, pairs = ops, _unpack_compiled(q, k, v, bias)
     else:
-        route, call, pairs = autograd, _below, _unpack(q, k, v, bias)
+        route, pairs = autograd, _unpack(q, k, v, bias)
     (q, t_q), (k, t_k), (v, t_v), (bias, t_bias) = pairs
     if t_q is t_k is t_v is t_bias is None:
-        (out,) = call(route.attention, q, k, v, bias, seed, options)
+        (out,) = _below(route.attention, q, k, v, bias, seed, options)
     else:
         args = (q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options)
-        out, t_out = call(route.attention_jvp, *args)
+        out, t_out = _below(route.attention_jvp, *args)
         out = torch._VF._make_dual(out, t_out, level=0)
     return _restore(out, query)
 
@@ -237,10 +237,6 @@ def _unpack_compiled(*inputs: Tensor | None) -> Pairs:
     return [(x, None) if x is None else torch._VF._unpack_dual(x, level=0) for x in inputs]
 
 
-def _call(attend, *args) -> tuple[Tensor, ...]:
-    return attend(*args)
-
-
 def _below(attend, *args) -> tuple[Tensor, ...]:
     """attend(*args), one level below that of the duals, which were unpacked.
 
@@ -248,6 +244,8 @@ def _below(attend, *args) -> tuple[Tensor, ...]:
     call and, in a jvp, by recording a graph even under `torch.no_grad()`. Only tensors with a
     gradient of their own, as made at that level by `nn.Parameter`, need it.
     """
+    if torch.compiler.is_compiling():
+        return attend(*args)
     if any(isinstance(x, Tensor) and x.requires_grad for x in args):
         return attend(*args)
     transform = peek_interpreter_stack()
