@@ -13,6 +13,7 @@ from training.build import build_data, build_module
 from training.callbacks.finish import Finish, finished, over
 from training.checkpoints import (
     AtomicCheckpointIO,
+    changes,
     find_checkpoint,
     load_checkpoint,
     load_weights,
@@ -41,6 +42,8 @@ def train(config: DictConfig, run_dir: Path) -> None:
         ending, limits = [Finish()], {"max_steps": step + 1, "max_time": timedelta.max}
     if rank_zero_only.rank == 0:
         refuse_used(run_dir, resumed, config.ckpt_path)
+        if checkpoint and (changed := changes(config, checkpoint)):
+            print(changed)
     data = build_data(config)
     module = build_module(config, data)
     callbacks = [instantiate(c) for c in config.callbacks.values() if c]
