@@ -182,7 +182,7 @@ def test_flow_matching_trains_and_samples(tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["imf", "tvm", "scd"])
-def test_an_objective_goes_on_and_is_exported_evaluated_and_sampled(tmp_path, objective):
+def test_an_objective_goes_on_and_is_exported_evaluated_and_sampled(tmp_path, capfd, objective):
     """What it keeps, a second head or a teacher, is no hindrance."""
     fast = [*FAST, "callbacks.accuracy.n=20"]
     options, run = [f"objective={objective}"], tmp_path / objective
@@ -201,6 +201,10 @@ def test_an_objective_goes_on_and_is_exported_evaluated_and_sampled(tmp_path, ob
     scores = ["n=80", "nfe=1", "classifier_steps=2", f"output={run / 'scores.json'}"]
     in_process("evaluate.py", ckpt, *scores)
     if objective == "imf":  # its sampler without being named
+        for script in ("evaluate.py", "sample.py"):
+            with pytest.raises(SystemExit):
+                in_process(script, ckpt, "sampler.guidance=100")
+            assert "must be <= objective.guidance_max=8, the most" in capfd.readouterr().err
         in_process("evaluate.py", ckpt, *scores[:-1], "sampler.guidance=3")
         name = in_process("sample.py", ckpt, "n=10", "sampler.guidance=3", "weights=net").strip()
         assert name.endswith("step000003_net_nfe1_n10_seed0_guidance3.png")
@@ -254,7 +258,13 @@ def test_an_objective_goes_on_and_is_exported_evaluated_and_sampled(tmp_path, ob
         (
             "train.py",
             ["objective=imf", "objective.guidance_max=1"],
-            "sampler.guidance must be null",
+            "sampler.guidance must be null where objective.guidance_max=1: the network is not told",
+        ),
+        ("train.py", ["objective=imf", "model=dit_tiny"], "objective=imf needs a model that is"),
+        (
+            "train.py",
+            ["objective=imf", "objective.guidance_max=4", "sampler.guidance=4.5"],
+            "sampler.guidance must be <= objective.guidance_max=4, the most that the network is",
         ),
         (
             "train.py",
