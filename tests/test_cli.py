@@ -70,8 +70,10 @@ def test_thirty_steps_leave_all_files_and_a_table(runs, attention):
     summary = json.loads((run / "summary.json").read_text())
     assert summary["sample_accuracy"] == column(run, "sample_accuracy")[-1]
     assert summary["steps"] == 30
-    for title in ("error (unweighted)", "du/dt RMS", "samples per second", "accuracy of samples"):
+    for title in ("error (unweighted)", "du/dt RMS", "accuracy of samples"):
         assert title in outputs[attention]
+    assert "ms per step (median of the last 20)" in outputs[attention]  # without ten of warm-up
+    assert "samples per second (the last 20 steps)" in outputs[attention]
 
 
 def test_wandb_logs_offline_beside_the_rest(runs):

@@ -1,5 +1,6 @@
 """Runs that end early, in whatever way, and go on as if they had not."""
 
+import json
 import shlex
 import signal
 import subprocess
@@ -83,7 +84,12 @@ def test_a_resumed_run_is_the_run_that_it_was(tmp_path, capfd):
         assert len(error.splitlines()) == 1
     assert (tmp_path / "config.yaml").read_text() == config
     free = ["optimizer.lr=1e-4", "callbacks.samples=null", "logger=csv", "compile=false"]
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    checkpoint = load_checkpoint(path)
+    checkpoint["callbacks"]["Summary"]["seconds"] += 1000
+    torch.save(checkpoint, path)
     says = in_process(*run, *more, *free, "ckpt_changes=[seed]")
+    assert 1000 < json.loads((tmp_path / "summary.json").read_text())["seconds"] < 1100
     told = "optimizer.lr=0.0001 (it was 0.002), trainer.max_steps=3 (it was 2)"
     told += ", callbacks.samples=null (it was {...}), seed=1 (it was 0)"
     assert f"resumed with other settings: {told}\n" in says
