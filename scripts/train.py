@@ -22,7 +22,7 @@ from training.checkpoints import (
 )
 from training.cli import one_line_errors, run
 from training.loggers.csv import CSVFile
-from training.settings import check
+from training.settings import check, remark
 
 
 def train(config: DictConfig, run_dir: Path) -> None:
@@ -42,8 +42,10 @@ def train(config: DictConfig, run_dir: Path) -> None:
         ending, limits = [Finish()], {"max_steps": step + 1, "max_time": timedelta.max}
     if rank_zero_only.rank == 0:
         refuse_used(run_dir, resumed, config.ckpt_path)
-        if checkpoint and (changed := changes(config, checkpoint)):
-            print(changed)
+        changed = changes(config, checkpoint) if checkpoint else ""
+        for line in (changed, remark(config)):
+            if line:
+                print(line)
     data = build_data(config)
     module = build_module(config, data)
     callbacks = [instantiate(c) for c in config.callbacks.values() if c]

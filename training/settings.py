@@ -56,6 +56,18 @@ def check(config: DictConfig) -> None:
         )
 
 
+def remark(config: DictConfig) -> str:
+    """What is allowed but hardly meant, in one line, or nothing."""
+    steps, denoiser = config.trainer.max_steps, config.objective.get("denoiser_steps")
+    if isinstance(denoiser, int) and denoiser >= steps > 0:
+        return (
+            f"objective.denoiser_steps={denoiser}: the tangent never starts in"
+            f" trainer.max_steps={steps}, only a denoiser is trained; lower the one or raise the"
+            " other"
+        )
+    return ""
+
+
 def check_guidance(sampler: DictConfig, config: DictConfig) -> None:
     """Refuse a guidance of the sampler that the network of this configuration did not learn."""
     guidance, most = sampler.get("guidance"), config.objective.get("guidance_max")  # most: iMF's
