@@ -285,7 +285,11 @@ def test_an_objective_goes_on_and_is_exported_evaluated_and_sampled(tmp_path, ca
         ("train.py", ["data=latents", "data.path=no"], "data.path: there is no meta.json in no"),
         ("encode_latents.py", ["data=blobs", "output=x"], "data: latents are encoded from colour"),
         ("sample.py", ["ckpt=nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
-        ("sample.py", [], "ckpt"),
+        ("sample.py", [], "ckpt must be given: ckpt=RUN/checkpoints/last.ckpt, or a file that"),
+        ("sample.py", ["a/b.ckpt"], "a/b.ckpt: arguments are KEY=VALUE; write ckpt=a/b.ckpt"),
+        ("train.py", ["jvp/sdpa"], "jvp/sdpa: arguments are KEY=VALUE; write KEY=jvp/sdpa"),
+        ("sample.py", ["ckpt=a=1/b.ckpt"], """give it in quotes: 'ckpt="a=1/b.ckpt"'"""),
+        ("encode_latents.py", [], "output must be given: output=VALUE"),
         ("evaluate.py", ["ckpt=nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
         ("evaluate.py", ["ckpt=x", "nfe=0"], "nfe must be an integer >= 1"),
         ("evaluate.py", ["ckpt=x", "features=fid"], "features must be one of classifier"),
@@ -325,6 +329,17 @@ def test_a_sampler_that_does_not_fit_the_network_is_refused(runs, capfd, argumen
         error = capfd.readouterr().err
         assert says in error
         assert len(error.splitlines()) == 1
+
+
+def test_a_run_instead_of_its_checkpoint_is_told_the_file(runs, capfd):
+    run = runs[0] / "sdpa"
+    last = run / "checkpoints" / "last.ckpt"
+    for script, key in (("sample.py", "ckpt"), ("train.py", "ckpt_path")):
+        for given in (run, last.parent):
+            with pytest.raises(SystemExit):
+                in_process(script, f"{key}={given}")
+            error = capfd.readouterr().err
+            assert error == f"error: {key}: {given} is a directory; give {last}\n"
 
 
 def test_an_unreadable_image_ends_a_run_with_one_line_that_names_it(tmp_path):

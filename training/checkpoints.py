@@ -87,8 +87,15 @@ def find_checkpoint(ckpt_path: str | None, run_dir: Path) -> Path | None:
         return last
     path = Path(ckpt_path)
     if not path.is_file():
-        raise FileNotFoundError(f"ckpt_path: there is no checkpoint {path}; give an existing file")
+        raise FileNotFoundError(f"ckpt_path: {_no_file(path)}")
     return path
+
+
+def _no_file(path: Path) -> str:
+    for last in (path / "checkpoints" / "last.ckpt", path / "last.ckpt"):
+        if last.is_file():
+            return f"{path} is a directory; give {last}"
+    return f"there is no checkpoint {path}; give an existing file"
 
 
 def refuse_used(run_dir: Path, resumed: Path | None, ckpt_path: str | None = None) -> None:
@@ -176,7 +183,7 @@ def _under(key: str, groups: Sequence[str]) -> bool:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint of this framework, on the CPU."""
     if not path.is_file():
-        raise FileNotFoundError(f"ckpt: there is no checkpoint {path}; give an existing file")
+        raise FileNotFoundError(f"ckpt: {_no_file(path)}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

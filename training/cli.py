@@ -7,8 +7,9 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -32,6 +33,9 @@ NOISE = (
     r"isinstance\(treespec",
     "in eval mode at the start",  # an objective's teacher
 )
+# Values that have no default.
+EXAMPLES = {"ckpt": "RUN/checkpoints/last.ckpt, or a file that scripts/export.py wrote"}
+EXAMPLES |= {"comparison": "DIRECTORY, which scripts/compare.py wrote"}
 FULL = "HYDRA_FULL_ERROR"
 TRACEBACKS = os.environ.get(FULL) == "1"  # the user wants to see where errors come from
 
@@ -76,6 +80,8 @@ def message(error: BaseException) -> str:
     """What an error says, without Hydra's wrapping, on one line."""
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         error = error.__cause__
+    if isinstance(error, OverrideParseException):
+        return _unreadable(error.override)
     text = str(error)
     if text.startswith("Caught ") and "DataLoader worker" in text:
         text = text.strip().splitlines()[-1].split(": ", 1)[-1]  # below the worker's traceback
@@ -84,8 +90,19 @@ def message(error: BaseException) -> str:
         return (
             f"unknown configuration key '{unknown[1]}'; --cfg job lists all keys, --help the groups"
         )
+    if missing := re.match(r"Missing mandatory value: (\S+)", text):
+        return f"{missing[1]} must be given: {missing[1]}={EXAMPLES.get(missing[1], 'VALUE')}"
     if "No supported gpu backend" in text:
         return (
             "trainer.accelerator=gpu: this machine has no GPU that PyTorch can use; use trainer=cpu"
         )
     return re.split(r" Config search path:| full_key: | object_type=", text)[0]
+
+
+def _unreadable(argument: str) -> str:
+    """An argument that is no override, or whose value Hydra cannot read."""
+    key, equals, value = argument.partition("=")
+    if equals:
+        return f"{argument}: Hydra cannot read the value; give it in quotes: '{key}=\"{value}\"'"
+    ckpt = Path(argument).exists() or argument.endswith((".ckpt", ".safetensors"))
+    return f"{argument}: arguments are KEY=VALUE; write {'ckpt' if ckpt else 'KEY'}={argument}"
