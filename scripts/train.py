@@ -72,7 +72,13 @@ def train(config: DictConfig, run_dir: Path) -> None:
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
 def main(config: DictConfig) -> None:
     with one_line_errors():
-        train(config, Path(HydraConfig.get().runtime.output_dir))
+        hydra_config = HydraConfig.get()
+        if "comparison" in config:
+            chosen = f"experiment={hydra_config.runtime.choices.get('experiment')}"
+            raise ValueError(
+                f"{chosen} is scripts/compare.py's; run python scripts/compare.py {chosen}"
+            )
+        train(config, Path(hydra_config.runtime.output_dir))
 
 
 if __name__ == "__main__":

@@ -225,6 +225,11 @@ def test_an_objective_goes_on_and_is_exported_evaluated_and_sampled(tmp_path, ca
     [
         ("train.py", ["attention=flash9"], "jvp reference sdpa"),
         ("train.py", ["experiment=nothing"], "experiment/nothing"),
+        (
+            "train.py",
+            ["experiment=loss_matching_smoke", *FAST],
+            "experiment=loss_matching_smoke is scripts/compare.py's; run python scripts/compare.py",
+        ),
         ("train.py", ["attentoin=jvp"], "'attentoin'"),
         ("train.py", ["objective.q=1"], "'objective.q'"),
         ("train.py", ["trainer.max_stps=1"], "'trainer.max_stps'"),
