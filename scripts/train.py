@@ -13,6 +13,7 @@ from training.build import build_data, build_module
 from training.callbacks.finish import Finish, finished, over
 from training.checkpoints import (
     AtomicCheckpointIO,
+    changes,
     find_checkpoint,
     load_checkpoint,
     load_weights,
@@ -21,7 +22,7 @@ from training.checkpoints import (
 )
 from training.cli import one_line_errors, run
 from training.loggers.csv import CSVFile
-from training.settings import check
+from training.settings import check, remark
 
 
 def train(config: DictConfig, run_dir: Path) -> None:
@@ -41,6 +42,10 @@ def train(config: DictConfig, run_dir: Path) -> None:
         ending, limits = [Finish()], {"max_steps": step + 1, "max_time": timedelta.max}
     if rank_zero_only.rank == 0:
         refuse_used(run_dir, resumed, config.ckpt_path)
+        changed = changes(config, checkpoint) if checkpoint else ""
+        for line in (changed, remark(config)):
+            if line:
+                print(line)
     data = build_data(config)
     module = build_module(config, data)
     callbacks = [instantiate(c) for c in config.callbacks.values() if c]
@@ -67,7 +72,13 @@ def train(config: DictConfig, run_dir: Path) -> None:
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
 def main(config: DictConfig) -> None:
     with one_line_errors():
-        train(config, Path(HydraConfig.get().runtime.output_dir))
+        hydra_config = HydraConfig.get()
+        if "comparison" in config:
+            chosen = f"experiment={hydra_config.runtime.choices.get('experiment')}"
+            raise ValueError(
+                f"{chosen} is scripts/compare.py's; run python scripts/compare.py {chosen}"
+            )
+        train(config, Path(hydra_config.runtime.output_dir))
 
 
 if __name__ == "__main__":

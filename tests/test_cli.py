@@ -70,8 +70,10 @@ def test_thirty_steps_leave_all_files_and_a_table(runs, attention):
     summary = json.loads((run / "summary.json").read_text())
     assert summary["sample_accuracy"] == column(run, "sample_accuracy")[-1]
     assert summary["steps"] == 30
-    for title in ("error (unweighted)", "du/dt RMS", "samples per second", "accuracy of samples"):
+    for title in ("error (unweighted)", "du/dt RMS", "accuracy of samples"):
         assert title in outputs[attention]
+    assert "ms per step (median of the last 20)" in outputs[attention]  # without ten of warm-up
+    assert "samples per second (the last 20 steps)" in outputs[attention]
 
 
 def test_wandb_logs_offline_beside_the_rest(runs):
@@ -182,7 +184,7 @@ def test_flow_matching_trains_and_samples(tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["imf", "tvm", "scd"])
-def test_an_objective_goes_on_and_is_exported_evaluated_and_sampled(tmp_path, objective):
+def test_an_objective_goes_on_and_is_exported_evaluated_and_sampled(tmp_path, capfd, objective):
     """What it keeps, a second head or a teacher, is no hindrance."""
     fast = [*FAST, "callbacks.accuracy.n=20"]
     options, run = [f"objective={objective}"], tmp_path / objective
@@ -201,6 +203,10 @@ def test_an_objective_goes_on_and_is_exported_evaluated_and_sampled(tmp_path, ob
     scores = ["n=80", "nfe=1", "classifier_steps=2", f"output={run / 'scores.json'}"]
     in_process("evaluate.py", ckpt, *scores)
     if objective == "imf":  # its sampler without being named
+        for script in ("evaluate.py", "sample.py"):
+            with pytest.raises(SystemExit):
+                in_process(script, ckpt, "sampler.guidance=100")
+            assert "must be <= objective.guidance_max=8, the most" in capfd.readouterr().err
         in_process("evaluate.py", ckpt, *scores[:-1], "sampler.guidance=3")
         name = in_process("sample.py", ckpt, "n=10", "sampler.guidance=3", "weights=net").strip()
         assert name.endswith("step000003_net_nfe1_n10_seed0_guidance3.png")
@@ -219,9 +225,19 @@ def test_an_objective_goes_on_and_is_exported_evaluated_and_sampled(tmp_path, ob
     [
         ("train.py", ["attention=flash9"], "jvp reference sdpa"),
         ("train.py", ["experiment=nothing"], "experiment/nothing"),
-        ("train.py", ["attentoin=jvp"], "'attentoin'"),
-        ("train.py", ["objective.q=1"], "'objective.q'"),
-        ("train.py", ["trainer.max_stps=1"], "'trainer.max_stps'"),
+        (
+            "train.py",
+            ["experiment=loss_matching_smoke", *FAST],
+            "experiment=loss_matching_smoke is scripts/compare.py's; run python scripts/compare.py",
+        ),
+        ("train.py", ["attentoin=jvp"], "key 'attentoin'; did you mean attention?"),
+        ("train.py", ["objective.q=1"], "key 'objective.q'; --cfg job lists all"),
+        ("train.py", ["trainer.max_step=1"], "did you mean trainer.max_steps?"),
+        ("train.py", ["max_steps=1"], "did you mean trainer.max_steps?"),
+        ("train.py", ["lr=1e-4", "traner=cpu"], "did you mean optimizer.lr?"),
+        ("train.py", ["objective=scm", "objectiv.denoiser_step=1"], "mean objective.denoiser_st"),
+        ("sample.py", ["ckpt=x", "wieghts=net"], "did you mean weights?"),
+        ("compare.py", ["comparison.seed=1"], "did you mean comparison.seeds?"),
         ("train.py", ["objective.p=-1"], "objective.p must be >= 0"),
         ("train.py", ["objective.jvp.mode=triple"], "objective.jvp.mode must be one of"),
         ("train.py", ["model.size=H/2"], "model.size must be one of"),
@@ -254,7 +270,13 @@ def test_an_objective_goes_on_and_is_exported_evaluated_and_sampled(tmp_path, ob
         (
             "train.py",
             ["objective=imf", "objective.guidance_max=1"],
-            "sampler.guidance must be null",
+            "sampler.guidance must be null where objective.guidance_max=1: the network is not told",
+        ),
+        ("train.py", ["objective=imf", "model=dit_tiny"], "objective=imf needs a model that is"),
+        (
+            "train.py",
+            ["objective=imf", "objective.guidance_max=4", "sampler.guidance=4.5"],
+            "sampler.guidance must be <= objective.guidance_max=4, the most that the network is",
         ),
         (
             "train.py",
@@ -273,7 +295,11 @@ def test_an_objective_goes_on_and_is_exported_evaluated_and_sampled(tmp_path, ob
         ("train.py", ["data=latents", "data.path=no"], "data.path: there is no meta.json in no"),
         ("encode_latents.py", ["data=blobs", "output=x"], "data: latents are encoded from colour"),
         ("sample.py", ["ckpt=nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
-        ("sample.py", [], "ckpt"),
+        ("sample.py", [], "ckpt must be given: ckpt=RUN/checkpoints/last.ckpt, or a file that"),
+        ("sample.py", ["a/b.ckpt"], "a/b.ckpt: arguments are KEY=VALUE; write ckpt=a/b.ckpt"),
+        ("train.py", ["jvp/sdpa"], "jvp/sdpa: arguments are KEY=VALUE; write KEY=jvp/sdpa"),
+        ("sample.py", ["ckpt=a=1/b.ckpt"], """give it in quotes: 'ckpt="a=1/b.ckpt"'"""),
+        ("encode_latents.py", [], "output must be given: output=VALUE"),
         ("evaluate.py", ["ckpt=nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
         ("evaluate.py", ["ckpt=x", "nfe=0"], "nfe must be an integer >= 1"),
         ("evaluate.py", ["ckpt=x", "features=fid"], "features must be one of classifier"),
@@ -313,6 +339,17 @@ def test_a_sampler_that_does_not_fit_the_network_is_refused(runs, capfd, argumen
         error = capfd.readouterr().err
         assert says in error
         assert len(error.splitlines()) == 1
+
+
+def test_a_run_instead_of_its_checkpoint_is_told_the_file(runs, capfd):
+    run = runs[0] / "sdpa"
+    last = run / "checkpoints" / "last.ckpt"
+    for script, key in (("sample.py", "ckpt"), ("train.py", "ckpt_path")):
+        for given in (run, last.parent):
+            with pytest.raises(SystemExit):
+                in_process(script, f"{key}={given}")
+            error = capfd.readouterr().err
+            assert error == f"error: {key}: {given} is a directory; give {last}\n"
 
 
 def test_an_unreadable_image_ends_a_run_with_one_line_that_names_it(tmp_path):

@@ -1,5 +1,7 @@
 """Runs that end early, in whatever way, and go on as if they had not."""
 
+import json
+import shlex
 import signal
 import subprocess
 import time
@@ -82,7 +84,15 @@ def test_a_resumed_run_is_the_run_that_it_was(tmp_path, capfd):
         assert len(error.splitlines()) == 1
     assert (tmp_path / "config.yaml").read_text() == config
     free = ["optimizer.lr=1e-4", "callbacks.samples=null", "logger=csv", "compile=false"]
-    in_process(*run, *more, *free, "ckpt_changes=[seed]")
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    checkpoint = load_checkpoint(path)
+    checkpoint["callbacks"]["Summary"]["seconds"] += 1000
+    torch.save(checkpoint, path)
+    says = in_process(*run, *more, *free, "ckpt_changes=[seed]")
+    assert 1000 < json.loads((tmp_path / "summary.json").read_text())["seconds"] < 1100
+    told = "optimizer.lr=0.0001 (it was 0.002), trainer.max_steps=3 (it was 2)"
+    told += ", callbacks.samples=null (it was {...}), seed=1 (it was 0)"
+    assert f"resumed with other settings: {told}\n" in says
     assert column(tmp_path, "train/lr")[-1] == pytest.approx(1e-4)  # not the checkpoint's
 
 
@@ -98,6 +108,10 @@ def test_an_interrupted_run_leaves_a_checkpoint_that_resumes(tmp_path, numbers):
     assert stderr.strip().startswith("interrupted after step ")
     assert len(stderr.strip().splitlines()) == 1
     step = int(stderr.split()[3].rstrip(";"))
-    end = [f"trainer.max_steps={step + 2}", "ckpt_path=last", f"hydra.run.dir={tmp_path}"]
-    in_process("train.py", *ENDLESS, *end)
+    hint = shlex.split(stderr.split("resume with ")[1])  # the run's own settings are among it
+    assert hint[:2] == ["ckpt_path=last", f"hydra.run.dir={tmp_path}"]
+    says = in_process("train.py", *hint, f"trainer.max_steps={step + 2}")
+    changed = [line for line in says.splitlines() if line.startswith("resumed with")]
+    end = f"trainer.max_steps={step + 2} (it was 1000000)"
+    assert changed == [f"resumed with other settings: {end}"]
     assert column(tmp_path, "step") == list(range(step + 2))

@@ -17,6 +17,10 @@ KEPT += ("trainer.accumulate_grad_batches", "trainer.devices", "trainer.num_node
 FREE = ("data.path", "data.num_workers", "data.in_memory", "model.attention")
 FREE += ("optimizer.lr", "optimizer.schedule", "optimizer.warmup_steps", "optimizer.floor")
 FREE += ("optimizer.decay_steps",)
+# What says again what another key says.
+AGAIN = ("ckpt_path", "ckpt_changes", "model.attention")
+AGAIN += ("callbacks.samples.sampler", "callbacks.accuracy.sampler")
+FEW = 4  # settings that a message lists
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -83,8 +87,15 @@ def find_checkpoint(ckpt_path: str | None, run_dir: Path) -> Path | None:
         return last
     path = Path(ckpt_path)
     if not path.is_file():
-        raise FileNotFoundError(f"ckpt_path: there is no checkpoint {path}; give an existing file")
+        raise FileNotFoundError(f"ckpt_path: {_no_file(path)}")
     return path
+
+
+def _no_file(path: Path) -> str:
+    for last in (path / "checkpoints" / "last.ckpt", path / "last.ckpt"):
+        if last.is_file():
+            return f"{path} is a directory; give {last}"
+    return f"there is no checkpoint {path}; give an existing file"
 
 
 def refuse_used(run_dir: Path, resumed: Path | None, ckpt_path: str | None = None) -> None:
@@ -120,14 +131,38 @@ def refuse_changed(config: DictConfig, checkpoint: dict[str, Any], path: Path) -
     }
     if not changed:
         return
-    few = dict(list(changed.items())[:4])
-    text = ", ".join(f"{key}={new} (it was {old})" for key, (old, new) in few.items())
-    more = f" and {len(changed) - 4} more keys" if len(changed) > 4 else ""
-    insist = few if not more else dict.fromkeys(key.split(".")[0] for key in changed)
+    few = len(changed) <= FEW
+    insist = changed if few else dict.fromkeys(key.split(".")[0] for key in changed)
     raise ValueError(
-        f"ckpt_path: {path} was trained with other settings: now {text}{more}; give those of its"
-        f" run's config.yaml, or insist with ckpt_changes=[{','.join([*insisted, *insist])}]"
+        f"ckpt_path: {path} was trained with other settings: now {_listed(changed)}; give those"
+        f" of its run's config.yaml, or insist with ckpt_changes=[{','.join([*insisted, *insist])}]"
     )
+
+
+def changes(config: DictConfig, checkpoint: dict[str, Any]) -> str:
+    """What a resumed run does otherwise from here on, where it may: one line, or nothing."""
+    now: Any = OmegaConf.to_container(config, resolve=True)
+    changed = {
+        key: values
+        for key, values in differences(checkpoint["config"], now).items()
+        if not _under(key, AGAIN) and not key.endswith(".directory")
+    }
+    first = lambda key: not _under(key, ("trainer", "optimizer"))  # noqa: E731
+    changed = {key: changed[key] for key in sorted(changed, key=first)}
+    return f"resumed with other settings: {_listed(changed)}" if changed else ""
+
+
+def _listed(changed: dict[str, tuple[Any, Any]]) -> str:
+    few = list(changed.items())[:FEW]
+    text = ", ".join(f"{key}={_brief(new)} (it was {_brief(old)})" for key, (old, new) in few)
+    return text + (f" and {len(changed) - FEW} more" if len(changed) > FEW else "")
+
+
+def _brief(value: Any) -> str:
+    """As on the command line; a group in braces."""
+    words = {None: "null", True: "true", False: "false"}
+    plain = value is None or isinstance(value, bool)
+    return words[value] if plain else "{...}" if isinstance(value, dict) else str(value)
 
 
 def differences(old: Any, new: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
@@ -148,7 +183,7 @@ def _under(key: str, groups: Sequence[str]) -> bool:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint of this framework, on the CPU."""
     if not path.is_file():
-        raise FileNotFoundError(f"ckpt: there is no checkpoint {path}; give an existing file")
+        raise FileNotFoundError(f"ckpt: {_no_file(path)}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

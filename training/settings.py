@@ -56,15 +56,42 @@ def check(config: DictConfig) -> None:
         )
 
 
+def remark(config: DictConfig) -> str:
+    """What is allowed but hardly meant, in one line, or nothing."""
+    steps, denoiser = config.trainer.max_steps, config.objective.get("denoiser_steps")
+    if isinstance(denoiser, int) and denoiser >= steps > 0:
+        return (
+            f"objective.denoiser_steps={denoiser}: the tangent never starts in"
+            f" trainer.max_steps={steps}, only a denoiser is trained; lower the one or raise the"
+            " other"
+        )
+    return ""
+
+
 def check_guidance(sampler: DictConfig, config: DictConfig) -> None:
     """Refuse a guidance of the sampler that the network of this configuration did not learn."""
-    guidance = sampler.get("guidance")
+    guidance, most = sampler.get("guidance"), config.objective.get("guidance_max")  # most: iMF's
+    if most not in (None, 1) and not config.model.get("guided"):
+        raise ValueError(
+            "objective=imf needs a model that is told the guidance and has a second head; use"
+            " model=imf_tiny (imf_b2, ...), or model.guided=true model.second_head=1"
+        )
     if sampler._target_.endswith(".MeanFlowSampler") and guidance is not None:
-        if not config.model.get("guided") or config.objective.get("guidance_max") == 1:
+        if most == 1:
+            raise ValueError(
+                "sampler.guidance must be null where objective.guidance_max=1: the network is not"
+                f" told any then; got {guidance}; use sampler.guidance=null"
+            )
+        if not config.model.get("guided"):
             raise ValueError(
                 f"sampler.guidance must be null for a network that is not told any; got {guidance};"
                 " train with guidance in the target (objective.omega, objective.kappa), or with"
                 " objective=imf, whose guidance is chosen when sampling"
+            )
+        if isinstance(most, int | float) and isinstance(guidance, int | float) and guidance > most:
+            raise ValueError(
+                f"sampler.guidance must be <= objective.guidance_max={most:g}, the most that the"
+                f" network is told in training; got {guidance}; use a lower one"
             )
     elif guidance not in (None, 1) and config.objective.get("label_dropout") == 0:
         raise ValueError(

@@ -89,7 +89,7 @@ def load_flow(ckpt: str | None, weights: str = "ema") -> nn.Module:
     if ckpt is None:
         raise ValueError(
             "objective.teacher.ckpt must name the checkpoint to distil, of a run with"
-            " objective=flow_matching; got null"
+            " objective=flow_matching (any other but scm and scd will do too); got null"
         )
     trained = load_trained(Path(ckpt), weights)
     objective = trained.config.objective
@@ -97,8 +97,8 @@ def load_flow(ckpt: str | None, weights: str = "ema") -> nn.Module:
     if not getattr(kind, "teaches_velocity", False) or objective.get("equal_share") == 0:
         raise ValueError(
             "objective.teacher.ckpt must be of a network that learned the velocity u(z, t, t) of"
-            " the linear path (objective=flow_matching, or meanflow with equal_share > 0, ...);"
-            f" {ckpt} is of {kind.__name__}"
+            " the linear path (objective=flow_matching, or any other but scm and scd, with"
+            f" equal_share > 0 where there is one); {ckpt} is of {kind.__name__}"
         )
     return trained.net
 

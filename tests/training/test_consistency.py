@@ -206,13 +206,16 @@ def test_the_log_variance_is_learned_towards_the_logarithm_of_the_weighted_error
     ],
 )
 def test_the_tangent_warms_up_after_the_denoiser_and_checkpoints_remember_the_steps(
-    batch, draws, denoiser_steps, warmup_steps, expected
+    tiny, batch, draws, denoiser_steps, warmup_steps, expected
 ):
+    net = tiny(log_variance=True)
     build = lambda: SCM(denoiser_steps=denoiser_steps, warmup_steps=warmup_steps)  # noqa: E731
     objective, resumed = build(), build()
     weights = []
     for _ in range(6):
-        weights.append(float(objective.draw(*batch, NULL, draws).warmup))
+        sample = objective.draw(*batch, NULL, draws)
+        weights.append(float(sample.warmup))
+        assert float(objective.loss(net, sample).metrics["tangent_weight"]) == weights[-1]
         objective.after_step(torch.nn.Identity())
     assert weights == expected
     resumed.load_state_dict(objective.state_dict())

@@ -23,7 +23,7 @@ from training.objectives.scm import SCM
 from training.objectives.shortcut import Shortcut
 from training.objectives.tvm import TVM
 from training.optimizers import adamw
-from training.settings import check
+from training.settings import check, remark
 from training.trained import load_flow
 
 MODEL = {"depth": 1, "width": 32, "guided": True, "second_head": 0, "log_variance": True}
@@ -152,6 +152,16 @@ def test_a_flow_is_distilled_from_its_checkpoint_and_other_checkpoints_are_refus
         load_flow("nowhere.ckpt")
     with pytest.raises(ValueError, match=r"objective\.teacher\.ckpt must name"):
         load_flow(None)
+
+
+@pytest.mark.parametrize(
+    ("steps", "denoiser", "never"), [(20, 20, True), (21, 20, False), (-1, 20, False)]
+)
+def test_a_tangent_that_never_starts_is_remarked_on(steps, denoiser, never):
+    settings = [f"trainer.max_steps={steps}", f"objective.denoiser_steps={denoiser}"]
+    says = remark(composed("objective=scm", *settings))
+    assert says.startswith("objective.denoiser_steps=20: the tangent never starts") == never
+    assert remark(composed("objective=meanflow", settings[0])) == ""
 
 
 @pytest.mark.parametrize(

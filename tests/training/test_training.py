@@ -13,7 +13,7 @@ from lightning import Callback, Trainer
 
 from jvp_flash_attention import attention as jvp_attention
 from training.attentions import sdpa
-from training.callbacks.checkpoint import Interrupted, LastCheckpoint
+from training.callbacks.checkpoint import Interrupted, LastCheckpoint, remedy
 from training.callbacks.ema import EMA, choose
 from training.callbacks.guard import Diverged, Guard
 from training.callbacks.summary import strict_json
@@ -166,6 +166,11 @@ def test_a_signal_finishes_the_step_and_writes_a_checkpoint(tmp_path):
     with pytest.raises(Interrupted, match="after step 3; resume with ckpt_path=last"):
         train(tmp_path, 8, last(tmp_path), Signal())
     assert load_checkpoint(tmp_path / "checkpoints/last.ckpt")["global_step"] == 3
+
+
+def test_the_hint_of_a_sweep_is_one_that_hydra_reads(tmp_path):
+    says = remedy(tmp_path / "seed=0" / "checkpoints" / "last.ckpt")
+    assert says == f"resume with ckpt_path=last 'hydra.run.dir=\"{tmp_path}/seed=0\"'"
 
 
 def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(tmp_path):

@@ -1,5 +1,6 @@
 """last.ckpt: every so many steps, at the end, and when the run is interrupted or fails."""
 
+import shlex
 import signal
 import sys
 import time
@@ -8,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
@@ -30,7 +32,14 @@ class Interrupted(Exception):
 
 
 def remedy(path: Path) -> str:
-    return f"resume with ckpt_path=last hydra.run.dir={path.parent.parent}"
+    """How to go on: with what the run was given, without which it would be another one."""
+    folder, given = str(path.parent.parent), []
+    if set(folder) & set("=,()[]{}'"):  # as those of a sweep: Hydra reads them in quotes only
+        folder = f'"{folder}"'
+    if HydraConfig.initialized() and HydraConfig.get().job.name == "train":
+        own = ("ckpt_path=", "hydra.run.dir=")
+        given = [o for o in HydraConfig.get().overrides.task if not o.lstrip("+").startswith(own)]
+    return "resume with " + shlex.join(["ckpt_path=last", f"hydra.run.dir={folder}", *given])
 
 
 class LastCheckpoint(Checkpoint):

@@ -27,7 +27,7 @@ class RichProgress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.enabled and pl_module.compiled:
-            self.console.print("compiling the step: the first one takes minutes")
+            self.console.print("compiling the step: the first one takes a minute or more")
         if not self.enabled or not self.console.is_terminal:
             return
         self.bar = Progress(

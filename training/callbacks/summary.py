@@ -13,18 +13,20 @@ from rich.console import Console
 from rich.table import Table
 
 from training.callbacks.accuracy import Accuracy
+from training.callbacks.throughput import Throughput
 
-# summary.json's name of a metric -> its row in the table
+# summary.json's name of a metric -> its row in the table; LAST is of how many steps
+LAST = "{last}"
 ROWS = {
     "steps": "steps",
     "seconds": "seconds",
     "loss": "loss",
     "error": "error (unweighted)",
     "dudt_rms": "du/dt RMS",
-    "step_ms": "ms per step (median)",
+    "step_ms": f"ms per step (median of the last {LAST})",
     "step_ms_p10": "... 10th percentile",
     "step_ms_p90": "... 90th percentile",
-    "samples_per_s": "samples per second",
+    "samples_per_s": f"samples per second (the last {LAST} steps)",
     "tflops": "useful TFLOP/s a device",
     "mfu": "... share of its peak (MFU)",
     "skipped": "steps skipped (not finite)",
@@ -47,17 +49,24 @@ FROM_THE_LOG = (
 
 
 class Summary(Callback):
-    """Means of loss and metrics over the last ``window`` steps, throughput and accuracy."""
+    """Means of loss and metrics over the last ``window`` steps, throughput and accuracy; seconds
+    since the script began, those up to the checkpoint of a resumed run included.
+    """
 
     def __init__(self, directory: str, window: int = 100) -> None:
         self.directory = Path(directory)
         self.history: deque[dict[str, torch.Tensor]] = deque(maxlen=window)
-        self.start = time.perf_counter()
+        self.start, self.before = time.perf_counter(), 0.0
+
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.start
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": [{k: float(v) for k, v in terms.items()} for terms in self.history]}
+        history = [{k: float(v) for k, v in terms.items()} for terms in self.history]
+        return {"history": history, "seconds": self.seconds()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.before = state_dict.get("seconds", 0.0)
         for terms in state_dict["history"]:
             self.history.append({name: torch.tensor(value) for name, value in terms.items()})
 
@@ -79,7 +88,7 @@ class Summary(Callback):
         now = trainer.callback_metrics
         summary: dict[str, Any] = {
             "steps": trainer.global_step,
-            "seconds": round(time.perf_counter() - self.start, 1),
+            "seconds": round(self.seconds(), 1),
         }
         for name in self.history[-1]:
             values = [float(terms[name]) for terms in self.history if name in terms]
@@ -87,9 +96,12 @@ class Summary(Callback):
         for name in FROM_THE_LOG:
             if name in now:
                 summary[name.split("/")[1]] = float(now[name])
+        last = ""
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Accuracy):
                 summary |= callback.result
+            elif isinstance(callback, Throughput):
+                last = str(len(callback.durations))
         summary["seed"] = pl_module.seed
         summary["torch"] = torch.__version__
         summary["run_dir"] = str(self.directory)
@@ -101,7 +113,8 @@ class Summary(Callback):
             if name in summary:
                 value = summary[name]
                 text = f"{value:.4g}" if isinstance(value, float) else str(value)
-                table.add_row(title, f"{value:.1%}" if name.endswith("_accuracy") else text)
+                text = f"{value:.1%}" if name.endswith("_accuracy") else text
+                table.add_row(title.replace(LAST, last), text)
         Console().print(table)
         print(f"written to {self.directory}")  # whole, however narrow the terminal
 

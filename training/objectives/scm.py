@@ -143,6 +143,7 @@ class SCM(ScheduledObjective):
                 "dudt_rms": dF.square().mean().sqrt(),
                 "tangent_norm": g.flatten(1).norm(dim=1).mean(),
                 "weight": weight.mean(),
+                "tangent_weight": warmup.detach(),
             }
         return Terms(loss, metrics, error)
 
