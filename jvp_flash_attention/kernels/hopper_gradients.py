@@ -1,5 +1,6 @@
 """What the warp-specialised gradient passes (`hopper_keys.py`, `hopper_queries.py`) share: their
-barriers, and what their producers fetch.
+barriers, what their producers fetch, how P and R pass from one warpgroup to the other, and what the
+second makes of them.
 
 A pass walks with a tile of one side, queries or keys, along the other; the side that stays has one
 slot, the other a ring of them.
@@ -9,14 +10,16 @@ slot, the other a ring of them.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 # pyright: reportOptionalMemberAccess=false, reportIndexIssue=false
-# Each function unpacks all rings and barriers, by name, and uses its own.
-# ruff: noqa: RUF059
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
-from .hopper_primitives import barriers, load
+from .hopper_primitives import barriers, keep_alive, load
 
 
 @gluon.jit
@@ -33,30 +36,44 @@ def gradient_barriers(QS: gl.constexpr, KS: gl.constexpr):
 
 
 @gluon.jit
-def fetch_queries(x, rings, bars, at, slot, phase):
-    """Q, tQ, dO (which may be absent) and dtO into a slot once it is free."""
-    q, t_q, d_o, d_t_o, k, t_k, v, t_v = rings
-    q_ready, q_free, k_ready, k_free, p_ready, p_free = bars
-    mbarrier.wait(q_free.index(slot), phase)
-    ready = q_ready.index(slot)
-    TILES: gl.constexpr = 3 if x[2] is None else 4
-    mbarrier.expect(ready, TILES * x[0].block_type.nbytes)
-    load(x[0], at, ready, q.index(slot))
-    load(x[1], at, ready, t_q.index(slot))
-    load(x[3], at, ready, d_t_o.index(slot))
-    if x[2] is not None:
-        load(x[2], at, ready, d_o.index(slot))
+def fetch(x, buffers, ready, free, at, slot, phase):
+    """Four tiles, of which the last may be absent, into a slot once it is free."""
+    mbarrier.wait(free.index(slot), phase)
+    bar = ready.index(slot)
+    TILES: gl.constexpr = 3 if x[3] is None else 4
+    mbarrier.expect(bar, TILES * x[0].block_type.nbytes)
+    for i in gl.static_range(TILES):
+        load(x[i], at, bar, buffers[i].index(slot))
 
 
 @gluon.jit
-def fetch_keys(x, rings, bars, at, slot, phase):
-    """K, tK, V and tV into a slot once it is free."""
-    q, t_q, d_o, d_t_o, k, t_k, v, t_v = rings
-    q_ready, q_free, k_ready, k_free, p_ready, p_free = bars
-    mbarrier.wait(k_free.index(slot), phase)
-    ready = k_ready.index(slot)
-    mbarrier.expect(ready, 4 * x[0].block_type.nbytes)
-    load(x[0], at, ready, k.index(slot))
-    load(x[1], at, ready, t_k.index(slot))
-    load(x[2], at, ready, v.index(slot))
-    load(x[3], at, ready, t_v.index(slot))
+def send(p, r, p_tile, r_tile, ready, free, phase):
+    """P and R to the other warpgroup, once it has read the last ones."""
+    mbarrier.wait(free.index(0), phase)
+    p_tile.store(p)
+    r_tile.store(r)
+    mbarrier.arrive(ready.index(0), count=1)
+
+
+@gluon.jit
+def receive(h_m, g, p_tile, r_tile, ready, free, phase, S_L: gl.constexpr):
+    """dtS = P ∘ Hm and dS = P ∘ G + R ∘ Hm, with P and R from the other warpgroup."""
+    mbarrier.wait(ready.index(0), phase)
+    p = p_tile.load(S_L)
+    r = r_tile.load(S_L)
+    mbarrier.arrive(free.index(0), count=1)
+    return p * h_m, p * g + r * h_m
+
+
+@gluon.jit
+def add_products(d_s, d_t_s, x, t_x, d_x, d_t_x, P_L: gl.constexpr):
+    """dX + dS X + dtS tX and dtX + dtS X, of which X is the other side."""
+    d_t_s16 = gl.convert_layout(d_t_s.to(x.dtype), P_L, assert_trivial=True)
+    d_s16 = gl.convert_layout(d_s.to(x.dtype), P_L, assert_trivial=True)
+    d_t_x = warpgroup_mma(d_t_s16, x, d_t_x, is_async=True)
+    d_x = warpgroup_mma(d_t_s16, t_x, d_x, is_async=True)
+    d_x = warpgroup_mma(d_s16, x, d_x, is_async=True)
+    d_x, d_t_x = warpgroup_mma_wait(0, deps=[d_x, d_t_x])
+    keep_alive(d_t_s16)
+    keep_alive(d_s16)
+    return d_x, d_t_x

@@ -32,7 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_gradients import fetch_keys, fetch_queries, gradient_barriers
+from .hopper_gradients import add_products, fetch, gradient_barriers, receive, send
 from .hopper_primitives import (
     ROWS,
     advance,
@@ -52,18 +52,22 @@ def _producer(
     queries, keys, rings, bars, L, Hk, tiles, items,
     BM: gl.constexpr, QS: gl.constexpr, GROUP: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """The warp that fetches. queries: Q, tQ, dO, dtO; keys: K, tK, V, tV."""
+    """The warp that fetches. queries: Q, tQ, dtO, dO; keys: K, tK, V, tV."""
+    q, t_q, d_o, d_t_o, k, t_k, v, t_v = rings
+    q_ready, q_free, k_ready, k_free, p_ready, p_free = bars
     slot = 0
     phase = 1
     k_phase = 1
     for e in range(work_items(items, CAUSAL)):
         b, hk, tile = work_item(e, tiles, Hk, CAUSAL)
-        fetch_keys(keys, rings, bars, [b, hk, tile * ROWS, 0], 0, k_phase)
+        at = [b, hk, tile * ROWS, 0]
+        fetch(keys, (k, t_k, v, t_v), k_ready, k_free, at, 0, k_phase)
         k_phase ^= 1
         first = tile if CAUSAL else 0  # the first queries that see the keys
         for h in range(hk * GROUP, (hk + 1) * GROUP):
             for j in range(first, (L + BM - 1) // BM):
-                fetch_queries(queries, rings, bars, [b, h, j * BM, 0], slot, phase)
+                at = [b, h, j * BM, 0]
+                fetch(queries, (q, t_q, d_t_o, d_o), q_ready, q_free, at, slot, phase)
                 slot, phase = advance(slot, phase, 1, QS)
 
 
@@ -126,10 +130,7 @@ def _values(
                     see = _visible(tile * ROWS, j * BM, BM, S_L)
                     p = gl.where(see, p, 0.0)
                     r = gl.where(see, r, 0.0)
-                mbarrier.wait(p_free.index(0), p_phase)
-                p_tile.store(p)
-                r_tile.store(r)
-                mbarrier.arrive(p_ready.index(0), count=1)
+                send(p, r, p_tile, r_tile, p_ready, p_free, p_phase)
                 p_phase ^= 1
                 p16 = gl.convert_layout(p.to(DT), P_L, assert_trivial=True)
                 r16 = gl.convert_layout(r.to(DT), P_L, assert_trivial=True)
@@ -203,25 +204,13 @@ def _keys(
                 w = gl.load(row + 3 * padded + i)
                 g = warpgroup_mma_wait(0, deps=[g])
                 g = g - gl.expand_dims(w, 0)
-                mbarrier.wait(p_ready.index(0), p_phase)
-                p = p_tile.load(S_L)
-                r = r_tile.load(S_L)
-                mbarrier.arrive(p_free.index(0), count=1)
+                d_t_s, d_s = receive(h_m, g, p_tile, r_tile, p_ready, p_free, p_phase, S_L)
                 p_phase ^= 1
-                d_t_s = p * h_m
-                d_s = p * g + r * h_m
                 if CAUSAL:
                     see = _visible(tile * ROWS, j * BM, BM, S_L)
                     d_t_s = gl.where(see, d_t_s, 0.0)
                     d_s = gl.where(see, d_s, 0.0)
-                d_t_s16 = gl.convert_layout(d_t_s.to(DT), P_L, assert_trivial=True)
-                d_s16 = gl.convert_layout(d_s.to(DT), P_L, assert_trivial=True)
-                d_t_k = warpgroup_mma(d_t_s16, q, d_t_k, is_async=True)
-                d_k = warpgroup_mma(d_t_s16, t_q, d_k, is_async=True)
-                d_k = warpgroup_mma(d_s16, q, d_k, is_async=True)
-                d_k, d_t_k = warpgroup_mma_wait(0, deps=[d_k, d_t_k])
-                d_t_s16 = keep_alive(d_t_s16)
-                d_s16 = keep_alive(d_s16)
+                d_k, d_t_k = add_products(d_s, d_t_s, q, t_q, d_k, d_t_k, P_L)
                 mbarrier.arrive(q_free.index(slot), count=1)
                 slot, phase = advance(slot, phase, 1, QS)
         v.store((d_k * scale).to(DT))
@@ -271,7 +260,7 @@ def keys_jvp_kernel(
             ),
             (
                 _producer,
-                ((Q, T_Q, D_O, D_T_O), (K, T_K, V, T_V), rings, bars, L, Hk, tiles, items,
+                ((Q, T_Q, D_T_O, D_O), (K, T_K, V, T_V), rings, bars, L, Hk, tiles, items,
                  BM, QS, GROUP, CAUSAL),
             ),
         ],

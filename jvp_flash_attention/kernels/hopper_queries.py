@@ -30,12 +30,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_gradients import fetch_keys, fetch_queries, gradient_barriers
+from .hopper_gradients import add_products, fetch, gradient_barriers, receive, send
 from .hopper_primitives import (
     ROWS,
     advance,
     exchange,
-    keep_alive,
     matrix,
     ring,
     store,
@@ -60,16 +59,20 @@ def _producer(
     queries, keys, rings, bars, S, H, tiles, items,
     BN: gl.constexpr, KS: gl.constexpr, GROUP: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """The warp that fetches. queries: Q, tQ, dO, dtO; keys: K, tK, V, tV."""
+    """The warp that fetches. queries: Q, tQ, dtO, dO; keys: K, tK, V, tV."""
+    q, t_q, d_o, d_t_o, k, t_k, v, t_v = rings
+    q_ready, q_free, k_ready, k_free, p_ready, p_free = bars
     slot = 0
     phase = 1
     q_phase = 1
     for e in range(work_items(items, CAUSAL)):
         b, h, tile = work_item(e, tiles, H, CAUSAL)
-        fetch_queries(queries, rings, bars, [b, h, tile * ROWS, 0], 0, q_phase)
+        at = [b, h, tile * ROWS, 0]
+        fetch(queries, (q, t_q, d_t_o, d_o), q_ready, q_free, at, 0, q_phase)
         q_phase ^= 1
         for j in range(_tiles(tile, S, BN, CAUSAL)):
-            fetch_keys(keys, rings, bars, [b, h // GROUP, j * BN, 0], slot, phase)
+            at = [b, h // GROUP, j * BN, 0]
+            fetch(keys, (k, t_k, v, t_v), k_ready, k_free, at, slot, phase)
             slot, phase = advance(slot, phase, 1, KS)
 
 
@@ -115,10 +118,7 @@ def _scores(
                 see = visible(tile * ROWS, j * BN, S, BN, S_L, CAUSAL)
                 p = gl.where(see, p, 0.0)
                 r = gl.where(see, r, 0.0)
-            mbarrier.wait(p_free.index(0), p_phase)
-            p_tile.store(p)
-            r_tile.store(r)
-            mbarrier.arrive(p_ready.index(0), count=1)
+            send(p, r, p_tile, r_tile, p_ready, p_free, p_phase)
             p_phase ^= 1
             slot, phase = advance(slot, phase, 1, KS)
         mbarrier.arrive(q_free.index(0), count=1)
@@ -170,25 +170,13 @@ def _gradients(
             h_m, g = warpgroup_mma_wait(0, deps=[h_m, g])
             h_m = h_m - gl.expand_dims(h_sum, 1)
             g = g - gl.expand_dims(w, 1)
-            mbarrier.wait(p_ready.index(0), p_phase)
-            p = p_tile.load(S_L)
-            r = r_tile.load(S_L)
-            mbarrier.arrive(p_free.index(0), count=1)
+            d_t_s, d_s = receive(h_m, g, p_tile, r_tile, p_ready, p_free, p_phase, S_L)
             p_phase ^= 1
-            d_t_s = p * h_m
-            d_s = p * g + r * h_m
             if CAUSAL:
                 see = visible(tile * ROWS, j * BN, S, BN, S_L, CAUSAL)
                 d_t_s = gl.where(see, d_t_s, 0.0)
                 d_s = gl.where(see, d_s, 0.0)
-            d_t_s16 = gl.convert_layout(d_t_s.to(DT), P_L, assert_trivial=True)
-            d_s16 = gl.convert_layout(d_s.to(DT), P_L, assert_trivial=True)
-            d_t_q = warpgroup_mma(d_t_s16, k, d_t_q, is_async=True)
-            d_q = warpgroup_mma(d_t_s16, t_k, d_q, is_async=True)
-            d_q = warpgroup_mma(d_s16, k, d_q, is_async=True)
-            d_q, d_t_q = warpgroup_mma_wait(0, deps=[d_q, d_t_q])
-            d_t_s16 = keep_alive(d_t_s16)
-            d_s16 = keep_alive(d_s16)
+            d_q, d_t_q = add_products(d_s, d_t_s, k, t_k, d_q, d_t_q, P_L)
             mbarrier.arrive(k_free.index(slot), count=1)
             slot, phase = advance(slot, phase, 1, KS)
         # through the buffer of dtO, which this warpgroup alone reads
@@ -242,7 +230,7 @@ def queries_jvp_kernel(
             ),
             (
                 _producer,
-                ((Q, T_Q, D_O, D_T_O), (K, T_K, V, T_V), rings, bars, S, H, tiles, items,
+                ((Q, T_Q, D_T_O, D_O), (K, T_K, V, T_V), rings, bars, S, H, tiles, items,
                  BN, KS, GROUP, CAUSAL),
             ),
         ],
