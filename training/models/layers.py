@@ -123,10 +123,9 @@ class Modulation(nn.Module):
 
     def forward(self, condition: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """(B, W) -> n vectors (B or 1, 1, W)."""
-        if self.linear is None:
-            assert self.constants is not None
+        if self.constants is not None:
             return self.constants[None, None].chunk(self.n, -1)
-        return self.linear(condition)[:, None].chunk(self.n, -1)
+        return self.linear(condition)[:, None].chunk(self.n, -1)  # type: ignore[misc]
 
 
 class Block(nn.Module):
@@ -164,7 +163,8 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition)
         x = x + gate_a * self.attention(modulate(self.norm(x), shift_a, scale_a), angles)
         if self.cross is not None:
-            assert context is not None
+            if context is None:
+                raise ValueError("context must be (B, M, W) for cross attention; got None")
             x = x + self.cross(self.norm(x), context)
         return x + gate_m * self.mlp(modulate(self.norm(x), shift_m, scale_m))
 
