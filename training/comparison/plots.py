@@ -103,8 +103,10 @@ def error_curves(runs: Sequence[Run], found: Curves, candidate: str, baseline: s
 
 
 def _positive(values: np.ndarray) -> np.ndarray:
-    """Zeros as gaps: a logarithmic axis has no place for them."""
-    return np.where(values > 0, values, np.nan)
+    """Zeros as gaps, and what float64 leaves of them where differences cancel: a logarithmic axis
+    has no place for them.
+    """
+    return np.where(values > 1e-12, values, np.nan)
 
 
 def pairs(found: Curves, judged: dict[str, Any], candidate: str, baseline: str) -> Figure:
