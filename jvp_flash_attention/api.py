@@ -1,6 +1,7 @@
 """The public functions: check, unpack duals, choose an implementation, pack duals."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch._functorch.pyfunctorch import (
 from torch.autograd import forward_ad
 from torch.nn.attention.bias import CausalBias
 
-from . import autograd, backends, ops, validation
+from . import autograd, backends, ops, recall, validation
 from .options import Options
 
 Pairs = list[tuple[Tensor | None, Tensor | None]]
@@ -69,9 +70,15 @@ def attention(
         NotImplementedError: the requested backend cannot serve the inputs, or a third derivative or
             a jvp of a jvp is asked for.
     """
-    q, k, v, bias, options = _prepare(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend
-    )
+    numbers = (dropout_p, is_causal, scale, enable_gqa, backend)
+    bare = None
+    if not torch.compiler.is_compiling():
+        bare = recall.attention(query, key, value, attn_mask, numbers)
+        found = bare and bare.run()
+        if found:
+            out, t_out = found
+            return out if t_out is None else _dual(out, t_out)
+    q, k, v, bias, options = _prepare(query, key, value, attn_mask, *numbers)
     seed = _seed(q, dropout_p)
     if torch.compiler.is_compiling():
         route, pairs = ops, _unpack_compiled(q, k, v, bias)
@@ -83,7 +90,9 @@ def attention(
     else:
         args = (q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options)
         out, t_out = _below(route.attention_jvp, *args)
-        out = torch._VF._make_dual(out, t_out, level=0)
+        out = _dual(out, t_out)
+    if bare is not None:
+        bare.remember(options)
     return _restore(out, query)
 
 
@@ -116,9 +125,15 @@ def attention_jvp(
         (out, t_out), both (..., H, L, Dv) in query's dtype, both differentiable in every input and
         tangent.
     """
-    q, k, v, bias, options = _prepare(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend
-    )
+    numbers = (dropout_p, is_causal, scale, enable_gqa, backend)
+    bare = None
+    if t_attn_mask is None and not torch.compiler.is_compiling():
+        given = (query, key, value, attn_mask, t_query, t_key, t_value)
+        bare = recall.attention_jvp(*given, numbers)
+        found: Any = bare and bare.run()
+        if found:
+            return found
+    q, k, v, bias, options = _prepare(query, key, value, attn_mask, *numbers)
     for name, t, primal in (
         ("t_query", t_query, query),
         ("t_key", t_key, key),
@@ -136,6 +151,8 @@ def attention_jvp(
             raise NotImplementedError(autograd.NESTED_JVP)
     seed = _seed(q, dropout_p)
     out, t_out = route.attention_jvp(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options)
+    if bare is not None:
+        bare.remember(options)
     return _restore(out, query), _restore(t_out, query)
 
 
@@ -235,6 +252,10 @@ def _unpack_compiled(*inputs: Tensor | None) -> Pairs:
     # names the level: `forward_ad` reads a global that the compiler takes for a constant, "no
     # level" for the whole graph when a plain call comes first
     return [(x, None) if x is None else torch._VF._unpack_dual(x, level=0) for x in inputs]
+
+
+def _dual(out: Tensor, t_out: Tensor) -> Tensor:
+    return torch._VF._make_dual(out, t_out, level=0)
 
 
 def _below(attend, *args) -> tuple[Tensor, ...]:

@@ -6,7 +6,7 @@ one device. Each allocates its results and names its launches; `plans` makes the
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import tf32_allowed
 from ..options import Options
 from . import configs, plans, vendor
 from .backward import keys_kernel, queries_kernel, row_sums_kernel
@@ -28,7 +29,6 @@ from .launch import (
     pointer,
     problem,
     readable_mask,
-    tf32_allowed,
     unit,
 )
 from .plans import Launch
@@ -64,6 +64,46 @@ def forward_jvp(
     t_out, mu = torch.empty_like(out), _row_vector(q)
     _forward(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu, options)
     return out, t_out, lse, mu
+
+
+def prepared(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    t_q: Tensor | None,
+    t_k: Tensor | None,
+    t_v: Tensor | None,
+    options: Options,
+    jvp: bool,
+) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
+    """The launches that a forward pass with these tensors left, as a function of others like them:
+    (q, k, v, mask, tq, tk, tv) -> (O, tO). None where it had to copy one, or may be the vendor's.
+    """
+    given = (q, k, v, t_q, t_k, t_v)
+    pairs = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    if any(unit(x) is not x for x in given) or (not jvp and pairs >= vendor.PAIRS):
+        return None
+    inputs = (q, k, v, readable_mask(mask), None, t_q, t_k, t_v, None)
+    found = plans.find(_forward_key(q, options, jvp), inputs)
+    if found is None:
+        return None
+    fresh = (*_outputs(q, v, mask), _row_vector(q))
+    out, rows, row = ((x.shape, x.stride()) for x in fresh)
+    bool_mask = mask is not None and mask.dtype == torch.bool
+
+    def launch(q, k, v, mask, t_q, t_k, t_v):
+        dtype, device = q.dtype, q.device
+        o = torch.empty_strided(*out, dtype=dtype, device=device)
+        lse = torch.empty_strided(*rows, dtype=torch.float32, device=device)
+        t_o = torch.empty_strided(*out, dtype=dtype, device=device) if jvp else None
+        mu = torch.empty_strided(*row, dtype=torch.float32, device=device) if jvp else None
+        mask = mask.view(torch.int8) if bool_mask else mask
+        tensors = (q, k, v, mask, None, t_q, t_k, t_v, None, o, t_o, lse, mu)
+        plans.launch(found, tensors, device)
+        return o, t_o
+
+    return launch
 
 
 def backward(
@@ -139,8 +179,12 @@ def _forward(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu, op
         yield Launch(forward_kernel, (cdiv(p.L, tile.BM) * p.B * p.H,), args, switches)
 
     inputs = (q, k, v, bias, seed, t_q, t_k, t_v, t_bias)
-    key = ("forward", t_out is not None, options, q.dtype == torch.float32 and tf32_allowed())
+    key = _forward_key(q, options, t_out is not None)
     plans.run(key, inputs, (out, t_out, lse, mu), launches)
+
+
+def _forward_key(q: Tensor, options: Options, jvp: bool) -> tuple:
+    return "forward", jvp, options, q.dtype == torch.float32 and tf32_allowed()
 
 
 def _backward(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..backends import tf32_allowed
 from ..options import Options
 from . import configs
 
@@ -96,15 +97,6 @@ def precision(itemsize: int, block: int) -> str:
     if tf32_allowed():
         return "tf32"
     return "tf32x3" if block < 256 else "ieee"
-
-
-def tf32_allowed() -> bool:
-    """Whether float32 products may lose digits: PyTorch's switch, by its old or its new name, one
-    of which raises where the other was used."""
-    try:
-        return torch.get_float32_matmul_precision() != "highest"
-    except RuntimeError:
-        return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def materialised(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ ones put their own tensors in.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,25 +29,15 @@ class Launch(NamedTuple):
     switches: dict[str, Any]
 
 
-class _Plan(NamedTuple):
-    compiled: CompiledKernel
-    grid: tuple[int, int, int]
+class Plan(NamedTuple):
+    """A launch without its tensors."""
+
+    start: Callable[[list, int | None], Any]  # arguments, stream
     args: tuple  # as of the first call
     varying: tuple[tuple[int, int, Callable], ...]  # argument, tensor, tensor -> argument
 
-    def launch(self, tensors: tuple, stream: int) -> None:
-        args = list(self.args)
-        for at, which, make in self.varying:
-            args[at] = make(tensors[which])
-        kernel: Any = self.compiled
-        if knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
-            kernel[self.grid](*args, stream=stream)  # a profiler listens
-        else:  # the same without metadata for hooks
-            fixed = (kernel.function, kernel.packed_metadata, None, None, None)
-            kernel.run(*self.grid, stream, *fixed, *args)
 
-
-_plans: dict[tuple, list[_Plan]] = {}
+_plans: dict[tuple, list[Plan]] = {}
 
 
 def run(
@@ -62,51 +53,82 @@ def run(
         with torch.cuda.device(first.device):
             return run(key, inputs, outputs, launches)
     tensors = (*inputs, *outputs)
-    signature = (key, first.device, *map(_signature, inputs))
+    signature = _signature(key, inputs)
     plans = _plans.get(signature)
     if plans is not None:
-        stream = _stream(first.device)
-        for plan in plans:
-            plan.launch(tensors, stream)
-        return None
+        return launch(plans, tensors, first.device)
     plans = []
     for kernel, grid, args, switches in launches():
         if grid[0] > 0:
             compiled = kernel[grid](*args, **switches)
             plans.append(_plan(kernel, compiled, grid, args, switches, tensors))
     present = [id(x) for x in tensors if x is not None]
-    # Triton's interpreter compiles nothing; one tensor in two places says not which one an argument
-    # is
-    if None not in plans and len(set(present)) == len(present):
+    if len(set(present)) == len(present):  # else one does not say which argument it is
         if len(_plans) >= MOST:
             _plans.clear()
         _plans[signature] = plans
     return None
 
 
-def _stream(device: torch.device) -> int:
+def find(key: tuple, inputs: tuple[Tensor | None, ...]) -> list[Plan] | None:
+    """What an earlier `run` with this key and inputs like these left."""
+    return _plans.get(_signature(key, inputs))
+
+
+def launch(plans: list[Plan], tensors: tuple, device: torch.device) -> None:
+    """`tensors`: the inputs and outputs of a `run`, in its order."""
+    stream = _stream(device)
+    for start, fixed, varying in plans:
+        args = list(fixed)
+        for at, which, make in varying:
+            args[at] = make(tensors[which])
+        start(args, stream)
+
+
+def _stream(device: torch.device) -> int | None:
+    if device.type != "cuda":  # Triton's interpreter
+        return None
     active: Any = driver.active
     return active.get_current_stream(device.index)
 
 
-def _signature(x: Tensor | None):
+def _signature(key: tuple, inputs: tuple[Tensor | None, ...]) -> tuple:
+    device = next(x for x in inputs if x is not None).device
+    return key, device, *map(_layout, inputs)
+
+
+def _layout(x: Tensor | None):
     return None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16)
 
 
-def _plan(kernel, compiled, grid, args, switches, tensors) -> _Plan | None:
-    if not isinstance(compiled, CompiledKernel):
-        return None
+def _plan(kernel, compiled, grid, args, switches, tensors) -> Plan:
     which = {id(x): i for i, x in enumerate(tensors) if x is not None}
     varying = []
     for at, argument in enumerate(args):
         tensor, make = _maker(argument)
         if tensor is not None:
             varying.append((at, which[id(tensor)], make))
-    names = kernel.arg_names[len(args) :]
-    args = (*args, *(switches[name] for name in names))
+    if isinstance(compiled, CompiledKernel):
+        args = (*args, *(switches[name] for name in kernel.arg_names[len(args) :]))
+        run: Any = compiled.run
+        fixed = (compiled.function, compiled.packed_metadata, None, None, None)
+        start = partial(_start, compiled, run, (grid[0], 1, 1), fixed)
+    else:  # Triton's interpreter compiles nothing
+        start = partial(_interpret, kernel, grid, switches)
     kept = {at for at, _, _ in varying}
     args = tuple(None if at in kept else x for at, x in enumerate(args))  # holds no tensor alive
-    return _Plan(compiled, (grid[0], 1, 1), args, tuple(varying))
+    return Plan(start, args, tuple(varying))
+
+
+def _start(compiled: Any, run: Callable, grid: tuple, fixed: tuple, args: list, stream) -> None:
+    if knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
+        compiled[grid](*args, stream=stream)  # a profiler listens
+    else:  # the same without metadata for hooks
+        run(*grid, stream, *fixed, *args)
+
+
+def _interpret(kernel: Any, grid: tuple[int], switches: dict, args: list, _stream: None) -> None:
+    kernel[grid](*args, **switches)
 
 
 def _maker(argument: Any) -> tuple[Tensor | None, Callable]:

@@ -1,0 +1,159 @@
+"""A call like an earlier one goes straight to the launches that were prepared then.
+
+A call is bare where only its values are wanted: no graph is recorded, no transform lies around it
+but one `torch.func.jvp` or a dual level, whose tangents are then inputs; no autocast, no mode that
+watches operators, no dropout; its tensors are PyTorch's own and nothing but memory. What a bare
+call does follows from its numbers and from the layout of its tensors. The first one of a kind takes
+the long way, where everything is checked and chosen, and leaves its launches under that key.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C import _dispatch_keys, _len_torch_dispatch_stack
+from torch._C._functorch import (
+    CInterpreter,
+    TransformType,
+    _unwrap_for_grad,
+    _wrap_for_grad,
+    peek_interpreter_stack,
+    pop_dynamic_layer_stack,
+    push_dynamic_layer_stack,
+)
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from . import backends
+from .options import Options
+
+MOST = 4096  # kinds of calls; a program with more starts to collect anew
+
+_known: dict[tuple, Callable] = {}
+_PLAIN = {Tensor, Parameter, type(None)}
+_REAL = (float, int)
+# of is_causal, scale, enable_gqa and backend: equal keys must mean equal arguments, and 1 == True
+_KINDS = set(product([bool], [*_REAL, type(None)], [bool], [str, type(None)]))
+
+
+class Bare(NamedTuple):
+    """A bare call: q, k, v, mask, tq, tk, tv without duals and wrappers, and the key of its
+    kind."""
+
+    tensors: tuple[Tensor | None, ...]
+    key: tuple
+    jvp: bool
+    transform: CInterpreter | None  # the torch.func.jvp around it
+
+    def run(self) -> tuple[Tensor, Tensor | None] | None:
+        """(O, tO) by the launches of an earlier call, None where there was none; tO is None in a
+        call without tangents."""
+        launch = _known.get(self.key)
+        if launch is None or self.transform is None:
+            return launch and launch(*self.tensors)
+        out, t_out = _below_the_transform(launch, *self.tensors)
+        return _wrap_for_grad(out, 1), t_out if t_out is None else _wrap_for_grad(t_out, 1)
+
+    def remember(self, options: Options) -> None:
+        """Keeps what this call, having gone the long way, launched."""
+        if options.backend != "triton" or any(x is not None and x.dim() != 4 for x in self.tensors):
+            return
+        prepared = backends.implementation("triton").prepared
+        if self.transform is not None:
+            prepared = partial(_below_the_transform, prepared)
+        launch = prepared(*self.tensors, options, self.jvp)
+        if launch is not None:
+            if len(_known) >= MOST:
+                _known.clear()
+            _known[self.key] = launch
+
+
+def _below_the_transform(f: Callable, *args) -> Any:
+    layer = pop_dynamic_layer_stack()
+    try:
+        return f(*args)
+    finally:
+        push_dynamic_layer_stack(layer)
+
+
+def attention(query, key, value, attn_mask, numbers: tuple) -> Bare | None:
+    """The call of `api.attention` with these arguments, where it is bare; `numbers` are dropout_p,
+    is_causal, scale, enable_gqa and backend."""
+    inputs = (query, key, value, attn_mask)
+    transform = peek_interpreter_stack()  # torch.func's innermost around this call
+    if transform is None:
+        if forward_ad._current_level < 0 or not torch._C._is_fwd_grad_enabled():
+            return _bare((*inputs, None, None, None), numbers, False, None)
+    elif transform.level() != 1 or transform.key() != TransformType.Jvp:
+        return None
+    if not _are_plain(inputs) or _recorded(inputs):
+        return None
+    if transform is not None and _recorded(_unwrapped(inputs)):
+        return None
+    unpack = torch._VF._unpack_dual  # type: ignore[attr-defined]
+    pairs = [(x, None) if x is None else unpack(x, level=0) for x in inputs]
+    (q, t_q), (k, t_k), (v, t_v), (mask, t_mask) = pairs
+    if t_mask is not None:
+        return None
+    tensors = (q, k, v, mask, t_q, t_k, t_v)
+    if transform is not None:
+        tensors = _unwrapped(tensors)
+    return _bare(tensors, numbers, not t_q is t_k is t_v is None, transform)
+
+
+def attention_jvp(q, k, v, mask, t_q, t_k, t_v, numbers: tuple) -> Bare | None:
+    """The call of `api.attention_jvp` with these arguments, where it is bare."""
+    duals = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
+    if duals or peek_interpreter_stack() is not None:
+        return None
+    return _bare((q, k, v, mask, t_q, t_k, t_v), numbers, True, None)
+
+
+def _bare(tensors: tuple, numbers: tuple, jvp: bool, transform: CInterpreter | None) -> Bare | None:
+    dropout_p, *others = map(type, numbers)
+    if dropout_p not in _REAL or numbers[0] != 0.0 or tuple(others) not in _KINDS:
+        return None
+    if not _are_plain(tensors) or _recorded(tensors) or _len_torch_dispatch_stack():
+        return None
+    q: Any = tensors[0]
+    kind = q.device.type
+    keys = _dense_keys(kind)
+    layouts = []
+    for x in tensors:
+        if x is None:
+            layouts.append(None)
+        elif _dispatch_keys(x).raw_repr() != keys:
+            return None
+        else:
+            layouts.append((x.shape, x.stride(), x.dtype, x.data_ptr() % 16, x.get_device()))
+    if kind == "cuda" and q.get_device() != torch.cuda.current_device():
+        return None
+    if torch.is_autocast_enabled(kind):
+        return None
+    tf32 = q.dtype == torch.float32 and backends.tf32_allowed()
+    return Bare(tensors, (jvp, tf32, *numbers, *layouts), jvp, transform)
+
+
+def _are_plain(tensors: tuple) -> bool:
+    """Whether q, k and v are tensors, and the others tensors or absent; subclasses are not."""
+    return _PLAIN.issuperset(map(type, tensors)) and not any(x is None for x in tensors[:3])
+
+
+def _unwrapped(tensors: tuple) -> tuple:
+    """What lies below the outermost transform."""
+    return tuple(_unwrap_for_grad(x, 1) if isinstance(x, Tensor) else x for x in tensors)
+
+
+def _recorded(tensors: tuple) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+@cache
+def _dense_keys(kind: str) -> int:
+    """The dispatch keys of tensors on a kind of device that nothing wraps, negates or leaves
+    without memory."""
+    with torch.inference_mode(False):
+        return _dispatch_keys(torch.empty(0, device=kind)).raw_repr()
