@@ -36,22 +36,21 @@ def pytest_collection_modifyitems(items):
 
 
 class _Report:
+    """Written after every test: what a run that is cut off has found is not lost."""
+
     def __init__(self, path: str):
-        self.path, self.rows = Path(path), []
-
-    def pytest_runtest_logreport(self, report):
-        if report.when == "call":
-            row = {"test": report.nodeid.split("::", 1)[1], "outcome": report.outcome}
-            self.rows.append(row | dict(report.user_properties))
-
-    def pytest_sessionfinish(self):
         from scripts.environment import environment
 
+        self.path, self.rows, self.environment = Path(path), [], environment()
+
+    def pytest_runtest_logreport(self, report):
+        if report.when != "call":
+            return
+        row = {"test": report.nodeid.split("::", 1)[1], "outcome": report.outcome}
+        self.rows.append(row | dict(report.user_properties))
+        tests = sorted(self.rows, key=lambda row: row["test"])
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        content = {
-            "environment": environment(),
-            "tests": sorted(self.rows, key=lambda r: r["test"]),
-        }
+        content = {"environment": self.environment, "tests": tests}
         self.path.write_text(json.dumps(content, indent=1) + "\n")
 
 
