@@ -174,7 +174,7 @@ def _forward(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu, op
         )
         switches = {
             "PRESCALE": bias is not None or options.scale <= 0.0,
-            **p.switches(tile, whole=p.S % tile.BN == 0 and not options.causal),
+            **p.switches("forward", tile, whole=p.S % tile.BN == 0 and not options.causal),
         }
         yield Launch(forward_kernel, (cdiv(p.L, tile.BM) * p.B * p.H,), args, switches)
 
@@ -243,7 +243,7 @@ def _backward(
             yield hopper.keys(p, q, k, v, t_q, t_k, t_v, d_out, d_t_out, statistics, *together)
         for grads in () if hopper is not None else apart if wide else (together,):
             args = (*inputs(tile), *map(pointer, grads), *numbers)
-            switches = p.switches(tile, whole=p.L % tile.BM == 0)
+            switches = p.switches("keys", tile, whole=p.L % tile.BM == 0)
             switches["SINGLE"] = p.S <= tile.BN
             yield Launch(keys_kernel, (cdiv(p.S, tile.BN) * p.B * p.Hk,), args, switches)
         if hopper is not None and hopper.serves_queries(p):
@@ -257,7 +257,7 @@ def _backward(
             *numbers,
         )
         switches = {
-            **p.switches(tile, whole=p.S % tile.BN == 0 and not options.causal),
+            **p.switches("queries", tile, whole=p.S % tile.BN == 0 and not options.causal),
             "SINGLE": p.S <= tile.BN,
             "BIAS_ROWS": d_bias is not None and d_bias.shape[2] == p.L,
             "BIAS_COLUMNS": d_bias is not None and d_bias.shape[3] == p.S,

@@ -37,8 +37,8 @@ PORTABLE = {
     "queries": ((64, 32, 4, 2), (64, 32, 8, 1), (32, 16, 8, 1)),
     "queries_jvp": ((64, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
 }
-# float32, on any architecture: at most 32 rows a product, which keeps it on mma.sync (three TF32
-# products through wgmma gave wrong results with a mask in Triton 3.6).
+# float32 as TF32, on any architecture: at most 32 rows a product, which keeps it on mma.sync (three
+# TF32 products through wgmma gave wrong results with a mask in Triton 3.6).
 FLOAT32 = {
     "forward": ((32, 32, 4, 2), (32, 32, 8, 1), (16, 16, 8, 1)),
     "forward_jvp": ((32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 8, 1)),
@@ -47,16 +47,27 @@ FLOAT32 = {
     "queries": ((32, 32, 4, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
     "queries_jvp": ((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
 }
+# float32 as six bfloat16 products, which are wgmma: 64 rows for four warps. Of head dims up to 128.
+SIX = {
+    "forward": ((64, 32, 4, 2), (64, 16, 4, 2)),
+    "forward_jvp": ((64, 32, 4, 2), (64, 16, 4, 1)),
+}
 
 
-def tile(kind: str, block_d: int, itemsize: int, hopper: bool, extras: bool) -> Tile:
-    """The tile of pass `kind` for padded head dim `block_d` (a power of two, 16 ... 256).
+def tile(
+    kind: str, block_d: int, itemsize: int, hopper: bool, extras: bool, six: bool = False
+) -> Tile:
+    """The tile of pass `kind` for padded head dim `block_d` (a power of two, 16 ... 256); `six`:
+    with float32 as six bfloat16 products.
 
     A mask or dropout (`extras`) needs registers and shared memory of its own: half a tile along
-    the loop.
+    the loop, but not where the tile is as narrow as six products make it: half of it was slower.
     """
+    column = HEAD_DIMS.index(max(block_d, 64))
+    if six:
+        return Tile(*SIX[kind][column])
     table = FLOAT32 if itemsize == 4 else HOPPER if hopper else PORTABLE
-    tile = Tile(*table[kind][HEAD_DIMS.index(max(block_d, 64))])
+    tile = Tile(*table[kind][column])
     if not extras:
         return tile
     if kind.startswith("keys"):

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..backends import tf32_allowed
@@ -42,8 +43,13 @@ class Problem(NamedTuple):
         """The tile of a pass, by the wider of the two head dims."""
         block = max(self.block_d, self.block_dv)
         extras = self.bias or self.options.dropout_p > 0.0
+        six = self.precision(kind) == "bf16x6"
         kind = f"{kind}_jvp" if jvp else kind
-        return configs.tile(kind, block, self.itemsize, self.hopper, extras)
+        return configs.tile(kind, block, self.itemsize, self.hopper, extras, six)
+
+    def precision(self, kind: str) -> str:
+        block = max(self.block_d, self.block_dv)
+        return precision(self.itemsize, block, self.warpgroups and kind == "forward")
 
     def numbers(self, seed: Tensor | None) -> tuple:
         """scale, dropout threshold, 1 / keep probability, batch entries a seed, H, L, S."""
@@ -51,7 +57,7 @@ class Problem(NamedTuple):
         group = 1 if seed is None else max(self.B // seed.numel(), 1)
         return self.options.scale, int(p * 2**32), 1.0 / (1.0 - p), group, self.H, self.L, self.S
 
-    def switches(self, tile: configs.Tile, whole: bool) -> dict:
+    def switches(self, kind: str, tile: configs.Tile, whole: bool) -> dict:
         """Compile-time arguments common to the kernels."""
         return {
             "GROUP": self.H // self.Hk,
@@ -62,7 +68,7 @@ class Problem(NamedTuple):
             "CAUSAL": self.options.causal,
             "BOOL": self.bool_bias,
             "WHOLE": whole,
-            "PRECISION": precision(self.itemsize, max(self.block_d, self.block_dv)),
+            "PRECISION": self.precision(kind),
             "TMA": self.tma,
             "BM": tile.BM,
             "BN": tile.BN,
@@ -88,15 +94,17 @@ def problem(
     )  # fmt: skip
 
 
-def precision(itemsize: int, block: int) -> str:
+def precision(itemsize: int, block: int, six: bool) -> str:
     """How float32 products are computed: one TF32 product where the user allows it; otherwise
-    three, which keep float32's accuracy, or plain float32 at head dim 256, where the split operands
-    outgrow shared memory."""
+    three, or `six` bfloat16 products, which keep float32's accuracy, or plain float32 at head dim
+    256, where the split operands outgrow shared memory."""
     if itemsize != 4:
         return "ieee"
     if tf32_allowed():
         return "tf32"
-    return "tf32x3" if block < 256 else "ieee"
+    if block >= 256:
+        return "ieee"
+    return "bf16x6" if six else "tf32x3"
 
 
 def materialised(x: Tensor) -> Tensor:
@@ -159,8 +167,10 @@ def has_warpgroups(x: Tensor) -> bool:
 
 @cache
 def _major(device: torch.device) -> int:
-    """CUDA's compute capability, its first number; 0 on other hardware."""
-    return 0 if torch.version.hip else torch.cuda.get_device_capability(device)[0]
+    """CUDA's compute capability, its first number; 0 on other hardware and in Triton's interpreter,
+    which has no wgmma and multiplies by no bfloat16 parts."""
+    other = torch.version.hip or knobs.runtime.interpret
+    return 0 if other else torch.cuda.get_device_capability(device)[0]
 
 
 def _padded(d: int) -> int:
