@@ -84,6 +84,7 @@ def _compiling_for(name: str, tma: bool | None = None):
 
     with (
         mock.patch.object(driver, "_active", _Driver(target)),
+        mock.patch.object(torch.version, "hip", "" if target.backend == "cuda" else "0"),
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(kernels, "problem", there),
         mock.patch.object(kernels, "has_warpgroups", return_value=name == "sm_90"),

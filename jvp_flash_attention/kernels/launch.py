@@ -97,8 +97,8 @@ def problem(
 def precision(itemsize: int, block: int, six: bool) -> str:
     """How float32 products are computed: one TF32 product where the user allows it; otherwise
     three, or `six` bfloat16 products, which keep float32's accuracy, or plain float32 at head dim
-    256, where the split operands outgrow shared memory."""
-    if itemsize != 4:
+    256, where the split operands outgrow shared memory, and on AMD, where there is no TF32x3."""
+    if itemsize != 4 or torch.version.hip:
         return "ieee"
     if tf32_allowed():
         return "tf32"
