@@ -42,3 +42,18 @@ def test_the_forward_passes_on_hopper_use_wgmma_and_do_not_spill():
         # the consumers' 240 registers at head dim 128 lack four
         assert stack <= (16 if "D128" in row and "jvp" in row else 0), row
         assert int(row.split("wgmma")[1]) > 0, row
+
+
+def test_float32_on_hopper_uses_wgmma_forward_alone():
+    """Six bfloat16 products; the gradients' three TF32 products were wrong through wgmma."""
+    table = compile_for(
+        "sm_90", "--head-dims", "64", "--dtypes", "float32", "--variants", "plain", "bool"
+    )
+    rows = table.splitlines()
+    assert sum("forward_kernel" in row for row in rows) == 4
+    for row in rows:
+        assert (int(row.split("wgmma")[1]) > 0) == ("forward_kernel" in row), row
+
+
+def test_float32_compiles_for_amd():
+    compile_for("gfx942", "--head-dims", "64", "--dtypes", "float32", "--variants", "plain")
