@@ -138,8 +138,7 @@ def dropout_factor(SEED, b, h, i, j, H, batch_per_seed, threshold, keep_scale):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b; PRECISION is how float32 operands are multiplied: ieee, bf16x6,
-    tf32x3 or tf32."""
+    """acc + a b; PRECISION is how float32 operands are multiplied: ieee, tf32x3 or tf32."""
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
