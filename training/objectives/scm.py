@@ -9,9 +9,9 @@
     loss  = λ(t) / e^s(t) ‖F - sg(F + g / (‖g‖ + c))‖² + s(t)                       (Algorithm 1)
 
 w is 0, the target of the denoiser, for some steps, then rises to 1. There the target of a low noise
-level is built from the network's own derivative, unless w stays 0 below a time t_a, the anchor: f is
-then the denoiser up to t_a, and constant along a path from there on. s is the learned log-variance
-of the weighted error.
+level is built from the network's own derivative, unless w stays 0 below a time t_a, the anchor: f
+is then the denoiser up to t_a, and constant along a path from there on. s is the learned
+log-variance of the weighted error.
 """
 
 import math
