@@ -13,7 +13,7 @@ from training.images import grid
 
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat")
 CLASSES += ("sandal", "shirt", "sneaker", "bag", "ankle boot")
-TITLES = {"flow_matching": "flow matching", "meanflow": "MeanFlow", "scm": "sCM"}
+TITLES = {"flow_matching": "flow matching", "meanflow": "MeanFlow", "scm": "sCM", "scd": "sCD"}
 SMOOTHING = 15  # points of a curve that are averaged
 
 

@@ -222,6 +222,51 @@ def test_the_tangent_warms_up_after_the_denoiser_and_checkpoints_remember_the_st
     assert resumed.steps == 6
 
 
+def test_below_the_anchor_the_target_is_that_of_the_denoiser(tiny, batch, draws):
+    net, times = tiny(conditioning="t").double(), torch.tensor([0.1, 0.3, 0.5, 1.2])
+    x, y = (part[:4] for part in batch)
+    sample = SCM(warmup_steps=0).draw(x, y, NULL, draws)._replace(t=times)
+    sample = SCMSample(*(a.double() if a.is_floating_point() else a for a in sample))
+
+    def errors(anchor, w):
+        objective = SCM(anchor=anchor, learned_variance=False)
+        return objective.loss(net, sample._replace(warmup=sample.warmup.new_tensor(w))).errors
+
+    denoiser, consistency = errors(0.0, 0.0), errors(0.0, 1.0)
+    assert (denoiser != consistency).all()
+    for anchor, below in ((0.2, 1), (sample.t[2].item(), 2), (math.pi / 2, 4)):
+        expected = torch.cat([denoiser[:below], consistency[below:]])
+        torch.testing.assert_close(errors(anchor, 1.0), expected, rtol=0, atol=0)
+
+
+class AnchoredConsistency(GaussianConsistency):
+    """f is the denoiser up to t_a; a later point has the f of its path's point at t_a."""
+
+    def __init__(self, anchor):
+        super().__init__()
+        self.anchor = anchor
+
+    def forward(self, x, t, r, y):
+        x_t, end = self.sigma_data * x, torch.full_like(t, self.anchor)
+        cos, sin = expand(t.cos(), x), expand(t.sin(), x)
+        spread = expand(self.spread(end) / self.spread(t), x)
+        x_a = math.cos(self.anchor) * self.mu + spread * (x_t - cos * self.mu)
+        f = math.cos(self.anchor) * x_a - math.sin(self.anchor) * self.velocity(x_a, end)
+        denoiser = self.velocity(x_t, t) / self.sigma_data
+        return torch.where(
+            expand(t < self.anchor, x), denoiser, (cos * x_t - f) / (sin * self.sigma_data)
+        )
+
+
+def test_a_denoiser_below_the_anchor_and_constant_above_it_has_no_error():
+    anchor = 0.4
+    net = AnchoredConsistency(anchor)
+    sample, objective = exact_sample(net), SCM(anchor=anchor, learned_variance=False)
+    assert (sample.t < anchor).any()
+    assert objective.loss(net, sample).metrics["error"] < 1e-28
+    assert SCM(learned_variance=False).loss(net, sample).metrics["error"] > 1e-4
+
+
 def test_angles_are_the_arctangent_of_a_lognormal():
     t = draw_angles(100_000, -1.0, 1.4, 0.5, generator(0, 0, 0, "times"))
     assert (t > 0).all()
@@ -260,6 +305,7 @@ def test_renewed_noise_is_repeatable_and_does_not_depend_on_the_chunk(tiny):
         (lambda: SCM(time_std=0), "objective.time_std"),
         (lambda: SCM(denoiser_steps=-1), "objective.denoiser_steps"),
         (lambda: SCM(warmup_steps=-1), "objective.warmup_steps"),
+        (lambda: SCM(anchor=1.6), "objective.anchor"),
         (lambda: SCM(reduce="max"), "objective.reduce"),
         (lambda: SCM(c=0), "objective.c"),
         (lambda: SCM(prior_weight="cos"), "objective.prior_weight"),

@@ -32,10 +32,12 @@ def folder(tmp_path_factory):
 def runs(folder, tmp_path_factory):
     """One of each experiment, ended by its time; MeanFlow's went on for three steps."""
     base, found = tmp_path_factory.mktemp("runs"), []
-    for name in ("flow_matching", "meanflow", "scm"):
+    teacher = base / "flow_matching" / "checkpoints" / "last.ckpt"
+    for name in ("flow_matching", "meanflow", "scm", "scd"):
         experiment = "fashion_mnist" + (f"_{name}" if name != "meanflow" else "")
         arguments = [f"experiment={experiment}", *TINY, f"data.path={folder}"]
         arguments += [f"hydra.run.dir={base / name}", "callbacks.ema.power=[0.1]", "sampler.nfe=1"]
+        arguments += [f"objective.teacher.ckpt={teacher}"] if name == "scd" else []
         in_process("train.py", *arguments, "trainer.max_time=00:00:00:02")
         found.append(base / name)
         if name == "meanflow":

@@ -9,10 +9,12 @@
     loss  = λ(t) / e^s(t) ‖F - sg(F + g / (‖g‖ + c))‖² + s(t)                       (Algorithm 1)
 
 w is 0, the target of the denoiser, for some steps, then rises to 1. There the target of a low noise
-level is built from the network's own derivative. s is the learned log-variance of the weighted
-error.
+level is built from the network's own derivative, unless w stays 0 below a time t_a, the anchor: f
+is then the denoiser up to t_a, and constant along a path from there on. s is the learned
+log-variance of the weighted error.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -35,7 +37,7 @@ class SCMSample(NamedTuple):
     y: torch.Tensor  # (B,), dropped labels already replaced by the null label
     dropped: torch.Tensor  # (B,), which labels were dropped
     null_label: torch.Tensor  # ()
-    warmup: torch.Tensor  # (), the w of the tangent
+    warmup: torch.Tensor  # (), the w of the tangent from the anchor on
 
 
 class SCM(ScheduledObjective):
@@ -50,6 +52,7 @@ class SCM(ScheduledObjective):
         time_mean, time_std: of τ in t = arctan(e^τ / σ).
         denoiser_steps: w is 0 for so many steps: the training of a denoiser to start from.
         warmup_steps: the tangent's weight w then rises linearly over so many steps.
+        anchor: w is 0 where t < ``anchor``, always; 0 is none.
         reduce: ``mean``: ‖·‖² is the mean over the elements of a sample; ``sum``: their sum. Both
             in the error and where g is normalised.
         normalise: g / (‖g‖ + c) is the step towards the target; if false, g itself.
@@ -69,6 +72,7 @@ class SCM(ScheduledObjective):
         time_std: float = 1.4,
         denoiser_steps: int = 0,
         warmup_steps: int = 10_000,
+        anchor: float = 0.0,
         reduce: str = "mean",
         normalise: bool = True,
         c: float = 0.1,
@@ -84,6 +88,7 @@ class SCM(ScheduledObjective):
         for name, value in (("denoiser_steps", denoiser_steps), ("warmup_steps", warmup_steps)):
             integer(f"objective.{name}", value)
             between(f"objective.{name}", value, 0)
+        between("objective.anchor", anchor, 0, math.pi / 2)
         one_of("objective.reduce", reduce, ("sum", "mean"))
         between("objective.c", c, 0, open_low=True)
         one_of("objective.prior_weight", prior_weight, ("none", "tan"))
@@ -93,6 +98,7 @@ class SCM(ScheduledObjective):
         self.teacher: list[nn.Module] = []  # a list: a fixed teacher is not part of the checkpoint
         self.sigma_data, self.time_mean, self.time_std = sigma_data, time_mean, time_std
         self.denoiser_steps, self.warmup_steps = denoiser_steps, warmup_steps
+        self.anchor = anchor
         self.reduce, self.normalise, self.c = reduce, normalise, c
         self.prior_weight, self.learned_variance = prior_weight, learned_variance
         self.label_dropout = label_dropout
@@ -125,7 +131,8 @@ class SCM(ScheduledObjective):
             (cos * sin * dxdt / sigma, t.cos() * t.sin()),
         )
         with torch.no_grad():
-            g = -(cos**2) * (sigma * F - dxdt) - warmup * (cos * sin * x_t + sigma * dF)
+            w = expand(warmup * (t >= self.anchor), x_t)
+            g = -(cos**2) * (sigma * F - dxdt) - w * (cos * sin * x_t + sigma * dF)
             error = squared_error(g, torch.zeros_like(g), self.reduce)  # (B,)
             step = g / (expand(error.sqrt(), g) + self.c) if self.normalise else g
             target = F + step
