@@ -18,8 +18,16 @@ def sdpa(
 
     MATH is the only backend with a forward-mode derivative (the fused ones have none, on a CPU
     neither); it materialises the L x S matrix, which is the cost that ``attention=jvp`` avoids.
+
+    Autocast counts for the inputs alone, as in an ordinary call of SDPA. Under ``torch.func.jvp``
+    PyTorch forgets that and casts within: on a GPU the backward then raises.
     """
-    with sdpa_kernel(SDPBackend.MATH):
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        inputs = (query, key, value)
+        query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in inputs)
+    with torch.autocast(kind, enabled=False), sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(query, key, value, *options, **named)
 
 

@@ -8,6 +8,7 @@ import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 
+from training.attentions import sdpa
 from training.callbacks.guard import Guard
 from training.data.digits import Digits
 from training.models.layers import Block
@@ -79,6 +80,27 @@ def test_the_time_derivative_survives_bfloat16(tiny, batch):
     with torch.autocast("cpu", torch.bfloat16):
         rounded = derivative().float()
     assert ((rounded - exact).norm() / exact.norm()).item() < 0.03
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_around_a_jvp_counts_for_the_inputs_of_sdpa_alone(compiled):
+    """PyTorch casts again inside: a value 3e-3 off, and on a GPU a backward that raises."""
+    q, k, v, *tangents = torch.randn(6, 1, 2, 9, 8)
+    leaf = q.clone().requires_grad_()
+
+    def step(q, k, v, *tangents):
+        return torch.func.jvp(sdpa, (q, k, v), tangents)
+
+    halves = [x.bfloat16() for x in (q, k, v, *tangents)]
+    exact = step(*halves)
+    if compiled:
+        step = torch.compile(step, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, t_out = step(leaf, k, v, *tangents)
+    assert torch.equal(out, exact[0])
+    assert torch.equal(t_out, exact[1])
+    (gradient,) = torch.autograd.grad(out.float().sum() + t_out.float().sum(), leaf)
+    assert gradient.any()
 
 
 def test_float16_scales_the_loss_and_skips_what_overflows(tiny):
