@@ -4,8 +4,8 @@
     python scripts/compare_report.py            # pictures and section anew, from the files alone
 
 The first keeps what scripts/compare.py left in OUTPUT as docs/results/compare_NAME.json; both draw
-docs/results/compare_*.png and write the block of docs/comparison.md between two lines
-`<!-- begin comparison -->` and `<!-- end comparison -->`.
+docs/results/compare_*.png and write the blocks of docs/comparison.md and README.md between two
+lines `<!-- begin comparison -->` and `<!-- end comparison -->`.
 """
 
 import argparse
@@ -250,6 +250,28 @@ def block(results: dict[Path, dict[str, Any]], drawn: dict[Path, list[tuple[str,
     return "".join(f"\n{part}\n" for part in parts) + "\n" * bool(parts)
 
 
+def summary(results: dict[Path, dict[str, Any]]) -> str:
+    """What the README shows: the verdicts and goals of comparisons on a GPU."""
+    parts = []
+    for path, result in results.items():
+        if not result["environment"]["gpu"]:
+            continue
+        lines = [f"**{result['title']}** ([{path.name}](docs/results/{path.name}))"]
+        if "rows" in result:
+            parts += [*lines, table(["goal", "measured", "met"], goals(result))]
+        else:
+            lines += [result["free_run"]["words"], result["lockstep"]["words"]]
+            parts.append("\n".join(lines))
+    return "".join(f"\n{part}\n" for part in parts) + "\n"
+
+
+def read(folder: Path) -> dict[Path, dict[str, Any]]:
+    """The result files, those of GPUs first."""
+    paths = sorted(folder.glob("compare_*.json"))
+    results = [(path, json.loads(path.read_text())) for path in paths]
+    return dict(sorted(results, key=lambda item: not item[1]["environment"]["gpu"]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Keeps and shows what comparisons found.")
     parser.add_argument("output", nargs="?", type=Path, help="hydra.run.dir of a comparison")
@@ -264,11 +286,11 @@ def main() -> None:
             parser.error("OUTPUT needs --name and --title")
         result = kept(arguments.output, arguments.title, arguments.note)
         (folder / f"compare_{arguments.name}.json").write_text(text_of(result))
-    paths = sorted(folder.glob("compare_*.json"))
-    results = {path: json.loads(path.read_text()) for path in paths}
+    results = read(folder)
     drawn = {path: draw(path, result) for path, result in results.items()}
     write_block(arguments.docs / "comparison.md", block(results, drawn), "comparison")
-    for path in paths:
+    write_block(arguments.docs.parent / "README.md", summary(results), "comparison")
+    for path in results:
         print(path)
 
 

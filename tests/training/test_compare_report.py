@@ -12,7 +12,7 @@ from training.comparison import lockstep
 
 ROOT = Path(__file__).parents[2]
 PAGE = "a\n<!-- begin comparison -->\nold\n<!-- end comparison -->\nb\n"
-ENVIRONMENT = {"gpu": None, "cpu": "x86_64", "torch": "2.11", "commit": "abc"}
+ENVIRONMENT = {"gpu": "A GPU", "cpu": "x86_64", "torch": "2.11", "commit": "abc"}
 ARGUMENTS = [
     "experiment=x",
     "comparison.speed.tokens=[]",
@@ -96,6 +96,7 @@ def docs(tmp_path, monkeypatch):
     docs = tmp_path / "docs"
     (docs / "results").mkdir(parents=True)
     (docs / "comparison.md").write_text(PAGE)
+    (tmp_path / "README.md").write_text(PAGE)
 
     def run(*arguments):
         command = ["", *map(str, arguments), "--docs", str(docs)]
@@ -129,6 +130,9 @@ def test_a_comparison_of_losses_is_kept_and_drawn(docs, tmp_path):
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
     assert page.startswith("a\n<!-- begin comparison -->\n\n### T")
     assert page.endswith("\n<!-- end comparison -->\nb\n")
+    readme = (docs.parent / "README.md").read_text()
+    assert "**T**" in readme
+    assert result["free_run"]["words"] in readme
 
 
 def test_a_comparison_of_speeds_is_kept_and_held_against_the_goals(docs, tmp_path):
@@ -155,8 +159,7 @@ def test_a_missed_goal_is_said():
 
 
 def test_the_section_of_the_documents_is_that_of_the_result_files():
-    paths = sorted((ROOT / "docs" / "results").glob("compare_*.json"))
-    results = {path: json.loads(path.read_text()) for path in paths}
+    results = compare_report.read(ROOT / "docs" / "results")
     drawn = {
         path: [
             (caption, path.with_name(f"{path.stem}{end}.png"))
@@ -167,4 +170,6 @@ def test_the_section_of_the_documents_is_that_of_the_result_files():
     block = compare_report.block(results, drawn)
     page = (ROOT / "docs" / "comparison.md").read_text()
     assert f"<!-- begin comparison -->\n{block}<!-- end comparison -->" in page
+    summary = f"<!-- begin comparison -->\n{compare_report.summary(results)}<!-- end comparison -->"
+    assert summary in (ROOT / "README.md").read_text()
     assert all(picture.is_file() for shown in drawn.values() for _, picture in shown)
