@@ -1,14 +1,15 @@
 """Collects runs on Fashion-MNIST into one result file, prints tables and draws pictures.
 
     python scripts/train.py experiment=fashion_mnist_scm trainer=gpu hydra.run.dir=RUN
-    python scripts/fashion_mnist.py RUN RUN RUN --output docs/results/fashion_mnist_h100.json \
-        --pictures docs
+    python scripts/fashion_mnist.py RUN RUN RUN --output docs/results/fashion_mnist_h100.json
+    python scripts/fashion_mnist.py --output docs/results/fashion_mnist_*.json \
+        --document docs/training.md
 
 For each run: what it cost, its curve, and, at several numbers of evaluations of the averaged
 network, how good its samples are by one classifier that all runs share (``metrics.judge``), from
-the same noise. Without runs: the tables and the curves of the file once more.
-With ``--document docs/training.md`` its block between two lines `<!-- begin fashion_mnist -->` and
-`<!-- end fashion_mnist -->` is written anew.
+the same noise. The pictures lie beside the result file. Without runs: the tables and curves of
+files that are there; with ``--document``, written between its two lines
+`<!-- begin fashion_mnist -->` and `<!-- end fashion_mnist -->`.
 """
 
 import argparse
@@ -50,8 +51,10 @@ COSTS = {
 }
 
 
-def collect(runs: Sequence[Path], arguments: argparse.Namespace) -> tuple[dict, list[Strip]]:
-    """The result, written after every run, and the strips of the grid of samples."""
+def collect(
+    runs: Sequence[Path], output: Path, arguments: argparse.Namespace
+) -> tuple[dict, list[Strip]]:
+    """The result, written to `output` after every run, and the strips of the grid of samples."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":  # TF32: there are many evaluations, and no derivative among them
         torch.set_float32_matmul_precision("high")
@@ -76,7 +79,7 @@ def collect(runs: Sequence[Path], arguments: argparse.Namespace) -> tuple[dict, 
         result["rows"].append(row)
         strips += drawn
         text = json.dumps(finite(result), indent=1, allow_nan=False)
-        arguments.output.write_text(text + "\n")
+        output.write_text(text + "\n")
         print(f"{run}: {row['objective']}", flush=True)
     return result, strips
 
@@ -138,11 +141,11 @@ def block(result: dict, path: Path) -> str:
     notes = [f"{about['gpu'] or about['cpu']}, torch {about['torch']}", result["note"]]
     notes += [f"{result['samples']} samples", f"[{path.name}](results/{path.name})"]
     parts = [
-        "![Samples](fashion_mnist.png)",
+        f"![Samples](results/{path.stem}.png)",
         "*A class a column, every row but the first from the same noise.*",
         markdown(result),
         f"*{'; '.join(filter(None, notes))}.*",
-        "![Curves](fashion_mnist_curves.png)",
+        f"![Curves](results/{path.stem}_curves.png)",
         "*Unweighted error: means of neighbouring logged steps, and a running mean of those.*",
     ]
     return "".join(f"\n{part}\n" for part in parts) + "\n"
@@ -170,26 +173,30 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Runs on Fashion-MNIST as tables and pictures.")
     parser.add_argument("runs", nargs="*", type=Path, help="run directories of scripts/train.py")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write, or to read")
-    parser.add_argument("--pictures", type=Path, default=None, help="folder of the pictures")
+    parser.add_argument(
+        "--output", type=Path, nargs="+", required=True, help="JSON file to write, or files to read"
+    )
     parser.add_argument("--document", type=Path, default=None, help="page to write the block to")
     parser.add_argument("--n", type=int, default=2000, help="samples, and images to compare with")
     parser.add_argument("--classifier", type=Path, default=None, help="its file, kept or made")
     parser.add_argument("--classifier-steps", type=int, default=2000)
     parser.add_argument("--note", default=None, help="what else a reader must know of the runs")
     arguments = parser.parse_args()
-    strips: list[Strip] = []
+    results: dict[Path, dict] = {}
     if arguments.runs:
-        result, strips = collect(arguments.runs, arguments)
+        if len(arguments.output) != 1:
+            parser.error("--output must be one file for the runs")
+        (output,) = arguments.output
+        results[output], strips = collect(arguments.runs, output, arguments)
+        print(save(sample_grid(strips), output.with_suffix(".png")))
     else:
-        result = json.loads(arguments.output.read_text())
-    print(markdown(result))
+        results = {path: json.loads(path.read_text()) for path in arguments.output}
+    for path, result in results.items():
+        print(markdown(result))
+        print(save(curves(result["rows"]), path.with_name(f"{path.stem}_curves.png")))
     if arguments.document:
-        write_block(arguments.document, block(result, arguments.output))
-    if arguments.pictures:
-        print(save(curves(result["rows"]), arguments.pictures / "fashion_mnist_curves.png"))
-        if strips:
-            print(save(sample_grid(strips), arguments.pictures / "fashion_mnist.png"))
+        blocks = "".join(block(result, path) for path, result in results.items())
+        write_block(arguments.document, blocks)
 
 
 if __name__ == "__main__":

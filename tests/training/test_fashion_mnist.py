@@ -72,7 +72,7 @@ def test_the_checkpoint_of_an_ended_run_is_written_before_its_pictures(runs):
 
 def test_runs_are_collected_and_drawn(runs, tmp_path, monkeypatch, capsys):
     output = tmp_path / "result.json"
-    options = ["--output", output, "--pictures", tmp_path]
+    options = ["--output", output]
     command = ["", *runs, *options, "--n", 100, "--classifier-steps", 40, "--note", "a test"]
     monkeypatch.setattr(sys, "argv", list(map(str, command)))
     fashion_mnist.main()
@@ -88,7 +88,7 @@ def test_runs_are_collected_and_drawn(runs, tmp_path, monkeypatch, capsys):
         assert row["curve"]["error"][-1] == pytest.approx(column(run, "train/error")[-1], rel=1e-4)
         scores = row["scores"]["1"]
         assert scores["frechet_distance"] > result["real"]["frechet_distance"]
-    pictures = [tmp_path / "fashion_mnist.png", tmp_path / "fashion_mnist_curves.png"]
+    pictures = [tmp_path / "result.png", tmp_path / "result_curves.png"]
     for picture in pictures:
         assert picture.read_bytes().startswith(b"\x89PNG")
 
