@@ -45,15 +45,6 @@ def implementation(name: str) -> ModuleType:
     return import_module({"triton": ".kernels", "reference": ".reference"}[name], __package__)
 
 
-def tf32_allowed() -> bool:
-    """Whether float32 products may lose digits: PyTorch's switch, by its old or its new name, one
-    of which raises where the other was used."""
-    try:
-        return torch.get_float32_matmul_precision() != "highest"
-    except RuntimeError:
-        return torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
 def _triton_obstacle(q: Tensor, v: Tensor) -> str | None:
     if not TRITON:
         return "needs the triton package, which is not installed"

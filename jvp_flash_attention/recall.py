@@ -28,7 +28,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from . import backends
-from .options import Options
+from .options import Options, tf32_allowed
 
 MOST = 4096  # kinds of calls; a program with more starts to collect anew
 
@@ -133,7 +133,7 @@ def _bare(tensors: tuple, numbers: tuple, jvp: bool, transform: CInterpreter | N
         return None
     if torch.is_autocast_enabled(kind):
         return None
-    tf32 = q.dtype == torch.float32 and backends.tf32_allowed()
+    tf32 = q.dtype == torch.float32 and tf32_allowed()
     return Bare(tensors, (jvp, tf32, *numbers, *layouts), jvp, transform)
 
 

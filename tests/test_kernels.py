@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.func import jvp
 
-from jvp_flash_attention import attention, attention_jvp, backends, kernels, reference
+from jvp_flash_attention import attention, attention_jvp, kernels, reference
+from jvp_flash_attention.options import tf32_allowed
 from tests.cases import Case, build, check, errors, solve
 
 CASES = (
@@ -154,7 +155,7 @@ def test_either_name_of_the_switch_of_tf32_is_read(device):
     q = torch.randn(1, 2, 9, 8, device=device)
     try:
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-        assert backends.tf32_allowed()
+        assert tf32_allowed()
         attention(q, q, q, backend="triton")
     finally:
         torch.backends.cuda.matmul.fp32_precision = before

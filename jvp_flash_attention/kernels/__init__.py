@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import tf32_allowed
-from ..options import Options
+from ..options import Options, tf32_allowed
 from . import configs, plans, vendor
 from .backward import keys_kernel, queries_kernel, row_sums_kernel
 from .forward import forward_kernel

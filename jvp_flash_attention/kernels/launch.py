@@ -8,8 +8,7 @@ from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..backends import tf32_allowed
-from ..options import Options
+from ..options import Options, tf32_allowed
 from . import configs
 
 
