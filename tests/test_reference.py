@@ -180,3 +180,33 @@ def test_products_of_a_rounded_p_leave_the_error_that_the_documents_state():
     for x, exact, stated in zip(approximate, (out, t_out), (2.30e-3, 2.34e-3), strict=True):
         error = float((rounded(x) - exact).norm() / exact.norm())
         assert abs(error / stated - 1) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("causal", "kept", "stated"),
+    [
+        (False, False, (2.36e-3, 2.34e-3)),
+        (True, False, (2.37e-3, 2.39e-3)),
+        (True, True, (2.78e-3, 2.76e-3)),
+    ],
+    ids=["full", "causal", "causal with O as it is kept"],
+)
+def test_products_of_a_rounded_ds_leave_the_error_that_the_documents_state(causal, kept, stated):
+    """docs/mathematics.md, Arithmetic: dS, the gradients and, where `kept`, the O in w rounded
+    once, all else exact; 17 queries and 196 keys."""
+    rng = torch.Generator().manual_seed(0)
+    rounded = lambda x: x.bfloat16().double()  # noqa: E731
+    draw = lambda rows: rounded(torch.randn(20, 3, rows, 64, generator=rng))  # noqa: E731
+    q, d_out, k, v = draw(17), draw(17), draw(196), draw(196)
+    options = Options(0.125, causal)
+    out, lse = reference.forward(q, k, v, None, None, options)
+    exact = reference.backward(d_out, q, k, v, None, None, out, lse, options, False)
+    s = 0.125 * q @ k.mT
+    p = (s - lse[..., None]).exp()
+    if causal:
+        p = p.tril()
+    w = (d_out * (rounded(out) if kept else out)).sum(-1, keepdim=True)
+    d_s = rounded(p * (d_out @ v.mT - w))
+    for x, e, bound in zip((d_s @ k, d_s.mT @ q), exact, stated, strict=False):
+        error = float((rounded(0.125 * x) - e).norm() / e.norm())
+        assert abs(error / bound - 1) < 0.01
