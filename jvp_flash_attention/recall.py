@@ -120,6 +120,8 @@ def _bare(tensors: tuple, numbers: tuple, jvp: bool, transform: CInterpreter | N
         return None
     q: Any = tensors[0]
     kind = q.device.type
+    if kind not in ("cuda", "cpu"):
+        return None
     keys = _dense_keys(kind)
     layouts = []
     for x in tensors:

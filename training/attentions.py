@@ -23,12 +23,14 @@ def sdpa(
     PyTorch forgets that and casts within: on a GPU the backward then raises.
     """
     kind = query.device.type
-    if torch.is_autocast_enabled(kind):
+    with sdpa_kernel(SDPBackend.MATH):
+        if kind == "meta" or not torch.is_autocast_enabled(kind):
+            return F.scaled_dot_product_attention(query, key, value, *options, **named)
         dtype = torch.get_autocast_dtype(kind)
         inputs = (query, key, value)
         query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in inputs)
-    with torch.autocast(kind, enabled=False), sdpa_kernel(SDPBackend.MATH):
-        return F.scaled_dot_product_attention(query, key, value, *options, **named)
+        with torch.autocast(kind, enabled=False):
+            return F.scaled_dot_product_attention(query, key, value, *options, **named)
 
 
 def sdpa_fused(

@@ -30,9 +30,11 @@ def load(suite: str, root: Path = ROOT) -> Results:
 
 
 def regenerate(document: Path, root: Path = ROOT) -> str:
-    """The document's text with every block written anew."""
+    """The document's text with every block of this script written anew."""
     text = (root / document).read_text()
     for name in re.findall(r"<!-- begin (\S+) -->", text):
+        if name not in BLOCKS:  # another script's
+            continue
         block = BLOCKS[name](root)
         pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
         text, found = re.subn(pattern, lambda m, b=block: m[1] + b + m[2], text, flags=re.DOTALL)
