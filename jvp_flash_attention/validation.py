@@ -1,6 +1,7 @@
 """Every rule on the arguments of a call and the one line that its violation prints."""
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -104,6 +105,8 @@ def scalars(dropout_p: float, is_causal: bool, scale: float | None) -> None:
             raise TypeError(
                 f"{name} must be a Python number, got a torch.Tensor; fold it into query"
             )
+        if x is not None and not isinstance(x, Real):
+            raise TypeError(f"{name} must be a Python number, got {x!r}")
     if not isinstance(is_causal, bool):
         raise TypeError(f"is_causal must be a bool, got {is_causal!r}")
     if not 0.0 <= dropout_p < 1.0:

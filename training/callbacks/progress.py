@@ -11,6 +11,11 @@ EVERY = 100  # steps between two lines of a run whose end is not a number of ste
 FIELDS = "step {step:.1f} ms  loss {loss:.4f}  error {error:.4f}"
 
 
+def _lines(last: int) -> int:
+    """Steps between two lines."""
+    return max(1, last // 10) if last > 0 else EVERY
+
+
 class RichProgress(ProgressBar):
     """A bar with the time of a step, loss and unweighted error; a line every tenth of the run (or
     every hundred steps, if it has no last one) where the output is not a terminal.
@@ -28,7 +33,12 @@ class RichProgress(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.enabled and pl_module.compiled:
             self.console.print("compiling the step: the first one takes a minute or more")
-        if not self.enabled or not self.console.is_terminal:
+        if not self.enabled:
+            return
+        last = trainer.max_steps
+        if not self.console.is_terminal:
+            end = f"{last} steps" if last > 0 else "until its time is over"
+            self.console.print(f"training: {end}, a line every {_lines(last)}", highlight=False)
             return
         self.bar = Progress(
             TextColumn("training"),
@@ -39,7 +49,7 @@ class RichProgress(ProgressBar):
             console=self.console,
             transient=True,
         )
-        total = trainer.max_steps if trainer.max_steps > 0 else None
+        total = last if last > 0 else None
         self.task = self.bar.add_task("", total=total, completed=trainer.global_step, text="")
         self.bar.start()
 
@@ -47,8 +57,7 @@ class RichProgress(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step, last = trainer.global_step, trainer.max_steps
-        lines = max(1, last // 10) if last > 0 else EVERY
-        every = 10 if self.bar else lines
+        every = 10 if self.bar else _lines(last)
         if not self.enabled or (step % every and step != last):
             return
         text = FIELDS.format(
