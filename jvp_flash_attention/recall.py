@@ -91,10 +91,13 @@ def attention(query, key, value, attn_mask, numbers: tuple) -> Bare | None:
         return None
     if not _are_plain(inputs) or _recorded(inputs):
         return None
-    if transform is not None and _recorded(_unwrapped(inputs)):
-        return None
     unpack = torch._VF._unpack_dual  # type: ignore[attr-defined]
-    pairs = [(x, None) if x is None else unpack(x, level=0) for x in inputs]
+    try:
+        if transform is not None and _recorded(_unwrapped(inputs)):
+            return None
+        pairs = [(x, None) if x is None else unpack(x, level=0) for x in inputs]
+    except RuntimeError:  # a sparse tensor, or a wrapper whose transform has ended
+        return None
     (q, t_q), (k, t_k), (v, t_v), (mask, t_mask) = pairs
     if t_mask is not None:
         return None
@@ -129,7 +132,10 @@ def _bare(tensors: tuple, numbers: tuple, jvp: bool, transform: CInterpreter | N
             return None
         else:
             layouts.append((x.shape, x.stride(), x.dtype, x.data_ptr() % 16, x.get_device()))
-    if kind == "cuda" and q.get_device() != torch.cuda.current_device():
+    if kind == "cuda":
+        if q.get_device() != torch.cuda.current_device():
+            return None
+    elif kind != "cpu":  # no kernel runs there, and autocast may not know it
         return None
     if torch.is_autocast_enabled(kind):
         return None
@@ -155,5 +161,6 @@ def _recorded(tensors: tuple) -> bool:
 def _dense_keys(kind: str) -> int:
     """The dispatch keys of tensors on a kind of device that nothing wraps, negates or leaves
     without memory."""
-    with torch.inference_mode(False):
-        return _dispatch_keys(torch.empty(0, device=kind)).raw_repr()
+    with torch.inference_mode(False), torch._C.DisableTorchFunction():
+        x = torch.empty(0, device=kind)  # inside torch.func.jvp it comes wrapped
+        return _dispatch_keys(_unwrap_for_grad(x, 1)).raw_repr()
