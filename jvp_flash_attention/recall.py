@@ -134,7 +134,10 @@ def _bare(tensors: tuple, numbers: tuple, jvp: bool, transform: CInterpreter | N
             return None
         else:
             layouts.append((x.shape, x.stride(), x.dtype, x.data_ptr() % 16, x.get_device()))
-    if kind == "cuda" and q.get_device() != torch.cuda.current_device():
+    if kind == "cuda":
+        if q.get_device() != torch.cuda.current_device():
+            return None
+    elif kind != "cpu":  # no kernel runs there, and autocast may not know it
         return None
     if torch.is_autocast_enabled(kind):
         return None

@@ -1,6 +1,8 @@
 """A call like an earlier one takes the launches of that one, and only where nothing else is asked
 of it than its values."""
 
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -192,3 +194,77 @@ def test_the_number_of_kinds_is_bounded_and_no_tensor_is_kept(log, device, monke
     for length in range(1, 6):
         plain(*tensors(device, shape=(1, 1, length, 8)))
     assert 1 <= len(recall._known) <= 2
+
+
+def test_a_program_may_begin_with_a_jvp(log, device):
+    """Where a new tensor comes wrapped, and so shows how a dense one looks only once unwrapped."""
+    recall._dense_keys.cache_clear()
+    x = tensors(device)
+    func_jvp(*x)
+    func_jvp(*x)
+    assert len(log) == 1
+    plain(*x)
+    plain(*x)
+    assert len(log) == 2
+
+
+def test_tensors_without_data_have_shapes_as_ever(log, device):
+    x = [x.to("meta") for x in tensors(device)]
+    assert attention(*x[:3]).is_meta
+    assert attention_jvp(*x[:6])[1].is_meta
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x[0], x[3])
+        assert forward_ad.unpack_dual(attention(dual, *x[1:3])).tangent.is_meta
+
+
+def test_tensors_that_cannot_be_unpacked_go_the_long_way(log, device):
+    q, k, v, t, *_ = tensors(device)
+    sparse = q.to_sparse()
+    along = lambda q: torch.func.jvp(lambda k: ours(q, k, v), (k,), (t,))  # noqa: E731
+    with pytest.raises(NotImplementedError, match="query must be a dense"):
+        along(sparse)
+    with pytest.raises(NotImplementedError, match="query must be a dense"), forward_ad.dual_level():
+        ours(sparse, k, v)
+    kept = []
+    torch.func.jvp(lambda x: kept.append(x) or x, (q,), (t,))  # a wrapper whose transform has ended
+    assert torch.equal(torch.stack(along(kept[0])), torch.stack(along(q)))
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda f: f.__name__)
+def test_a_jvp_that_fails_below_the_transform_leaves_it_as_it_was(way, log, device, monkeypatch):
+    x = tensors(device)
+    way(*x)
+
+    def fail(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as m:
+        m.setattr("jvp_flash_attention.kernels.plans.launch", fail)
+        with pytest.raises(MemoryError):
+            way(*x)
+    assert torch._C._functorch.peek_interpreter_stack() is None
+    way(*x)
+
+
+def test_no_copy_is_made_to_find_that_one_was_needed(log, device, monkeypatch):
+    q, k, v, t, *_ = tensors(device, shape=(1, 2, 8, 8))
+    copies, contiguous = [], torch.Tensor.contiguous
+    monkeypatch.setattr(
+        torch.Tensor, "contiguous", lambda x, *a: copies.append(x) or contiguous(x, *a)
+    )
+    for _ in range(2):
+        ours_jvp(q.mT, k, v, t, t, t)
+    assert len(copies) == 2
+    assert not log
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda f: f.__name__)
+def test_what_is_remembered_keeps_no_tensor(way, log, device):
+    x = tensors(device)
+    kept = list(map(weakref.ref, x))
+    for _ in range(2):
+        way(*x)
+    assert len(log) == 1
+    del x
+    gc.collect()
+    assert not any(ref() is not None for ref in kept)

@@ -22,6 +22,7 @@ from .launch import (
     Problem,
     cdiv,
     has_warpgroups,
+    is_unit,
     mask,
     operand,
     packed,
@@ -81,12 +82,13 @@ def prepared(
     """
     given = (q, k, v, t_q, t_k, t_v)
     pairs = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-    if any(unit(x) is not x for x in given) or (not jvp and pairs >= vendor.PAIRS):
+    if not all(x is None or is_unit(x) for x in given) or (not jvp and pairs >= vendor.PAIRS):
         return None
     inputs = (q, k, v, readable_mask(mask), None, t_q, t_k, t_v, None)
     found = plans.find(_forward_key(q, options, jvp), inputs)
     if found is None:
         return None
+    q, v = q.to("meta"), v.to("meta")  # layouts take no memory
     fresh = (*_outputs(q, v, mask), _row_vector(q))
     out, rows, row = ((x.shape, x.stride()) for x in fresh)
     bool_mask = mask is not None and mask.dtype == torch.bool

@@ -119,7 +119,12 @@ def unit(x: Tensor | None) -> Tensor | None:
     if x is None:
         return None
     x = materialised(x)
-    return x if x.stride(-1) == 1 and x.stride(-2) < 2**24 else x.contiguous()
+    return x if is_unit(x) else x.contiguous()
+
+
+def is_unit(x: Tensor) -> bool:
+    """Whether the kernels can read these strides."""
+    return x.stride(-1) == 1 and x.stride(-2) < 2**24
 
 
 def packed(x: Tensor | None) -> Tensor | None:
