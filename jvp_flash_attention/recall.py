@@ -123,7 +123,7 @@ def _bare(tensors: tuple, numbers: tuple, jvp: bool, transform: CInterpreter | N
         return None
     q: Any = tensors[0]
     kind = q.device.type
-    if kind not in ("cuda", "cpu"):
+    if kind not in ("cuda", "cpu"):  # no kernel runs there, and autocast may not know it
         return None
     keys = _dense_keys(kind)
     layouts = []
@@ -134,10 +134,7 @@ def _bare(tensors: tuple, numbers: tuple, jvp: bool, transform: CInterpreter | N
             return None
         else:
             layouts.append((x.shape, x.stride(), x.dtype, x.data_ptr() % 16, x.get_device()))
-    if kind == "cuda":
-        if q.get_device() != torch.cuda.current_device():
-            return None
-    elif kind != "cpu":  # no kernel runs there, and autocast may not know it
+    if kind == "cuda" and q.get_device() != torch.cuda.current_device():
         return None
     if torch.is_autocast_enabled(kind):
         return None

@@ -88,26 +88,6 @@ def test_the_second_call_of_a_kind_gives_its_own_values(way, numbers, log, devic
     assert len(log) == 1
 
 
-def test_the_first_call_of_a_program_may_lie_inside_a_jvp(log, device):
-    recall._dense_keys.cache_clear()
-    for _ in range(2):
-        func_jvp(*tensors(device))
-    plain(*tensors(device))
-    plain(*tensors(device))
-    assert len(log) == 2
-
-
-def test_what_cannot_be_unpacked_goes_the_long_way(log, device):
-    q, k, v, t, *_ = tensors(device)
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="dense strided"):
-        ours(forward_ad.make_dual(q, t), k, v.to_sparse())
-    leaked = []
-    torch.func.jvp(lambda q: leaked.append(q) or q, (q,), (t,))
-    got, _ = torch.func.jvp(lambda k: ours(leaked[0], k, v), (k,), (t,))
-    assert torch.equal(got, ours(q, k, v))
-    assert not log
-
-
 def test_calls_of_other_kinds_go_the_long_way(log, device):
     q, k, v, *t, _ = tensors(device)
     ours(q, k, v)

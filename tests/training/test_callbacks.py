@@ -32,6 +32,7 @@ class Fake:
             accumulate_grad_batches=accumulate,
             global_step=0,
             log_every_n_steps=log_every,
+            max_steps=20,
             world_size=1,
             precision="32-true",
         )
@@ -163,7 +164,9 @@ def test_a_compilation_is_announced(capsys, compiled):
     progress.on_train_start(fake.trainer, fake.module)
     progress.disable()
     progress.on_train_start(fake.trainer, fake.module)
-    assert capsys.readouterr().out.count("compiling the step") == compiled
+    printed = capsys.readouterr().out
+    assert printed.count("compiling the step") == compiled
+    assert printed.count("training: 20 steps, a line every 2") == 1
 
 
 def test_an_objective_that_cannot_be_counted_trains_on(tiny):
