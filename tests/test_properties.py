@@ -99,7 +99,7 @@ def test_the_compiled_kernels_equal_the_reference(dtype, bias, record_property):
     def run(case):
         H = case.Hk * (2 if case.layout == "blhd" else 1)
         case = replace(case, H=H, Dv=None, scale=None, bias=bias)
-        found = errors(kernels, case, dtype, "cuda")
+        found = errors(kernels, case, dtype, "cuda", rows=16)  # hypothesis likes single rows
         for name, error in found.items():
             worst[name] = max(worst.get(name, 0.0), error)
         check(found, dtype, slack=2.0)
