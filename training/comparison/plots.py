@@ -61,8 +61,9 @@ def error_curves(runs: Sequence[Run], found: Curves, candidate: str, baseline: s
     whole = figure(7.2, 8.2)
     above, below, size = whole.subplots(3, 1, sharex=True, height_ratios=[3, 2, 2])
     arms = list(dict.fromkeys(run.arm for run in runs))
+    seeds = sorted({run.seed for run in runs})
     for run in runs:
-        seed = sorted({r.seed for r in runs}).index(run.seed)
+        seed = seeds.index(run.seed)
         above.plot(
             found.steps,
             smooth(on(run, found.steps), found.smoothing),
@@ -72,15 +73,18 @@ def error_curves(runs: Sequence[Run], found: Curves, candidate: str, baseline: s
             alpha=0.45 if run.arm == baseline else 1,
             label=run.arm if seed == 0 else None,
         )
+    for i, seed in enumerate(seeds):
+        above.plot([], [], SHADES[i % len(SHADES)], color="black", lw=1, label=f"seed {seed}")
     logarithmic(above)
     above.set_ylabel("unweighted error")
-    above.set_title(f"mean of {found.smoothing} steps; a line style for each seed", fontsize=9)
+    above.set_title(f"mean of {found.smoothing} steps", fontsize=9)
     above.legend(fontsize=8, ncols=2)
 
     parts = differences(found)
     floors = {"seed floor (±1 std)": ("#999999", parts["seed_std"])}
     if parts["repeat"] is not None:
-        floors["A/A floor"] = (COLOURS["sdpa"], np.abs(parts["repeat"]))
+        repeat = np.abs(parts["repeat"])
+        floors["A/A floor" if repeat.any() else "A/A floor: 0"] = (COLOURS["sdpa"], repeat)
     for label, (shade, reach) in floors.items():
         if reach is not None:
             look = {"color": shade, "alpha": 0.3, "lw": 0}
