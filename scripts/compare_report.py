@@ -262,12 +262,12 @@ def summary(results: dict[Path, dict[str, Any]]) -> str:
     for path, result in results.items():
         if not result["environment"]["gpu"]:
             continue
-        lines = [f"**{result['title']}** ([{path.name}](docs/results/{path.name}))"]
-        if "rows" in result:
-            parts += [*lines, table(GOAL_TITLES, goals(result))]
-        else:
-            lines += [result["free_run"]["words"], result["lockstep"]["words"]]
-            parts.append("\n".join(lines))
+        parts.append(f"**{result['title']}** ([{path.name}](docs/results/{path.name}))")
+        if "rows" not in result:
+            words = result["free_run"]["words"], result["lockstep"]["words"]
+            parts[-1] = "\n".join([parts[-1], *words])
+        elif met := goals(result):
+            parts.append(table(GOAL_TITLES, met))
     return "".join(f"\n{part}\n" for part in parts) + "\n"
 
 
