@@ -35,8 +35,8 @@ MOST = 4096  # kinds of calls; a program with more starts to collect anew
 _known: dict[tuple, Callable] = {}
 _PLAIN = {Tensor, Parameter, type(None)}
 _REAL = (float, int)
-# of is_causal, scale, enable_gqa and backend: equal keys must mean equal arguments, and 1 == True
-_KINDS = set(product([bool], [*_REAL, type(None)], [bool], [str, type(None)]))
+# of the numbers of a call: equal keys must mean equal arguments, and 1 == True
+_KINDS = set(product(_REAL, [bool], [*_REAL, type(None)], [bool], [str, type(None)]))
 
 
 class Bare(NamedTuple):
@@ -116,21 +116,20 @@ def attention_jvp(q, k, v, mask, t_q, t_k, t_v, numbers: tuple) -> Bare | None:
 
 
 def _bare(tensors: tuple, numbers: tuple, jvp: bool, transform: CInterpreter | None) -> Bare | None:
-    dropout_p, *others = map(type, numbers)
-    if dropout_p not in _REAL or numbers[0] != 0.0 or tuple(others) not in _KINDS:
+    if tuple(map(type, numbers)) not in _KINDS or numbers[0] != 0.0:
         return None
-    if not _are_plain(tensors) or _recorded(tensors) or _len_torch_dispatch_stack():
+    if not _are_plain(tensors) or _len_torch_dispatch_stack():
         return None
     q: Any = tensors[0]
-    kind = q.device.type
-    if kind not in ("cuda", "cpu"):  # no kernel runs there, and autocast may not know it
+    kind = "cuda" if q.is_cuda else "cpu" if q.is_cpu else None
+    if kind is None:  # no kernel runs there, and autocast may not know it
         return None
-    keys = _dense_keys(kind)
+    keys, recording = _dense_keys(kind), torch.is_grad_enabled()
     layouts = []
     for x in tensors:
         if x is None:
             layouts.append(None)
-        elif _dispatch_keys(x).raw_repr() != keys:
+        elif _dispatch_keys(x).raw_repr() != keys or (recording and x.requires_grad):
             return None
         else:
             layouts.append((x.shape, x.stride(), x.dtype, x.data_ptr() % 16, x.get_device()))
@@ -144,16 +143,22 @@ def _bare(tensors: tuple, numbers: tuple, jvp: bool, transform: CInterpreter | N
 
 def _are_plain(tensors: tuple) -> bool:
     """Whether q, k and v are tensors, and the others tensors or absent; subclasses are not."""
-    return _PLAIN.issuperset(map(type, tensors)) and not any(x is None for x in tensors[:3])
+    q, k, v, *_ = tensors
+    there = q is not None and k is not None and v is not None
+    return there and _PLAIN.issuperset(map(type, tensors))
 
 
 def _unwrapped(tensors: tuple) -> tuple:
     """What lies below the outermost transform."""
-    return tuple(_unwrap_for_grad(x, 1) if isinstance(x, Tensor) else x for x in tensors)
+    return tuple([None if x is None else _unwrap_for_grad(x, 1) for x in tensors])
 
 
 def _recorded(tensors: tuple) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 @cache

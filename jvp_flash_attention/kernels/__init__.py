@@ -94,11 +94,11 @@ def prepared(
     bool_mask = mask is not None and mask.dtype == torch.bool
 
     def launch(q, k, v, mask, t_q, t_k, t_v):
-        dtype, device = q.dtype, q.device
-        o = torch.empty_strided(*out, dtype=dtype, device=device)
+        device = q.device
+        o = q.new_empty_strided(*out)
         lse = torch.empty_strided(*rows, dtype=torch.float32, device=device)
-        t_o = torch.empty_strided(*out, dtype=dtype, device=device) if jvp else None
-        mu = torch.empty_strided(*row, dtype=torch.float32, device=device) if jvp else None
+        t_o = torch.empty_like(o) if jvp else None
+        mu = lse.new_empty_strided(*row) if jvp else None
         mask = mask.view(torch.int8) if bool_mask else mask
         tensors = (q, k, v, mask, None, t_q, t_k, t_v, None, o, t_o, lse, mu)
         plans.launch(found, tensors, device)

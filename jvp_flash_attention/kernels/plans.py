@@ -4,7 +4,8 @@ Between a call and its kernels lie a choice of tiles, descriptors with their che
 binder, which looks at every argument to find the kernel that was compiled for it: three quarters of
 a call's host time. All of it depends on the tensors' signature alone (shapes, strides, dtypes,
 alignment), so the first call of a signature keeps the compiled kernels and the arguments, and later
-ones put their own tensors in.
+ones put their own tensors in. Tensors at addresses that were there before, as a training step finds
+them again and again, need not even that: the whole call is kept, TMA descriptors included.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,7 +18,10 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from .recorder import Call, recorder
+
 MOST = 4096  # signatures; a program with more starts to collect anew
+READY = 256  # calls of one signature, of some kilobytes each
 
 
 class Launch(NamedTuple):
@@ -32,12 +36,19 @@ class Launch(NamedTuple):
 class Plan(NamedTuple):
     """A launch without its tensors."""
 
-    start: Callable[[list, int | None], Any]  # arguments, stream
+    start: Callable[[list, int | None], Call | None]  # arguments, stream
     args: tuple  # as of the first call
     varying: tuple[tuple[int, int, Callable], ...]  # argument, tensor, tensor -> argument
 
 
-_plans: dict[tuple, list[Plan]] = {}
+class Plans(NamedTuple):
+    """The launches of one signature, and their calls where the tensors lay at given addresses."""
+
+    launches: list[Plan]
+    ready: dict[tuple, list[Call]]
+
+
+_plans: dict[tuple, Plans] = {}
 
 
 def run(
@@ -57,32 +68,48 @@ def run(
     plans = _plans.get(signature)
     if plans is not None:
         return launch(plans, tensors, first.device)
-    plans = []
+    made = []
     for kernel, grid, args, switches in launches():
         if grid[0] > 0:
             compiled = kernel[grid](*args, **switches)
-            plans.append(_plan(kernel, compiled, grid, args, switches, tensors))
+            made.append(_plan(kernel, compiled, grid, args, switches, tensors))
     present = [id(x) for x in tensors if x is not None]
     if len(set(present)) == len(present):  # else one does not say which argument it is
         if len(_plans) >= MOST:
             _plans.clear()
-        _plans[signature] = plans
+        _plans[signature] = Plans(made, {})
     return None
 
 
-def find(key: tuple, inputs: tuple[Tensor | None, ...]) -> list[Plan] | None:
+def find(key: tuple, inputs: tuple[Tensor | None, ...]) -> Plans | None:
     """What an earlier `run` with this key and inputs like these left."""
     return _plans.get(_signature(key, inputs))
 
 
-def launch(plans: list[Plan], tensors: tuple, device: torch.device) -> None:
+def launch(plans: Plans, tensors: tuple, device: torch.device) -> None:
     """`tensors`: the inputs and outputs of a `run`, in its order."""
     stream = _stream(device)
-    for start, fixed, varying in plans:
+    where = (stream, *[None if x is None else x.data_ptr() for x in tensors])
+    calls = plans.ready.get(where)
+    if calls is not None and not _watched():
+        for start, args in calls:
+            start(*args)
+        return
+    calls = []
+    for start, fixed, varying in plans.launches:
         args = list(fixed)
         for at, which, make in varying:
             args[at] = make(tensors[which])
-        start(args, stream)
+        calls.append(start(args, stream))
+    if None not in calls:
+        if len(plans.ready) >= READY:
+            plans.ready.clear()
+        plans.ready[where] = calls
+
+
+def _watched() -> bool:
+    """Whether a profiler listens to Triton's launches."""
+    return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)
 
 
 def _stream(device: torch.device) -> int | None:
@@ -103,41 +130,52 @@ def _layout(x: Tensor | None):
 
 def _plan(kernel, compiled, grid, args, switches, tensors) -> Plan:
     which = {id(x): i for i, x in enumerate(tensors) if x is not None}
+    if isinstance(compiled, CompiledKernel):
+        start, pointer = _compiled(compiled, (grid[0], 1, 1)), Tensor.data_ptr
+        later = tuple(switches[name] for name in kernel.arg_names[len(args) :])
+    else:  # Triton's interpreter compiles nothing, and reads the tensors themselves
+        start, pointer, later = partial(_interpret, kernel, grid, switches), lambda x: x, ()
     varying = []
     for at, argument in enumerate(args):
-        tensor, make = _maker(argument)
+        tensor, make = _maker(argument, pointer)
         if tensor is not None:
             varying.append((at, which[id(tensor)], make))
-    if isinstance(compiled, CompiledKernel):
-        args = (*args, *(switches[name] for name in kernel.arg_names[len(args) :]))
-        run: Any = compiled.run
-        fixed = (compiled.function, compiled.packed_metadata, None, None, None)
-        start = partial(_start, compiled, run, (grid[0], 1, 1), fixed)
-    else:  # Triton's interpreter compiles nothing
-        start = partial(_interpret, kernel, grid, switches)
     kept = {at for at, _, _ in varying}
-    args = tuple(None if at in kept else x for at, x in enumerate(args))  # holds no tensor alive
-    return Plan(start, args, tuple(varying))
+    fixed = (None if at in kept else x for at, x in enumerate(args))  # holds no tensor alive
+    return Plan(start, (*fixed, *later), tuple(varying))
 
 
-def _start(compiled: Any, run: Callable, grid: tuple, fixed: tuple, args: list, stream) -> None:
-    if knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
-        compiled[grid](*args, stream=stream)  # a profiler listens
-    else:  # the same without metadata for hooks
-        run(*grid, stream, *fixed, *args)
+def _compiled(compiled: CompiledKernel, grid: tuple) -> Callable[[list, int | None], Call | None]:
+    run: Any = compiled.run
+    record = recorder(run)
+    # no metadata and no hooks
+    fixed = (compiled.function, compiled.packed_metadata, None, None, None)
+
+    def start(args: list, stream: int | None) -> Call | None:
+        if _watched():
+            compiled[grid](*args, stream=stream)
+            return None
+        if record is None:
+            run(*grid, stream, *fixed, *args)
+            return None
+        call = record(*grid, stream, *fixed, *args)
+        call.launch(*call.args)
+        return call
+
+    return start
 
 
-def _interpret(kernel: Any, grid: tuple[int], switches: dict, args: list, _stream: None) -> None:
+def _interpret(kernel: Any, grid: tuple, switches: dict, args: list, _stream: int | None) -> None:
     kernel[grid](*args, **switches)
 
 
-def _maker(argument: Any) -> tuple[Tensor | None, Callable]:
+def _maker(argument: Any, pointer: Callable) -> tuple[Tensor | None, Callable]:
     """The tensor in an argument, and how another one of its signature becomes the argument."""
     if isinstance(argument, Tensor):
-        return argument, lambda x: x
+        return argument, pointer
     if isinstance(argument, tuple) and isinstance(argument[0], Tensor):
         strides = argument[1:]
-        return argument[0], lambda x: (x, *strides)
+        return argument[0], lambda x: (pointer(x), *strides)
     if hasattr(argument, "block_shape"):  # a descriptor, checked the first time
         kind, fields = type(argument), {**vars(argument), "base": None}
 
@@ -147,4 +185,4 @@ def _maker(argument: Any) -> tuple[Tensor | None, Callable]:
             return other
 
         return vars(argument)["base"], descriptor
-    return None, lambda x: x
+    return None, pointer
