@@ -146,7 +146,7 @@ def block(result: dict, path: Path) -> str:
         markdown(result),
         f"*{'; '.join(filter(None, notes))}.*",
         f"![Curves](results/{path.stem}_curves.png)",
-        "*Unweighted error: means of neighbouring logged steps, and a running mean of those.*",
+        "*Unweighted error: means of neighbouring logged steps, and a running median of those.*",
     ]
     return "".join(f"\n{part}\n" for part in parts) + "\n"
 
