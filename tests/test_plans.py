@@ -51,6 +51,7 @@ class Kernel:
 @pytest.fixture
 def call(monkeypatch):
     monkeypatch.setattr(plans, "_plans", {})
+    monkeypatch.setattr(plans, "_ready", {})
     monkeypatch.setattr(plans, "_stream", lambda device: 11)
     kernel = Kernel()
 
@@ -235,16 +236,50 @@ def test_a_profiler_is_told_of_recorded_calls_too(recorded, call):
         hooks.remove(listen)
 
 
-def test_recorded_calls_hold_no_tensor_and_are_bounded(recorded, monkeypatch):
-    monkeypatch.setattr(plans, "READY", 3)
-    alive = [tensors() for _ in range(10)]
-    for x, y in alive:
-        recorded(x, y)
-    (kept,) = plans._plans.values()
-    assert 0 < len(kept.ready) <= 3
-    for calls in kept.ready.values():
+def test_recorded_calls_hold_no_tensor(recorded):
+    recorded(*tensors())
+    for calls in plans._ready.values():
         for part in _flat(calls):
             assert not isinstance(part, (torch.Tensor, TensorDescriptor))
+
+
+@pytest.mark.usefixtures("recorded")
+def test_recorded_calls_are_bounded_over_all_signatures(call, monkeypatch):
+    monkeypatch.setattr(plans, "READY", 3)
+    sizes = [n for n in range(1, 6) for _ in range(4)]
+    alive = [(torch.zeros(n, 16), torch.zeros(n, 16)) for n in sizes]
+    for x, y in alive:
+        call(x, y)
+        assert len(plans._ready) <= 3
+    assert plans._ready
+
+
+def test_calls_of_forgotten_launches_are_never_made(recorded, call, launcher):
+    x, y = tensors()
+    recorded(x, y)
+    plans._plans.clear()
+    made = len(launcher.encoder.made)
+    assert call(x, y)[0] == "ordinary"
+    recorded(x, y)
+    assert len(launcher.encoder.made) == made + 1
+
+
+def test_a_launcher_that_makes_no_call_repeats_none(recorded, call, launcher, monkeypatch):
+    alive = [tensors(), tensors()]
+    recorded(*alive[0])
+    made, before = len(launcher.launched), dict(plans._ready)
+    monkeypatch.setattr(nvidia.CudaLauncher, "__call__", lambda *args: None)
+    call(*alive[1])
+    assert len(launcher.launched) == made
+    assert plans._ready == before
+
+
+def test_an_instrumented_kernel_is_not_kept(call, launcher, monkeypatch):
+    monkeypatch.setattr(Compiled, "launch", launcher.run)
+    launcher.run.profile_scratch_size = 8
+    assert call(*tensors())[0] == "ordinary"
+    assert call(*tensors())[0] == "ordinary"
+    assert not launcher.launched
 
 
 @pytest.mark.parametrize("name", ["global_scratch_size", "profile_scratch_size", "gsan_enabled"])

@@ -21,7 +21,7 @@ from triton.runtime import driver
 from .recorder import Call, recorder
 
 MOST = 4096  # signatures; a program with more starts to collect anew
-READY = 256  # calls of one signature, of some kilobytes each
+READY = 2048  # calls of all signatures together, of 5 to 20 kilobytes each
 
 
 class Launch(NamedTuple):
@@ -42,13 +42,14 @@ class Plan(NamedTuple):
 
 
 class Plans(NamedTuple):
-    """The launches of one signature, and their calls where the tensors lay at given addresses."""
+    """The launches of one signature."""
 
     launches: list[Plan]
-    ready: dict[tuple, list[Call]]
+    mark: object  # stands for them in the keys of _ready, where it keeps them apart from later ones
 
 
 _plans: dict[tuple, Plans] = {}
+_ready: dict[tuple, list[Call]] = {}  # the calls where tensors lay at given addresses
 
 
 def run(
@@ -68,16 +69,18 @@ def run(
     plans = _plans.get(signature)
     if plans is not None:
         return launch(plans, tensors, first.device)
-    made = []
+    made, instrumented = [], False
     for kernel, grid, args, switches in launches():
         if grid[0] > 0:
             compiled = kernel[grid](*args, **switches)
+            instrumented |= _instrumented(compiled)
             made.append(_plan(kernel, compiled, grid, args, switches, tensors))
     present = [id(x) for x in tensors if x is not None]
-    if len(set(present)) == len(present):  # else one does not say which argument it is
+    distinct = len(set(present)) == len(present)  # else one does not say which argument it is
+    if distinct and not instrumented:
         if len(_plans) >= MOST:
             _plans.clear()
-        _plans[signature] = Plans(made, {})
+        _plans[signature] = Plans(made, object())
     return None
 
 
@@ -89,8 +92,8 @@ def find(key: tuple, inputs: tuple[Tensor | None, ...]) -> Plans | None:
 def launch(plans: Plans, tensors: tuple, device: torch.device) -> None:
     """`tensors`: the inputs and outputs of a `run`, in its order."""
     stream = _stream(device)
-    where = (stream, *[None if x is None else x.data_ptr() for x in tensors])
-    calls = plans.ready.get(where)
+    where = (plans.mark, stream, *[None if x is None else x.data_ptr() for x in tensors])
+    calls = _ready.get(where)
     if calls is not None and not _watched():
         for start, args in calls:
             start(*args)
@@ -102,9 +105,15 @@ def launch(plans: Plans, tensors: tuple, device: torch.device) -> None:
             args[at] = make(tensors[which])
         calls.append(start(args, stream))
     if None not in calls:
-        if len(plans.ready) >= READY:
-            plans.ready.clear()
-        plans.ready[where] = calls
+        if len(_ready) >= READY:
+            _ready.clear()
+        _ready[where] = calls
+
+
+def _instrumented(compiled: Any) -> bool:
+    """Whether a profiler's code is in the kernel. It wants the profiler's memory, and Triton takes
+    another kernel once the profiler has gone."""
+    return getattr(getattr(compiled, "run", None), "profile_scratch_size", 0) > 0
 
 
 def _watched() -> bool:
@@ -159,7 +168,8 @@ def _compiled(compiled: CompiledKernel, grid: tuple) -> Callable[[list, int | No
             run(*grid, stream, *fixed, *args)
             return None
         call = record(*grid, stream, *fixed, *args)
-        call.launch(*call.args)
+        if call is not None:
+            call.launch(*call.args)
         return call
 
     return start

@@ -22,9 +22,10 @@ class Call(NamedTuple):
     args: tuple
 
 
-def recorder(run: Any) -> Callable[..., Call] | None:
-    """`run`'s double: it takes the same arguments and gives back the call that `run` would make.
-    None where that call would hold memory of its own, as a profiler's, or cannot be caught."""
+def recorder(run: Any) -> Callable[..., Call | None] | None:
+    """`run`'s double: it takes the same arguments and gives back the call that `run` would make, or
+    None where it did its work, whatever that is, without one. None instead of a double where that
+    call would hold memory of its own, as a profiler's, or cannot be caught."""
     owned = ("global_scratch_size", "profile_scratch_size", "gsan_enabled")
     found = _c_function(run)
     if found is None or any(getattr(run, name, 0) for name in owned):
@@ -38,9 +39,10 @@ def recorder(run: Any) -> Callable[..., Call] | None:
     double = copy.copy(run)
     double.launch = swap(catch)
 
-    def record(*args) -> Call:
+    def record(*args) -> Call | None:
+        caught.args = None  # not the last call's, should this one make none
         double(*args)
-        return Call(launch, caught.args)
+        return None if caught.args is None else Call(launch, caught.args)
 
     return record
 
