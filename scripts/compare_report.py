@@ -104,7 +104,7 @@ def pictures(result: dict[str, Any]) -> dict[str, tuple[str, Any]]:
     candidate, baseline = result["candidate"], result["baseline"]
     if "rows" in result:
         rows = [r for r in result["rows"] if r["batches"] == "equal"]
-        if not any(r.get("ms") for r in rows):
+        if len({r["tokens"] for r in rows if r.get("ms")}) < 2:  # the table says it
             return {}
         shown = {
             "": (
@@ -205,13 +205,16 @@ def _inverse(value: float | None) -> float | None:
 
 
 def speed_tables(result: dict[str, Any]) -> list[str]:
-    """Verdicts, goals, and the cells with the equal batch; ``speed`` is the candidate's over the
-    arm's.
-    """
+    """Verdicts, goals and cells."""
     verdicts = result["verdicts"].items()
     parts = ["\n".join(f"- **Against {arm}.** {judged['words']}" for arm, judged in verdicts)]
     if met := goals(result):
         parts.append(table(GOAL_TITLES, met))
+    return [*parts, cells(result)]
+
+
+def cells(result: dict[str, Any]) -> str:
+    """The cells with the equal batch; ``speed`` is the candidate's over the arm's."""
     where = ("head_dim", "mode", "compiled", "tokens", "batches")
     ratios = {(*(row[n] for n in where), row["against"]): row for row in result["ratios"]}
     rows = []
@@ -239,7 +242,7 @@ def speed_tables(result: dict[str, Any]) -> list[str]:
                 "{:.2f} to {:.2f}".format(*ends) if None not in ends else "",
             ]
         )
-    return [*parts, table(SPEED, rows)]
+    return table(SPEED, rows)
 
 
 def block(results: dict[Path, dict[str, Any]], drawn: dict[Path, list[tuple[str, Path]]]) -> str:
@@ -257,7 +260,7 @@ def block(results: dict[Path, dict[str, Any]], drawn: dict[Path, list[tuple[str,
 
 
 def summary(results: dict[Path, dict[str, Any]]) -> str:
-    """What the README shows: the verdicts and goals of comparisons on a GPU."""
+    """What the README shows of comparisons on a GPU: verdicts, and goals or else cells."""
     parts = []
     for path, result in results.items():
         if not result["environment"]["gpu"]:
@@ -266,8 +269,9 @@ def summary(results: dict[Path, dict[str, Any]]) -> str:
         if "rows" not in result:
             words = result["free_run"]["words"], result["lockstep"]["words"]
             parts[-1] = "\n".join([parts[-1], *words])
-        elif met := goals(result):
-            parts.append(table(GOAL_TITLES, met))
+        else:
+            met = goals(result)
+            parts.append(table(GOAL_TITLES, met) if met else cells(result))
     return "".join(f"\n{part}\n" for part in parts) + "\n"
 
 

@@ -111,6 +111,8 @@ def _figures(root: Path) -> str:
             f" ([{path.name}]({path})):"
         )
         parts.append(report.markdown(report.cells(README_COLUMNS, rows)))
+        found = plots.pictures(result, path.with_suffix(""))
+        parts += [f"![{title}]({picture})" for picture, (title, _) in found.items()]
     others = load("readme", root)
     if others:
         files = ", ".join(f"[{path.name}]({path})" for path in others)

@@ -1,8 +1,11 @@
-"""Time and memory over the length, log-log, with a mark where memory ran out."""
+"""Time and memory over the length, log-log, with a mark where memory ran out; the rates of the
+targets beside the peers' and a matrix product's."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
+from . import targets
 from .measure import OUT_OF_MEMORY
 
 COLOURS = {"ours": "#0b6e99", "sdpa-math": "#c1440e", "flash": "#6b8e23", "cudnn": "#7a5195"}
@@ -10,31 +13,79 @@ OTHERS = ("#444444", "#d4a017", "#008b8b", "#c71585")
 QUANTITIES = {"ms": "time (ms)", "mib": "peak memory (MiB)"}
 
 
-def pictures(result: dict, stem: Path) -> dict[Path, tuple[str, list[dict]]]:
-    """path -> (title, rows) for every (B, H, D) and dtype with three lengths or more."""
+Draw = Callable[[Path], None]
+
+
+def pictures(result: dict, stem: Path) -> dict[Path, tuple[str, Draw]]:
+    """path -> (title, what draws it): for the targets one, else one for every (B, H, D) and dtype
+    with three lengths or more."""
+    machine = result["environment"]["gpu"] or "CPU"
+    if result.get("suite") == "targets":
+        title = f"TFLOP/s, {targets.DTYPE}, {machine}"
+        return {stem.with_name(f"{stem.name}.png"): (title, partial(rates, result, title))}
     groups: dict[tuple, list[dict]] = {}
     for row in result["rows"]:
         B, H, _, D = row["shape"]
         groups.setdefault((B, H, D, row["dtype"]), []).append(row)
     groups = {key: rows for key, rows in groups.items() if len(_lengths(rows)) >= 3}
-    machine = result["environment"]["gpu"] or "CPU"
     found = {}
     for (B, H, D, dtype), rows in groups.items():
         suffix = "" if len(groups) == 1 else f"_{B}x{H}x{D}_{dtype}"
         title = f"B = {B}, H = {H}, D = {D}, {dtype}, {machine}"
-        found[stem.with_name(f"{stem.name}{suffix}.png")] = (title, rows)
+        path = stem.with_name(f"{stem.name}{suffix}.png")
+        found[path] = (title, partial(over_length, rows, title))
     return found
 
 
 def draw(result: dict, stem: Path) -> list[Path]:
     """Draws all pictures of a result; the paths written."""
     found = pictures(result, stem)
-    for path, (title, rows) in found.items():
-        over_length(rows, path, title)
+    for path, (_, drawn) in found.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drawn(path)
     return list(found)
 
 
-def over_length(rows: Sequence[dict], path: Path, title: str) -> None:
+def rates(result: dict, title: str, path: Path) -> None:
+    """Draws a bar for each of our rows and a point for each of its peers', over a line at the rate
+    of a large matrix product."""
+    from matplotlib.figure import Figure
+
+    groups: dict[tuple, dict[str, dict]] = {}
+    for row in result["rows"]:
+        groups.setdefault((row["workload"], row["pass"]), {})[row["implementation"]] = row
+    figure = Figure(figsize=(7.5, 0.28 * len(groups) + 1.3), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    axis = figure.subplots()
+    gemm = result["roof"]["gemm_tflops"][targets.DTYPE]
+    size = result["roof"]["gemm_size"]
+    axis.axvline(gemm, color="#444444", ls="--", lw=1, label=f"product of {size}³: {gemm:.0f}")
+    marks = {"cudnn": "D", "flash": "o", "sdpa-math": "s"}
+    for name in ("ours", *marks):
+        found = [
+            (i, rows[name]["tflops"])
+            for i, rows in enumerate(groups.values())
+            if rows.get(name, {}).get("tflops")
+        ]
+        if not found:
+            continue
+        places, values = zip(*found, strict=True)
+        if name == "ours":
+            bars = axis.barh(places, values, color=COLOURS[name], height=0.7, label=name)
+            axis.bar_label(bars, fmt="%.0f", padding=-24, fontsize=8, color="white")
+        else:
+            style = {"color": COLOURS[name], "edgecolors": "white", "zorder": 3}
+            axis.scatter(values, places, marker=marks[name], s=36, label=name, **style)
+    axis.set_yticks(range(len(groups)), [f"{w}, {p}" for w, p in groups], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("TFLOP/s")
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_axisbelow(True)
+    figure.legend(loc="outside lower center", ncols=5, fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def over_length(rows: Sequence[dict], title: str, path: Path) -> None:
     """Draws a column of plots for every pass and mask, a line for every implementation."""
     # not pyplot: no global state, no display
     from matplotlib.figure import Figure
@@ -60,7 +111,6 @@ def over_length(rows: Sequence[dict], path: Path, title: str) -> None:
             label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
         }
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
