@@ -114,6 +114,15 @@ def test_another_signature_or_key_is_prepared_anew(call):
     assert call(x, y)[0] == "planned"
 
 
+def test_another_device_is_another_signature(call, monkeypatch):
+    x, y = tensors()
+    call(x, y)
+    devices = {id(x): -1, id(y): 0}
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda t: devices[id(t)])
+    assert call(x, y)[0] == "ordinary"
+    assert call(x, y)[0] == "planned"
+
+
 def test_one_tensor_in_two_places_is_not_kept(call):
     x, y = tensors()
     call(x, x)

@@ -129,12 +129,14 @@ def _stream(device: torch.device) -> int | None:
 
 
 def _signature(key: tuple, inputs: tuple[Tensor | None, ...]) -> tuple:
-    device = next(x for x in inputs if x is not None).device
-    return key, device, *map(_layout, inputs)
+    return key, *map(_layout, inputs)
 
 
 def _layout(x: Tensor | None):
-    return None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16)
+    """Also its device: a planned launch takes an address without asking whose it is."""
+    if x is None:
+        return None
+    return x.shape, x.stride(), x.dtype, x.data_ptr() % 16, x.get_device()
 
 
 def _plan(kernel, compiled, grid, args, switches, tensors) -> Plan:
