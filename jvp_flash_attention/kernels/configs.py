@@ -1,6 +1,7 @@
 """Tile sizes by pass, head dim, element size and architecture: small tables instead of autotuning.
 
-A table has a row for each pass and in it a column for padded head dims up to 64, 128 and 256.
+A table has a row for each pass and in it a column for padded head dims up to 64, 128 and 256;
+`scripts/tile_tables.py` measures them anew.
 """
 
 from typing import NamedTuple
@@ -54,6 +55,18 @@ SIX = {
 }
 
 
+def table(itemsize: int, hopper: bool, six: bool) -> dict[str, tuple]:
+    """pass -> its tiles, one a column."""
+    if six:
+        return SIX
+    return FLOAT32 if itemsize == 4 else HOPPER if hopper else PORTABLE
+
+
+def column(block_d: int) -> int:
+    """Of a table, for a padded head dim."""
+    return HEAD_DIMS.index(max(block_d, 64))
+
+
 def tile(
     kind: str, block_d: int, itemsize: int, hopper: bool, extras: bool, six: bool = False
 ) -> Tile:
@@ -63,12 +76,8 @@ def tile(
     A mask or dropout (`extras`) needs registers and shared memory of its own: half a tile along
     the loop, but not where the tile is as narrow as six products make it: half of it was slower.
     """
-    column = HEAD_DIMS.index(max(block_d, 64))
-    if six:
-        return Tile(*SIX[kind][column])
-    table = FLOAT32 if itemsize == 4 else HOPPER if hopper else PORTABLE
-    tile = Tile(*table[kind][column])
-    if not extras:
+    tile = Tile(*table(itemsize, hopper, six)[kind][column(block_d)])
+    if six or not extras:
         return tile
     if kind.startswith("keys"):
         return tile._replace(BM=max(tile.BM // 2, 16))

@@ -89,6 +89,13 @@ def find(key: tuple, inputs: tuple[Tensor | None, ...]) -> Plans | None:
     return _plans.get(_signature(key, inputs))
 
 
+def forget() -> None:
+    """Prepares every launch anew, for instance with another table of tiles. What `recall` keeps
+    stays as it is."""
+    _plans.clear()
+    _ready.clear()
+
+
 def launch(plans: Plans, tensors: tuple, device: torch.device) -> None:
     """`tensors`: the inputs and outputs of a `run`, in its order."""
     stream = _stream(device)
