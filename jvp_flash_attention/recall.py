@@ -40,7 +40,7 @@ _KINDS = set(product(_REAL, [bool], [*_REAL, type(None)], [bool], [str, type(Non
 
 
 class Bare(NamedTuple):
-    """A bare call: q, k, v, mask, tq, tk, tv without duals and wrappers, and the key of its
+    """A bare call: q, k, v, mask, t_q, t_k, t_v without duals and wrappers, and the key of its
     kind."""
 
     tensors: tuple[Tensor | None, ...]
@@ -104,7 +104,8 @@ def attention(query, key, value, attn_mask, numbers: tuple) -> Bare | None:
     tensors = (q, k, v, mask, t_q, t_k, t_v)
     if transform is not None:
         tensors = _unwrapped(tensors)
-    return _bare(tensors, numbers, not t_q is t_k is t_v is None, transform)
+    jvp = not (t_q is None and t_k is None and t_v is None)
+    return _bare(tensors, numbers, jvp, transform)
 
 
 def attention_jvp(q, k, v, mask, t_q, t_k, t_v, numbers: tuple) -> Bare | None:
@@ -129,7 +130,7 @@ def _bare(tensors: tuple, numbers: tuple, jvp: bool, transform: CInterpreter | N
     for x in tensors:
         if x is None:
             layouts.append(None)
-        elif _dispatch_keys(x).raw_repr() != keys or (recording and x.requires_grad):
+        elif _dispatch_keys(x).raw_repr() not in keys or (recording and x.requires_grad):
             return None
         else:
             layouts.append((x.shape, x.stride(), x.dtype, x.data_ptr() % 16, x.get_device()))
@@ -162,9 +163,12 @@ def _recorded(tensors: tuple) -> bool:
 
 
 @cache
-def _dense_keys(kind: str) -> int:
+def _dense_keys(kind: str) -> frozenset[int]:
     """The dispatch keys of tensors on a kind of device that nothing wraps, negates or leaves
-    without memory."""
-    with torch.inference_mode(False), torch._C.DisableTorchFunction():
-        x = torch.empty(0, device=kind)  # inside torch.func.jvp it comes wrapped
-        return _dispatch_keys(_unwrap_for_grad(x, 1)).raw_repr()
+    without memory: ordinary ones, and those made in inference mode."""
+    found = set()
+    for inference in (False, True):
+        with torch.inference_mode(inference), torch._C.DisableTorchFunction():
+            x = torch.empty(0, device=kind)  # inside torch.func.jvp it comes wrapped
+            found.add(_dispatch_keys(_unwrap_for_grad(x, 1)).raw_repr())
+    return frozenset(found)

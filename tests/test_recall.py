@@ -248,3 +248,24 @@ def test_what_is_remembered_keeps_no_tensor(way, log, device):
     del x
     gc.collect()
     assert not any(ref() is not None for ref in kept)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
+@pytest.mark.parametrize("way", [plain, explicit], ids=lambda f: f.__name__)
+def test_tensors_made_in_inference_mode_are_recalled(way, inside, log, device):
+    with torch.inference_mode():
+        x = tensors(device)
+    normal = [y.clone() for y in x]
+    expected = way(*normal)
+    log.clear()
+    with torch.inference_mode(inside):
+        results = [way(*x) for _ in range(2)]
+    assert len(log) == 2
+    for result in results:
+        for got, right in zip(_flat(result), _flat(expected), strict=True):
+            assert torch.equal(got, right)
+            assert got.is_inference() == inside
+
+
+def _flat(result):
+    return result if isinstance(result, tuple) else (result,)

@@ -20,7 +20,7 @@ from triton.runtime import driver
 
 from .recorder import Call, recorder
 
-MOST = 4096  # signatures; a program with more starts to collect anew
+MOST = 4096  # signatures, as many as `recall` keeps; a program with more starts to collect anew
 READY = 2048  # calls of all signatures together, of 5 to 20 kilobytes each
 
 
@@ -37,14 +37,14 @@ class Plan(NamedTuple):
     """A launch without its tensors."""
 
     start: Callable[[list, int | None], Call | None]  # arguments, stream
-    args: tuple  # as of the first call
+    args: tuple  # of the first call; None where a tensor goes
     varying: tuple[tuple[int, int, Callable], ...]  # argument, tensor, tensor -> argument
 
 
 class Plans(NamedTuple):
     """The launches of one signature."""
 
-    launches: list[Plan]
+    plans: list[Plan]
     mark: object  # stands for them in the keys of _ready, where it keeps them apart from later ones
 
 
@@ -106,7 +106,7 @@ def launch(plans: Plans, tensors: tuple, device: torch.device) -> None:
             start(*args)
         return
     calls = []
-    for start, fixed, varying in plans.launches:
+    for start, fixed, varying in plans.plans:
         args = list(fixed)
         for at, which, make in varying:
             args[at] = make(tensors[which])
@@ -192,7 +192,7 @@ def _maker(argument: Any, pointer: Callable) -> tuple[Tensor | None, Callable]:
     """The tensor in an argument, and how another one of its signature becomes the argument."""
     if isinstance(argument, Tensor):
         return argument, pointer
-    if isinstance(argument, tuple) and isinstance(argument[0], Tensor):
+    if isinstance(argument, tuple) and isinstance(argument[0], Tensor):  # launch.pointer's, mask's
         strides = argument[1:]
         return argument[0], lambda x: (pointer(x), *strides)
     if hasattr(argument, "block_shape"):  # a descriptor, checked the first time
