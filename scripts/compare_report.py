@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from scripts.fashion_mnist import table, write_block
 from training.comparison import lockstep, plots
 from training.comparison.arms import Run
+from training.comparison.crossover import crossings, verdict
 from training.comparison.curves import ERROR, curves
 from training.comparison.document import cell
 from training.comparison.files import finite, read_jsonl
@@ -113,7 +114,7 @@ def pictures(result: dict[str, Any]) -> dict[str, tuple[str, Any]]:
             )
         }
         if any(r.get("peak_mib") for r in rows):
-            figure = plots.over_tokens(rows, "peak_mib", "peak MiB")
+            figure = plots.over_tokens(rows, "peak_mib", "peak GiB", 1024)
             shown["_memory"] = ("Peak memory; a cross: out of memory", figure)
         return shown
     runs = [
@@ -206,8 +207,9 @@ def _inverse(value: float | None) -> float | None:
 
 def speed_tables(result: dict[str, Any]) -> list[str]:
     """Verdicts, goals and cells."""
-    verdicts = result["verdicts"].items()
-    parts = ["\n".join(f"- **Against {arm}.** {judged['words']}" for arm, judged in verdicts)]
+    crossed = crossings(result["ratios"])
+    judged = {arm: verdict(crossed, result["candidate"], arm) for arm in result["verdicts"]}
+    parts = ["\n".join(f"- **Against {arm}.** {found['words']}" for arm, found in judged.items())]
     if met := goals(result):
         parts.append(table(GOAL_TITLES, met))
     return [*parts, cells(result)]

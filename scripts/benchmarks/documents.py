@@ -84,7 +84,7 @@ FIGURES = (  # workloads of the README
 )
 README_COLUMNS: report.Columns = {
     "(B, H, L, D)": report.shape,
-    "pass": lambda r: {"jvp": "forward + JVP", "full": "backward of both"}[r["pass"]],
+    "pass": report.pass_in_words,
     "ms": lambda r: report.number(r.get("ms")),
     "graph ms": lambda r: report.number(r.get("graph_ms")),
     "TFLOP/s": lambda r: report.number(r.get("tflops")),

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from . import targets
+from . import report, targets
 from .measure import OUT_OF_MEMORY
 
 COLOURS = {"ours": "#0b6e99", "sdpa-math": "#c1440e", "flash": "#6b8e23", "cudnn": "#7a5195"}
@@ -48,7 +48,7 @@ def draw(result: dict, stem: Path) -> list[Path]:
 
 def rates(result: dict, title: str, path: Path) -> None:
     """Draws a bar for each of our rows and a point for each of its peers', over a line at the rate
-    of a large matrix product."""
+    of a large matrix product. The names are those of the tables."""
     from matplotlib.figure import Figure
 
     groups: dict[tuple, dict[str, dict]] = {}
@@ -59,7 +59,8 @@ def rates(result: dict, title: str, path: Path) -> None:
     axis = figure.subplots()
     gemm = result["roof"]["gemm_tflops"][targets.DTYPE]
     size = result["roof"]["gemm_size"]
-    axis.axvline(gemm, color="#444444", ls="--", lw=1, label=f"product of {size}³: {gemm:.0f}")
+    behind = {"color": "#444444", "ls": "--", "lw": 1, "zorder": 0.9}
+    axis.axvline(gemm, label=f"product of {size}³: {gemm:.0f}", **behind)
     marks = {"cudnn": "D", "flash": "o", "sdpa-math": "s"}
     for name in ("ours", *marks):
         found = [
@@ -76,7 +77,11 @@ def rates(result: dict, title: str, path: Path) -> None:
         else:
             style = {"color": COLOURS[name], "edgecolors": "white", "zorder": 3}
             axis.scatter(values, places, marker=marks[name], s=36, label=name, **style)
-    axis.set_yticks(range(len(groups)), [f"{w}, {p}" for w, p in groups], fontsize=8)
+    firsts = [next(iter(rows.values())) for rows in groups.values()]
+    names = [f"{report.shape(row)}, {report.pass_in_words(row)}" for row in firsts]
+    axis.set_yticks(range(len(groups)), names, fontsize=8)
+    axis.set_ylabel("(B, H, L, D) mask, pass", fontsize=8)
+    axis.margins(x=0.08, y=0.02)
     axis.invert_yaxis()
     axis.set_xlabel("TFLOP/s")
     axis.grid(axis="x", alpha=0.3)
@@ -99,18 +104,23 @@ def over_length(rows: Sequence[dict], title: str, path: Path) -> None:
     figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(title, fontsize=10)
     axes = figure.subplots(len(known), len(panels), squeeze=False, sharex=True, sharey="row")
+    heights = {}
+    for row in rows:
+        if row["status"] == OUT_OF_MEMORY:
+            heights.setdefault(row["implementation"], 6 + 9 * len(heights))
     for column, (name, group) in enumerate(panels.items()):
         for line, quantity in enumerate(known):
-            _lines(axes[line, column], group, quantity)
+            _lines(axes[line, column], group, quantity, heights)
             axes[line, 0].set_ylabel(QUANTITIES[quantity])
-        axes[0, column].set_title(name, fontsize=10)
+        axes[0, column].set_title(name, fontsize=10, pad=6 + 9 * len(heights))
         axes[-1, column].set_xlabel("length L")
     handles = {}
     for axis in axes.flat:
         handles |= {
             label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
         }
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=8)
+    columns = 4 if len(panels) > 1 else 2
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, fontsize=8)
     figure.savefig(path, dpi=120)
 
 
@@ -118,8 +128,11 @@ def _lengths(rows: Sequence[dict]) -> list[int]:
     return sorted({row["shape"][2] for row in rows})
 
 
-def _lines(axis, rows: Sequence[dict], quantity: str) -> None:
-    """One line an implementation; a cross at the top edge over the lengths that did not fit."""
+def _lines(axis, rows: Sequence[dict], quantity: str, heights: dict[str, int]) -> None:
+    """One line an implementation; over the lengths that did not fit a cross above the frame, by
+    the implementation's height in points, so that it is not taken for a value."""
+    from matplotlib.transforms import ScaledTranslation
+
     lengths = _lengths(rows)
     for i, name in enumerate(dict.fromkeys(row["implementation"] for row in rows)):
         mine = [row for row in rows if row["implementation"] == name]
@@ -129,18 +142,35 @@ def _lines(axis, rows: Sequence[dict], quantity: str) -> None:
             axis.plot(*zip(*points, strict=True), "o-", color=colour, ms=4, lw=1.5, label=name)
         lost = [row["shape"][2] for row in mine if row["status"] == OUT_OF_MEMORY]
         if lost:
+            scale = axis.figure.dpi_scale_trans
             axis.plot(
                 lost,
-                [0.96] * len(lost),
+                [1] * len(lost),
                 "x",
                 color=colour,
-                ms=8,
+                ms=6,
                 mew=2,
-                transform=axis.get_xaxis_transform(),
+                clip_on=False,
+                transform=axis.get_xaxis_transform()
+                + ScaledTranslation(0, heights[name] / 72, scale),
                 label=f"{name}: out of memory",
             )
     axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
     axis.set_xticks(lengths, [str(length) for length in lengths], rotation=45, fontsize=8)
+    _plain(axis)
     axis.minorticks_off()
     axis.grid(alpha=0.3)
+
+
+def _plain(axis) -> None:
+    """A logarithmic ordinate with plain numbers at 1, 2 and 5; over many decades at 1 alone, within
+    one at more."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    within = (1, 2, 3, 4, 5, 6, 8)
+    subs = within if high / low < 10 else (1, 2, 5) if high / low < 1e6 else (1,)
+    axis.yaxis.set_major_locator(LogLocator(subs=subs))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.tick_params(axis="y", labelsize=8)

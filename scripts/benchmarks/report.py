@@ -83,6 +83,19 @@ def shape(row: Row) -> str:
     return f"({', '.join(map(str, row['shape']))}){mask}"
 
 
+PASSES = {
+    "forward": "forward",
+    "backward": "backward",
+    "jvp": "forward + JVP",
+    "full": "backward of both",
+}
+
+
+def pass_in_words(row: Row) -> str:
+    """What of the attention was measured."""
+    return PASSES[row["pass"]]
+
+
 def worst(row: Row) -> str:
     """Largest error among the results, marked where it is more than the tolerance."""
     if "errors" not in row:

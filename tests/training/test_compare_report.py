@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from scripts import compare_report
-from training.comparison import lockstep
+from training.comparison import lockstep, plots
 
 ROOT = Path(__file__).parents[2]
 PAGE = "a\n<!-- begin comparison -->\nold\n<!-- end comparison -->\nb\n"
@@ -148,6 +148,30 @@ def test_a_comparison_of_speeds_is_kept_and_held_against_the_goals(docs, tmp_pat
     assert "2.00 | 1.90 to 2.10 |" in page
     assert "times_ms" not in (docs / "results" / "compare_speed_x.json").read_text()
     assert (docs / "results" / "compare_speed_x_memory.png").is_file()
+
+
+def test_crosses_lie_above_the_frame_and_are_named(tmp_path):
+    cell = {"head_dim": 64, "compiled": False, "batches": "equal"}
+    rows = [
+        cell | {"tokens": tokens, "mode": mode, "arm": arm, "status": "out of memory"}
+        for tokens in (256, 4096)
+        for mode in ("single", "double")
+        for arm in ("jvp", "sdpa")
+    ]
+    for row in rows:
+        if row["mode"] == "single" and (row["tokens"], row["arm"]) != (4096, "sdpa"):
+            row |= {"status": "measured", "peak_mib": 3072.0}
+    figure = plots.over_tokens(rows, "peak_mib", "peak GiB", 1024)
+    assert plots.save(figure, tmp_path / "x.png").is_file(), "although one mode never fitted"
+    single = figure.axes[0]
+    lines = {line.get_label(): line for line in single.get_lines()}
+    assert set(lines["jvp"].get_ydata()) == {3.0}
+    cross = lines["sdpa: out of memory"]
+    assert list(cross.get_xdata()) == [4096]
+    height = cross.get_transform().transform([[4096, 1]])[0, 1]
+    assert height > single.get_window_extent().y1
+    (legend,) = figure.legends
+    assert "sdpa: out of memory" in [text.get_text() for text in legend.get_texts()]
 
 
 def test_a_missed_goal_is_said():

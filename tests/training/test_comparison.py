@@ -18,9 +18,10 @@ from scripts.compare import compare
 from scripts.dashboard import build
 from tests.commands import ROOT, call, succeed
 from training.attentions import sdpa, sdpa_fused
+from training.comparison import crossover as crossovers
 from training.comparison import dashboard, lockstep, speed
 from training.comparison.arms import Run, check_comparable, check_fingerprints, name_arms, placed
-from training.comparison.crossover import crossover, ratios
+from training.comparison.crossover import crossings, crossover, ratios
 from training.comparison.document import Heading, Judgement, Pictures, Table, Text, markdown, page
 from training.comparison.statistics import block_bootstrap, smooth, tost, verdict
 from training.comparison.together import train_together
@@ -151,6 +152,39 @@ def test_the_crossover_is_interpolated_between_lengths():
     assert crossover([(64, 1.1), (256, 2.0)])[0] == 64
     assert crossover([(64, 0.5), (256, 0.9)])[0] is None
     assert crossover([]) == (None, "not measured")
+    assert crossover([(64, 1.1), (256, 2.0)])[1] == (
+        "faster at every length measured, 64 to 256 tokens"
+    )
+    assert crossover([(256, 2.0)])[1] == "faster at the only length measured, 256 tokens"
+    assert crossover([(256, 0.5)])[1] == "not faster at the only length measured, 256 tokens"
+
+
+@pytest.mark.parametrize(
+    ("measured", "words"),
+    [
+        ({64: {256: 2.0}}, "in 1 of 1 settings, at the only length measured, 256 tokens; at best"),
+        (
+            {64: {64: 1.5, 1024: 2.0}, 72: {256: 1.2, 1024: 1.9}, 128: {256: 1.1, 1024: 1.5}},
+            "in 3 of 3 settings: at every length measured, 64 to 1024 tokens (head dim 64), and at"
+            " every length measured, 256 to 1024 tokens (head dim 72 and head dim 128); at best",
+        ),
+        (
+            {64: {64: 0.5, 256: 2.0}, 128: {64: 0.5, 256: 0.6}},
+            "in 1 of 2 settings: from about 128 tokens on (between 64 and 256) (head dim 64); in"
+            " the others it is not, at the longest length measured; at best",
+        ),
+        ({64: {64: 0.5, 256: 0.9}}, "at the longest length measured, in any of 1 settings; at"),
+    ],
+)
+def test_the_verdict_on_speeds_says_what_was_measured(measured, words):
+    setting = {"against": "sdpa", "mode": "single", "compiled": False, "batches": "equal"}
+    setting |= {"candidate_fits": True, "baseline_fits": True, "low": None, "high": None}
+    rows = [
+        setting | {"head_dim": dim, "tokens": tokens, "ratio": ratio}
+        for dim, lengths in measured.items()
+        for tokens, ratio in lengths.items()
+    ]
+    assert words in crossovers.verdict(crossings(rows), "jvp", "sdpa")["words"]
 
 
 def test_a_ratio_of_speeds_has_an_interval_from_paired_steps():

@@ -52,15 +52,20 @@ def _over(a: float | None, b: float | None) -> float | None:
 def crossover(points: Sequence[tuple[int, float]]) -> tuple[float | None, str]:
     """Where the candidate begins to win for good: tokens, and in words.
 
-    points: (tokens, ratio). Between two lengths log ratio is taken as linear in log tokens.
+    points: (tokens, ratio), of the lengths measured in both arms. Between two lengths log ratio is
+    taken as linear in log tokens.
     """
     points = sorted(points)
     if not points:
         return None, "not measured"
+    first, longest = points[0][0], points[-1][0]
     if all(ratio >= 1 for _, ratio in points):
-        return float(points[0][0]), f"faster at every length measured, from {points[0][0]} on"
+        if len(points) == 1:
+            return float(first), f"faster at the only length measured, {first} tokens"
+        return float(first), f"faster at every length measured, {first} to {longest} tokens"
     if points[-1][1] < 1:
-        return None, f"not faster at the longest length measured, {points[-1][0]}"
+        which = "only" if len(points) == 1 else "longest"
+        return None, f"not faster at the {which} length measured, {longest} tokens"
     last = max(i for i, (_, ratio) in enumerate(points) if ratio < 1)
     (n0, r0), (n1, r1) = points[last], points[last + 1]
     share = -math.log(r0) / (math.log(r1) - math.log(r0))
@@ -99,17 +104,39 @@ def crossings(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def _setting(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    """What tells a setting from the others of ``rows``."""
+    names = {
+        "head_dim": f"head dim {row['head_dim']}",
+        "mode": row["mode"],
+        "compiled": "compiled" if row["compiled"] else "eager",
+    }
+    differing = [n for key, n in names.items() if len({other[key] for other in rows}) > 1]
+    return ", ".join(differing) or names["head_dim"]
+
+
 def verdict(rows: Sequence[dict[str, Any]], candidate: str, against: str) -> dict[str, Any]:
-    """All settings against one arm in one sentence."""
+    """All settings against one arm in one sentence; of those that win, what was measured."""
     rows = [row for row in rows if row["against"] == against and row["best"]]
     if not rows:
         return {"passed": None, "words": "No verdict: nothing was measured in both arms."}
     winning = [row for row in rows if row["from_tokens"] is not None]
-    words = f"{candidate} becomes faster than {against} in {len(winning)} of {len(rows)} settings"
-    if winning:
-        starts = [row["from_tokens"] for row in winning]
-        low, high = f"{min(starts):.0f}", f"{max(starts):.0f}"
-        words += f", from {low if low == high else f'{low} to {high}'} tokens on"
+    words = f"{candidate} is faster than {against} in {len(winning)} of {len(rows)} settings"
+    places: dict[str, list[str]] = {}  # where it is faster -> the settings of which this is so
+    for row in winning:
+        places.setdefault(row["words"].removeprefix("faster "), []).append(_setting(row, rows))
+    if len(places) == 1 and len(winning) == len(rows):
+        words += f", {next(iter(places))}"
+    elif places:
+        told = [f"{where} ({' and '.join(settings)})" for where, settings in places.items()]
+        words += f": {', and '.join(told)}"
+    if not winning:
+        words = (
+            f"{candidate} is not faster than {against} at the longest length measured, in any of"
+            f" {len(rows)} settings"
+        )
+    elif len(winning) < len(rows):
+        words += "; in the others it is not, at the longest length measured"
     best = max(rows, key=lambda row: row["best"])
     words += f"; at best {best['best']:.2f} times as fast"
     if best["best_low"]:

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.transforms import ScaledTranslation
 
 from training.comparison.arms import REPEAT, Run
 from training.comparison.curves import Curves, differences, on
@@ -16,6 +17,7 @@ from training.comparison.statistics import smooth
 COLOURS = {"jvp": "#0b6e99", "sdpa": "#c1440e", "sdpa_fused": "#6b8e23", "double": "#7a5195"}
 OTHERS = ("#444444", "#d4a017", "#008b8b", "#c71585")
 SHADES = ("-", "--", ":", "-.")
+LOST = ": out of memory"  # ends the name of a cross
 
 
 def colour(arm: str, arms: Sequence[str]) -> str:
@@ -38,6 +40,7 @@ def _legend(whole: Figure, columns: int) -> None:
     lines = [line for axis in whole.axes for line in axis.get_lines()]
     named = {str(line.get_label()): line for line in lines}
     shown = [name for name in named if not name.startswith("_")]
+    shown.sort(key=lambda name: name.endswith(LOST))  # the lines first
     where = {"loc": "outside lower center", "ncols": columns, "fontsize": 8}
     whole.legend([named[name] for name in shown], shown, **where)
 
@@ -48,8 +51,8 @@ def logarithmic(axes: Any) -> None:
     _plain(axes.yaxis)
 
 
-def _plain(axis: Any) -> None:
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+def _plain(axis: Any, subs: Sequence[int] = (1, 2, 5)) -> None:
+    axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -193,31 +196,42 @@ def _groups(rows: Sequence[dict[str, Any]], *names: str) -> dict[tuple, list[dic
     return found
 
 
-def over_tokens(rows: Sequence[dict[str, Any]], quantity: str, label: str) -> Figure:
-    """A panel for each head dim and mode, a line for each arm; a cross at the upper edge where
-    memory ran out. Dashed: compiled.
+def over_tokens(
+    rows: Sequence[dict[str, Any]], quantity: str, label: str, unit: float = 1
+) -> Figure:
+    """A panel for each head dim and mode, a line for each arm; where memory ran out a cross above
+    the frame, so that it is not taken for a value. Dashed, and upright crosses: compiled.
+
+    unit: what is drawn as 1.
     """
     modes = list(dict.fromkeys(row["mode"] for row in rows))
     dims = list(dict.fromkeys(row["head_dim"] for row in rows))
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     whole = figure(max(4.2, 2.9 * len(dims) + 0.6), 2.6 * len(modes) + 0.7)
     axes = whole.subplots(len(modes), len(dims), squeeze=False, sharex=True, sharey="row")
+    lost_rows = [row for row in rows if row["status"] == "out of memory"]
+    without_memory = list(_groups(lost_rows, "arm", "compiled"))  # a height for each
     for (mode, dim, arm, compiled), mine in _groups(
         rows, "mode", "head_dim", "arm", "compiled"
     ).items():
         axis = axes[modes.index(mode), dims.index(dim)]
         name = f"{arm}{', compiled' if compiled else ''}"
-        points = sorted((r["tokens"], r[quantity]) for r in mine if r.get(quantity) is not None)
-        look = {"color": colour(arm, arms), "ms": 4, "label": name}
+        points = sorted(
+            (r["tokens"], r[quantity] / unit) for r in mine if r.get(quantity) is not None
+        )
+        shade = colour(arm, arms)
         if points:
             x, y = zip(*points, strict=True)
-            axis.plot(x, y, "o--" if compiled else "o-", lw=1.4, **look)
+            axis.plot(x, y, "o--" if compiled else "o-", lw=1.4, ms=4, color=shade, label=name)
         lost = [r["tokens"] for r in mine if r["status"] == "out of memory"]
         if not lost:
             continue
+        height = (5 + 8 * without_memory.index((arm, compiled))) / 72  # inches
         axis.plot(
-            lost, [0.96 - 0.05 * arms.index(arm)] * len(lost), "x", mew=2, clip_on=False,
-            transform=axis.get_xaxis_transform(), color=look["color"], ms=6,
+            lost, [1] * len(lost), "+" if compiled else "x", mew=2, ms=6, color=shade,
+            transform=axis.get_xaxis_transform()
+            + ScaledTranslation(0, height, whole.dpi_scale_trans),
+            clip_on=False, label=f"{name}{LOST}",
         )  # fmt: skip
     ticks = sorted({row["tokens"] for row in rows})
     for i, mode in enumerate(modes):
@@ -225,14 +239,20 @@ def over_tokens(rows: Sequence[dict[str, Any]], quantity: str, label: str) -> Fi
         for j, dim in enumerate(dims):
             axis = axes[i, j]
             axis.set_xscale("log", base=2)
-            logarithmic(axis)
+            if any(row["mode"] == mode and row.get(quantity) for row in rows):
+                logarithmic(axis)
+                low, high = axis.get_ylim()
+                if high / low < 10:
+                    _plain(axis.yaxis, (1, 2, 3, 4, 5, 6, 8))
+            else:  # crosses alone
+                axis.set_yticks([])
             axis.set_xticks(ticks, [str(t) for t in ticks])
             axis.tick_params(labelsize=7)
             if i == 0:
-                axis.set_title(f"head dim {dim}", fontsize=9)
+                axis.set_title(f"head dim {dim}", fontsize=9, pad=6 + 8 * len(without_memory))
     for axis in axes[-1]:
         axis.set_xlabel("tokens", fontsize=8)
-    _legend(whole, 3)
+    _legend(whole, 3 if len(dims) > 1 else 2)
     return whole
 
 
