@@ -1,8 +1,9 @@
-"""The static part of a call, as every implementation receives it."""
+"""The static part of a call, as every implementation receives it; what else a kernel depends on."""
 
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class Options(NamedTuple):
@@ -21,3 +22,11 @@ def tf32_allowed() -> bool:
         return torch.get_float32_matmul_precision() != "highest"
     except RuntimeError:
         return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def layout(x: Tensor | None) -> tuple | None:
+    """What launches depend on, of a tensor: `recall` and `kernels.plans` keep them by it. Its
+    device too: a kept launch takes an address without asking whose it is."""
+    if x is None:
+        return None
+    return x.shape, x.stride(), x.dtype, x.data_ptr() % 16, x.get_device()

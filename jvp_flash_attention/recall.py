@@ -28,7 +28,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from . import backends
-from .options import Options, tf32_allowed
+from .options import Options, layout, tf32_allowed
 
 MOST = 4096  # kinds of calls; a program with more starts to collect anew
 
@@ -126,20 +126,17 @@ def _bare(tensors: tuple, numbers: tuple, jvp: bool, transform: CInterpreter | N
     if kind is None:  # no kernel runs there, and autocast may not know it
         return None
     keys, recording = _dense_keys(kind), torch.is_grad_enabled()
-    layouts = []
     for x in tensors:
-        if x is None:
-            layouts.append(None)
-        elif _dispatch_keys(x).raw_repr() not in keys or (recording and x.requires_grad):
+        if x is not None and (
+            _dispatch_keys(x).raw_repr() not in keys or (recording and x.requires_grad)
+        ):
             return None
-        else:
-            layouts.append((x.shape, x.stride(), x.dtype, x.data_ptr() % 16, x.get_device()))
     if kind == "cuda" and q.get_device() != torch.cuda.current_device():
         return None
     if torch.is_autocast_enabled(kind):
         return None
     tf32 = q.dtype == torch.float32 and tf32_allowed()
-    return Bare(tensors, (jvp, tf32, *numbers, *layouts), jvp, transform)
+    return Bare(tensors, (jvp, tf32, *numbers, *map(layout, tensors)), jvp, transform)
 
 
 def _are_plain(tensors: tuple) -> bool:
@@ -155,11 +152,7 @@ def _unwrapped(tensors: tuple) -> tuple:
 
 
 def _recorded(tensors: tuple) -> bool:
-    if torch.is_grad_enabled():
-        for x in tensors:
-            if x is not None and x.requires_grad:
-                return True
-    return False
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 @cache

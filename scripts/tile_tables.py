@@ -27,7 +27,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-from benchmarks.problem import DTYPES, draw
+from benchmarks.problem import DTYPES, Problem, draw
 from benchmarks.timing import median_ms
 from environment import environment
 from rich.console import Console
@@ -95,12 +95,9 @@ def candidates(name: str) -> list[Tile]:
     return [Tile(*t) for t in tiles if not (t[2] == 8 and t[0] * t[1] < 512)]
 
 
-def call(
-    row: str, workload: Workload, dtype: torch.dtype, device: str, implementation: ModuleType
-) -> Callable[[], tuple]:
+def call(row: str, p: Problem, implementation: ModuleType) -> Callable[[], tuple]:
     """The call that the kernel of `row` belongs to, as far as implementations agree on it."""
-    p = draw(workload, dtype, device)
-    options = Options(workload.head_dim**-0.5, False, 0.0, "triton")
+    options = Options(p.workload.head_dim**-0.5, False, 0.0, "triton")
     absent = (None, None)  # mask and seed
     forward = partial(implementation.forward, *p.primals, *absent, options)
     jvp = partial(implementation.forward_jvp, *p.primals, *absent, *p.tangents, None, options)
@@ -167,10 +164,10 @@ def main(arguments: list[str] | None = None) -> None:
         for name, head_dim, row in product(options.dtypes, options.head_dims, options.passes):
             where = place(row, head_dim, DTYPES[name], device)
             batch, heads, length = options.shape
-            given = (row, Workload(batch, heads, length, head_dim), DTYPES[name], device)
+            problem = draw(Workload(batch, heads, length, head_dim), DTYPES[name], device)
             tiles = options.tiles or candidates(where.name)
-            expected = call(*given, reference)()
-            steps = measure(where, tiles, call(*given, kernels), expected, device)
+            expected = call(row, problem, reference)()
+            steps = measure(where, tiles, call(row, problem, kernels), expected, device)
             title = f"{where.name} {row}, {name}, head dim {head_dim}"
             total = len({where.tile, *tiles})
             measured = list(track(steps, title, total=total, console=console, transient=True))

@@ -2,23 +2,29 @@
 which is best."""
 
 import ast
+import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import tile_tables
-
 from jvp_flash_attention.kernels import configs, plans
 from jvp_flash_attention.kernels.configs import Tile
 
+PASSES = ("forward", "forward_jvp", "keys", "keys_jvp", "queries", "queries_jvp")
+
 
 @pytest.fixture
-def where():
+def tile_tables(monkeypatch):
+    """The script, whose folder is on the path when it runs."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+    return importlib.import_module("tile_tables")
+
+
+@pytest.fixture
+def where(tile_tables):
     """The tile of O at head dim 16 in float32, which the interpreter runs."""
     return tile_tables.place("forward", 16, torch.float32, "cpu")
 
@@ -42,7 +48,7 @@ def test_a_place_is_the_tile_that_a_call_takes(where):
     assert not plans._plans
 
 
-def test_candidates_keep_to_what_a_table_may_hold(where):
+def test_candidates_keep_to_what_a_table_may_hold(tile_tables, where):
     tiles = tile_tables.candidates("FLOAT32")
     assert where.tile in tiles
     assert max(max(t.BM, t.BN) for t in tiles) == 32
@@ -50,7 +56,7 @@ def test_candidates_keep_to_what_a_table_may_hold(where):
     assert {Tile(*row[0]) for row in configs.HOPPER.values()} <= {*tile_tables.candidates("HOPPER")}
 
 
-def test_tiles_that_fail_or_err_are_left_out_and_say_why(where, monkeypatch):
+def test_tiles_that_fail_or_err_are_left_out_and_say_why(tile_tables, where, monkeypatch):
     right = torch.ones(3)
     found = {(16, 16): right * 1.1, (16, 32): right * float("nan")}
     monkeypatch.setattr(tile_tables, "median_ms", lambda work, device: 1.0)
@@ -70,7 +76,7 @@ def test_tiles_that_fail_or_err_are_left_out_and_say_why(where, monkeypatch):
     assert len(why) == 2
 
 
-def test_another_tile_must_save_enough():
+def test_another_tile_must_save_enough(tile_tables):
     def row(ms, n):
         return {"tile": [n, 16, 4, 1]} | ({} if ms is None else {"ms": ms})
 
@@ -81,9 +87,12 @@ def test_another_tile_must_save_enough():
     assert best([row(None, 1), row(None, 2)])["tile"][0] == 1
 
 
-@pytest.mark.parametrize("row", tile_tables.PASSES)
-def test_the_script_prints_a_table_that_can_be_pasted(row, where, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("row", PASSES)
+def test_the_script_prints_a_table_that_can_be_pasted(
+    row, tile_tables, tmp_path, capsys, monkeypatch
+):
     fast = Tile(16, 16, 4, 1)
+    assert set(PASSES) == set(tile_tables.PASSES)
     place = tile_tables.place(row, 16, torch.float32, "cpu")
     monkeypatch.setattr(tile_tables, "median_ms", lambda *_: 1.0 if place.tile == fast else 2.0)
     before = dict(configs.FLOAT32)
@@ -101,7 +110,7 @@ def test_the_script_prints_a_table_that_can_be_pasted(row, where, tmp_path, caps
 
 
 @pytest.mark.parametrize("words", [["--tiles", "64x64x4"], ["--shape", "0x1x2"]])
-def test_sizes_are_checked(words, capsys):
+def test_sizes_are_checked(words, tile_tables, capsys):
     with pytest.raises(SystemExit):
         tile_tables.main(words)
     assert f"joined by x are needed, got '{words[1]}'" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from ..options import layout
 from .recorder import Call, recorder
 
 MOST = 4096  # signatures, as many as `recall` keeps; a program with more starts to collect anew
@@ -136,14 +137,7 @@ def _stream(device: torch.device) -> int | None:
 
 
 def _signature(key: tuple, inputs: tuple[Tensor | None, ...]) -> tuple:
-    return key, *map(_layout, inputs)
-
-
-def _layout(x: Tensor | None):
-    """Also its device: a planned launch takes an address without asking whose it is."""
-    if x is None:
-        return None
-    return x.shape, x.stride(), x.dtype, x.data_ptr() % 16, x.get_device()
+    return key, *map(layout, inputs)
 
 
 def _plan(kernel, compiled, grid, args, switches, tensors) -> Plan:
