@@ -106,7 +106,8 @@ def warp_specialized(head_dim: int, mask_bytes: int) -> Rings:
     if head_dim <= 64:
         return Rings(64, 0, 64, 2, 2, 1, masks, False)
     if head_dim <= 80:
-        return Rings(64, 16, 64, 2, 2, 2, masks, False)
+        stages = 3 if mask_bytes <= 1 else 2  # as many as fit
+        return Rings(64, 16, 64, stages, stages, 2, masks, False)
     if head_dim <= 96:
         return Rings(64, 32, 64, 2, 2, 1 if mask_bytes else 2, masks, False)
     return Rings(128, 0, 64, 2, 2, 1, masks, not mask_bytes)

@@ -6,7 +6,9 @@ and take turns on the tensor cores, so that one's softmax runs under the other's
     EARLY    S, tS │ turn over │ softmax │ P V, P tV │ H │ H V
              the products of P start before tS is awaited (head dims above 64)
     else     S, tS │ softmax, H │ P V, P tV, H V
-             the blocks [values of tile j, scores of tile j + 1] of the two warpgroups alternate
+             the blocks [values of tile j, scores of tile j + 1] of the two warpgroups alternate; an
+             item's first scores and last values are blocks of their own, so that nobody waits while
+             results are finished and stored
 
 Beyond the mathematics of `forward.py`, whose names are used:
 
@@ -15,7 +17,10 @@ Beyond the mathematics of `forward.py`, whose names are used:
 * Lazy rescaling: o, t, l, r are brought to a new maximum only where a row of the warp outgrew its
   old one by 2^THRESHOLD. P̃ then reaches 2^THRESHOLD instead of 1, which float32 sums do not notice.
 * A head dim between 64 and 128 is two pieces, 64 + 16 or 64 + 32, each with its own buffers,
-  products and accumulator: 72 costs 80 columns, not 128.
+  products and accumulator: 72 costs 80 columns, not 128. Of 16 columns, those of V and tV lie side
+  by side and share the product with P.
+* Where there are two pairs of query buffers, the stores of an item's results are awaited under the
+  next one's first scores.
 * Under a causal mask a block takes query tiles in pairs (first, last), (second, last but one) ...,
   which all cost the same.
 
@@ -56,6 +61,7 @@ from .hopper_primitives import (
     ring,
     rows_times,
     scores,
+    side_by_side,
     store,
     visible,
     visible_tangent,
@@ -79,11 +85,11 @@ def _item(e, tiles, H, S, BN: gl.constexpr, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(x, buffers, at: gl.constexpr, b, h, row, barrier, slot):
-    """Both pieces of one tile of operand number `at`."""
+def _fetch(x, buffers, at: gl.constexpr, b, h, row, barrier, slot, slot2):
+    """Both pieces of one tile of operand number `at`, into their rings' slots."""
     load(x[at][0], [b, h, row, 0], barrier, buffers[at][0].index(slot))
     if x[at][1] is not None:
-        load(x[at][1], [b, h, row, 64], barrier, buffers[at][1].index(slot))
+        load(x[at][1], [b, h, row, 64], barrier, buffers[at][1].index(slot2))
 
 
 @gluon.jit
@@ -113,18 +119,18 @@ def _producer(
             mbarrier.wait(k_free.index(kj), k_phase)
             ready = k_ready.index(kj)
             mbarrier.expect(ready, BN * ROW_BYTES * (2 if T_K else 1))
-            _fetch(x, buffers, 2, b, hk, j * BN, ready, kj)
+            _fetch(x, buffers, 2, b, hk, j * BN, ready, kj, kj)
             if T_K:
-                _fetch(x, buffers, 3, b, hk, j * BN, ready, kj)
+                _fetch(x, buffers, 3, b, hk, j * BN, ready, kj, kj)
             kj, k_phase = advance(kj, k_phase, 1, KS)
             if j == 0:  # after the first keys, which need not wait until the last item is stored
                 for g in gl.static_range(2):
                     mbarrier.wait(q_free.index(qj + g), q_phase)
                     q_bar = q_ready.index(qj + g)
                     mbarrier.expect(q_bar, ROWS * ROW_BYTES * (2 if T_Q else 1))
-                    _fetch(x, buffers, 0, b, h, m0 + g * ROWS, q_bar, qj + g)
+                    _fetch(x, buffers, 0, b, h, m0 + g * ROWS, q_bar, qj + g, qj + g)
                     if T_Q:
-                        _fetch(x, buffers, 1, b, h, m0 + g * ROWS, q_bar, qj + g)
+                        _fetch(x, buffers, 1, b, h, m0 + g * ROWS, q_bar, qj + g, qj + g)
                 qj, q_phase = advance(qj, q_phase, 2, 2 * QS)
             if MASK == "full":
                 mbarrier.wait(b_free.index(bj), b_phase)
@@ -137,9 +143,11 @@ def _producer(
             mbarrier.wait(v_free.index(vj), v_phase)
             v_bar = v_ready.index(vj)
             mbarrier.expect(v_bar, BN * ROW_BYTES * (2 if T_V else 1))
-            _fetch(x, buffers, 4, b, hk, j * BN, v_bar, vj)
             if T_V:
-                _fetch(x, buffers, 5, b, hk, j * BN, v_bar, vj)
+                _fetch(x, buffers, 4, b, hk, j * BN, v_bar, vj, 2 * vj)
+                _fetch(x, buffers, 5, b, hk, j * BN, v_bar, vj, 2 * vj + 1)
+            else:
+                _fetch(x, buffers, 4, b, hk, j * BN, v_bar, vj, vj)
             vj, v_phase = advance(vj, v_phase, 1, VS)
 
 
@@ -155,9 +163,13 @@ def _consumer(
     """A warpgroup of the two: 64 queries of each work item against all keys they see."""
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     L1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D1, 16])
+    PAIR: gl.constexpr = D2 == 16 and T_V  # 16 columns take the tensor cores as long as 32
+    W2: gl.constexpr = 32 if PAIR else max(D2, 16)
     L2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, max(D2, 16), 16])
+    LW2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, W2, 16])
     P1: gl.constexpr = gl.DotOperandLayout(0, L1, 2)
     P2: gl.constexpr = gl.DotOperandLayout(0, L2, 2)
+    PW2: gl.constexpr = gl.DotOperandLayout(0, LW2, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, S_L)
     TWO: gl.constexpr = D2 > 0
     DT: gl.constexpr = buffers[0][0].dtype
@@ -166,7 +178,8 @@ def _consumer(
     ADD: gl.constexpr = MASK != "none" and not BOOL
     PIECES: gl.constexpr = 2 if TWO else 1
     T_S_PRODUCTS: gl.constexpr = PIECES * ((1 if T_Q else 0) + (1 if T_K else 0))
-    P_PRODUCTS: gl.constexpr = PIECES * (2 if T_V else 1)
+    P_PRODUCTS: gl.constexpr = PIECES * (2 if T_V else 1) - (1 if PAIR else 0)
+    V2_STEP: gl.constexpr = 2 if T_V else 1
     q_ready, q_free, k_ready, k_free, v_ready, v_free, b_ready, b_free = bars
     scale2 = scale * LOG2E
     kj = 0
@@ -177,10 +190,10 @@ def _consumer(
     v_phase = 0
     q_phase = 0
     b_phase = 0
-    started = 0
+    stored = 0  # number + 1 of the buffers that the last stores may still read
     declare: gl.constexpr = ".reg .b32 " + FLAG + "; mov.b32 " + FLAG + ", 0; mov.b32 $0, 0;"
     gl.inline_asm_elementwise(declare, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-    if EARLY and WG == 1:
+    if WG == 1:
         give_turn(WG)
     for e in range(work_items(items, CAUSAL)):
         b, h, m0, n = _item(e, tiles, H, S, BN, CAUSAL)
@@ -191,7 +204,7 @@ def _consumer(
         r = l
         o = gl.zeros([ROWS, D1], gl.float32, L1)
         t = gl.zeros([ROWS, D1], gl.float32, L1)
-        o2 = gl.zeros([ROWS, D2], gl.float32, L2) if TWO else 0
+        o2 = gl.zeros([ROWS, W2], gl.float32, LW2) if TWO else 0
         t2 = gl.zeros([ROWS, D2], gl.float32, L2) if TWO else 0
         q = matrix(buffers[0][0], qj + WG, ROWS, D1)
         q2 = matrix(buffers[0][1], qj + WG, ROWS, D2) if TWO else None
@@ -202,6 +215,9 @@ def _consumer(
         if CAUSAL:
             clear = gl.minimum(S, m0 + 1)
         mbarrier.wait(q_ready.index(qj + WG), q_phase)
+        if not EARLY:  # what the scores need comes before the turn
+            mbarrier.wait(k_ready.index(kj), k_phase)
+            await_turn(WG)
         for j in range(n):
             k = matrix(buffers[2][0], kj, BN, D1)
             k2 = matrix(buffers[2][1], kj, BN, D2) if TWO else None
@@ -220,17 +236,17 @@ def _consumer(
                 give_turn(WG)
                 s = warpgroup_mma_wait(T_S_PRODUCTS, deps=[s])
             else:
-                if WG == 1:
-                    give_turn(WG)
-                else:
-                    if started > 0:
-                        give_turn(WG)
-                    started = 1
+                give_turn(WG)
                 if T_S:
                     s, t_s = warpgroup_mma_wait(0, deps=[s, t_s])
                 else:
                     s = warpgroup_mma_wait(0, deps=[s])
                 mbarrier.arrive(k_free.index(kj), count=1)
+            if QS > 1:
+                if stored > 0:
+                    tma.store_wait(0)
+                    mbarrier.arrive(q_free.index(stored - 1), count=1)
+                    stored = 0
 
             if MASK == "full":
                 mbarrier.wait(b_ready.index(bj), b_phase)
@@ -280,7 +296,7 @@ def _consumer(
                 o = rows_times(o, alpha, L1)
                 t = rows_times(t, alpha, L1)
                 if TWO:
-                    o2 = rows_times(o2, alpha, L2)
+                    o2 = rows_times(o2, alpha, LW2)
                     t2 = rows_times(t2, alpha, L2)
             base = m
             if MASK != "none":
@@ -289,19 +305,20 @@ def _consumer(
             l = l + lane_sums(p, BN)
             p16 = gl.convert_layout(p.to(DT), P1, assert_trivial=True)
             if TWO:
-                p16_2 = gl.convert_layout(p16, P2, assert_trivial=True)
+                p16_2 = gl.convert_layout(p16, PW2, assert_trivial=True)
 
             v = matrix(buffers[4][0], vj, BN, D1)
-            v2 = matrix(buffers[4][1], vj, BN, D2) if TWO else None
+            v2 = matrix(buffers[4][1], V2_STEP * vj, BN, D2) if TWO else None
+            v_w2 = side_by_side(buffers[4][1], vj, VS, BN, D2) if PAIR else v2
             if EARLY:
                 mbarrier.wait(v_ready.index(vj), v_phase)
                 o = warpgroup_mma(p16, v, o, is_async=True)
                 if TWO:
-                    o2 = warpgroup_mma(p16_2, v2, o2, is_async=True)
+                    o2 = warpgroup_mma(p16_2, v_w2, o2, is_async=True)
                 if T_V:
                     t = warpgroup_mma(p16, matrix(buffers[5][0], vj, BN, D1), t, is_async=True)
-                    if TWO:
-                        t_v2 = matrix(buffers[5][1], vj, BN, D2)
+                    if TWO and not PAIR:
+                        t_v2 = matrix(buffers[5][1], 2 * vj + 1, BN, D2)
                         t2 = warpgroup_mma(p16_2, t_v2, t2, is_async=True)
                 if T_S:
                     t_s = warpgroup_mma_wait(P_PRODUCTS, deps=[t_s])
@@ -324,11 +341,11 @@ def _consumer(
                 await_turn(WG)
                 o = warpgroup_mma(p16, v, o, is_async=True)
                 if TWO:
-                    o2 = warpgroup_mma(p16_2, v2, o2, is_async=True)
+                    o2 = warpgroup_mma(p16_2, v_w2, o2, is_async=True)
                 if T_V:
                     t = warpgroup_mma(p16, matrix(buffers[5][0], vj, BN, D1), t, is_async=True)
-                    if TWO:
-                        t_v2 = matrix(buffers[5][1], vj, BN, D2)
+                    if TWO and not PAIR:
+                        t_v2 = matrix(buffers[5][1], 2 * vj + 1, BN, D2)
                         t2 = warpgroup_mma(p16_2, t_v2, t2, is_async=True)
             if T_S:
                 t = warpgroup_mma(p_t_s16, v, t, is_async=True)
@@ -345,12 +362,18 @@ def _consumer(
             kj, k_phase = advance(kj, k_phase, 1, KS)
             vj, v_phase = advance(vj, v_phase, 1, VS)
 
+        if not EARLY:
+            give_turn(WG)
         l_row = gl.convert_layout(gl.sum(l, 1), ROW)
         r_row = gl.convert_layout(gl.sum(r, 1), ROW)
         l_row = gl.where(l_row == 0.0, 1.0, l_row)  # a row that attends nothing gives 0
         inverse = 1.0 / l_row
         r_row *= inverse
         _finish(o, t, inverse, r_row, q, t_q, L1, T_S)
+        if PAIR:
+            o2, p_t_v2 = gl.split(o2.reshape([ROWS, 2, D2]).permute((0, 2, 1)))
+            o2 = gl.convert_layout(o2, L2, assert_trivial=True)
+            t2 += gl.convert_layout(p_t_v2, L2, assert_trivial=True)
         if TWO:
             _finish(o2, t2, inverse, r_row, q2, t_q2, L2, T_S)
         fence_async_shared()
@@ -367,15 +390,16 @@ def _consumer(
         else:
             gl.store(LSE + row, (m + gl.log2(l_row)) * LN2, mask=i < L)
         gl.store(MU + row, r_row + c, mask=i < L)
-        tma.store_wait(0)
-        mbarrier.arrive(q_free.index(qj + WG), count=1)
-        qj, q_phase = advance(qj, q_phase, 2, 2 * QS)
-    # the named barriers end balanced
-    if WG == 0:
-        if EARLY:
-            await_turn(WG)
+        if QS > 1:
+            stored = qj + WG + 1
         else:
-            give_turn(WG)
+            tma.store_wait(0)
+            mbarrier.arrive(q_free.index(qj + WG), count=1)
+        qj, q_phase = advance(qj, q_phase, 2, 2 * QS)
+    if QS > 1:
+        tma.store_wait(0)
+    if WG == 0:  # the named barriers end balanced
+        await_turn(WG)
 
 
 @gluon.jit
@@ -404,13 +428,15 @@ def forward_jvp_kernel(
     HAS_T_K: gl.constexpr = T_K is not None
     HAS_T_V: gl.constexpr = T_V is not None
     ROW_BYTES: gl.constexpr = (D1 + D2) * 2
+    if D2 > 0:
+        values2 = ring(V2, 2 * VS if HAS_T_V else VS)  # V2, tV2, V2, tV2 ...
     buffers = (
         (ring(Q, 2 * QS), ring(Q2, 2 * QS) if D2 > 0 else None),
         (ring(O, 2 * QS), ring(O2, 2 * QS) if D2 > 0 else None),  # tQ, and tO after it
         (ring(K, KS), ring(K2, KS) if D2 > 0 else None),
         (ring(K, KS) if HAS_T_K else None, ring(K2, KS) if HAS_T_K and D2 > 0 else None),
-        (ring(V, VS), ring(V2, VS) if D2 > 0 else None),
-        (ring(V, VS) if HAS_T_V else None, ring(V2, VS) if HAS_T_V and D2 > 0 else None),
+        (ring(V, VS), values2 if D2 > 0 else None),
+        (ring(V, VS) if HAS_T_V else None, values2 if HAS_T_V and D2 > 0 else None),
         ring(MASK_TILES, 2 * BS) if MASK_TILES is not None else None,
     )
     x = ((Q, Q2), (T_Q, T_Q2), (K, K2), (T_K, T_K2), (V, V2), (T_V, T_V2))

@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 ROWS = gl.constexpr(64)  # queries, or keys, of a warpgroup
 
 # renamed in Triton 3.9
+RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
@@ -141,6 +142,18 @@ def work_item(e, tiles, H, CAUSAL: gl.constexpr):
 def matrix(ring, slot, N: gl.constexpr, D: gl.constexpr):
     """The tile in a slot as a matrix (N, D)."""
     return ring.index(slot).reshape((N, D))
+
+
+@gluon.jit
+def side_by_side(ring, pair, COUNT: gl.constexpr, N: gl.constexpr, D: gl.constexpr):
+    """Slots 2 pair and 2 pair + 1 of a ring of COUNT pairs as one matrix (N, 2 D): tiles as wide as
+    their swizzle lie one after the other, as the column blocks of a wider one do."""
+    layout: gl.constexpr = gl.NVMMASharedLayout(2 * D, 16, 2)
+    if RENAMED:
+        pairs = ring.reinterpret(ring.dtype, [COUNT, N, 2 * D], layout)
+    else:
+        pairs = ring._reinterpret(ring.dtype, [COUNT, N, 2 * D], layout)
+    return pairs.index(pair)
 
 
 @gluon.jit
