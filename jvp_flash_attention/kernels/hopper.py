@@ -184,6 +184,7 @@ def _consumer(
     scale2 = scale * LOG2E
     kj = 0
     vj = 0
+    v_last = 0
     qj = 0
     bj = 0
     k_phase = 0
@@ -237,6 +238,8 @@ def _consumer(
                 s = warpgroup_mma_wait(T_S_PRODUCTS, deps=[s])
             else:
                 give_turn(WG)
+                if j > 0:  # the values before, whose release would have kept the scores waiting
+                    mbarrier.arrive(v_free.index(v_last), count=1)
                 if T_S:
                     s, t_s = warpgroup_mma_wait(0, deps=[s, t_s])
                 else:
@@ -358,12 +361,15 @@ def _consumer(
             p16 = keep_alive(p16)
             if T_S:
                 p_t_s16 = keep_alive(p_t_s16)
-            mbarrier.arrive(v_free.index(vj), count=1)
+            if EARLY:
+                mbarrier.arrive(v_free.index(vj), count=1)
+            v_last = vj
             kj, k_phase = advance(kj, k_phase, 1, KS)
             vj, v_phase = advance(vj, v_phase, 1, VS)
 
         if not EARLY:
             give_turn(WG)
+            mbarrier.arrive(v_free.index(v_last), count=1)
         l_row = gl.convert_layout(gl.sum(l, 1), ROW)
         r_row = gl.convert_layout(gl.sum(r, 1), ROW)
         l_row = gl.where(l_row == 0.0, 1.0, l_row)  # a row that attends nothing gives 0
