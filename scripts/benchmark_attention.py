@@ -8,7 +8,7 @@
 Suites: `workloads` (named in jvp_flash_attention/workloads.py, or BxHxLxD), `targets` (the goals of
 the project), `readme` (the earlier package's table), `lengths` (time and memory over L).
 
-A time is the median of whole calls with the L2 cache overwritten before each; `graph ms` is the
+A time is the median of whole calls with L2 emptied before each; `graph ms` is the
 median replay of the call as a CUDA graph, for calls below 1 ms. TFLOP/s and the share of the bound
 are of the graph where there is one. How FLOPs and bounds are counted: scripts/benchmarks/flops.py.
 
