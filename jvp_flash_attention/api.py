@@ -77,7 +77,7 @@ def attention(
         found = bare and bare.run()
         if found:
             out, t_out = found
-            return out if t_out is None else _dual(out, t_out)
+            return out if t_out is None else recall.make_dual(out, t_out, level=0)
     q, k, v, bias, options = _prepare(query, key, value, attn_mask, *numbers)
     seed = _seed(q, dropout_p)
     if torch.compiler.is_compiling():

@@ -32,6 +32,10 @@ from .options import Options, layout, tf32_allowed
 
 MOST = 4096  # kinds of calls; a program with more starts to collect anew
 
+# torch._VF looks its functions up anew, which takes longer than the calls
+unpack_dual: Callable = torch._C._VariableFunctions._unpack_dual  # type: ignore[attr-defined]
+make_dual: Callable = torch._C._VariableFunctions._make_dual  # type: ignore[attr-defined]
+
 _known: dict[tuple, Callable] = {}
 _PLAIN = {Tensor, Parameter, type(None)}
 _REAL = (float, int)
@@ -91,11 +95,10 @@ def attention(query, key, value, attn_mask, numbers: tuple) -> Bare | None:
         return None
     if not _are_plain(inputs) or _recorded(inputs):
         return None
-    unpack = torch._VF._unpack_dual  # type: ignore[attr-defined]
     try:
         if transform is not None and _recorded(_unwrapped(inputs)):
             return None
-        pairs = [(x, None) if x is None else unpack(x, level=0) for x in inputs]
+        pairs = [(x, None) if x is None else unpack_dual(x, level=0) for x in inputs]
     except RuntimeError:  # a sparse tensor, or a wrapper whose transform has ended
         return None
     (q, t_q), (k, t_k), (v, t_v), (mask, t_mask) = pairs

@@ -89,8 +89,7 @@ def prepared(
     if found is None:
         return None
     q, v = q.to("meta"), v.to("meta")  # layouts take no memory
-    fresh = (*_outputs(q, v, mask), _row_vector(q))
-    out, rows, row = ((x.shape, x.stride()) for x in fresh)
+    out, rows = ((x.shape, x.stride()) for x in _outputs(q, v, mask))
     bool_mask = mask is not None and mask.dtype == torch.bool
 
     def launch(q, k, v, mask, t_q, t_k, t_v):
@@ -98,7 +97,7 @@ def prepared(
         o = q.new_empty_strided(*out)
         lse = torch.empty_strided(*rows, dtype=torch.float32, device=device)
         t_o = torch.empty_like(o) if jvp else None
-        mu = lse.new_empty_strided(*row) if jvp else None
+        mu = lse if jvp else None  # nobody reads either
         mask = mask.view(torch.int8) if bool_mask else mask
         tensors = (q, k, v, mask, None, t_q, t_k, t_v, None, o, t_o, lse, mu)
         plans.launch(found, tensors, device)
