@@ -242,14 +242,14 @@ def test_the_table_of_targets_judges_every_goal():
     at = {name: i for i, name in enumerate(title)}
     assert "graph ms" not in at  # empty everywhere
     assert jvp[at["goal"]] == "≥ 700 TFLOP/s, ≥ 0.9 of bound"
-    assert jvp[at["met"]] == "no 560, no 0.708"
+    assert jvp[at["met"]] == "no 560.4, no 0.7080"
     assert (jvp[at["MATH ms"]], jvp[at["MATH MiB"]]) == ("79.8", "21506")
     assert backward[at["goal"]] == "≤ 1.03 × cudnn"
-    assert backward[at["met"]] == "no 1.03"
-    assert (full[at["met"]], full[at["MATH ms"]]) == ("yes 9.20", "out of memory")
+    assert backward[at["met"]] == "no 1.034"
+    assert (full[at["met"]], full[at["MATH ms"]]) == ("yes 9.200", "out of memory")
     assert full[at["error"]] == "3.0e-3 ✗"
     assert masked[at["(B, H, L, D)"]] == "(4, 16, 4096, 128) bool"
-    assert masked[at["met"]] == "no 2.00"
+    assert masked[at["met"]] == "no 2.000"
     assert summary == "goals met: 2 of 6"
     assert goals_of_the_host[1] == ["attention_jvp", "55.2", "≤ 60"]
 

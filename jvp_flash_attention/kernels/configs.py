@@ -106,7 +106,7 @@ def warp_specialized(head_dim: int, mask_bytes: int) -> Rings:
     if head_dim <= 64:
         return Rings(64, 0, 64, 2, 2, 1, masks, False)
     if head_dim <= 80:
-        stages = 3 if mask_bytes <= 1 else 2  # as many as fit
+        stages = 3 if mask_bytes <= 1 else 2  # what fits beside tiles of a mask
         return Rings(64, 16, 64, stages, stages, 2, masks, False)
     if head_dim <= 96:
         return Rings(64, 32, 64, 2, 2, 1 if mask_bytes else 2, masks, False)

@@ -180,9 +180,13 @@ STATISTICS: Columns = {
     "most": lambda r: f"{max(r['speedups']):.2f}x",
     "accurate": lambda r: r["accurate"]["ours"],
     "MATH": lambda r: r["accurate"]["sdpa-math"],
-    "memory": lambda r: f"{r['memory']['ours']:.2f}x",
-    "MATH's": lambda r: f"{r['memory']['sdpa-math']:.1f}x",
+    "memory": lambda r: _times(r["memory"].get("ours"), 2),
+    "MATH's": lambda r: _times(r["memory"].get("sdpa-math"), 1),
 }
+
+
+def _times(x: float | None, decimals: int) -> str:
+    return "" if x is None else f"{x:.{decimals}f}x"  # on a CPU nobody counts memory
 
 
 def _least_mib(row: Row) -> float:

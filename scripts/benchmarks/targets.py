@@ -142,7 +142,7 @@ def _goals(row: Row) -> str:
 
 def _met(row: Row) -> str:
     return ", ".join(
-        f"{MET[g['met']]} {number(g['value'])}".strip() if g["value"] else "not measured"
+        f"{MET[g['met']]} {number(g['value'], 4)}".strip() if g["value"] else "not measured"
         for g in row["goals"]
     )
 
