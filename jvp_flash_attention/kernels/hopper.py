@@ -233,11 +233,10 @@ def _consumer(
                 t_k = matrix(buffers[3][0], kj, BN, D1)
                 t_k2 = matrix(buffers[3][1], kj, BN, D2) if TWO else None
                 t_s = scores(q, t_k, q2, t_k2, t_s, not T_Q)
+            give_turn(WG)
             if EARLY:
-                give_turn(WG)
                 s = warpgroup_mma_wait(T_S_PRODUCTS, deps=[s])
             else:
-                give_turn(WG)
                 if j > 0:  # the values before, whose release would have kept the scores waiting
                     mbarrier.arrive(v_free.index(v_last), count=1)
                 if T_S:

@@ -180,12 +180,12 @@ STATISTICS: Columns = {
     "most": lambda r: f"{max(r['speedups']):.2f}x",
     "accurate": lambda r: r["accurate"]["ours"],
     "MATH": lambda r: r["accurate"]["sdpa-math"],
-    "memory": lambda r: _times(r["memory"].get("ours"), 2),
-    "MATH's": lambda r: _times(r["memory"].get("sdpa-math"), 1),
+    "memory": lambda r: _factor(r["memory"].get("ours"), 2),
+    "MATH's": lambda r: _factor(r["memory"].get("sdpa-math"), 1),
 }
 
 
-def _times(x: float | None, decimals: int) -> str:
+def _factor(x: float | None, decimals: int) -> str:
     return "" if x is None else f"{x:.{decimals}f}x"  # on a CPU nobody counts memory
 
 
