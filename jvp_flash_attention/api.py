@@ -77,7 +77,7 @@ def attention(
         found = bare and bare.run()
         if found:
             out, t_out = found
-            return out if t_out is None else recall.make_dual(out, t_out, level=0)
+            return out if t_out is None else _dual(out, t_out)
     q, k, v, bias, options = _prepare(query, key, value, attn_mask, *numbers)
     seed = _seed(q, dropout_p)
     if torch.compiler.is_compiling():
@@ -251,11 +251,11 @@ def _unpack_compiled(*inputs: Tensor | None) -> Pairs:
         return [(x, None) if x is None else forward_ad.unpack_dual(x) for x in inputs]
     # names the level: `forward_ad` reads a global that the compiler takes for a constant, "no
     # level" for the whole graph when a plain call comes first
-    return [(x, None) if x is None else torch._VF._unpack_dual(x, level=0) for x in inputs]
+    return [(x, None) if x is None else recall.unpack_dual(x, level=0) for x in inputs]
 
 
 def _dual(out: Tensor, t_out: Tensor) -> Tensor:
-    return torch._VF._make_dual(out, t_out, level=0)
+    return recall.make_dual(out, t_out, level=0)
 
 
 def _below(attend, *args) -> tuple[Tensor, ...]:

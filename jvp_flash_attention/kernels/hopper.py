@@ -85,10 +85,14 @@ def _item(e, tiles, H, S, BN: gl.constexpr, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(x, buffers, at: gl.constexpr, b, h, row, barrier, slot, slot2):
-    """Both pieces of one tile of operand number `at`, into their rings' slots."""
+def _fetch(x, buffers, at: gl.constexpr, b, h, row, barrier, slot):
+    """Both pieces of one tile of operand number `at`; V2 and tV2 alternate in one ring."""
     load(x[at][0], [b, h, row, 0], barrier, buffers[at][0].index(slot))
     if x[at][1] is not None:
+        slot2 = slot
+        if at >= 4:
+            if x[5][0] is not None:
+                slot2 = 2 * slot + at - 4
         load(x[at][1], [b, h, row, 64], barrier, buffers[at][1].index(slot2))
 
 
@@ -119,18 +123,18 @@ def _producer(
             mbarrier.wait(k_free.index(kj), k_phase)
             ready = k_ready.index(kj)
             mbarrier.expect(ready, BN * ROW_BYTES * (2 if T_K else 1))
-            _fetch(x, buffers, 2, b, hk, j * BN, ready, kj, kj)
+            _fetch(x, buffers, 2, b, hk, j * BN, ready, kj)
             if T_K:
-                _fetch(x, buffers, 3, b, hk, j * BN, ready, kj, kj)
+                _fetch(x, buffers, 3, b, hk, j * BN, ready, kj)
             kj, k_phase = advance(kj, k_phase, 1, KS)
             if j == 0:  # after the first keys, which need not wait until the last item is stored
                 for g in gl.static_range(2):
                     mbarrier.wait(q_free.index(qj + g), q_phase)
                     q_bar = q_ready.index(qj + g)
                     mbarrier.expect(q_bar, ROWS * ROW_BYTES * (2 if T_Q else 1))
-                    _fetch(x, buffers, 0, b, h, m0 + g * ROWS, q_bar, qj + g, qj + g)
+                    _fetch(x, buffers, 0, b, h, m0 + g * ROWS, q_bar, qj + g)
                     if T_Q:
-                        _fetch(x, buffers, 1, b, h, m0 + g * ROWS, q_bar, qj + g, qj + g)
+                        _fetch(x, buffers, 1, b, h, m0 + g * ROWS, q_bar, qj + g)
                 qj, q_phase = advance(qj, q_phase, 2, 2 * QS)
             if MASK == "full":
                 mbarrier.wait(b_free.index(bj), b_phase)
@@ -143,11 +147,9 @@ def _producer(
             mbarrier.wait(v_free.index(vj), v_phase)
             v_bar = v_ready.index(vj)
             mbarrier.expect(v_bar, BN * ROW_BYTES * (2 if T_V else 1))
+            _fetch(x, buffers, 4, b, hk, j * BN, v_bar, vj)
             if T_V:
-                _fetch(x, buffers, 4, b, hk, j * BN, v_bar, vj, 2 * vj)
-                _fetch(x, buffers, 5, b, hk, j * BN, v_bar, vj, 2 * vj + 1)
-            else:
-                _fetch(x, buffers, 4, b, hk, j * BN, v_bar, vj, vj)
+                _fetch(x, buffers, 5, b, hk, j * BN, v_bar, vj)
             vj, v_phase = advance(vj, v_phase, 1, VS)
 
 
