@@ -28,8 +28,12 @@ N = 1000
 
 def name(config: DictConfig) -> str:
     """The objective's name on the command line."""
-    module = config.objective._target_.split(".")[-2]
-    return "scd" if config.objective.get("teacher") else module
+    objective = config.objective
+    module = objective._target_.split(".")[-2]
+    if module == "flow_map":
+        return f"{objective.kind[0]}sd"
+    distilled = {"scm": "scd", "dmf": "dmf_distillation"}
+    return distilled.get(module, module) if objective.get("teacher") else module
 
 
 def row(run: Path) -> dict:

@@ -5,8 +5,45 @@ a_t² = (1 - t)² sigma² + t², and the flow carries z_t to z_r = m_r + (a_r / 
 """
 
 import torch
+from torch.utils._pytree import tree_map
 
 from training.objectives.paths import expand
+
+
+def points(n=64):
+    """z, t, r, y in float64, 0 < r < t < 1."""
+    torch.manual_seed(0)
+    z = torch.randn(n, 3, dtype=torch.float64)
+    t = 0.3 + 0.6 * torch.rand(n, dtype=torch.float64)
+    r = t * (0.1 + 0.8 * torch.rand(n, dtype=torch.float64))
+    return z, t, r, torch.zeros(n, dtype=torch.int64)
+
+
+def doubled(sample):
+    return tree_map(
+        lambda a: a.double() if torch.is_tensor(a) and a.is_floating_point() else a, sample
+    )
+
+
+def slope(loss, parameters, step=1e-5):
+    """(Derivative of loss() by automatic differentiation, by central difference) along a direction
+    of the parameters; the second never sees what the loss holds constant.
+    """
+    direction = [torch.randn_like(p) for p in parameters]
+    grads = torch.autograd.grad(loss(), parameters, materialize_grads=True)
+    exact = sum(float((g * d).sum()) for g, d in zip(grads, direction, strict=True))
+
+    def moved(length):
+        with torch.no_grad():
+            for p, d in zip(parameters, direction, strict=True):
+                p.add_(d, alpha=length)
+        value = float(loss().detach())
+        with torch.no_grad():
+            for p, d in zip(parameters, direction, strict=True):
+                p.sub_(d, alpha=length)
+        return value
+
+    return exact, (moved(step) - moved(-step)) / (2 * step)
 
 
 class GaussianMeanFlow(torch.nn.Module):

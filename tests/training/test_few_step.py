@@ -4,10 +4,9 @@ from functools import partial
 
 import pytest
 import torch
-from torch.utils._pytree import tree_map
 
 from jvp_flash_attention import attention as jvp_attention
-from tests.exact import GaussianMeanFlow
+from tests.exact import GaussianMeanFlow, doubled, points, slope
 from training.attentions import sdpa
 from training.objectives.alphaflow import AlphaFlow, AlphaFlowSample
 from training.objectives.imf import IMF, IMFSample
@@ -35,21 +34,6 @@ def gradients(net, loss):
 
 def relative(a, b):
     return float(((a - b).norm() / b.norm()).detach())
-
-
-def doubled(sample):
-    return tree_map(
-        lambda a: a.double() if torch.is_tensor(a) and a.is_floating_point() else a, sample
-    )
-
-
-def points(n=64):
-    """z, t, r, y in float64, 0 < r < t < 1."""
-    torch.manual_seed(0)
-    z = torch.randn(n, 3, dtype=torch.float64)
-    t = 0.3 + 0.6 * torch.rand(n, dtype=torch.float64)
-    r = t * (0.1 + 0.8 * torch.rand(n, dtype=torch.float64))
-    return z, t, r, torch.zeros(n, dtype=torch.int64)
 
 
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
@@ -168,26 +152,10 @@ def test_tvm_differentiates_through_the_tangent(tiny, batch, draws, attention):
         arrival = z + (s - t)[:, None, None, None] * net(z, t, s, y)
         target = objective.teacher(arrival, s, s, y)
         fixed = lambda *_: target  # noqa: E731
-    parameters = list(net.parameters())
-    direction = [torch.randn_like(p) for p in parameters]
-    loss = objective.loss(net, sample).loss
-    slope = sum(
-        (g * d).sum() for g, d in zip(torch.autograd.grad(loss, parameters), direction, strict=True)
-    )
     objective.teacher = torch.nn.Module()
     objective.teacher.forward = fixed
-
-    def moved(step):
-        with torch.no_grad():
-            for p, d in zip(parameters, direction, strict=True):
-                p.add_(d, alpha=step)
-            value = float(objective.loss(net, sample).loss)
-            for p, d in zip(parameters, direction, strict=True):
-                p.sub_(d, alpha=step)
-        return value
-
-    expected = (moved(1e-5) - moved(-1e-5)) / 2e-5
-    assert float(slope) == pytest.approx(expected, rel=1e-5)
+    exact, expected = slope(lambda: objective.loss(net, sample).loss, list(net.parameters()))
+    assert exact == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("mode", CONSTANT)

@@ -1,11 +1,16 @@
-"""A teacher that follows the network: the exponential moving average of its weights."""
+"""Teachers: one that follows the network, the exponential moving average of its weights, and one
+that was trained before and stays as it is.
+"""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from training.objectives.paths import expand
 
 
 class AveragedTeacher(nn.Module):
@@ -47,3 +52,40 @@ def attached(teacher: AveragedTeacher | None) -> Any:
     if teacher is None:
         raise RuntimeError("this objective has a teacher: call objective.attach(net) first")
     return teacher
+
+
+class FixedTeacher:
+    """For objectives that distil a network u of the linear path: its velocity is u(z, t, t).
+
+    It is loaded when training starts and kept in a list, so that it is no part of the checkpoint.
+    """
+
+    def distil(
+        self,
+        load: Callable[[], nn.Module] | None,
+        guidance: float = 1.0,
+        interval: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
+        """``load`` None: there is no teacher. ``guidance`` acts for t in the interval."""
+        self.load_teacher, self.teacher_guidance, self.interval = load, guidance, interval
+        self.teacher: list[nn.Module] = []
+
+    def start(self, weight: torch.Tensor) -> None:
+        if self.load_teacher is not None:
+            self.teacher = [self.load_teacher().to(weight).eval().requires_grad_(False)]
+
+    @torch.no_grad()
+    def teacher_velocity(
+        self, z: torch.Tensor, t: torch.Tensor, y: torch.Tensor, null_label: torch.Tensor
+    ) -> torch.Tensor:
+        """v_∅ + w (v_y - v_∅), v_∅ where the label is dropped. z: (B, ...), t, y: (B,)"""
+        if not self.teacher:
+            raise RuntimeError("distillation needs its teacher: call objective.start(weight) first")
+        (teacher,) = self.teacher
+        v = teacher(z, t, t, y)
+        if self.teacher_guidance == 1:
+            return v
+        start, end = self.interval
+        w = torch.where((t >= start) & (t <= end), self.teacher_guidance, 1.0)
+        null = teacher(z, t, t, null_label.expand_as(y))
+        return torch.lerp(null, v, expand(w.to(v), v))
