@@ -36,6 +36,7 @@ def attention(
     enable_gqa: bool = False,
     *,
     backend: str | None = None,
+    tangent_grad: bool = True,
 ) -> Tensor:
     """Scaled dot-product attention, differentiable forward and backward: softmax(s Q Kᵀ + b) V.
 
@@ -61,6 +62,9 @@ def attention(
         backend: "triton", "reference" (plain PyTorch, O(L) memory), or None: the kernels for CUDA
             tensors in float16, bfloat16 and float32 with head dims up to 256, the reference
             otherwise.
+        tangent_grad: False where the tangent is a target and not differentiated, as in MeanFlow,
+            sCM and TVM's stop-gradients: it comes back detached (`Tensor.detach`), and a call under
+            `torch.func.jvp` saves for backward, and runs in backward, what a plain call does.
 
     Returns:
         (..., H, L, Dv) in query's dtype.
@@ -86,9 +90,9 @@ def attention(
         route, pairs = autograd, _unpack(q, k, v, bias)
     (q, t_q), (k, t_k), (v, t_v), (bias, t_bias) = pairs
     if t_q is t_k is t_v is t_bias is None:
-        (out,) = _below(route.attention, q, k, v, bias, seed, options)
+        (out,) = _below(route.attention, q, k, v, bias, seed, options, tangent_grad)
     else:
-        args = (q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options)
+        args = (q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options, tangent_grad)
         out, t_out = _below(route.attention_jvp, *args)
         out = _dual(out, t_out)
     if bare is not None:
@@ -111,6 +115,7 @@ def attention_jvp(
     *,
     t_attn_mask: Tensor | None = None,
     backend: str | None = None,
+    tangent_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Attention and its Jacobian-vector product in one pass, without dual numbers.
 
@@ -118,12 +123,14 @@ def attention_jvp(
         t_query, t_key, t_value: tangents, each with its primal's shape, dtype and device; None
             means zero and saves the matrix products that it would take part in.
         t_attn_mask: tangent of a floating `attn_mask`, of its shape; None means zero.
+        tangent_grad: False detaches `t_out` and the tangents: nothing is saved for backward that
+            `attention` would not save, and its backward is that of `attention`.
 
     The other arguments and the errors are those of `attention`.
 
     Returns:
         (out, t_out), both (..., H, L, Dv) in query's dtype, both differentiable in every input and
-        tangent.
+        tangent; with `tangent_grad=False` only `out`, in the inputs.
     """
     numbers = (dropout_p, is_causal, scale, enable_gqa, backend)
     bare = None
@@ -150,7 +157,8 @@ def attention_jvp(
         if any(t is not None for _, t in pairs):
             raise NotImplementedError(autograd.NESTED_JVP)
     seed = _seed(q, dropout_p)
-    out, t_out = route.attention_jvp(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options)
+    args = (q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options, tangent_grad)
+    out, t_out = route.attention_jvp(*args)
     if bare is not None:
         bare.remember(options)
     return _restore(out, query), _restore(t_out, query)

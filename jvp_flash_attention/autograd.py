@@ -11,7 +11,8 @@ with dtO := dO, dO := 0. The tangent of (dq, dk, dv, db) along (tq, tk, tv, tb, 
 of (O, tO) with dtO := dO, dO := tdO.
 
 Every Function has `setup_context` (for torch.func) and a vmap rule that folds the mapped dimension
-into the batch.
+into the batch. AttentionDetached and AttentionJvpDetached serve `tangent_grad=False`: tO is a
+constant to whoever differentiates further, and nothing of it is saved.
 """
 
 from inspect import Signature
@@ -59,16 +60,21 @@ BATCHED = (
 )
 
 
-def attention(q, k, v, bias, seed, options: Options) -> tuple[Tensor]:
+def attention(q, k, v, bias, seed, options: Options, tangent_grad: bool = True) -> tuple[Tensor]:
     """(O,), differentiable in q, k, v and a floating bias."""
-    return Attention.apply(q, k, v, bias, seed, options)[:1]
+    function = Attention if tangent_grad else AttentionDetached
+    return function.apply(q, k, v, bias, seed, options)[:1]
 
 
 def attention_jvp(
-    q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options: Options
+    q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options: Options, tangent_grad: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """(O, tO), differentiable in inputs and tangents; a tangent may be None."""
-    return AttentionJvp.apply(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options)[:2]
+    """(O, tO); a tangent may be None. O is differentiable in the inputs, tO in inputs and tangents
+    where `tangent_grad` says so."""
+    if tangent_grad:
+        return AttentionJvp.apply(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options)[:2]
+    tangents = (None if t is None else t.detach() for t in (t_q, t_k, t_v, t_bias))
+    return AttentionJvpDetached.apply(q, k, v, bias, seed, *tangents, options)[:2]
 
 
 def _implementation(options: Options, *tensors: Tensor | None):
@@ -168,8 +174,19 @@ class Attention(_Folded):
     @staticmethod
     def jvp(ctx, t_q, t_k, t_v, t_bias, _t_seed, _t_options):
         q, k, v, bias, seed, _out, _lse = ctx.saved_tensors
-        _out, t_out = attention_jvp(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, ctx.options)
-        return t_out, None
+        inputs = (q, k, v, bias, seed, t_q, t_k, t_v, t_bias, ctx.options)
+        return attention_jvp(*inputs, tangent_grad=True)[1], None
+
+
+class AttentionDetached(Attention):
+    """`Attention` whose tangent is not differentiated."""
+
+    @staticmethod
+    def jvp(ctx, t_q, t_k, t_v, t_bias, _t_seed, _t_options):
+        q, k, v, bias, seed, _out, _lse = ctx.saved_tensors
+        inputs = (q, k, v, bias, seed, t_q, t_k, t_v, t_bias, ctx.options)
+        with torch.no_grad():
+            return attention_jvp(*inputs, tangent_grad=False)[1], None
 
 
 class AttentionJvp(_Folded):
@@ -209,6 +226,23 @@ class AttentionJvp(_Folded):
     @staticmethod
     def jvp(ctx, *_tangents):
         raise NotImplementedError(NESTED_JVP)
+
+
+class AttentionJvpDetached(AttentionJvp):
+    """`AttentionJvp` whose tO is not differentiated: what is saved, and the backward, are those of
+    `Attention`."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        out, t_out, lse, mu = output
+        ctx.options = inputs[-1]
+        ctx.mark_non_differentiable(t_out, lse, mu)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:5], out, lse)
+
+    @staticmethod
+    def backward(ctx, d_out, *_):
+        return (*Attention.backward(ctx, d_out, None)[:5], *(None,) * 5)
 
 
 class AttentionGrad(_Folded):

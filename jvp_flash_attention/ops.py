@@ -26,16 +26,20 @@ RECORDED = (
 )
 
 
-def attention(q, k, v, bias, seed, options: Options) -> tuple[Tensor]:
-    """As `autograd.attention`."""
+def attention(q, k, v, bias, seed, options: Options, _tangent_grad: bool = True) -> tuple[Tensor]:
+    """As `autograd.attention`; a tangent never comes here."""
     return forward(q, k, v, bias, seed, options)[:1]
 
 
 def attention_jvp(
-    q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options: Options
+    q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options: Options, tangent_grad: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """As `autograd.attention_jvp`."""
-    return forward_jvp(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options)[:2]
+    """As `autograd.attention_jvp`; a graph saves what its backward uses and nothing else."""
+    tangents = [t_q, t_k, t_v, t_bias]
+    if not tangent_grad:
+        tangents = [None if t is None else t.detach() for t in tangents]
+    out, t_out, _lse, _mu = forward_jvp(q, k, v, bias, seed, *tangents, options)
+    return out, t_out if tangent_grad else t_out.detach()
 
 
 def forward(q, k, v, bias, seed, options: Options):

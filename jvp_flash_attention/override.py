@@ -31,30 +31,31 @@ class sdpa_override(TorchFunctionMode):
     inside the checkpointed function.
 
     Args:
-        backend: as in `attention`, for every call.
+        backend, tangent_grad: as in `attention`, for every call.
 
     Raises:
         ValueError, TypeError, NotImplementedError: those of `attention`, from the call itself.
     """
 
-    def __init__(self, *, backend: str | None = None) -> None:
+    def __init__(self, *, backend: str | None = None, tangent_grad: bool = True) -> None:
         super().__init__()
         if backend is not None and backend not in BACKENDS:
             raise ValueError(f"backend must be one of {BACKENDS} or None, got {backend!r}")
-        self.backend = backend
+        self.backend, self.tangent_grad = backend, tangent_grad
 
     def __torch_function__(self, func, types, args=(), kwargs=None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return attention(*args, **kwargs, backend=self.backend)
+            how = {"backend": self.backend, "tangent_grad": self.tangent_grad}
+            return attention(*args, **kwargs, **how)
         if func is F.multi_head_attention_forward:
-            return _MULTI_HEAD[self.backend](*args, **kwargs)
+            return _MULTI_HEAD[self.backend, self.tangent_grad](*args, **kwargs)
         if func is Tensor.unflatten and torch.compiler.is_compiling():
             func = torch.unflatten  # the method is Python with a `super()` that cannot be traced
         return func(*args, **kwargs)
 
 
-def _multi_head(backend: str | None) -> FunctionType:
+def _multi_head(backend: str | None, tangent_grad: bool) -> FunctionType:
     """`F.multi_head_attention_forward` with its global `scaled_dot_product_attention` replaced.
 
     It is a torch function itself and written in Python: the mode sees the outer call, and is off in
@@ -64,7 +65,9 @@ def _multi_head(backend: str | None) -> FunctionType:
     original = F.multi_head_attention_forward
     reads = set(original.__code__.co_names) | {"__builtins__"}
     names = {name: value for name, value in vars(F).items() if name in reads}
-    names["scaled_dot_product_attention"] = partial(attention, backend=backend)
+    names["scaled_dot_product_attention"] = partial(
+        attention, backend=backend, tangent_grad=tangent_grad
+    )
     names["has_torch_function"] = lambda tensors: False  # asked before this mode got the call
     names["_check_key_padding_mask"] = _check_key_padding_mask
     return FunctionType(original.__code__, names, original.__name__, original.__defaults__)
@@ -79,4 +82,8 @@ def _check_key_padding_mask(mask: Tensor, src_len: int, bsz: int) -> None:
         )
 
 
-_MULTI_HEAD = {backend: _multi_head(backend) for backend in (None, *BACKENDS)}
+_MULTI_HEAD = {
+    (backend, tangent_grad): _multi_head(backend, tangent_grad)
+    for backend in (None, *BACKENDS)
+    for tangent_grad in (True, False)
+}

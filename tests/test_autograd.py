@@ -375,3 +375,58 @@ def test_batched_cotangents_raise_and_name_the_way_out():
         batches = tuple(torch.ones(2, *y.shape, dtype=y.dtype) for y in results)
         with pytest.raises(NotImplementedError, match=r"torch\.func\.jacrev"):
             torch.autograd.grad(results, x, batches, is_grads_batched=True, retain_graph=True)
+
+
+def _saved(run):
+    """run()'s result, and the shapes of what its graph keeps for backward."""
+    shapes = []
+    keep = lambda x: shapes.append(tuple(x.shape)) or x  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        return run(), shapes
+
+
+def _in_a_dual_level(f, x, t):
+    with forward_ad.dual_level():
+        return tuple(forward_ad.unpack_dual(f(*map(forward_ad.make_dual, x, t))))
+
+
+DETACHED = {
+    "explicit": lambda x, t: attention_jvp(*x, *t, tangent_grad=False),
+    "jvp": lambda x, t: jvp(lambda *x: attention(*x, tangent_grad=False), x, t),
+    "dual_level": lambda x, t: _in_a_dual_level(lambda *x: attention(*x, tangent_grad=False), x, t),
+}
+
+
+@pytest.mark.parametrize("form", DETACHED)
+def test_a_tangent_without_gradient_saves_what_a_plain_call_saves(form):
+    x = tuple(torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    t = tuple(torch.randn_like(y).requires_grad_() for y in x)
+    plain, plain_shapes = _saved(lambda: attention(*x))
+    (out, t_out), shapes = _saved(lambda: DETACHED[form](x, t))
+    assert sorted(shapes) == sorted(plain_shapes)
+    assert out.requires_grad
+    assert not t_out.requires_grad
+    close(t_out, attention_jvp(*x, *t)[1])
+    weight = torch.randn_like(out)
+    first = [torch.autograd.grad((y * weight).sum(), x, create_graph=True) for y in (out, plain)]
+    for g, e in zip(*first, strict=True):
+        close(g, e)
+    second = [torch.autograd.grad(sum(g.square().sum() for g in gs), x) for gs in first]
+    for g, e in zip(*second, strict=True):
+        close(g, e)
+    grads = torch.autograd.grad(out.sum(), t, allow_unused=True)
+    assert grads == (None, None, None)
+
+
+def test_a_tangent_without_gradient_under_vmap_and_grad():
+    i = Inputs()
+    t = i.tangents[1]
+
+    def loss(v, **how):
+        f = lambda k: attention(i.q, k, v, i.bias, enable_gqa=True, **how)  # noqa: E731
+        out, t_out = jvp(f, (i.k,), (t,))
+        return (out * (t_out if how else t_out.detach())).sum()
+
+    close(grad(lambda v: loss(v, tangent_grad=False))(i.v), grad(loss)(i.v))
+    many = torch.stack([i.v, 2 * i.v])
+    close(vmap(grad(lambda v: loss(v, tangent_grad=False)))(many), vmap(grad(loss))(many))

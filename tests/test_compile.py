@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.func import jvp
 
-from jvp_flash_attention import attention, attention_jvp, ops
+from jvp_flash_attention import attention, attention_jvp, ops, reference
 from tests.cases import Case, build
 
 pytestmark = [pytest.mark.compile, pytest.mark.slow]
@@ -26,11 +26,11 @@ class Net(nn.Module):
         super().__init__()
         self.qkv, self.out, self.time = nn.Linear(32, 96), nn.Linear(32, 32), nn.Linear(1, 32)
 
-    def forward(self, x, t):
+    def forward(self, x, t, **how):
         q, k, v = (
             self.qkv(x + self.time(t)[:, None]).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
         )
-        return self.out(attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.out(attention(q, k, v, **how).transpose(1, 2).flatten(2))
 
 
 def plain(net, x, t, v):
@@ -42,12 +42,18 @@ def meanflow(net, x, t, v):
     return (u - (v - 0.3 * du).detach()).square().mean()
 
 
+def meanflow_by_the_keyword(net, x, t, v):
+    f = lambda x, t: net(x, t, tangent_grad=False)  # noqa: E731
+    u, du = jvp(f, (x, t), (v, torch.ones_like(t)))
+    return (u - (v - 0.3 * du).detach()).square().mean()
+
+
 def through_the_tangent(net, x, t, v):
     u, du = jvp(net, (x, t), (v, torch.ones_like(t)))
     return (u - v + 0.3 * du).square().mean()
 
 
-STEPS = (plain, meanflow, through_the_tangent)
+STEPS = (plain, meanflow, meanflow_by_the_keyword, through_the_tangent)
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda f: f.__name__)
@@ -107,6 +113,38 @@ def test_both_outputs_of_the_explicit_form_have_their_gradients():
     got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*x), x)
     for g, e in zip(got, exact, strict=True):
         torch.testing.assert_close(g, e)
+
+
+def test_a_tangent_without_gradient_saves_no_tangent_and_copies_no_view(monkeypatch):
+    torch._dynamo.reset()
+    came, run = [], reference.forward_jvp
+    monkeypatch.setattr(reference, "forward_jvp", lambda *x: came.extend(x) or run(*x))
+    x, t, weight = (torch.randn(n, 32, requires_grad=True) for n in (18, 18, 96))
+    heads = lambda x: (x @ weight.T).view(2, 9, 3, 4, 8).permute(2, 0, 3, 1, 4)  # noqa: E731
+
+    def outputs(x, t, **how):
+        return attention_jvp(*heads(x), *heads(t), **how)
+
+    compiled = torch.compile(lambda *x: outputs(*x, tangent_grad=False), fullgraph=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        out, t_out = compiled(x, t)
+    q, k, v, _, _, t_q, t_k, t_v, *_ = came
+    for views in ((q, k, v), (t_q, t_k, t_v)):  # of one projection, as they were made
+        assert len({x.untyped_storage().data_ptr() for x in views}) == 1
+        assert {x.stride() for x in views} == {(9 * 96, 8, 96, 1)}
+    exact, t_exact = outputs(x, t)
+    torch.testing.assert_close(out, exact)
+    torch.testing.assert_close(t_out, t_exact)
+    assert not t_out.requires_grad
+    assert sorted({y.untyped_storage().data_ptr(): y.numel() for y in saved}.values()) == sorted(
+        y.numel()
+        for y in (x, weight, q, out, out[..., 0])  # of the projection; q, k, v; O, LSE
+    )
+    leaves = (x, weight)
+    got = torch.autograd.grad(out.square().sum(), leaves)
+    for g, e in zip(got, torch.autograd.grad(exact.square().sum(), leaves), strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
