@@ -47,7 +47,7 @@ def train(config: DictConfig, run_dir: Path) -> None:
             if line:
                 print(line)
     data = build_data(config)
-    module = build_module(config, data)
+    module = build_module(config, data, resumed is not None)
     callbacks = [instantiate(c) for c in config.callbacks.values() if c]
     loggers = [logger for c in config.logger.values() if c and (logger := instantiate(c))]
     trainer = instantiate(

@@ -7,6 +7,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from training.initial import initialise
 from training.module import GenerativeModule
 from training.recompute import recompute_blocks
 from training.settings import fusable
@@ -24,10 +25,15 @@ def build_net(config: DictConfig, shape: tuple[int, ...], num_classes: int) -> n
     )
 
 
-def build_module(config: DictConfig, data: Any) -> GenerativeModule:
-    """The module of a configuration; its initial weights depend on ``seed`` alone."""
+def build_module(config: DictConfig, data: Any, resumed: bool = False) -> GenerativeModule:
+    """The module of a configuration; its initial weights depend on ``seed`` alone, or are those of
+    ``init_from``, which a ``resumed`` run does not need any more.
+    """
     L.seed_everything(config.seed, workers=True, verbose=False)
     net = build_net(config, data.shape, data.num_classes)
+    if config.get("init_from") and not resumed:
+        exceptions = list(config.init_except)
+        initialise(net, config.init_from, config.init_weights, config.init_format, exceptions)
     if config.checkpointing:
         recompute_blocks(net)
     options = dict(config.optimizer)

@@ -19,6 +19,7 @@ FREE += ("optimizer.lr", "optimizer.schedule", "optimizer.warmup_steps", "optimi
 FREE += ("optimizer.decay_steps",)
 # What says again what another key says.
 AGAIN = ("ckpt_path", "ckpt_changes", "model.attention")
+AGAIN += ("init_from", "init_weights", "init_format", "init_except")  # the checkpoint's are newer
 AGAIN += ("callbacks.samples.sampler", "callbacks.accuracy.sampler")
 FEW = 4  # settings that a message lists
 

@@ -11,11 +11,16 @@ from training.models.duals import Linear
 FREQUENCIES = 256  # dimension of the sinusoidal embedding, as in DiT
 
 
-def sinusoids(t: torch.Tensor) -> torch.Tensor:
-    """Cosines and sines of t at 128 frequencies from 1 down to 1e-4. (B,) -> (B, 256)"""
+def frequencies(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """128 of them, from 1 down to 1e-4."""
     half = FREQUENCIES // 2
-    index = torch.arange(half, device=t.device, dtype=torch.promote_types(t.dtype, torch.float32))
-    phase = t[:, None] * torch.exp(-math.log(10_000) / half * index)  # (B, 128)
+    return torch.exp(-math.log(10_000) / half * torch.arange(half, device=device, dtype=dtype))
+
+
+def sinusoids(t: torch.Tensor) -> torch.Tensor:
+    """Cosines and sines of t at 128 frequencies. (B,) -> (B, 256)"""
+    dtype = torch.promote_types(t.dtype, torch.float32)
+    phase = t[:, None] * frequencies(t.device, dtype)  # (B, 128)
     return torch.cat([torch.cos(phase), torch.sin(phase)], dim=-1)
 
 
