@@ -3,7 +3,7 @@ backward_jvp.
 """
 
 from importlib import import_module
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +22,21 @@ BACKENDS = ("triton", "reference")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TRITON_MAX_HEAD_DIM = 256
 
+_registered: dict[str, Any] = {}
+
+
+def register(name: str, passes: Any) -> str:
+    """Makes an object with the four functions a backend by that name, which is returned: whatever
+    differentiates or compiles attention then works with it (distributed/ring.py)."""
+    _registered[name] = passes
+    return name
+
 
 def choose(backend: str | None, q: Tensor, v: Tensor) -> str:
     """The name of the backend: the one asked for, or raise; without a wish the kernels wherever
     they can serve."""
+    if backend in _registered:
+        return str(backend)
     obstacle = _triton_obstacle(q, v)
     if backend is None:
         return "reference" if obstacle or not q.is_cuda else "triton"
@@ -39,9 +50,11 @@ def choose(backend: str | None, q: Tensor, v: Tensor) -> str:
     return backend
 
 
-def implementation(name: str) -> ModuleType:
-    """The module that implements backend `name`; the kernels are imported on first use, Triton is
-    not needed before."""
+def implementation(name: str) -> Any:
+    """The module or object that implements backend `name`; the kernels are imported on first use,
+    Triton is not needed before."""
+    if name in _registered:
+        return _registered[name]
     return import_module({"triton": ".kernels", "reference": ".reference"}[name], __package__)
 
 

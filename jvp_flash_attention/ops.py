@@ -44,17 +44,17 @@ def attention_jvp(
 
 def forward(q, k, v, bias, seed, options: Options):
     """As `reference.forward`."""
-    return forward_op(q, k, v, bias, seed, *options)
+    return forward_op(q, k, v, bias, seed, *_static(options))
 
 
 def forward_jvp(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options: Options):
     """As `reference.forward_jvp`."""
-    return forward_jvp_op(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, *options)
+    return forward_jvp_op(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, *_static(options))
 
 
 def backward(d_out, q, k, v, bias, seed, out, lse, options: Options, bias_grad: bool):
     """As `reference.backward`."""
-    grads = backward_op(d_out, q, k, v, bias, seed, out, lse, *options, bias_grad)
+    grads = backward_op(d_out, q, k, v, bias, seed, out, lse, *_static(options), bias_grad)
     return _empty_as_none(grads, bias_grad)
 
 
@@ -65,7 +65,7 @@ def backward_jvp(
     """As `reference.backward_jvp`."""
     grads = backward_jvp_op(
         d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu,
-        *options, bias_grad,
+        *_static(options), bias_grad,
     )  # fmt: skip
     return *_empty_as_none(grads[:4], bias_grad), *_empty_as_none(grads[4:], bias_grad)
 
@@ -228,6 +228,15 @@ def _fake_grads(q, k, v, bias, bias_grad: bool) -> tuple[Tensor, ...]:
 
 def _absent_as_empty(grads, q: Tensor) -> Any:
     return tuple(q.new_empty(0) if g is None else g for g in grads)
+
+
+def _static(options: Options) -> tuple[float, bool, float, str]:
+    """The options as an operator takes them. Shards of keys stay below the operators: a backend
+    that has them is itself one."""
+    *static, sharded = options
+    if sharded:
+        raise NotImplementedError("an operator of attention knows no shards of keys")
+    return tuple(static)
 
 
 def _empty_as_none(grads, bias_grad: bool):

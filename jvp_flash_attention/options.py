@@ -12,7 +12,8 @@ class Options(NamedTuple):
     scale: float  # softmax scale s
     causal: bool = False  # query i sees keys j <= i (top-left aligned when L != S)
     dropout_p: float = 0.0  # probability with which an attention weight is dropped
-    backend: str = "reference"  # "reference" or "triton"
+    backend: str = "reference"  # a name that `backends.implementation` knows
+    sharded: bool = False  # keys are a part of each row's; O, tO, LSE and μ handed in are of all
 
 
 def tf32_allowed() -> bool:

@@ -125,7 +125,7 @@ def backward(
     d_bias = _zeros(bias) if bias is not None and bias_grad else None
     dtypes = q.dtype, k.dtype, v.dtype
     q, k, v, out, d_out = _wide(q, k, v, out, d_out)
-    for block in _blocks(q, k, bias, seed, options):
+    for block in _blocks(q, k, bias, seed, options, lse=lse):
         rows = block.rows
         d_o = d_out[:, :, rows]
         w = (d_o * out[:, :, rows]).sum(-1, keepdim=True)
@@ -165,7 +165,7 @@ def backward_jvp(
     q, k, v, t_q, t_k, t_v, out, t_out = _wide(q, k, v, t_q, t_k, t_v, out, t_out)
     d_out, d_t_out = _wide(d_out, d_t_out)
     scale = options.scale
-    for block in _blocks(q, k, bias, seed, options, (t_q, t_k, t_bias)):
+    for block in _blocks(q, k, bias, seed, options, (t_q, t_k, t_bias), lse):
         rows, p, t_s = block.rows, block.p, block.t_s
         q_i, d_to, p_z = q[:, :, rows], d_t_out[:, :, rows], _times(block.p, block.z)
         w = (d_to * t_out[:, :, rows]).sum(-1, keepdim=True)
@@ -197,7 +197,10 @@ def backward_jvp(
     return tuple(_like(g, x) for g, x in zip(grads, (*inputs, *inputs), strict=True))
 
 
-def _blocks(q, k, bias, seed, options: Options, tangents=(None, None, None)) -> Iterator[Block]:
+def _blocks(
+    q, k, bias, seed, options: Options, tangents=(None, None, None), lse: Tensor | None = None
+) -> Iterator[Block]:
+    """`lse` is given in a backward pass; it may be of more keys than these, as in a shard."""
     t_q, t_k, t_bias = tangents
     B, H, L, _ = q.shape
     S = k.shape[2]
@@ -227,15 +230,18 @@ def _blocks(q, k, bias, seed, options: Options, tangents=(None, None, None)) -> 
             # scores and tangents of masked pairs count for nothing, even where they are not finite
             s = s.masked_fill(masked, float("-inf"))
             t_s = None if t_s is None else t_s.masked_fill(masked, 0.0)
-        lse = torch.logsumexp(s, -1)
+        here = torch.logsumexp(s, -1)
         # not exp(s − LSE): beside a finite mask of −1e9 in every column, LSE has no digits left
-        # for log l; a fully masked row attends nothing
-        p = torch.softmax(s, -1).masked_fill((lse == float("-inf")).unsqueeze(-1), 0.0)
+        # for log l; the factor is exactly 1 unless LSE is of more keys than these
+        p = torch.softmax(s, -1)
+        if lse is not None:
+            p = p * torch.exp(here - lse[:, :, rows]).unsqueeze(-1)
+        p = p.masked_fill((here == float("-inf")).unsqueeze(-1), 0.0)  # attends nothing here
         z = None
         if options.dropout_p > 0.0:
             keep = keep_mask(seed, (B, H, L, S), rows, options.dropout_p)
             z = keep.to(s.dtype) / (1.0 - options.dropout_p)
-        yield Block(rows, p, t_s, z, lse)
+        yield Block(rows, p, t_s, z, here)
 
 
 def _scores(x: Tensor, y: Tensor) -> Tensor:

@@ -244,7 +244,7 @@ def _backward(
         for grads in () if hopper is not None else apart if wide else (together,):
             args = (*inputs(tile), *map(pointer, grads), *numbers)
             switches = p.switches("keys", tile, whole=p.L % tile.BM == 0)
-            switches["SINGLE"] = p.S <= tile.BN
+            switches["SINGLE"] = p.S <= tile.BN and not options.sharded
             yield Launch(keys_kernel, (cdiv(p.S, tile.BN) * p.B * p.Hk,), args, switches)
         if hopper is not None and hopper.serves_queries(p):
             yield hopper.queries(p, q, k, v, t_q, t_k, t_v, d_out, d_t_out, statistics, d_q, d_t_q)
@@ -258,7 +258,7 @@ def _backward(
         )
         switches = {
             **p.switches("queries", tile, whole=p.S % tile.BN == 0 and not options.causal),
-            "SINGLE": p.S <= tile.BN,
+            "SINGLE": p.S <= tile.BN and not options.sharded,
             "BIAS_ROWS": d_bias is not None and d_bias.shape[2] == p.L,
             "BIAS_COLUMNS": d_bias is not None and d_bias.shape[3] == p.S,
         }

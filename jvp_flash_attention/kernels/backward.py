@@ -23,7 +23,8 @@ and (dK, dtK) are two launches, 6 + 9 products instead of 12 and still twice as 
 
 With few keys the rounding of O to 16 bits is felt in h and w, which are what it takes to make the
 rows of dtS and dS sum to zero. Where one tile holds every key (SINGLE) they are taken from the
-tile: h = rowsum(P ∘ Hm) and w = rowsum(P ∘ (G + Hm ∘ (tS − μ))).
+tile: h = rowsum(P ∘ Hm) and w = rowsum(P ∘ (G + Hm ∘ (tS − μ))). Where the keys of the call are a
+shard of each row's (`Options.sharded`) they are not: a tile's sums are a part of the rows'.
 """
 
 # Triton's annotations name what a kernel receives, not what its caller passes.

@@ -1,0 +1,294 @@
+"""Ring attention: keys travel from process to process, queries stay.
+
+The four passes over shards are a backend like any other. What differentiates, maps and compiles
+attention (autograd.py, ops.py) calls them and knows of no process. With i counting the shards:
+
+    forward    O, tO, LSE, μ    merged from those of each shard              (merge.py)
+    backward   dQ, dtQ          Σ of those from each shard
+               dKᵢ, dVᵢ, ...    Σ over the processes, travelling with the shard
+
+A shard's own backward needs nothing but the merged O, tO, LSE and μ, because those are all that
+enters P = exp(S − LSE), h and w. Sums are kept in float32, float64 for float64.
+
+Ring attention: Liu et al., arXiv 2310.01889. Zigzag: see sharding.py.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from .. import api, backends
+from ..options import Options
+from . import rules
+from .exchange import Packed, agree, pass_on, rotate
+from .merge import Partial, merge_, nothing, wide, widened
+from .sharding import Block, block, shard_lengths
+
+
+def ring_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    mesh: DeviceMesh,
+    layout: str = "contiguous",
+    lengths: tuple[int, int] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`attention` of sequences that are sharded over the processes of a mesh.
+
+    Every process calls it with its own rows and the same flags. All derivatives of `attention` are
+    there: tangents under `torch.func.jvp` and `forward_ad.dual_level`, gradients, gradients through
+    the tangent. Gradients are those of a loss summed over the processes.
+
+    Args:
+        query: (..., H, local L, D), as `shard` gives it.
+        key: (..., Hk, local S, D), of any number of rows in cross-attention.
+        value: (..., Hk, local S, Dv).
+        attn_mask: bool, broadcastable to (..., H, 1, local S), sharded with the keys: True attends.
+        dropout_p: must be 0.
+        is_causal: needs L == S. In the layout "zigzag" all processes have the same work, in
+            "contiguous" the last one has most.
+        scale, enable_gqa: as for `attention`.
+        mesh: 1-D DeviceMesh.
+        layout: in which queries and keys were sharded.
+        lengths: (L, S) of the whole sequences; None where every process holds as many rows.
+        backend: "triton", "reference" or None, as for `attention`.
+
+    Returns:
+        (..., H, local L, Dv) in query's dtype.
+
+    Raises:
+        TypeError, ValueError: as `attention`; the processes do not agree. That is checked the first
+            time that a process sees a kind of call. Later on other flags on one process hang.
+        NotImplementedError: dropout, a floating mask or one with rows; a third derivative.
+    """
+    name = _call(mesh, layout, lengths, backend, query, key, value, attn_mask, dropout_p)
+    return api.attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend=name
+    )
+
+
+def ring_attention_jvp(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    t_query: Tensor | None,
+    t_key: Tensor | None,
+    t_value: Tensor | None,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    mesh: DeviceMesh,
+    layout: str = "contiguous",
+    lengths: tuple[int, int] | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attention_jvp` of sharded sequences: value and tangent without dual numbers.
+
+    Tangents are sharded as their primals; one that is None must be so on every process. The other
+    arguments, the results and the errors are those of `ring_attention` and `attention_jvp`.
+    """
+    name = _call(mesh, layout, lengths, backend, query, key, value, attn_mask, dropout_p)
+    return api.attention_jvp(
+        query, key, value, t_query, t_key, t_value, attn_mask, dropout_p, is_causal, scale,
+        enable_gqa, backend=name,
+    )  # fmt: skip
+
+
+class Ring(NamedTuple):
+    """The four passes, of the signatures in `reference`, on this process's shards."""
+
+    group: ProcessGroup
+    layout: str
+    lengths: tuple[int, int] | None
+    backend: str | None  # of a shard
+
+    def forward(self, q, k, v, bias, seed, options: Options):
+        total = self._forward(q, k, v, bias, None, None, None, options, jvp=False)
+        return total.out, total.lse
+
+    def forward_jvp(self, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options: Options):
+        return self._forward(q, k, v, bias, t_q, t_k, t_v, options, jvp=True)
+
+    def backward(self, d_out, q, k, v, bias, seed, out, lse, options: Options, bias_grad: bool):
+        saved = Partial(out, None, lse, None)
+        return self._backward(d_out, None, q, k, v, bias, None, None, None, saved, options)[:4]
+
+    def backward_jvp(
+        self, d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu,
+        options: Options, bias_grad: bool,
+    ):  # fmt: skip
+        saved = Partial(out, t_out, lse, mu)
+        return self._backward(d_out, d_t_out, q, k, v, bias, t_q, t_k, t_v, saved, options)
+
+    def _forward(self, q, k, v, bias, t_q, t_k, t_v, options, jvp: bool) -> Partial:
+        lengths = self._agree("forward", q, k, v, bias, (t_q, t_k, t_v, jvp or None), options)
+        held = shard_lengths(lengths[1], self.group.size(), self.layout)
+        total, alone = None, False
+        for source, shards in rotate(self.group, (k, v, _column(bias), t_k, t_v), held):
+            found = self._block(source, lengths, options)
+            if found is None:
+                continue
+            part = attend(found, q, t_q, *shards, self._options(options, q, v, found), jvp)
+            if total is None and found.rows == slice(None):
+                total, alone = part, True  # as it came, until there is another one
+                continue
+            if total is None:
+                total = nothing(q, v, jvp)
+            total, alone = widened(total) if alone else total, False
+            merge_(total, part, found.rows)
+        total = nothing(q, v, jvp) if total is None else total
+        t_out = None if total.t_out is None else total.t_out.to(q.dtype)
+        return total._replace(out=total.out.to(q.dtype), t_out=t_out)
+
+    def _backward(self, d_out, d_t_out, q, k, v, bias, t_q, t_k, t_v, saved: Partial, options):
+        jvp = d_t_out is not None
+        given = (t_q, t_k, t_v, d_out, d_t_out)
+        lengths = self._agree("backward", q, k, v, bias, given, options)
+        size, rank = self.group.size(), self.group.rank()
+        held = shard_lengths(lengths[1], size, self.layout)
+        sums = [torch.zeros_like(q, dtype=wide(q.dtype)) if i < 1 + jvp else None for i in range(2)]
+        # dK, dV, dtK, dtV of the shard at hand; they follow it
+        present = _zeros((k, v, k, v) if jvp else (k, v, None, None), wide(k.dtype))
+        turns = rotate(self.group, (k, v, _column(bias), t_k, t_v), held)
+        for step, (source, shards) in enumerate(turns):
+            transfer = None
+            if step > 0:
+                transfer = pass_on(self.group, present, present.like(held[source]))
+            found, grads = self._block(source, lengths, options), None
+            if found is not None:
+                local = self._options(options, q, v, found)
+                grads = differentiate(found, d_out, d_t_out, q, t_q, *shards, saved, local)
+            if transfer is not None:
+                present = transfer.wait()
+            if found is not None and grads is not None:
+                for total, grad in zip(sums, grads[:2], strict=True):
+                    _add(total, grad, found.rows)
+                for total, grad in zip(present.tensors, grads[2:], strict=True):
+                    _add(total, grad, found.keys)
+        last = Packed.of(present.tensors, k.dtype)
+        if size > 1:  # they are with the process before their own
+            last = pass_on(self.group, last, last.like(held[rank])).wait()
+        d_k, d_v, d_t_k, d_t_v = (None if x is None else x.clone() for x in last.tensors)
+        d_q, d_t_q = (None if x is None else x.to(q.dtype) for x in sums)
+        return d_q, d_k, d_v, None, d_t_q, d_t_k, d_t_v, None
+
+    def _agree(self, name, q, k, v, bias, given, options: Options) -> tuple[int, int]:
+        """(L, S) of the whole sequences, once all processes have said that they make this call."""
+        size, rank = self.group.size(), self.group.rank()
+        lengths = self.lengths or (size * q.shape[2], size * k.shape[2])
+        call = (
+            *(("lengths", lengths), ("layout", self.layout), ("dtype", q.dtype)),
+            ("batch, heads, head dim", (*q.shape[:2], q.shape[3], k.shape[1], v.shape[3])),
+            ("causal, scale", (options.causal, options.scale)),
+            ("mask", None if bias is None else tuple(bias.shape[:2])),
+            ("tangents and cotangents", tuple(x is not None for x in given)),
+        )
+        fault = None
+        for what, x, length in (("query", q, lengths[0]), ("key", k, lengths[1])):
+            mine = shard_lengths(length, size, self.layout)[rank]
+            if x.shape[2] != mine:
+                fault = (
+                    f"{what} must hold {mine} of {length} rows in the layout {self.layout!r}, got"
+                    f" {x.shape[2]}; shard with `shard`, and pass lengths= where they differ"
+                )
+        if options.causal and lengths[0] != lengths[1]:
+            fault = f"is_causal needs queries and keys of one length, got {lengths}"
+        agree(self.group, f"ring_attention ({name})", call, fault)
+        return lengths
+
+    def _block(self, source: int, lengths: tuple[int, int], options: Options) -> Block | None:
+        rank, size = self.group.rank(), self.group.size()
+        return block(rank, source, size, lengths, options.causal, self.layout)
+
+    def _options(self, options: Options, q: Tensor, v: Tensor, found: Block) -> Options:
+        backend = backends.choose(self.backend, q, v)
+        return options._replace(causal=found.causal, backend=backend, sharded=self.group.size() > 1)
+
+
+def attend(found: Block, q, t_q, k, v, mask, t_k, t_v, options: Options, jvp: bool) -> Partial:
+    """Attention of a block of scores on its own; the mask is (b, h, S, 1)."""
+    passes: Any = backends.implementation(options.backend)
+    q, t_q = (_part(x, found.rows) for x in (q, t_q))
+    k, v, mask, t_k, t_v = (_part(x, found.keys) for x in (k, v, mask, t_k, t_v))
+    mask = _column(mask)
+    if jvp:
+        return Partial(*passes.forward_jvp(q, k, v, mask, None, t_q, t_k, t_v, None, options))
+    out, lse = passes.forward(q, k, v, mask, None, options)
+    return Partial(out, None, lse, None)
+
+
+def differentiate(
+    found: Block, d_out, d_t_out, q, t_q, k, v, mask, t_k, t_v, saved: Partial, options: Options
+) -> tuple[Tensor | None, ...]:
+    """(dQ, dtQ, dK, dV, dtK, dtV) of a block of scores, from what all keys gave; without dtO the
+    gradients of tangents are None."""
+    passes: Any = backends.implementation(options.backend)
+    q, t_q, d_out, d_t_out = (_part(x, found.rows) for x in (q, t_q, d_out, d_t_out))
+    out, t_out, lse, mu = (_part(x, found.rows) for x in saved)
+    k, v, mask, t_k, t_v = (_part(x, found.keys) for x in (k, v, mask, t_k, t_v))
+    mask = _column(mask)
+    if d_t_out is None:
+        d_q, d_k, d_v, _ = passes.backward(
+            d_out, q, k, v, mask, None, out, lse, options, False
+        )  # fmt: skip
+        return d_q, None, d_k, d_v, None, None
+    d_q, d_k, d_v, _, d_t_q, d_t_k, d_t_v, _ = passes.backward_jvp(
+        d_out, d_t_out, q, k, v, mask, None, t_q, t_k, t_v, None, out, t_out, lse, mu,
+        options, False,
+    )  # fmt: skip
+    return d_q, d_t_q, d_k, d_v, d_t_k, d_t_v
+
+
+def _call(mesh, layout, lengths, backend, query, key, value, attn_mask, dropout_p) -> str:
+    """The name of the backend that serves the call, whose arguments are checked."""
+    rules.arguments("ring_attention", query, key, attn_mask, dropout_p)
+    return ring_backend(mesh, layout, lengths, backend)
+
+
+def ring_backend(
+    mesh: DeviceMesh, layout: str, lengths: tuple[int, int] | None, backend: str | None
+) -> str:
+    """The name of the backend of a ring over a 1-D mesh."""
+    rules.ring("ring_attention", mesh, layout, lengths)
+    return _registered(mesh.get_group(), layout, lengths and tuple(lengths), backend)
+
+
+@cache
+def _registered(group: ProcessGroup, layout: str, lengths, backend: str | None) -> str:
+    name = f"ring {_registered.cache_info().misses}"
+    return backends.register(name, Ring(group, layout, lengths, backend))
+
+
+def _column(mask: Tensor | None) -> Tensor | None:
+    """(b, h, 1, S) <-> (b, h, S, 1)."""
+    return None if mask is None else mask.transpose(2, 3)
+
+
+def _part(x: Tensor | None, rows: slice) -> Tensor | None:
+    return x if x is None or rows == slice(None) else x[:, :, rows].contiguous()
+
+
+def _zeros(outline, dtype: torch.dtype) -> Packed:
+    kinds = [None if x is None else (tuple(x.shape), dtype) for x in outline]
+    packed = Packed(kinds, outline[0].device)
+    packed.buffer.zero_()
+    return packed
+
+
+def _add(total: Tensor | None, grad: Tensor | None, rows: slice) -> None:
+    if total is not None and grad is not None:
+        total[:, :, rows] += grad
