@@ -233,10 +233,9 @@ def _absent_as_empty(grads, q: Tensor) -> Any:
 def _static(options: Options) -> tuple[float, bool, float, str]:
     """The options as an operator takes them. Shards of keys stay below the operators: a backend
     that has them is itself one."""
-    *static, sharded = options
-    if sharded:
+    if options.sharded:
         raise NotImplementedError("an operator of attention knows no shards of keys")
-    return tuple(static)
+    return options.scale, options.causal, options.dropout_p, options.backend
 
 
 def _empty_as_none(grads, bias_grad: bool):

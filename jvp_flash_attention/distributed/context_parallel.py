@@ -29,6 +29,7 @@ class ContextParallelAttention:
         layout: str,
         lengths: tuple[int, int] | None,
         backend: str | None,
+        tangent_grad: bool,
     ):
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
@@ -40,6 +41,7 @@ class ContextParallelAttention:
                 " balanced under a causal mask as it is"
             )
         self.backend, self.lengths, self.heads = backend, lengths, None
+        self.tangent_grad = tangent_grad
         if kind == "ulysses":
             self.heads = members(mesh)
         elif kind == "ring":
@@ -67,10 +69,18 @@ class ContextParallelAttention:
         """As `ring_attention` and `ulysses_attention`."""
         numbers = (dropout_p, is_causal, scale, enable_gqa)
         if self.heads is not None:
-            numbers = (*numbers, self.backend)
-            return attend(query, key, value, attn_mask, numbers, self.heads, self.lengths)
+            numbers, how = (*numbers, self.backend), (self.heads, self.lengths, self.tangent_grad)
+            return attend(query, key, value, attn_mask, numbers, *how)
         rules.arguments("ring_attention", query, key, attn_mask, dropout_p)
-        return api.attention(query, key, value, attn_mask, *numbers, backend=self.backend)
+        return api.attention(
+            query,
+            key,
+            value,
+            attn_mask,
+            *numbers,
+            backend=self.backend,
+            tangent_grad=self.tangent_grad,
+        )
 
     def jvp(
         self,
@@ -90,10 +100,17 @@ class ContextParallelAttention:
         numbers = (dropout_p, is_causal, scale, enable_gqa)
         given, tangents = (query, key, value), (t_query, t_key, t_value)
         if self.heads is not None:
-            numbers = (*numbers, self.backend)
-            return attend_jvp(*given, tangents, attn_mask, numbers, self.heads, self.lengths)
+            numbers, how = (*numbers, self.backend), (self.heads, self.lengths, self.tangent_grad)
+            return attend_jvp(*given, tangents, attn_mask, numbers, *how)
         rules.arguments("ring_attention", query, key, attn_mask, dropout_p)
-        return api.attention_jvp(*given, *tangents, attn_mask, *numbers, backend=self.backend)
+        return api.attention_jvp(
+            *given,
+            *tangents,
+            attn_mask,
+            *numbers,
+            backend=self.backend,
+            tangent_grad=self.tangent_grad,
+        )
 
 
 def context_parallel_attention(
@@ -103,6 +120,7 @@ def context_parallel_attention(
     layout: str = "contiguous",
     lengths: tuple[int, int] | None = None,
     backend: str | None = None,
+    tangent_grad: bool = True,
 ) -> ContextParallelAttention:
     """An attention function of sharded sequences, (B, H, local L, D), for models that take one.
 
@@ -115,13 +133,13 @@ def context_parallel_attention(
         kind: "ring", "ulysses" or "2d".
         layout: of the sequence over the processes of a ring: "contiguous" or "zigzag".
         lengths: (L, S) of the whole sequences; None where every process holds as many rows.
-        backend: "triton", "reference" or None, as for `attention`.
+        backend, tangent_grad: as for `attention`.
 
     Raises:
         TypeError, ValueError: kind, mesh and layout do not fit. Calls raise as `ring_attention` and
             `ulysses_attention`.
     """
-    return ContextParallelAttention(mesh, kind, layout, lengths, backend)
+    return ContextParallelAttention(mesh, kind, layout, lengths, backend, tangent_grad)
 
 
 def _nameless():

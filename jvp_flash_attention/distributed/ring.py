@@ -43,6 +43,7 @@ def ring_attention(
     layout: str = "contiguous",
     lengths: tuple[int, int] | None = None,
     backend: str | None = None,
+    tangent_grad: bool = True,
 ) -> Tensor:
     """`attention` of sequences that are sharded over the processes of a mesh.
 
@@ -62,7 +63,7 @@ def ring_attention(
         mesh: 1-D DeviceMesh.
         layout: in which queries and keys were sharded.
         lengths: (L, S) of the whole sequences; None where every process holds as many rows.
-        backend: "triton", "reference" or None, as for `attention`.
+        backend, tangent_grad: as for `attention`.
 
     Returns:
         (..., H, local L, Dv) in query's dtype.
@@ -74,8 +75,9 @@ def ring_attention(
     """
     name = _call(mesh, layout, lengths, backend, query, key, value, attn_mask, dropout_p)
     return api.attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend=name
-    )
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+        backend=name, tangent_grad=tangent_grad,
+    )  # fmt: skip
 
 
 def ring_attention_jvp(
@@ -95,6 +97,7 @@ def ring_attention_jvp(
     layout: str = "contiguous",
     lengths: tuple[int, int] | None = None,
     backend: str | None = None,
+    tangent_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`attention_jvp` of sharded sequences: value and tangent without dual numbers.
 
@@ -104,8 +107,11 @@ def ring_attention_jvp(
     name = _call(mesh, layout, lengths, backend, query, key, value, attn_mask, dropout_p)
     return api.attention_jvp(
         query, key, value, t_query, t_key, t_value, attn_mask, dropout_p, is_causal, scale,
-        enable_gqa, backend=name,
+        enable_gqa, backend=name, tangent_grad=tangent_grad,
     )  # fmt: skip
+
+
+Shards = list[Tensor | None]  # k, v, mask (b, h, S, 1), tk, tv of one process
 
 
 class Ring(NamedTuple):
@@ -142,7 +148,7 @@ class Ring(NamedTuple):
             found = self._block(source, lengths, options)
             if found is None:
                 continue
-            part = attend(found, q, t_q, *shards, self._options(options, q, v, found), jvp)
+            part = attend(found, q, t_q, shards, self._options(options, q, v, found), jvp)
             if total is None and found.rows == slice(None):
                 total, alone = part, True  # as it came, until there is another one
                 continue
@@ -171,7 +177,7 @@ class Ring(NamedTuple):
             found, grads = self._block(source, lengths, options), None
             if found is not None:
                 local = self._options(options, q, v, found)
-                grads = differentiate(found, d_out, d_t_out, q, t_q, *shards, saved, local)
+                grads = differentiate(found, d_out, d_t_out, q, t_q, shards, saved, local)
             if transfer is not None:
                 present = transfer.wait()
             if found is not None and grads is not None:
@@ -219,11 +225,13 @@ class Ring(NamedTuple):
         return options._replace(causal=found.causal, backend=backend, sharded=self.group.size() > 1)
 
 
-def attend(found: Block, q, t_q, k, v, mask, t_k, t_v, options: Options, jvp: bool) -> Partial:
-    """Attention of a block of scores on its own; the mask is (b, h, S, 1)."""
+def attend(
+    found: Block, q: Tensor, t_q: Tensor | None, shards: Shards, options: Options, jvp: bool
+) -> Partial:
+    """Attention of a block of scores on its own."""
     passes: Any = backends.implementation(options.backend)
     q, t_q = (_part(x, found.rows) for x in (q, t_q))
-    k, v, mask, t_k, t_v = (_part(x, found.keys) for x in (k, v, mask, t_k, t_v))
+    k, v, mask, t_k, t_v = (_part(x, found.keys) for x in shards)
     mask = _column(mask)
     if jvp:
         return Partial(*passes.forward_jvp(q, k, v, mask, None, t_q, t_k, t_v, None, options))
@@ -232,19 +240,18 @@ def attend(found: Block, q, t_q, k, v, mask, t_k, t_v, options: Options, jvp: bo
 
 
 def differentiate(
-    found: Block, d_out, d_t_out, q, t_q, k, v, mask, t_k, t_v, saved: Partial, options: Options
+    found: Block, d_out, d_t_out, q, t_q, shards: Shards, saved: Partial, options: Options
 ) -> tuple[Tensor | None, ...]:
     """(dQ, dtQ, dK, dV, dtK, dtV) of a block of scores, from what all keys gave; without dtO the
     gradients of tangents are None."""
     passes: Any = backends.implementation(options.backend)
     q, t_q, d_out, d_t_out = (_part(x, found.rows) for x in (q, t_q, d_out, d_t_out))
     out, t_out, lse, mu = (_part(x, found.rows) for x in saved)
-    k, v, mask, t_k, t_v = (_part(x, found.keys) for x in (k, v, mask, t_k, t_v))
+    k, v, mask, t_k, t_v = (_part(x, found.keys) for x in shards)
     mask = _column(mask)
     if d_t_out is None:
-        d_q, d_k, d_v, _ = passes.backward(
-            d_out, q, k, v, mask, None, out, lse, options, False
-        )  # fmt: skip
+        grads = (d_out, q, k, v, mask, None, out, lse, options, False)
+        d_q, d_k, d_v, _ = passes.backward(*grads)
         return d_q, None, d_k, d_v, None, None
     d_q, d_k, d_v, _, d_t_q, d_t_k, d_t_v, _ = passes.backward_jvp(
         d_out, d_t_out, q, k, v, mask, None, t_q, t_k, t_v, None, out, t_out, lse, mu,
@@ -263,6 +270,7 @@ def ring_backend(
     mesh: DeviceMesh, layout: str, lengths: tuple[int, int] | None, backend: str | None
 ) -> str:
     """The name of the backend of a ring over a 1-D mesh."""
+    rules.outside_of_compile("ring_attention")
     rules.ring("ring_attention", mesh, layout, lengths)
     return _registered(mesh.get_group(), layout, lengths and tuple(lengths), backend)
 
@@ -278,7 +286,7 @@ def _column(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.transpose(2, 3)
 
 
-def _part(x: Tensor | None, rows: slice) -> Tensor | None:
+def _part(x: Tensor | None, rows: slice) -> Any:
     return x if x is None or rows == slice(None) else x[:, :, rows].contiguous()
 
 

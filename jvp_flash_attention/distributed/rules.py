@@ -1,5 +1,6 @@
 """Every rule on the arguments of sharded attention and the one line that its violation prints."""
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -29,6 +30,15 @@ def arguments(name: str, query: Tensor, key: Tensor, mask: Tensor | None, dropou
         raise ValueError(
             f"{name} needs an attn_mask sharded with the keys, (..., {key.shape[-2]}), got"
             f" {tuple(mask.shape)}"
+        )
+
+
+def outside_of_compile(name: str) -> None:
+    """A mesh is not looked into while a graph is traced."""
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            f"{name} with a mesh cannot be compiled; make the function before, by"
+            " context_parallel_attention(mesh, kind), and call it in the compiled code"
         )
 
 

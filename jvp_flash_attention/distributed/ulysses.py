@@ -45,6 +45,7 @@ def ulysses_attention(
     mesh: DeviceMesh,
     lengths: tuple[int, int] | None = None,
     backend: str | None = None,
+    tangent_grad: bool = True,
 ) -> Tensor:
     """`attention` of sequences that are sharded over the processes of a mesh, heads dealt out.
 
@@ -61,7 +62,7 @@ def ulysses_attention(
         is_causal, scale, enable_gqa: as for `attention`.
         mesh: 1-D DeviceMesh.
         lengths: (L, S) of the whole sequences; None where every process holds as many rows.
-        backend: "triton", "reference" or None, as for `attention`.
+        backend, tangent_grad: as for `attention`.
 
     Returns:
         (..., H, local L, Dv) in query's dtype.
@@ -73,7 +74,8 @@ def ulysses_attention(
             raises.
     """
     numbers = (dropout_p, is_causal, scale, enable_gqa, backend)
-    return attend(query, key, value, attn_mask, numbers, members(mesh), lengths)
+    who = members(mesh)
+    return attend(query, key, value, attn_mask, numbers, who, lengths, tangent_grad)
 
 
 def ulysses_attention_jvp(
@@ -92,6 +94,7 @@ def ulysses_attention_jvp(
     mesh: DeviceMesh,
     lengths: tuple[int, int] | None = None,
     backend: str | None = None,
+    tangent_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`attention_jvp` of sharded sequences: value and tangent without dual numbers.
 
@@ -100,7 +103,8 @@ def ulysses_attention_jvp(
     """
     numbers = (dropout_p, is_causal, scale, enable_gqa, backend)
     tangents = (t_query, t_key, t_value)
-    return attend_jvp(query, key, value, tangents, attn_mask, numbers, members(mesh), lengths)
+    given, who = (query, key, value), members(mesh)
+    return attend_jvp(*given, tangents, attn_mask, numbers, who, lengths, tangent_grad)
 
 
 class Members(NamedTuple):
@@ -113,24 +117,36 @@ class Members(NamedTuple):
 
 def members(mesh: DeviceMesh) -> Members:
     """Those of a 1-D mesh."""
+    rules.outside_of_compile(NAME)
     rules.dimensions(NAME, mesh, 1)
     group = mesh.get_group()
     return Members(_named(group), group.size(), group.rank())
 
 
-def attend(query, key, value, attn_mask, numbers: tuple, who: Members, lengths) -> Tensor:
+def attend(
+    query, key, value, attn_mask, numbers: tuple, who: Members, lengths, tangent_grad: bool = True
+) -> Tensor:
     """`ulysses_attention` among the members; `numbers` are dropout_p, is_causal, scale, enable_gqa
     and the backend that serves the whole sequence."""
     q, k, v, bias, options = _prepare(query, key, value, attn_mask, numbers, who, lengths)
     unpack = api._unpack_compiled if torch.compiler.is_compiling() else api._unpack
-    (q, t_q), (k, t_k), (v, t_v) = unpack(q, k, v)
-    jvp = not (t_q is t_k is t_v is None)
-    outputs = _between(q, k, v, t_q, t_k, t_v, bias, options, who, lengths, jvp)
+    pairs = unpack(q, k, v)
+    primals, tangents = ([pair[i] for pair in pairs] for i in range(2))
+    jvp = any(t is not None for t in tangents)
+    outputs = _between(primals, tangents, bias, options, who, lengths, jvp, tangent_grad)
     return api._restore(api._dual(*outputs) if jvp else outputs[0], query)
 
 
 def attend_jvp(
-    query, key, value, tangents, attn_mask, numbers: tuple, who: Members, lengths
+    query,
+    key,
+    value,
+    tangents,
+    attn_mask,
+    numbers: tuple,
+    who: Members,
+    lengths,
+    tangent_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`ulysses_attention_jvp` among the members."""
     q, k, v, bias, options = _prepare(query, key, value, attn_mask, numbers, who, lengths)
@@ -138,7 +154,8 @@ def attend_jvp(
     for each in zip(names, tangents, (query, key, value), strict=True):
         validation.tangent(*each)
     tangents = [api._tangent(t, q.dtype) for t in tangents]
-    out, t_out = _between(q, k, v, *tangents, bias, options, who, lengths, jvp=True)
+    args = ([q, k, v], tangents, bias, options, who, lengths, True, tangent_grad)
+    out, t_out = _between(*args)
     return api._restore(out, query), api._restore(t_out, query)
 
 
@@ -151,31 +168,35 @@ def _prepare(query, key, value, attn_mask, numbers, who: Members, lengths):
 
 
 def _between(
-    q, k, v, t_q, t_k, t_v, bias, options: Options, who: Members, lengths, jvp: bool
-) -> tuple[Tensor, ...]:
-    """(O,) or, with `jvp`, (O, tO): rows to heads, attention, heads to rows."""
+    primals, tangents, bias, options: Options, who: Members, lengths, jvp: bool, tangent_grad: bool
+) -> list[Tensor]:
+    """[O] or, with `jvp`, [O, tO]: rows to heads, attention, heads to rows."""
+    q, k, v = primals
+    if not tangent_grad:
+        tangents = [None if t is None else t.detach() for t in tangents]
     L, S = lengths or (who.size * q.shape[2], who.size * k.shape[2])
     if not torch.compiler.is_compiling():  # the graphs must be the same anyway
-        _agree(who, q, k, v, bias, (t_q, t_k, t_v, jvp or None), options, (L, S))
+        _agree(who, q, k, v, bias, (*tangents, jvp or None), options, (L, S))
     repeats = who.size // gcd(k.shape[1], who.size)
-    k, v, t_k, t_v = (_repeat(x, repeats) for x in (k, v, t_k, t_v))
+    k, v, t_k, t_v = (_repeat(x, repeats) for x in (k, v, *tangents[1:]))
     mask = None if bias is None else bias.transpose(2, 3)
-    given, rows = (q, k, v, t_q, t_k, t_v, mask), (L, S, S, L, S, S, S)
+    given, rows = (q, k, v, tangents[0], t_k, t_v, mask), (L, S, S, L, S, S, S)
     there = [(i, x) for i, x in enumerate(given) if x is not None]
     heads = tuple(x.shape[1] for _, x in there)
     plan = Deal(*who, True, tuple(rows[i] for i, _ in there), heads)
     dealt = exchange(plan, [x for _, x in there])
-    whole = dict(zip((i for i, _ in there), dealt, strict=True))
-    first, tangents = [whole[i] for i in range(3)], [whole.get(i) for i in range(3, 6)]
-    mask = None if bias is None else whole[6].transpose(2, 3)
+    whole: Any = dict(zip((i for i, _ in there), dealt, strict=True))
+    q_, k_, v_, t_q, t_k, t_v, mask = (whole.get(i) for i in range(7))
+    mask = None if mask is None else mask.transpose(2, 3)
     numbers = (mask, 0.0, options.causal, options.scale, True)
+    how: Any = {"backend": options.backend, "tangent_grad": tangent_grad}
     if jvp:
-        results = api.attention_jvp(*first, *tangents, *numbers, backend=options.backend)
+        results = list(api.attention_jvp(q_, k_, v_, t_q, t_k, t_v, *numbers, **how))
     else:
-        results = (api.attention(*first, *numbers, backend=options.backend),)
+        results = [api.attention(q_, k_, v_, *numbers, **how)]
     count = len(results)
-    back = Deal(*who, False, (L,) * count, (q.shape[1],) * count)
-    return tuple(exchange(back, list(results)))
+    back = exchange(Deal(*who, False, (L,) * count, (q.shape[1],) * count), results)
+    return [back[0], *(x if tangent_grad else x.detach() for x in back[1:])]
 
 
 def _agree(who: Members, q, k, v, bias, given, options: Options, lengths: tuple[int, int]) -> None:

@@ -1,0 +1,68 @@
+"""Four processes: value, tangent and all gradients of sharded sequences are dense attention's."""
+
+import re
+import socket
+
+import pytest
+import torch
+from torch import multiprocessing
+
+from tests.distributed import workers
+
+EXACT = 1e-12  # float64, O(1) numbers
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(workers.work, (port, str(folder)), nprocs=workers.SIZE)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(workers.SIZE)]
+
+
+@pytest.mark.parametrize("name", workers.calls())
+def test_shards_of_sequences_give_dense_attention(processes, name):
+    for rank, found in enumerate(processes):
+        assert isinstance(found[name], dict), f"process {rank}: {found[name]}"
+        assert {"out", "t_out", "d_q", "d_k", "d_v"} < found[name].keys()
+        bad = {what: error for what, error in found[name].items() if not error <= EXACT}
+        assert not bad, f"process {rank}"
+
+
+@pytest.mark.parametrize("mesh", ["ring2", "ring4"])
+def test_a_ring_has_the_second_derivatives_of_attention(processes, mesh):
+    for rank, found in enumerate(processes):
+        found = found[f"second order {mesh}"]
+        assert isinstance(found, dict), f"process {rank}: {found}"
+        assert len(found) == 7
+        bad = {what: error for what, error in found.items() if not error <= EXACT}
+        assert not bad, f"process {rank}"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("uneven", r"ValueError: ring_attention.* called alike on all processes.*lengths"),
+        ("uneven ulysses", r"ValueError: ulysses_attention.* alike on all processes.*lengths"),
+        ("flags", r"ValueError: ring_attention.* called alike on all processes.*causal"),
+        ("scale", r"ValueError: ulysses_attention.* called alike on all processes.*scale"),
+        ("causal cross", r"ValueError: .*is_causal needs queries and keys of one length"),
+        ("layout", r"ValueError: .*query must hold 4 of 16 rows in the layout 'zigzag', got 3"),
+        ("dropout", r"NotImplementedError: .* no dropout, got dropout_p=0.1"),
+        ("floating mask", r"NotImplementedError: .* bool attn_mask of the keys, got torch.float32"),
+        ("mask with rows", r"NotImplementedError: .* of the keys, got \(4, 4\)"),
+        ("whole mask", r"ValueError: .* sharded with the keys, \(..., 4\), got \(16,\)"),
+        ("heads", r"ValueError: .* heads divisible by its 4 processes, got 3"),
+        ("vmap", r"NotImplementedError: ulysses_attention has no vmap"),
+        ("jvp of jvp", r"NotImplementedError: jvp of a jvp"),
+        ("mesh", r"ValueError: .* needs a mesh with 2 dimensions, got 1"),
+        ("kind", r"ValueError: kind must be one of .*, got 'star'"),
+        ("ulysses zigzag", r"ValueError: .* needs the layout 'contiguous', got 'zigzag'"),
+        ("unshard", r"NotImplementedError: unshard has no derivative"),
+    ],
+)
+def test_what_cannot_be_is_said_on_every_process(processes, name, message):
+    for found in processes:
+        assert re.match(message, found["failures"][name]), found["failures"][name]

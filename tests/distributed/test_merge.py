@@ -1,0 +1,130 @@
+"""Keys in shards within one process: the kernels' results merge, and their gradients add up."""
+
+import pytest
+import torch
+
+from jvp_flash_attention import kernels, reference
+from jvp_flash_attention.distributed.merge import Partial, merge_, nothing
+from jvp_flash_attention.distributed.ring import attend, differentiate
+from jvp_flash_attention.distributed.sharding import block, pieces
+from tests import tolerances
+from tests.cases import Case, build, relative
+
+CASES = [
+    # every shard fits one tile of keys
+    (Case(B=1, H=1, Hk=1, L=9, S=45, D=16, Dv=24, tangents="qkv"), "contiguous"),
+    (Case(B=1, H=2, Hk=1, L=5, S=110, D=16, tangents="qk"), "zigzag"),
+    (Case(B=1, H=1, Hk=1, L=37, S=37, D=16, causal=True, tangents="qkv"), "contiguous"),
+    (Case(B=1, H=2, Hk=1, L=37, S=37, D=16, causal=True, tangents="qkv"), "zigzag"),
+    (Case(B=2, H=1, Hk=1, L=9, S=45, D=16, bias="padding", tangents="qv"), "contiguous"),
+    (Case(B=2, H=1, Hk=1, L=37, S=37, D=16, bias="padding", causal=True), "zigzag"),
+]
+GRADS = ("d_q", "d_t_q", "d_k", "d_v", "d_t_k", "d_t_v")
+
+
+def problem(case):
+    p = build(case, torch.float32)
+    if case.bias == "padding":
+        p.primals[3] = torch.rand(case.B, 1, 1, case.S) > 0.5
+        p.primals[3][:, :, :, : case.S // 2] = False
+        p.primals[3][1] = False  # nothing is left of a sample
+    return p
+
+
+def rows_of(length, size, rank, layout):
+    return torch.cat([torch.arange(length)[x] for x in pieces(length, size, rank, layout)])
+
+
+def sharded(p, layout, size, jvp):
+    """Outputs and gradients of the whole sequences from blocks of `size` simulated processes."""
+    (q, k, v, mask), (t_q, t_k, t_v, _) = p.primals, p.tangents
+    L, S = q.shape[2], k.shape[2]
+    mask = None if mask is None else mask.mT
+    out = {"out": torch.zeros_like(p.d_out), "t_out": torch.zeros_like(p.d_out)}
+    for name, x in zip(GRADS, (q, q, k, v, k, v), strict=True):
+        out[name] = torch.zeros_like(x)
+    cut = lambda x, at: None if x is None else x[:, :, at].contiguous()  # noqa: E731
+    for rank in range(size):
+        rows = rows_of(L, size, rank, layout)
+        q_r, t_q_r, d_out, d_t_out = (cut(x, rows) for x in (q, t_q, p.d_out, p.d_t_out))
+        total, calls = nothing(q_r, v, jvp), []
+        for source in range(size):
+            found = block(rank, source, size, (L, S), p.options.causal, layout)
+            keys = rows_of(S, size, source, layout)
+            if found is not None:
+                options = p.options._replace(causal=found.causal, sharded=True)
+                shards = [cut(x, keys) for x in (k, v, mask, t_k, t_v)]
+                part = attend(found, q_r, t_q_r if jvp else None, shards, options, jvp)
+                merge_(total, part, found.rows)
+                calls.append((found, keys, shards, options))
+        out["out"][:, :, rows] = total.out
+        if jvp:
+            out["t_out"][:, :, rows] = total.t_out
+        saved = Partial(*total)
+        for found, keys, shards, options in calls:
+            args = (q_r, t_q_r, shards, saved, options)
+            grads = differentiate(found, d_out, d_t_out if jvp else None, *args)
+            for i, (name, grad) in enumerate(zip(GRADS, grads, strict=True)):
+                if grad is not None:
+                    at = rows[found.rows] if i < 2 else keys[found.keys]
+                    out[name][:, :, at] += grad
+    return out
+
+
+def whole(p, jvp):
+    p = p.double()
+    if not jvp:
+        o, lse = reference.forward(*p.primals, None, p.options)
+        g = reference.backward(p.d_out, *p.primals, None, o, lse, p.options, False)
+        return {"out": o, "d_q": g[0], "d_k": g[1], "d_v": g[2]}
+    saved = reference.forward_jvp(*p.primals, None, *p.tangents, p.options)
+    args = (*p.primals, None, *p.tangents, *saved, p.options, False)
+    g = reference.backward_jvp(p.d_out, p.d_t_out, *args)
+    named = zip(GRADS, (g[0], g[4], g[1], g[2], g[5], g[6]), strict=True)
+    return {"out": saved[0], "t_out": saved[1], **dict(named)}
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("jvp", [True, False], ids=["jvp", "plain"])
+@pytest.mark.parametrize(("case", "layout"), CASES, ids=lambda x: str(x))
+def test_blocks_of_keys_merge_to_the_whole(case, layout, jvp, backend):
+    if not jvp and backend == "triton" and layout == "contiguous":
+        pytest.skip("the interpreter takes its time; zigzag has every kind of block")
+    p = problem(case)
+    p.options = p.options._replace(backend=backend)
+    got, exact = sharded(p, layout, 2, jvp), whole(p, jvp)
+    for name, x in exact.items():
+        square, norm = relative(got[name], x, case.L)
+        limit = tolerances.SECOND if jvp else tolerances.FIRST
+        assert (square / norm) ** 0.5 <= limit[torch.float32], name
+
+
+@pytest.mark.parametrize("implementation", [kernels, reference])
+def test_the_lse_that_is_handed_in_is_the_one_used(implementation):
+    """As if the keys were there twice: P is half of what these keys alone give."""
+    p = build(Case(L=9, S=20, tangents=""), torch.float32)
+    out, lse = implementation.forward(*p.primals, None, p.options)
+    options = p.options._replace(sharded=True)
+    twice = lse + torch.tensor(2.0).log()
+    args = (p.d_out, *p.primals, None, out)
+    halves = implementation.backward(*args, twice, options, False)[:3]
+    for half, one in zip(
+        halves, implementation.backward(*args, lse, p.options, False)[:3], strict=True
+    ):
+        torch.testing.assert_close(half, one / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_without_keys_in_one_shard_or_in_all():
+    rows, inf = slice(None), float("inf")
+    one = lambda x: torch.full((1, 1, 1, 2), x)  # noqa: E731
+    row = lambda x: torch.full((1, 1, 1), x)  # noqa: E731
+    empty = lambda: Partial(one(0.0), one(0.0), row(-inf), row(0.0))  # noqa: E731
+    full = Partial(one(3.0), one(4.0), row(7.0), row(5.0))
+    total = empty()
+    merge_(total, empty(), rows)
+    for x, exact in zip(total, empty(), strict=True):
+        assert torch.equal(x, exact)
+    merge_(total, full, rows)
+    merge_(total, empty(), rows)
+    for x, exact in zip(total, full, strict=True):
+        assert torch.equal(x, exact)
