@@ -29,11 +29,12 @@ N = 1000
 def name(config: DictConfig) -> str:
     """The objective's name on the command line."""
     objective = config.objective
-    module = objective._target_.split(".")[-2]
+    module: str = objective._target_.split(".")[-2]
     if module == "flow_map":
         return f"{objective.kind[0]}sd"
-    distilled = {"scm": "scd", "dmf": "dmf_distillation"}
-    return distilled.get(module, module) if objective.get("teacher") else module
+    if objective.get("teacher"):
+        return {"scm": "scd", "dmf": "dmf_distillation"}.get(module, module)
+    return module
 
 
 def row(run: Path) -> dict:

@@ -18,7 +18,7 @@ from scripts.environment import environment
 from training.build import build_data
 from training.cli import one_line_errors, run
 from training.metrics.judge import Options, judge_of
-from training.samplers.generate import balanced_labels, generate
+from training.samplers.generate import balanced_labels, stream
 from training.trained import load_trained, sampler_of
 from training.validation import one_of, positive_integer, seed
 
@@ -27,6 +27,8 @@ TITLES = {
     "nfe": "NFE",
     "frechet_distance": "Fréchet distance (classifier)",
     "fid": "FID",
+    "inception_distance": "Fréchet distance (Inception)",
+    "inception_score": "Inception Score",
     "precision": "precision",
     "recall": "recall",
     "accuracy": "class accuracy",
@@ -67,19 +69,23 @@ def evaluate(config: DictConfig) -> None:
             config.classifier_steps,
             config.inception,
             device,
+            Path(config.reference) if config.reference else None,
         ),
     )
-    # Real examples that nobody trained on: the best that can be reached with this many.
-    real, real_y = data.examples("held_out", config.n)
-    rows: list[dict[str, Any]] = [{"weights": "real, held out", "n": len(real)}]
-    rows[0] |= judge.scores(real, real_y)
+    rows: list[dict[str, Any]] = []
+    if config.features != "inception" or data.images:
+        # Real examples that nobody trained on: the best that can be reached with this many.
+        n = config.n if data.drawn else min(config.n, len(data.sources["held_out"]))
+        scores = judge.scores(data.parts("held_out", n), n)
+        rows.append({"weights": "real, held out", "n": n} | scores)
     y = balanced_labels(config.n, data.num_classes)
     for name in names:
         net = load_trained(path, name, config.get("attention")).net.to(device)
         for nfe in counts:
             sampler.nfe = nfe
-            x = generate(net, instantiate(sampler), y, data.shape, config.seed)
-            rows.append({"weights": name, "nfe": nfe, "n": len(x)} | judge.scores(x, y))
+            parts = stream(net, instantiate(sampler), y, data.shape, config.seed)
+            scores = judge.scores(parts, config.n)
+            rows.append({"weights": name, "nfe": nfe, "n": config.n} | scores)
 
     numbers = (f"scores_{i}.json" if i > 1 else "scores.json" for i in itertools.count(1))
     free = next(folder / name for name in numbers if not (folder / name).exists())

@@ -70,7 +70,7 @@ def collect(
         "samples": arguments.n,
         "classifier_steps": arguments.classifier_steps,
         "matmul_precision": torch.get_float32_matmul_precision(),
-        "real": judge.scores(real, y) | {"n": len(y)},
+        "real": judge.scores([(real, y)], len(y)) | {"n": len(y)},
         "rows": [],
     }
     strips = [Strip("real", torch.stack([real[y == label][0] for label in range(10)]))]
@@ -93,7 +93,7 @@ def judged(run: Run, judge: Judge, y: torch.Tensor, device: str) -> tuple[dict, 
         sampler = instantiate(config.sampler, nfe=nfe)
         # Other noise than the picture's: what is judged was not looked at.
         images = generate(net, sampler, y, trained.shape, config.seed + 1)
-        scores[str(nfe)] = judge.scores(images, y)
+        scores[str(nfe)] = judge.scores([(images, y)], len(y))
         images = generate(net, sampler, torch.arange(10), trained.shape, config.seed)
         strips.append(Strip(f"{TITLES.get(name(config), name(config))}, {nfe} NFE", images))
     ema = config.callbacks.ema

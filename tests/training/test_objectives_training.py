@@ -55,7 +55,7 @@ class Errors(Callback):
         self.values.append(float(outputs["metrics"]["error"]))
 
 
-def train(folder, objective, steps, resume=None, compile=False, config=None, **options):
+def train(folder, objective, steps, resume=None, compile=False, config=None, keep=None, **options):
     """The errors and the module of a short run of a schedule of 8 steps."""
     errors = Errors()
     L.seed_everything(3, verbose=False)
@@ -66,7 +66,7 @@ def train(folder, objective, steps, resume=None, compile=False, config=None, **o
         max_steps=steps,
         max_epochs=-1,
         logger=False,
-        callbacks=[errors, EMA(), LastCheckpoint(folder / "checkpoints")],
+        callbacks=[errors, EMA(), LastCheckpoint(folder / "checkpoints", 500, keep)],
         plugins=[AtomicCheckpointIO()],
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -91,6 +91,13 @@ def test_a_resumed_run_continues_exactly_with_its_teacher_and_schedule(tmp_path,
     assert a.keys() == b.keys()
     for key, value in a.items():
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(b[key])), key
+
+
+def test_checkpoints_are_kept_on_the_way_and_are_not_written_over(tmp_path):
+    train(tmp_path, FlowMatching(), 5, keep=2)
+    folder = tmp_path / "checkpoints"
+    steps = {path.name: load_checkpoint(path)["global_step"] for path in folder.glob("*.ckpt")}
+    assert steps == {"step_0000002.ckpt": 2, "step_0000004.ckpt": 4, "last.ckpt": 5}
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

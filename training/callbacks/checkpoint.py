@@ -1,6 +1,10 @@
-"""last.ckpt: every so many steps, at the end, and when the run is interrupted or fails."""
+"""last.ckpt: every so many steps, at the end, and when the run is interrupted or fails; and those
+that are kept on the way.
+"""
 
+import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -46,11 +50,19 @@ class LastCheckpoint(Checkpoint):
     """Writes ``directory/last.ckpt``. SIGINT and SIGTERM let the step in progress finish, write it
     and raise ``Interrupted``; another signal later than ``SAME`` seconds acts as usual. An error
     that ends the run leaves the last step that was finished; ``Diverged`` leaves the file as it is.
+
+    ``keep_every_n_steps`` keeps the file of every so many steps as ``step_NNNNNNN.ckpt``, to be
+    evaluated, sampled or exported like the last one, whose every average it has.
     """
 
-    def __init__(self, directory: str, every_n_steps: int = 500) -> None:
+    def __init__(
+        self, directory: str, every_n_steps: int = 500, keep_every_n_steps: int | None = None
+    ) -> None:
         positive_integer("callbacks.checkpoint.every_n_steps", every_n_steps)
+        if keep_every_n_steps is not None:
+            positive_integer("callbacks.checkpoint.keep_every_n_steps", keep_every_n_steps)
         self.path, self.every_n_steps = Path(directory) / "last.ckpt", every_n_steps
+        self.keep_every_n_steps = keep_every_n_steps
         self.signal = self.stop = 0
         self.noted, self.saved_step = 0.0, -1
         self.first = self.begun = 0  # steps made before this run, and with the one in progress
@@ -94,8 +106,11 @@ class LastCheckpoint(Checkpoint):
         step = trainer.global_step
         # At the end at once, not after the other callbacks have drawn and judged their samples.
         end = step == trainer.max_steps or trainer.should_stop  # trainer.max_time is over
-        if self.stop or step % self.every_n_steps == 0 or end:
+        keep = self.keep_every_n_steps is not None and step % self.keep_every_n_steps == 0
+        if self.stop or step % self.every_n_steps == 0 or keep or end:
             self._save(trainer)
+        if keep and trainer.is_global_zero:
+            self._keep(step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step not in (self.first, self.saved_step):
@@ -105,6 +120,15 @@ class LastCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         self.saved_step = trainer.global_step  # before: a write that fails is not tried again
         trainer.save_checkpoint(self.path)
+
+    def _keep(self, step: int) -> None:
+        """The file just written, under a name of its own; the next last.ckpt is another file."""
+        kept = self.path.with_name(f"step_{step:07d}.ckpt")
+        kept.unlink(missing_ok=True)  # of a run that went on from an earlier step
+        try:
+            os.link(self.path, kept)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(self.path, kept)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

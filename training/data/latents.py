@@ -5,6 +5,7 @@ A folder of ``mean.npy`` and ``std.npy`` (n, C, h, w) float16, ``labels.npy`` (n
 the image had been encoded in the training step. The arrays are mapped, not loaded.
 """
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,16 @@ def decode_latents(x: torch.Tensor, latents: dict[str, Any]) -> torch.Tensor:
     the scaling.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    vae = load_vae(latents["vae"]).to(device)
+    vae = _decoder(latents["vae"], device)
     x = x / latents["scale"] + latents["shift"]
     parts = [vae.decode(part.to(device)).sample.cpu() for part in x.split(16)]
     return torch.cat(parts).clamp(-1, 1)
+
+
+@functools.lru_cache(maxsize=1)
+def _decoder(name: str, device: str) -> Any:
+    """Loaded once, however many parts are decoded."""
+    return load_vae(name).to(device)
 
 
 class Rows:

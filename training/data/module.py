@@ -4,6 +4,7 @@ A source reads examples by their numbers; the data module orders them, mirrors t
 to Lightning. Every random draw is keyed by the number of the batch, as everywhere.
 """
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -104,14 +105,17 @@ class Data(LightningDataModule):
         """n images and labels of ``train`` or ``held_out`` (all of them at most, if None), always
         the same. (n, C, H, W), (n,)
         """
+        images, labels = zip(*self.parts(split, n), strict=True)
+        return torch.cat(images), torch.cat(labels)
+
+    def parts(
+        self, split: str, n: int | None = None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """``examples`` in parts, read when they are asked for."""
         length = len(self.sources[split])
         order = torch.randperm(length, generator=generator(0, 0, 0, "examples"))[:n]
-        parts = [
-            self.read(split, Batch(i, part.tolist()))
-            for i, part in enumerate(order.split(self.chunk))
-        ]
-        images, labels = zip(*parts, strict=True)
-        return torch.cat(images), torch.cat(labels)
+        for i, part in enumerate(order.split(self.chunk)):
+            yield self.read(split, Batch(i, part.tolist()))
 
     def read(self, split: str, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The examples of these numbers, never mirrored. (n, C, H, W), (n,)"""

@@ -6,6 +6,7 @@ blobs            smooth coloured spots, image-like, of any number of tokens: for
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,6 +41,11 @@ class Synthetic(Data):
 
     def examples(self, split: str, n: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         return self.draw(n or 2000, generator(0, 0, 0, split))
+
+    def parts(
+        self, split: str, n: int | None = None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        yield self.examples(split, n)
 
 
 class _Drawn:

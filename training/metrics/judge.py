@@ -1,5 +1,6 @@
 """What samples are compared with, and by which network's features."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -10,15 +11,24 @@ from training.data.module import Data
 from training.metrics.classifier import load_classifier
 from training.metrics.energy import energy_distance
 from training.metrics.frechet import frechet_distance
+from training.metrics.inception import Inception, inception_network
 from training.metrics.neighbours import precision_recall
 
 CHUNK = 256
+Parts = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 
 class Judge(Protocol):
-    """Scores of samples x (n, C, H, W) that were asked to be of the classes y (n,)."""
+    """Scores of n samples, which come in parts: images (m, C, H, W), and the classes (m,) that they
+    were asked to be of.
+    """
 
-    def scores(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, float]: ...
+    def scores(self, parts: Parts, n: int) -> dict[str, float]: ...
+
+
+def joined(parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = zip(*parts, strict=True)
+    return torch.cat(images), torch.cat(labels)
 
 
 class Distance:
@@ -27,7 +37,8 @@ class Distance:
     def __init__(self, data: Data, n: int) -> None:
         self.real = data.examples("train", n)[0]
 
-    def scores(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
+    def scores(self, parts: Parts, n: int) -> dict[str, float]:
+        x, _ = joined(parts)
         return {"energy_distance": energy_distance(x, self.real)}
 
 
@@ -48,7 +59,8 @@ class Features:
         )
         return features.cpu(), self.net.head(features).argmax(1).cpu()
 
-    def scores(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
+    def scores(self, parts: Parts, n: int) -> dict[str, float]:
+        x, y = joined(parts)
         features, classes = self._see(x)
         precision, recall = precision_recall(self.real, features, self.k)
         return {
@@ -57,44 +69,6 @@ class Features:
             "recall": recall,
             "accuracy": float((classes == y).double().mean()),
         }
-
-
-class Inception:
-    """FID, precision and recall over the 2048 features of the Inception network, whose weights are
-    a local file: nothing is downloaded.
-    """
-
-    def __init__(self, data: Data, n: int, k: int, weights: str | None, device: str) -> None:
-        if weights is None or not Path(weights).is_file():
-            raise FileNotFoundError(
-                "inception: FID needs the file of the Inception weights that torch-fidelity uses"
-                f" (pt_inception-2015-12-05-6726825d.pth); got {weights}"
-            )
-        try:
-            from torchmetrics.image.fid import NoTrainInceptionV3
-
-            net = NoTrainInceptionV3("inception-v3-compat", ["2048"], weights)
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                'features=inception needs torch-fidelity: pip install -e ".[fid]"'
-            ) from error
-        self.net, self.data, self.k, self.device = net.to(device), data, k, device
-        self.real = self._see(data.examples("train", n)[0])
-
-    @torch.no_grad()
-    def _see(self, x: torch.Tensor) -> torch.Tensor:
-        parts = []
-        for part in x.split(CHUNK):
-            pixels = ((self.data.decode(part).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-            colour = pixels.expand(-1, 3, -1, -1)  # grey images too
-            parts.append(self.net(colour.to(self.device)).flatten(1).cpu())
-        return torch.cat(parts)
-
-    def scores(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
-        features = self._see(x)
-        precision, recall = precision_recall(self.real, features, self.k)
-        fid = frechet_distance(features, self.real)
-        return {"fid": fid, "precision": precision, "recall": recall}
 
 
 @dataclass(frozen=True)
@@ -108,6 +82,7 @@ class Options:
     classifier_steps: int
     inception: str | None
     device: str
+    reference: Path | None = None
 
 
 def judge_of(data: Data, options: Options) -> Judge:
@@ -115,7 +90,9 @@ def judge_of(data: Data, options: Options) -> Judge:
     if data.drawn and not data.images:
         return Distance(data, options.n)
     if options.features == "inception":
-        return Inception(data, options.n, options.k, options.inception, options.device)
+        net = inception_network(options.inception, options.device)
+        kept = options.classifier.with_name("inception_statistics.npz")
+        return Inception(data, net, options.reference, kept)
     return Features(
         data,
         options.n,
