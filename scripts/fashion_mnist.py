@@ -114,14 +114,20 @@ def judged(run: Run, judge: Judge, y: torch.Tensor, device: str) -> tuple[dict, 
     return row, strips
 
 
-def thinned(run: Run) -> dict[str, list[float]]:
-    """The unweighted error over the steps, in means of neighbours: at most ``POINTS`` of them."""
-    steps, errors = run.steps + 1, run.metrics["train/error"]
-    parts = min(POINTS, len(steps))
-    return {
-        "step": [round(float(part.mean()), 1) for part in np.array_split(steps, parts)],
-        "error": [float(f"{part.mean():.5g}") for part in np.array_split(errors, parts)],
-    }
+def thinned(run: Run, **more: str) -> dict[str, list[float]]:
+    """The unweighted error over the steps, in means of neighbours: at most ``POINTS`` of them.
+
+    ``more``: names of other metrics of the run, beside it.
+    """
+    parts = min(POINTS, len(run.steps))
+
+    def means(values: np.ndarray) -> list[np.ndarray]:
+        return [part.mean() for part in np.array_split(values, parts)]
+
+    curve = {"step": [round(float(mean), 1) for mean in means(run.steps + 1)]}
+    for key, metric in {"error": "train/error", **more}.items():
+        curve[key] = [float(f"{mean:.5g}") for mean in means(run.metrics[metric])]
+    return curve
 
 
 def markdown(result: dict) -> str:

@@ -53,8 +53,8 @@ def test_every_option_of_every_group_composes(group, option):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_builds(experiment):
-    # Clothes are files that are not at hand; what is built depends on their shape alone.
-    data = ["data=digits"] if experiment.startswith("fashion_mnist") else []
+    # Clothes and drawings are not at hand; what is built depends on their shape alone.
+    data = ["data=digits"] if experiment.startswith(("fashion_mnist", "openclipart")) else []
     module = build(composed(f"experiment={experiment}", *data))
     assert sum(p.numel() for p in module.parameters()) > 100_000
 
