@@ -158,7 +158,7 @@ def judged(
         sampler = instantiate(config.sampler, nfe=nfe)
         # Other noise than the picture's: what is judged was not looked at.
         x = generate(net, sampler, y, trained.shape, config.seed + 1)
-        scores[str(nfe)] = judges["train"].scores(x, y)
+        scores[str(nfe)] = judges["train"].scores([(x, y)], len(y))
         scores[str(nfe)]["frechet_held_out"] = judges["held_out"].distance(x)
         x = generate(net, sampler, shown, trained.shape, config.seed)
         strips.append(Strip(f"{arm}\n{nfe} NFE", x))
@@ -210,7 +210,7 @@ def floors(data: Packed, judges: dict[str, Features]) -> dict[str, Any]:
     x, y = data.examples("held_out")
     train = judges["train"].real
     half = len(train) // 2
-    held_out = judges["train"].scores(x, y)
+    held_out = judges["train"].scores([(x, y)], len(y))
     halves = frechet_distance(train[:half], train[half:])
     return {
         "held_out": held_out,
