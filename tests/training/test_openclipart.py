@@ -62,7 +62,7 @@ def test_an_arm_leaves_its_result_and_its_pictures(arms):
         assert len(seconds) in (1, 2, 3)  # the end, and snapshots before it on a fast machine
         last = row["over_time"][-1]["frechet_distance"]
         assert last == row["scores"]["1"]["frechet_distance"]
-        assert max(row["curve"]["seconds"]) <= row["seconds"]
+        assert max(row["curve"]["seconds"]) <= 1.001 * row["seconds"]
         for scores in row["scores"].values():
             assert scores["frechet_distance"] > result["real"]["halves"]
             assert scores["frechet_held_out"] > 0
