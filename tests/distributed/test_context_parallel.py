@@ -12,14 +12,18 @@ from tests.distributed import workers
 EXACT = 1e-12  # float64, O(1) numbers
 
 
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
+def spawn(work, size, folder):
+    """What each of `size` processes found."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(workers.work, (port, str(folder)), nprocs=workers.SIZE)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(workers.SIZE)]
+    multiprocessing.spawn(work, (port, str(folder)), nprocs=size)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    return spawn(workers.work, workers.SIZE, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", workers.calls())
@@ -66,3 +70,14 @@ def test_second_derivatives_are_those_of_dense_attention(processes, mesh):
 def test_what_cannot_be_is_said_on_every_process(processes, name, message):
     for found in processes:
         assert re.match(message, found["failures"][name]), found["failures"][name]
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+def test_compiled_steps_have_the_gradients_of_eager_ones(tmp_path):
+    for found in spawn(workers.work_compiled, 2, tmp_path):
+        assert isinstance(found, dict), found
+        for function in ("ring_attention", "ulysses_attention"):
+            assert "context_parallel_attention(mesh, kind)" in found.pop(function)
+        assert len(found) == 4
+        assert max(found.values()) <= EXACT, found

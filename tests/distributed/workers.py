@@ -10,7 +10,13 @@ from torch.autograd import forward_ad
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.func import jvp
 
-from jvp_flash_attention.distributed import context_parallel_attention, shard, unshard
+from jvp_flash_attention.distributed import (
+    context_parallel_attention,
+    ring_attention,
+    shard,
+    ulysses_attention,
+    unshard,
+)
 from tests.distributed.problems import PRIMALS, TANGENTS, Case, Problem, collect
 
 SIZE = 4
@@ -126,6 +132,47 @@ def mapped(f, inputs, d_out):
 SECOND = {"double backward": double_backward, "jvp of grad": jvp_of_grad, "vmap": mapped}
 
 
+def compiled(mesh: DeviceMesh) -> dict[str, object]:
+    """Gradients of compiled steps beside those of eager ones, and what a mesh inside is told."""
+    rng = torch.Generator().manual_seed(distributed.get_rank())
+    draw = lambda: torch.randn(1, 4, 8, 8, generator=rng, dtype=torch.float64)  # noqa: E731
+    x, t_x, d_out, d_t_out, w = draw(), draw(), draw(), draw(), draw()[0, 0]
+
+    def step(attend, explicit, x):
+        if explicit:
+            out, t_out = attend.jvp(x, x @ w, x, t_x, t_x @ w, t_x)
+        else:
+            out, t_out = jvp(lambda x: attend(x, x @ w, x), (x,), (t_x,))
+            t_out = t_out.detach()
+        return (out * d_out).sum() + (t_out * d_t_out).sum()
+
+    found: dict[str, object] = {}
+    for kind in ("ring", "ulysses"):
+        attend = context_parallel_attention(mesh, kind)
+        for explicit in (False, True):
+            grads = []
+            for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+                leaf = x.clone().requires_grad_()
+                grads += torch.autograd.grad(run(attend, explicit, leaf), leaf)
+            name = f"{kind} {'both' if explicit else 'meanflow'}"
+            found[name] = _largest(grads[0] - grads[1])
+    for given in (ring_attention, ulysses_attention):
+        run = torch.compile(lambda x, f=given: f(x, x, x, mesh=mesh), fullgraph=True)
+        try:
+            run(x)
+        except Exception as error:
+            found[given.__name__] = str(error)
+    return found
+
+
+def work_compiled(rank: int, port: int, folder: str) -> None:
+    """One of two processes."""
+    connect(rank, port, 2)
+    mesh = init_device_mesh("cpu", (2,))
+    torch.save(_tried(compiled, mesh), f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
 SECOND_ORDER = ("ring2", "ring4", "ulysses4", "2d")
 
 
@@ -175,11 +222,15 @@ def failures(mesh: DeviceMesh, pair: DeviceMesh) -> dict[str, str]:
     return found
 
 
-def work(rank: int, port: int, folder: str) -> None:
-    """One process. What it finds, or the error that it met, by name."""
+def connect(rank: int, port: int, size: int) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    distributed.init_process_group("gloo", rank=rank, world_size=SIZE)
+    distributed.init_process_group("gloo", rank=rank, world_size=size)
+
+
+def work(rank: int, port: int, folder: str) -> None:
+    """One process. What it finds, or the error that it met, by name."""
+    connect(rank, port, SIZE)
     found: dict[str, object] = {}
     on = meshes()
     for name, (mesh, case, mode) in calls().items():
