@@ -170,19 +170,68 @@ class HalfSize:
 
 
 @pytest.fixture
-def latents(picture_folder, tmp_path, monkeypatch):
-    """The script's output for the twenty pictures, each training picture mirrored too."""
+def encode(picture_folder, tmp_path_factory, monkeypatch):
+    """The script for the twenty pictures, each training picture mirrored too."""
     diffusers = ModuleType("diffusers")
     diffusers.AutoencoderKL = SimpleNamespace(from_pretrained=lambda name, **_: HalfSize())
     monkeypatch.setitem(sys.modules, "diffusers", diffusers)
-    output = tmp_path / "out"
-    arguments = [f"data.path={picture_folder}", "data.image_size=8", f"output={output}"]
-    arguments += ["vae=half", "flip=true", "batch_size=7"]
-    monkeypatch.setattr(sys, "argv", ["encode_latents.py", *arguments])
     from tests.commands import ROOT
 
-    runpy.run_path(str(ROOT / "scripts" / "encode_latents.py"), run_name="__main__")
-    return output
+    folder = tmp_path_factory.mktemp("latents")  # the pictures are in tmp_path
+
+    def run(name, *more):
+        output = folder / name
+        arguments = [f"data.path={picture_folder}", "data.image_size=8", f"output={output}"]
+        arguments += ["vae=half", "flip=true", "batch_size=7", *more]
+        monkeypatch.setattr(sys, "argv", ["encode_latents.py", *arguments])
+        runpy.run_path(str(ROOT / "scripts" / "encode_latents.py"), run_name="__main__")
+        return output
+
+    return run
+
+
+@pytest.fixture
+def latents(encode):
+    return encode("out")
+
+
+def test_processes_share_the_encoding_and_an_interrupted_one_goes_on(encode, latents, capsys):
+    shared = encode("shared", "rank=1", "world_size=2")
+    assert "4 of 7 batches are left to other processes" in capsys.readouterr().out
+    done = np.load(shared / "done.npy", mmap_mode="r+")
+    assert done.sum() == 3
+    mean = np.load(shared / "mean.npy", mmap_mode="r+")
+    for i in np.flatnonzero(done):  # what is done is not done again
+        mean[min(7 * i, len(mean) - 1)] = 99
+    mean.flush()
+    with pytest.raises(SystemExit):
+        encode("shared", "batch_size=5")
+    assert "was begun with other settings" in capsys.readouterr().err
+    encode("shared")
+    mean, whole = (np.load(folder / "mean.npy") for folder in (shared, latents))
+    assert ((mean == 99).all((1, 2, 3))).sum() == 3
+    assert np.array_equal(mean[mean != 99], whole[mean != 99])
+    names = {path.name for path in latents.iterdir()}
+    assert names == {path.name for path in shared.iterdir()}
+    assert names == {"mean.npy", "std.npy", "labels.npy", "meta.json"}
+
+
+def test_channels_are_normalised_by_their_statistics(latents):
+    data = Latents(seed=0, path=str(latents), batch_size=36, normalise="channels")
+    x = torch.cat([batch[0] for batch in batches(data, 30)])
+    meta = json.loads((latents / "meta.json").read_text())
+    varied = torch.tensor(meta["channel_std"]) > 1e-3
+    assert x.mean((0, 2, 3))[varied].abs().max() < 0.1
+    assert (x.std((0, 2, 3))[varied] - 1).abs().max() < 0.1
+    plain = Latents(seed=0, path=str(latents), batch_size=36)
+    one, other = (batches(d)[0][0] for d in (data, plain))
+    torch.testing.assert_close(data.decode(one), plain.decode(other), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"data\.normalise must be one of vae, channels"):
+        Latents(seed=0, path=str(latents), normalise="std")
+    del meta["channel_std"]
+    (latents / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match=r"normalise=channels: .*encode the images anew"):
+        Latents(seed=0, path=str(latents), normalise="channels")
 
 
 def test_encoded_latents_train_as_if_encoded_in_the_step(latents, picture_folder):

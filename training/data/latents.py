@@ -15,20 +15,42 @@ import torch
 
 from training.data.module import Data
 from training.randomness import Draws
+from training.validation import one_of
 
 META = ("vae", "scale", "shift", "num_classes", "train")
+# Short names of the autoencoders that papers use.
+VAES = {kind: f"stabilityai/sd-vae-ft-{kind}" for kind in ("ema", "mse")}
 
 
 class Latents(Data):
     """Latents (B, C, h, w) and labels (B,) of the folder ``path``; the first ``train`` rows of the
     arrays (as ``meta.json`` says) are trained on, the others are held out.
+
+    ``normalise``: ``vae`` is the autoencoder's own shift and scale, ``channels`` makes mean 0 and
+    standard deviation 1 of every channel.
     """
 
     images = False
     chunk = 64
 
-    def __init__(self, seed: int, path: str, batch_size: int = 256, num_workers: int = 0) -> None:
+    def __init__(
+        self,
+        seed: int,
+        path: str,
+        batch_size: int = 256,
+        num_workers: int = 0,
+        normalise: str = "vae",
+    ) -> None:
+        one_of("data.normalise", normalise, ("vae", "channels"))
         self.meta, arrays = read_folder(Path(path))
+        if normalise == "channels":
+            if "channel_std" not in self.meta:
+                raise ValueError(
+                    f"data.normalise=channels: {Path(path) / 'meta.json'} has no channel_mean and"
+                    " channel_std; encode the images anew, or write them there"
+                )
+            scale = [1 / std for std in self.meta["channel_std"]]
+            self.meta |= {"shift": self.meta["channel_mean"], "scale": scale}
         n, first = len(arrays["labels"]), self.meta["train"]
         scaling = (self.meta["shift"], self.meta["scale"])
         sources: dict[str, Any] = {
@@ -62,9 +84,15 @@ def decode_latents(x: torch.Tensor, latents: dict[str, Any]) -> torch.Tensor:
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vae = _decoder(latents["vae"], device)
-    x = x / latents["scale"] + latents["shift"]
+    shift, scale = (per_channel(latents[key]) for key in ("shift", "scale"))
+    x = x / scale + shift
     parts = [vae.decode(part.to(device)).sample.cpu() for part in x.split(16)]
     return torch.cat(parts).clamp(-1, 1)
+
+
+def per_channel(values: float | list[float]) -> torch.Tensor:
+    """One number, or one for each channel. (1, 1, 1) or (C, 1, 1)"""
+    return torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1)
 
 
 @functools.lru_cache(maxsize=1)
@@ -76,10 +104,9 @@ def _decoder(name: str, device: str) -> Any:
 class Rows:
     """A source over some rows of the arrays."""
 
-    def __init__(
-        self, arrays: dict[str, np.ndarray], rows: range, shift: float, scale: float
-    ) -> None:
-        self.arrays, self.rows, self.shift, self.scale = arrays, rows, shift, scale
+    def __init__(self, arrays: dict[str, np.ndarray], rows: range, shift: Any, scale: Any) -> None:
+        self.arrays, self.rows = arrays, rows
+        self.shift, self.scale = per_channel(shift), per_channel(scale)
 
     def __len__(self) -> int:
         return len(self.rows)
