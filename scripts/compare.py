@@ -16,12 +16,14 @@ from training.comparison.files import write_report
 from training.comparison.loss import compare_losses
 from training.comparison.speed_report import compare_speeds
 from training.comparison.wandb import log_comparison
+from training.registry import trust
 from training.validation import one_of
 
 
 def compare(config: DictConfig, overrides: Sequence[str], output: Path) -> Path:
     """Returns the path of the page."""
     one_of("comparison.kind", config.comparison.kind, ("loss", "speed"))
+    trust(config.trusted)
 
     def compose(more: Sequence[str]) -> DictConfig:
         return hydra.compose("compare", [*overrides, *more])

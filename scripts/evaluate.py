@@ -18,6 +18,7 @@ from scripts.environment import environment
 from training.build import build_data
 from training.cli import one_line_errors, run
 from training.metrics.judge import Options, judge_of
+from training.registry import trust
 from training.samplers.generate import balanced_labels, stream
 from training.trained import load_trained, sampler_of
 from training.validation import one_of, positive_integer, seed
@@ -44,6 +45,7 @@ def evaluate(config: DictConfig) -> None:
     counts = list(config.nfe) if isinstance(config.nfe, ListConfig) else [config.nfe]
     for nfe in counts:
         positive_integer("nfe", nfe)
+    trust(config.trusted)
     path = Path(config.ckpt)
     trained = load_trained(path)
     sampler = sampler_of(trained.config, config.get("sampler"))

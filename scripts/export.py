@@ -10,7 +10,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save
 
+from training.checksums import sealed_safetensors
 from training.cli import one_line_errors, run
+from training.registry import trust
 from training.trained import load_trained
 from training.validation import one_of
 
@@ -19,6 +21,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def export(config: DictConfig) -> None:
     one_of("dtype", config.dtype, DTYPES)
+    trust(config.trusted)
     path = Path(config.ckpt)
     trained = load_trained(path, str(config.weights))
     meta = {
@@ -26,12 +29,14 @@ def export(config: DictConfig) -> None:
         "data": trained.data,
         "step": trained.step,
         "weights": str(config.weights),
+        "checksum": True,
     }
     dtype = getattr(torch, config.dtype)
     state = {name: value.to(dtype).contiguous() for name, value in trained.net.state_dict().items()}
     output = Path(config.output or path.resolve().parent.parent / "model.safetensors")
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_bytes(save(state, {"format": "pt", "flash_jvp": json.dumps(meta)}))
+    metadata = {"format": "pt", "flash_jvp": json.dumps(meta)}
+    output.write_bytes(sealed_safetensors(lambda metadata: save(state, metadata), metadata))
     print(output)
 
 

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from training.cli import one_line_errors, run
 from training.data.latents import decode_latents
 from training.images import picture_of, write_png
+from training.registry import trust
 from training.samplers.generate import balanced_labels, generate
 from training.trained import Trained, load_trained, sampler_of
 from training.validation import positive_integer, seed, switch
@@ -21,6 +22,7 @@ def sample(config: DictConfig) -> None:
     positive_integer("n", config.n)
     switch("decode", config.decode)
     seed(config.seed)
+    trust(config.trusted)
     path = Path(config.ckpt)
     trained = load_trained(path, str(config.weights), config.get("attention"))
     sampler = sampler_of(trained.config, config.get("sampler"))

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from training.build import build_data, build_module
+from training.callbacks.checkpoint import interrupted_once
 from training.callbacks.finish import Finish, finished, over
 from training.checkpoints import (
     AtomicCheckpointIO,
@@ -21,15 +22,27 @@ from training.checkpoints import (
     refuse_used,
 )
 from training.cli import one_line_errors, run
+from training.lock import run_lock
 from training.loggers.csv import CSVFile
+from training.registry import checked, trust, trust_own
 from training.settings import check, remark
 
 
 def train(config: DictConfig, run_dir: Path) -> None:
     check(config)
+    trust(config.trusted)
+    trust_own(config)
+    # A job that was started again may meet the last moments of the one before.
+    wait = config.lock_wait if config.ckpt_path == "auto" else 0
+    with run_lock(run_dir, rank_zero_only.rank or 0, wait):
+        _train(config, run_dir)
+
+
+def _train(config: DictConfig, run_dir: Path) -> None:
     resumed = find_checkpoint(config.ckpt_path, run_dir)
     checkpoint = load_checkpoint(resumed) if resumed else None
     if resumed and checkpoint:
+        checked(checkpoint["config"], resumed)
         refuse_changed(config, checkpoint, resumed)
     ending, limits = [], {}
     if resumed and checkpoint and (limit := over(config.trainer, checkpoint)):
@@ -48,6 +61,7 @@ def train(config: DictConfig, run_dir: Path) -> None:
                 print(line)
     data = build_data(config)
     module = build_module(config, data, resumed is not None)
+    module.objective.prepare(data.shape, data.num_classes)
     callbacks = [instantiate(c) for c in config.callbacks.values() if c]
     loggers = [logger for c in config.logger.values() if c and (logger := instantiate(c))]
     trainer = instantiate(
@@ -66,7 +80,8 @@ def train(config: DictConfig, run_dir: Path) -> None:
         OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
     for logger in loggers:
         logger.log_hyperparams(module.config)
-    trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
+    with interrupted_once(callbacks):
+        trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")

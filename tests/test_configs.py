@@ -9,6 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import OmegaConf, open_dict
 
+from training import registry
 from training.build import build_data, build_module
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -48,7 +49,9 @@ def test_every_group_mirrors_the_code():
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda x: str(x))
 def test_every_option_of_every_group_composes(group, option):
     config = composed(f"{'+' if group == 'experiment' else ''}{group}={option}".lstrip("+"))
-    assert training_part(config)["seed"] == 0
+    stored = training_part(config)
+    assert stored["seed"] == 0
+    assert registry.checked(stored, "x.ckpt") == stored  # a checkpoint of it can be read
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

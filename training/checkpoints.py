@@ -11,6 +11,8 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from training.checksums import Sealed, verify
+
 # What a resumed run has in common with its checkpoint, less what may change on the way.
 KEPT = ("seed", "attention", "data", "model", "objective", "optimizer")
 KEPT += ("trainer.accumulate_grad_batches", "trainer.devices", "trainer.num_nodes")
@@ -18,7 +20,7 @@ FREE = ("data.path", "data.num_workers", "data.in_memory", "model.attention")
 FREE += ("optimizer.lr", "optimizer.schedule", "optimizer.warmup_steps", "optimizer.floor")
 FREE += ("optimizer.decay_steps",)
 # What says again what another key says.
-AGAIN = ("ckpt_path", "ckpt_changes", "model.attention")
+AGAIN = ("ckpt_path", "ckpt_changes", "lock_wait", "trusted", "model.attention")
 AGAIN += ("init_from", "init_weights", "init_format", "init_except")  # the checkpoint's are newer
 AGAIN += ("callbacks.samples.sampler", "callbacks.accuracy.sampler")
 FEW = 4  # settings that a message lists
@@ -37,7 +39,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         temporary = path.with_name(f".{path.name}.tmp")  # of one name: a killed write leaves one
         try:
             with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
+                with Sealed(file) as sealed:
+                    torch.save(checkpoint, sealed)  # type: ignore[arg-type]
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -46,10 +49,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             temporary.unlink(missing_ok=True)
             if cause := _of_the_system(error):
                 free = shutil.disk_usage(path.parent).free / 2**20
-                state = "the one before is whole" if path.is_file() else "there is none before it"
+                state = (
+                    "the one before is whole; make room, then resume with ckpt_path=last"
+                    if path.is_file()
+                    else "there is none before it; make room, then start the run anew with"
+                    " ckpt_path=auto"
+                )
                 raise OSError(
                     f"the checkpoint {path} could not be written ({cause.strerror}; {free:.0f} MiB"
-                    f" are free); {state}; make room, then resume with ckpt_path=last"
+                    f" are free); {state}"
                 ) from error
             raise
 
@@ -182,9 +190,12 @@ def _under(key: str, groups: Sequence[str]) -> bool:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of this framework, on the CPU."""
+    """A checkpoint of this framework, on the CPU, its checksum verified; ``config`` in it is what
+    the file holds: ``registry.checked`` must see it before anything is built from it.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"ckpt: {_no_file(path)}")
+    verify(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from difflib import SequenceMatcher, get_close_matches
@@ -43,6 +44,22 @@ EXAMPLES |= {"comparison": "DIRECTORY, which scripts/compare.py wrote"}
 CONFIGS = Path(__file__).parents[1] / "configs"
 FULL = "HYDRA_FULL_ERROR"
 TRACEBACKS = os.environ.get(FULL) == "1"  # the user wants to see where errors come from
+
+
+LONGEST = 200  # bytes of a file's name are 255 at most
+
+
+def short(name: str) -> str:
+    """A folder's name for a run of a sweep: its overrides, cut and told apart by a checksum where
+    they are too many.
+    """
+    if len(name.encode()) <= LONGEST:
+        return name
+    cut = name.replace("/", "_").encode()[: LONGEST - 9].decode(errors="ignore")
+    return f"{cut}_{zlib.crc32(name.encode()):08x}"
+
+
+OmegaConf.register_new_resolver("short", short, replace=True)
 
 
 def run(main: Callable[[], None], adopted: str = "") -> None:

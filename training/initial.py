@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from training.callbacks.ema import choose
+from training.checksums import verify
 from training.official import State, is_official, translate
 
 PREFIX = "net."  # of the network's weights in a checkpoint's state
@@ -89,6 +90,7 @@ def read_weights(path: Path, weights: str, form: str | None) -> State:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    verify(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from training.validation import integer, one_of, positive_integer, seed, switch
+from training.validation import between, integer, one_of, positive_integer, seed, switch
 
 SWITCHES = (
     "compile",
@@ -28,6 +28,7 @@ def check(config: DictConfig) -> None:
     integer("trainer.max_steps", config.trainer.max_steps)
     positive_integer("trainer.log_every_n_steps", config.trainer.log_every_n_steps)
     positive_integer("trainer.accumulate_grad_batches", config.trainer.accumulate_grad_batches)
+    between("lock_wait", config.lock_wait, 0)
     for key in SWITCHES:
         switch(key, OmegaConf.select(config, key))
     for group in ("callbacks", "logger"):

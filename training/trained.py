@@ -17,6 +17,8 @@ from torch import nn
 from training.build import build_net
 from training.callbacks.ema import choose, with_weights
 from training.checkpoints import load_checkpoint
+from training.checksums import damaged, verify_safetensors
+from training.registry import checked, description
 from training.settings import check_guidance
 
 PREFIX = "net."  # of the network's weights in the module's state
@@ -46,22 +48,24 @@ def load_trained(
             raise ValueError(f"weights: {path} holds {meta['weights']} only; got {weights!r}")
     else:
         meta = checkpoint = load_checkpoint(path)
-        meta["step"] = checkpoint["global_step"]
+        meta["step"] = checkpoint.get("global_step")
+        if not isinstance(meta["step"], int) or not isinstance(checkpoint.get("state_dict"), dict):
+            raise ValueError(f"ckpt: {path} was not written by scripts/train.py")
         state = {
             name.removeprefix(PREFIX): value
             for name, value in checkpoint["state_dict"].items()
             if name.startswith(PREFIX)
         }
         averages = list(checkpoint.get("ema", {}).get("averages", {}))
-    config = DictConfig(meta["config"])
+    config = checked(meta.get("config"), path)
+    data, step = description(meta.get("data"), path), meta["step"]
     if attention is not None:
         config.attention = config.model.attention = attention
-    shape, num_classes = tuple(meta["data"]["shape"]), meta["data"]["num_classes"]
+    shape, num_classes = tuple(data["shape"]), data["num_classes"]
     net = build_net(config, shape, num_classes)
     load_state(net, state, path)
     if path.suffix != ".safetensors" and (average := choose(meta, weights)) is not None:
         net = with_weights(net, average)
-    step, data = int(meta["step"]), meta["data"]
     return Trained(net.eval(), config, shape, num_classes, step, averages, data)
 
 
@@ -100,6 +104,7 @@ def load_flow(ckpt: str | None, weights: str = "ema") -> nn.Module:
             " the linear path (objective=flow_matching, or any other but scm and scd, with"
             f" equal_share > 0 where there is one); {ckpt} is of {kind.__name__}"
         )
+    trained.net.trained_on = (trained.shape, trained.num_classes)  # type: ignore[assignment]
     return trained.net
 
 
@@ -116,6 +121,7 @@ def load_state(net: nn.Module, state: dict[str, Any], path: Path) -> None:
 def _read_exported(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"ckpt: there is no file {path}; give an existing one")
+    has_checksum = verify_safetensors(path)
     try:
         with safe_open(path, framework="pt") as file:
             found = file.metadata() or {}
@@ -124,4 +130,12 @@ def _read_exported(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(f"ckpt: {path} is not a readable safetensors file ({error})") from error
     if "flash_jvp" not in found:
         raise ValueError(f"ckpt: {path} was not written by scripts/export.py")
-    return json.loads(found["flash_jvp"]), state
+    try:
+        meta = json.loads(found["flash_jvp"])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"ckpt: {path} has unreadable metadata ({error})") from error
+    if not isinstance(meta, dict) or not isinstance(meta.get("step"), int):
+        raise ValueError(f"ckpt: {path} was not written by scripts/export.py")
+    if meta.get("checksum") and not has_checksum:
+        raise ValueError(damaged(path))
+    return meta, state

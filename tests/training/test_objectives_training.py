@@ -25,6 +25,7 @@ from training.objectives.scm import SCM
 from training.objectives.shortcut import Shortcut
 from training.objectives.tvm import TVM
 from training.optimizers import adamw
+from training.registry import register
 from training.settings import check, remark
 from training.trained import load_flow
 
@@ -153,6 +154,7 @@ def test_a_flow_is_distilled_from_its_checkpoint_and_other_checkpoints_are_refus
         ("objective", "Objective", None),  # somebody's own, which promises nothing
     ):
         target = f"training.objectives.{module}.{kind}"
+        register("objective", target)
         config["objective"] |= {"_target_": target, "equal_share": share}
         train(tmp_path, FlowMatching(), 1, config=config)
         if share:

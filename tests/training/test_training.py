@@ -5,6 +5,7 @@ import csv
 import itertools
 import json
 import resource
+import signal
 
 import lightning as L
 import pytest
@@ -13,7 +14,7 @@ from lightning import Callback, Trainer
 
 from jvp_flash_attention import attention as jvp_attention
 from training.attentions import sdpa
-from training.callbacks.checkpoint import Interrupted, LastCheckpoint, remedy
+from training.callbacks.checkpoint import Interrupted, LastCheckpoint, interrupted_once, remedy
 from training.callbacks.ema import EMA, choose
 from training.callbacks.guard import Diverged, Guard
 from training.callbacks.summary import strict_json
@@ -159,8 +160,6 @@ def test_a_signal_finishes_the_step_and_writes_a_checkpoint(tmp_path):
     class Signal(Callback):
         def on_train_batch_start(self, trainer, *_):
             if trainer.global_step == 2:
-                import signal
-
                 signal.raise_signal(signal.SIGTERM)
 
     with pytest.raises(Interrupted, match="after step 3; resume with ckpt_path=last"):
@@ -168,9 +167,30 @@ def test_a_signal_finishes_the_step_and_writes_a_checkpoint(tmp_path):
     assert load_checkpoint(tmp_path / "checkpoints/last.ckpt")["global_step"] == 3
 
 
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_signal_that_ends_a_compiler_too_is_told_as_an_interrupt(tmp_path, at):
+    class Compiler(Callback):
+        def on_after_backward(self, trainer, *_):
+            if trainer.global_step == at:
+                signal.raise_signal(signal.SIGTERM)
+                raise RuntimeError("g++ was terminated")
+
+    callbacks = [last(tmp_path, every_n_steps=2), Compiler()]
+    says = (
+        "after step 2; resume with ckpt_path=last" if at else "0; start again with ckpt_path=auto"
+    )
+    with pytest.raises(Interrupted, match=says), interrupted_once(callbacks):
+        train(tmp_path, 8, *callbacks)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    with pytest.raises(RuntimeError, match="own"), interrupted_once([last(tmp_path)]):
+        raise RuntimeError("of its own")
+
+
 def test_the_hint_of_a_sweep_is_one_that_hydra_reads(tmp_path):
-    says = remedy(tmp_path / "seed=0" / "checkpoints" / "last.ckpt")
-    assert says == f"resume with ckpt_path=last 'hydra.run.dir=\"{tmp_path}/seed=0\"'"
+    path = tmp_path / "seed=0" / "checkpoints" / "last.ckpt"
+    assert remedy(path) == f"start again with ckpt_path=auto 'hydra.run.dir=\"{tmp_path}/seed=0\"'"
+    AtomicCheckpointIO().save_checkpoint({}, path)
+    assert remedy(path) == f"resume with ckpt_path=last 'hydra.run.dir=\"{tmp_path}/seed=0\"'"
 
 
 def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(tmp_path):
@@ -191,7 +211,10 @@ def test_a_full_disk_says_so_and_leaves_the_old_checkpoint(tmp_path, before):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
     try:
-        says = "the one before is whole" if before else "there is none before it"
+        says = "is whole; make room, then resume with ckpt_path=last"
+        says = (
+            says if before else "there is none before it; .*start the run anew with ckpt_path=auto"
+        )
         with pytest.raises(OSError, match=rf"last\.ckpt could not be written.*{says}"):
             AtomicCheckpointIO().save_checkpoint({"x": torch.zeros(2**20)}, path)
     finally:

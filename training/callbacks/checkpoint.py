@@ -8,6 +8,8 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,6 +37,23 @@ class Interrupted(Exception):
         self.signal = number
 
 
+@contextmanager
+def interrupted_once(callbacks: Sequence[Any]) -> Iterator[None]:
+    """A signal that ended a helper of the step too, as a compiler, is told as an interrupt and not
+    as the helper's failure.
+    """
+    try:
+        yield
+    except (Interrupted, Diverged):
+        raise
+    except Exception as error:
+        for callback in callbacks:
+            if isinstance(callback, LastCheckpoint) and callback.signal:
+                step = max(callback.saved_step, callback.first)
+                raise Interrupted(callback.signal, callback.path, step) from error
+        raise
+
+
 def remedy(path: Path) -> str:
     """How to go on: with what the run was given, without which it would be another one."""
     folder, given = str(path.parent.parent), []
@@ -43,6 +62,10 @@ def remedy(path: Path) -> str:
     if HydraConfig.initialized() and HydraConfig.get().job.name == "train":
         own = ("ckpt_path=", "hydra.run.dir=")
         given = [o for o in HydraConfig.get().overrides.task if not o.lstrip("+").startswith(own)]
+    if not path.is_file():  # before the first checkpoint
+        return "start again with " + shlex.join(
+            ["ckpt_path=auto", f"hydra.run.dir={folder}", *given]
+        )
     return "resume with " + shlex.join(["ckpt_path=last", f"hydra.run.dir={folder}", *given])
 
 

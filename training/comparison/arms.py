@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from training.build import build_data, build_module
 from training.callbacks.fingerprint import digest
 from training.randomness import generator
+from training.registry import checked, trust_own
 
 Compose = Callable[[Sequence[str]], DictConfig]  # overrides -> configuration of a run
 RUN_DIR = "${hydra:runtime.output_dir}"
@@ -32,6 +33,8 @@ MAY_DIFFER = (
     "trainer.precision",
     "objective.jvp",
     "checkpointing",
+    "lock_wait",
+    "trusted",
     "trainer.log_every_n_steps",
     "trainer.enable_progress_bar",
     "trainer.enable_model_summary",
@@ -92,6 +95,7 @@ def run_config(
 ) -> DictConfig:
     """What scripts/train.py is given for one run."""
     config = placed(compose([*overrides, f"seed={seed}"]), directory)
+    trust_own(config)  # it is read again when the run is done
     config.ckpt_path = "auto"  # a comparison that was interrupted goes on
     config.callbacks.fingerprint = {
         "_target_": "training.callbacks.fingerprint.Fingerprint",
@@ -123,6 +127,7 @@ def read_run(directory: Path, arm: str | None = None) -> Run:
     config = OmegaConf.load(directory / "config.yaml")
     if not isinstance(config, DictConfig):
         raise ValueError(f"runs: {directory}/config.yaml holds no keys; give that of a run")
+    config = checked(config, directory / "config.yaml")
     with (directory / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     names = [name for name in (rows[0] if rows else {}) if name != "step"]

@@ -1,5 +1,6 @@
 """What an objective is, for whoever trains with it.
 
+objective.prepare(shape, num_classes)                before a run writes anything: files are read
 objective.attach(net)                                once, before training: teachers are copied
 sample = objective.draw(x, y, null_label, draws)     every random draw of the step happens here
 terms  = objective.loss(net, sample)                 a pure function of tensors: this is compiled
@@ -32,6 +33,11 @@ class Net(Protocol):
 
 class Objective(nn.Module):
     teaches_velocity = False  # u(z, t, t) becomes the velocity of the linear path
+
+    def prepare(self, shape: tuple[int, ...], num_classes: int) -> None:
+        """Called once, before a run writes anything, with the shape (C, H, W) of the data: what
+        comes from files is read, and refused where it does not fit.
+        """
 
     def attach(self, net: nn.Module) -> None:
         """Called once, with the network at its initialisation."""

@@ -24,6 +24,7 @@ from torch import nn
 from training.objectives.objective import ScheduledObjective, Terms, drop_labels
 from training.objectives.paths import expand, trig_path, trig_velocity
 from training.objectives.tangents import Jvp
+from training.objectives.teachers import FixedTeacher
 from training.objectives.times import draw_angles
 from training.objectives.weighting import squared_error
 from training.randomness import Draws
@@ -40,12 +41,12 @@ class SCMSample(NamedTuple):
     warmup: torch.Tensor  # (), the w of the tangent from the anchor on
 
 
-class SCM(ScheduledObjective):
+class SCM(FixedTeacher, ScheduledObjective):
     """Consistency training, or distillation where there is a teacher.
 
     Args:
         jvp: how dF is computed (``tangents.Jvp``).
-        teacher: loads a network trained on the linear path, called when training starts; None is
+        teacher: loads a network trained on the linear path, called before the run begins; None is
             consistency training.
         teacher_guidance: scale w of v_∅ + w (v_y - v_∅), the teacher's velocity.
         sigma_data: standard deviation of the data, the path's σ.
@@ -94,18 +95,13 @@ class SCM(ScheduledObjective):
         one_of("objective.prior_weight", prior_weight, ("none", "tan"))
         between("objective.label_dropout", label_dropout, 0, 1)
         self.jvp = (jvp or Jvp()).require_constant("sCM")
-        self.load_teacher, self.teacher_guidance = teacher, teacher_guidance
-        self.teacher: list[nn.Module] = []  # a list: a fixed teacher is not part of the checkpoint
+        self.distil(teacher, teacher_guidance)
         self.sigma_data, self.time_mean, self.time_std = sigma_data, time_mean, time_std
         self.denoiser_steps, self.warmup_steps = denoiser_steps, warmup_steps
         self.anchor = anchor
         self.reduce, self.normalise, self.c = reduce, normalise, c
         self.prior_weight, self.learned_variance = prior_weight, learned_variance
         self.label_dropout = label_dropout
-
-    def start(self, weight: torch.Tensor) -> None:
-        if self.load_teacher is not None:
-            self.teacher = [self.load_teacher().to(weight).eval().requires_grad_(False)]
 
     def draw(self, x: torch.Tensor, y: torch.Tensor, null_label: int, draws: Draws) -> SCMSample:
         t = draw_angles(len(x), self.time_mean, self.time_std, self.sigma_data, draws("times"))

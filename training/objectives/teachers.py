@@ -57,7 +57,7 @@ def attached(teacher: AveragedTeacher | None) -> Any:
 class FixedTeacher:
     """For objectives that distil a network u of the linear path: its velocity is u(z, t, t).
 
-    It is loaded when training starts and kept in a list, so that it is no part of the checkpoint.
+    It is loaded before the run begins and kept in a list, so that it is no part of the checkpoint.
     """
 
     def distil(
@@ -70,9 +70,26 @@ class FixedTeacher:
         self.load_teacher, self.teacher_guidance, self.interval = load, guidance, interval
         self.teacher: list[nn.Module] = []
 
+    def prepare(self, shape: tuple[int, ...], num_classes: int) -> None:
+        """Before the run writes anything: another kind of data is refused (``load_flow`` says what
+        the teacher was trained on).
+        """
+        if self.load_teacher is None:
+            return
+        self.teacher = [self.load_teacher()]
+        ours = (tuple(shape), num_classes)
+        theirs: Any = getattr(self.teacher[0], "trained_on", ours)
+        if theirs != ours:
+            raise ValueError(
+                "objective.teacher.ckpt must be of a network for the data that is trained on,"
+                f" images {ours[0]} of {ours[1]} classes; it is for images {theirs[0]} of"
+                f" {theirs[1]} classes"
+            )
+
     def start(self, weight: torch.Tensor) -> None:
         if self.load_teacher is not None:
-            self.teacher = [self.load_teacher().to(weight).eval().requires_grad_(False)]
+            (teacher,) = self.teacher or [self.load_teacher()]
+            self.teacher = [teacher.to(weight).eval().requires_grad_(False)]
 
     @torch.no_grad()
     def teacher_velocity(
