@@ -144,9 +144,11 @@ def test_a_second_process_is_told_who_trains_in_the_directory(tmp_path, holder):
 
 def test_one_that_waits_goes_on_when_the_holder_was_killed(tmp_path, holder, capsys):
     holder.kill()
-    with run_lock(tmp_path, wait=30), (tmp_path / "run.lock").open("a+") as file:
+    lock = fcntl.LOCK_EX | fcntl.LOCK_NB
+    file = (tmp_path / "run.lock").open()
+    with file, run_lock(tmp_path, wait=30):
         with pytest.raises(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, lock)
     with run_lock(tmp_path):  # given back
         pass
 

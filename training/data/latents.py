@@ -153,7 +153,9 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def load_vae(name: str) -> Any:
-    """diffusers' AutoencoderKL by name or from a local directory, without gradients."""
+    """diffusers' AutoencoderKL by name or from a local directory, without gradients. Its weights
+    are safetensors: the name may come from a file, which must not choose a pickle.
+    """
     try:
         from diffusers import AutoencoderKL  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -161,7 +163,7 @@ def load_vae(name: str) -> Any:
             'latents are encoded and decoded with diffusers: pip install -e ".[latents]"'
         ) from error
     try:
-        vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False)
+        vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False, use_safetensors=True)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
