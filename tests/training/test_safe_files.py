@@ -146,9 +146,8 @@ def test_one_that_waits_goes_on_when_the_holder_was_killed(tmp_path, holder, cap
     holder.kill()
     lock = fcntl.LOCK_EX | fcntl.LOCK_NB
     file = (tmp_path / "run.lock").open()
-    with file, run_lock(tmp_path, wait=30):
-        with pytest.raises(BlockingIOError):
-            fcntl.flock(file, lock)
+    with file, run_lock(tmp_path, wait=30), pytest.raises(BlockingIOError):
+        fcntl.flock(file, lock)
     with run_lock(tmp_path):  # given back
         pass
 
