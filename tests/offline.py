@@ -20,6 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from jvp_flash_attention import kernels
 from jvp_flash_attention.kernels import launch, launch_hopper, plans
+from jvp_flash_attention.kernels.merge import merge
 from jvp_flash_attention.options import Options
 
 TARGETS = {
@@ -98,7 +99,7 @@ def compile_passes(
     target: str,
     head_dim: int,
     dtype: torch.dtype,
-    passes=("forward", "forward_jvp", "backward", "backward_jvp"),
+    passes=("forward", "forward_jvp", "backward", "backward_jvp", "merge"),
     causal=False,
     length=256,
     bias=None,
@@ -126,6 +127,8 @@ def compile_passes(
                 d, d_t, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, q, q, rows, rows,
                 options, bias_grad,
             )  # fmt: skip
+        if "merge" in passes:
+            merge((q, t_q, rows, rows.clone()), (k, t_k, rows, rows), 0, torch.float32)
     return [_inspect(name, compiled) for name, compiled in done]
 
 

@@ -19,8 +19,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-HEADS = 8  # of which one temporary is as large as the results
-
 
 class Partial(NamedTuple):
     """Attention over a part of the keys; without a tangent tO and μ are None."""
@@ -46,31 +44,25 @@ def nothing(q: Tensor, v: Tensor, jvp: bool) -> Partial:
     return Partial(out, torch.zeros_like(out), lse, torch.zeros_like(lse))
 
 
-def widened(part: Partial) -> Partial:
-    """As the total to which others are added."""
-    dtype = wide(part.out.dtype)
-    t_out = None if part.t_out is None else part.t_out.to(dtype)
-    return part._replace(out=part.out.to(dtype), t_out=t_out)
+def merge(total: Partial, part: Partial, rows: slice, dtype: torch.dtype, backend: str) -> Partial:
+    """`total`, which may be overwritten, with `part`, which is of its rows from `rows.start` on and
+    of other keys. O and tO are in `dtype`; on the way they are `wide`."""
+    if backend == "triton":
+        from ..kernels.merge import merge as fused
 
-
-def merge_(total: Partial, part: Partial, rows: slice) -> None:
-    """Adds `part`, which is of the rows `rows` and of other keys, to `total` in place."""
-    lse = total.lse[:, :, rows]
-    joint = torch.logaddexp(lse, part.lse)
-    w = torch.sigmoid(part.lse - lse).nan_to_num_(nan=0.0)  # NaN: −inf on both sides
-    lse.copy_(joint)
-    c = None
-    if total.mu is not None and part.mu is not None:
-        mu = total.mu[:, :, rows]
-        delta = part.mu - mu
+        return Partial(*fused(total, part, rows.start or 0, dtype))
+    out, t_out, lse, mu = total
+    out = out.to(wide(out.dtype))
+    t_out = None if t_out is None else t_out.to(out.dtype)
+    before, after = lse[:, :, rows], part.lse
+    w = torch.sigmoid(after - before).masked_fill_(after == float("-inf"), 0.0)
+    before.copy_(torch.logaddexp(before, after))
+    d_out = part.out - out[:, :, rows]
+    if t_out is not None and part.t_out is not None and mu is not None and part.mu is not None:
+        delta = part.mu - mu[:, :, rows]
+        mu[:, :, rows] += w * delta
         c = (w * (1 - w) * delta).unsqueeze(-1)
-        mu.addcmul_(w, delta)
-    w = w.unsqueeze(-1)
-    for start in range(0, w.shape[1], HEADS):
-        h = slice(start, start + HEADS)
-        out = total.out[:, h, rows]
-        d_out = part.out[:, h] - out
-        if total.t_out is not None and part.t_out is not None and c is not None:
-            t_out = total.t_out[:, h, rows]
-            t_out.addcmul_(w[:, h], part.t_out[:, h] - t_out).addcmul_(c[:, h], d_out)
-        out.addcmul_(w[:, h], d_out)
+        t_out[:, :, rows] += w.unsqueeze(-1) * (part.t_out - t_out[:, :, rows]) + c * d_out
+        t_out = t_out.to(dtype)
+    out[:, :, rows] += w.unsqueeze(-1) * d_out
+    return Partial(out.to(dtype), t_out, lse, mu)

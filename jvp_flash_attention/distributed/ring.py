@@ -25,7 +25,7 @@ from .. import api, backends
 from ..options import Options
 from . import rules
 from .exchange import Packed, agree, pass_on, rotate
-from .merge import Partial, merge_, nothing, wide, widened
+from .merge import Partial, merge, nothing, wide
 from .sharding import Block, block, shard_lengths
 
 
@@ -143,22 +143,26 @@ class Ring(NamedTuple):
     def _forward(self, q, k, v, bias, t_q, t_k, t_v, options, jvp: bool) -> Partial:
         lengths = self._agree("forward", q, k, v, bias, (t_q, t_k, t_v, jvp or None), options)
         held = shard_lengths(lengths[1], self.group.size(), self.layout)
-        total, alone = None, False
-        for source, shards in rotate(self.group, (k, v, _column(bias), t_k, t_v), held):
-            found = self._block(source, lengths, options)
-            if found is None:
+        size, rank = self.group.size(), self.group.rank()
+        found = [self._block((rank - step) % size, lengths, options) for step in range(size)]
+        last = max((step for step, x in enumerate(found) if x is not None), default=-1)
+        total = None
+        turns = rotate(self.group, (k, v, _column(bias), t_k, t_v), held)
+        for here, (step, (_source, shards)) in zip(found, enumerate(turns), strict=True):
+            if here is None:
                 continue
-            part = attend(found, q, t_q, shards, self._options(options, q, v, found), jvp)
-            if total is None and found.rows == slice(None):
-                total, alone = part, True  # as it came, until there is another one
+            local = self._options(options, q, v, here)
+            part = attend(here, q, t_q, shards, local, jvp)
+            if total is None and here.rows == slice(None):
+                total = part
                 continue
-            if total is None:
-                total = nothing(q, v, jvp)
-            total, alone = widened(total) if alone else total, False
-            merge_(total, part, found.rows)
-        total = nothing(q, v, jvp) if total is None else total
-        t_out = None if total.t_out is None else total.t_out.to(q.dtype)
-        return total._replace(out=total.out.to(q.dtype), t_out=t_out)
+            total = nothing(q, v, jvp) if total is None else total
+            dtype = q.dtype if step == last else wide(q.dtype)
+            total = merge(total, part, here.rows, dtype, local.backend)
+        if total is not None:
+            return total
+        out, t_out, lse, mu = nothing(q, v, jvp)
+        return Partial(out.to(q.dtype), None if t_out is None else t_out.to(q.dtype), lse, mu)
 
     def _backward(self, d_out, d_t_out, q, k, v, bias, t_q, t_k, t_v, saved: Partial, options):
         jvp = d_t_out is not None
@@ -166,30 +170,33 @@ class Ring(NamedTuple):
         lengths = self._agree("backward", q, k, v, bias, given, options)
         size, rank = self.group.size(), self.group.rank()
         held = shard_lengths(lengths[1], size, self.layout)
-        sums = [torch.zeros_like(q, dtype=wide(q.dtype)) if i < 1 + jvp else None for i in range(2)]
-        # dK, dV, dtK, dtV of the shard at hand; they follow it
-        present = _zeros((k, v, k, v) if jvp else (k, v, None, None), wide(k.dtype))
+        sums: list[Tensor | None] = [None, None]  # dQ, dtQ
+        present: Any = None  # dK, dV, dtK, dtV of the shard at hand; they follow it
         turns = rotate(self.group, (k, v, _column(bias), t_k, t_v), held)
-        for step, (source, shards) in enumerate(turns):
+        for source, shards in turns:
             transfer = None
-            if step > 0:
+            if present is not None:
                 transfer = pass_on(self.group, present, present.like(held[source]))
-            found, grads = self._block(source, lengths, options), None
+            found, grads = self._block(source, lengths, options), (None,) * 6
             if found is not None:
                 local = self._options(options, q, v, found)
                 grads = differentiate(found, d_out, d_t_out, q, t_q, shards, saved, local)
+                sums = [_sum(sums[i], grads[i], found.rows, q) for i in range(2)]
             if transfer is not None:
                 present = transfer.wait()
-            if found is not None and grads is not None:
-                for total, grad in zip(sums, grads[:2], strict=True):
-                    _add(total, grad, found.rows)
+            elif found is not None and found.keys == slice(None):
+                present, found = Packed.of(grads[2:], wide(k.dtype)), None
+            else:
+                present = _zeros((k, v, k, v) if jvp else (k, v, None, None), wide(k.dtype))
+            if found is not None:
                 for total, grad in zip(present.tensors, grads[2:], strict=True):
-                    _add(total, grad, found.keys)
+                    _sum(total, grad, found.keys, k)
         last = Packed.of(present.tensors, k.dtype)
         if size > 1:  # they are with the process before their own
             last = pass_on(self.group, last, last.like(held[rank])).wait()
         d_k, d_v, d_t_k, d_t_v = (None if x is None else x.clone() for x in last.tensors)
-        d_q, d_t_q = (None if x is None else x.to(q.dtype) for x in sums)
+        d_q, d_t_q = (q.new_zeros(q.shape) if x is None else x.to(q.dtype) for x in sums)
+        d_t_q = d_t_q if jvp else None
         return d_q, d_k, d_v, None, d_t_q, d_t_k, d_t_v, None
 
     def _agree(self, name, q, k, v, bias, given, options: Options) -> tuple[int, int]:
@@ -297,6 +304,10 @@ def _zeros(outline, dtype: torch.dtype) -> Packed:
     return packed
 
 
-def _add(total: Tensor | None, grad: Tensor | None, rows: slice) -> None:
-    if total is not None and grad is not None:
-        total[:, :, rows] += grad
+def _sum(total: Tensor | None, grad: Tensor | None, rows: slice, x: Tensor) -> Tensor | None:
+    """`total`, overwritten, with the gradient of these rows of x."""
+    if grad is None or (total is None and rows == slice(None)):
+        return grad if grad is None else grad.to(wide(x.dtype))
+    total = x.new_zeros(x.shape, dtype=wide(x.dtype)) if total is None else total
+    total[:, :, rows] += grad
+    return total

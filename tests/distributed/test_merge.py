@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from jvp_flash_attention import kernels, reference
-from jvp_flash_attention.distributed.merge import Partial, merge_, nothing
+from jvp_flash_attention.distributed.merge import Partial, merge, nothing
 from jvp_flash_attention.distributed.ring import attend, differentiate
 from jvp_flash_attention.distributed.sharding import block, pieces
 from tests import tolerances
@@ -55,7 +55,7 @@ def sharded(p, layout, size, jvp):
                 options = p.options._replace(causal=found.causal, sharded=True)
                 shards = [cut(x, keys) for x in (k, v, mask, t_k, t_v)]
                 part = attend(found, q_r, t_q_r if jvp else None, shards, options, jvp)
-                merge_(total, part, found.rows)
+                total = merge(total, part, found.rows, torch.float32, options.backend)
                 calls.append((found, keys, shards, options))
         out["out"][:, :, rows] = total.out
         if jvp:
@@ -114,17 +114,45 @@ def test_the_lse_that_is_handed_in_is_the_one_used(implementation):
         torch.testing.assert_close(half, one / 2, rtol=1e-4, atol=1e-5)
 
 
-def test_a_row_without_keys_in_one_shard_or_in_all():
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_a_row_without_keys_in_one_shard_or_in_all(backend):
     rows, inf = slice(None), float("inf")
     one = lambda x: torch.full((1, 1, 1, 2), x)  # noqa: E731
     row = lambda x: torch.full((1, 1, 1), x)  # noqa: E731
     empty = lambda: Partial(one(0.0), one(0.0), row(-inf), row(0.0))  # noqa: E731
-    full = Partial(one(3.0), one(4.0), row(7.0), row(5.0))
-    total = empty()
-    merge_(total, empty(), rows)
-    for x, exact in zip(total, empty(), strict=True):
-        assert torch.equal(x, exact)
-    merge_(total, full, rows)
-    merge_(total, empty(), rows)
-    for x, exact in zip(total, full, strict=True):
-        assert torch.equal(x, exact)
+    full = lambda: Partial(one(3.0), one(4.0), row(7.0), row(5.0))  # noqa: E731
+    put = lambda a, b: merge(a, b, rows, torch.float32, backend)  # noqa: E731
+    for got, exact in (
+        (put(empty(), empty()), empty()),
+        (put(empty(), full()), full()),
+        (put(full(), empty()), full()),
+    ):
+        for x, y in zip(got, exact, strict=True):
+            assert torch.equal(x, y)
+    lost = Partial(one(inf - inf), one(inf - inf), row(inf - inf), row(inf - inf))
+    for got in (put(full(), lost), put(lost, full())):
+        assert all(x.isnan().all() for x in got)
+
+
+@pytest.mark.parametrize("jvp", [True, False])
+@pytest.mark.parametrize("start", [0, 21])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_kernel_merges_as_plain_pytorch(jvp, start, dtype):
+    """Totals and parts in 16 bits as a pass gives them, the result in the type asked for."""
+    draw = lambda *shape: torch.randn(2, 3, *shape)  # noqa: E731
+
+    def drawn(rows):
+        out, t_out = draw(rows, 24).half(), draw(rows, 24).half()
+        lse = 3 * draw(rows)
+        lse[:, :, 1] = float("-inf")
+        return Partial(out, t_out if jvp else None, lse, draw(rows) if jvp else None)
+
+    total, part = drawn(37), drawn(37 - start)
+    copy = Partial(*(None if x is None else x.clone() for x in total))
+    got = merge(total, part, slice(start, None), dtype, "triton")
+    exact = merge(copy, part, slice(start, None), dtype, "reference")
+    for x, y in zip(got, exact, strict=True):
+        assert (x is None) == (y is None)
+        if x is not None:
+            assert x.dtype == y.dtype
+            torch.testing.assert_close(x, y, rtol=torch.finfo(x.dtype).eps * 4, atol=1e-5)
