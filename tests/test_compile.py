@@ -152,7 +152,7 @@ def test_a_tangent_without_gradient_saves_no_tangent_and_copies_no_view(monkeypa
 )
 def test_operators_pass_opcheck(case):
     p = build(case, torch.float64)
-    options = tuple(p.options._replace(backend="reference"))
+    options = ops._static(p.options._replace(backend="reference"))
     q, k, v, bias = (None if x is None else x.requires_grad_() for x in p.primals)
     checks = (
         "test_schema",

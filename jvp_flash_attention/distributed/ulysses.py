@@ -323,7 +323,13 @@ def _named(group: ProcessGroup) -> str:
     return name
 
 
-@custom_op("jvp_flash_attention::all_to_all", mutates_args=())
+@custom_op(
+    "jvp_flash_attention::all_to_all",
+    mutates_args=(),
+    # torch 2.8 may not read it off the annotations
+    schema="(Tensor[] tensors, str group, SymInt size, SymInt rank, bool gather,"
+    " SymInt[] lengths, SymInt[] heads) -> Tensor[]",
+)
 def deal_op(
     tensors: list[Tensor], group: str, size: int, rank: int, gather: bool,
     lengths: list[int], heads: list[int],
