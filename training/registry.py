@@ -68,6 +68,7 @@ _TARGETS: dict[str, set[str]] = {
         f"{_data}.idx.Idx",
         f"{_data}.image_folder.ImageFolder",
         f"{_data}.latents.Latents",
+        f"{_data}.packed.Packed",
         f"{_data}.synthetic.Blobs",
         f"{_data}.synthetic.EightGaussians",
         f"{_data}.synthetic.Gaussian",
