@@ -44,6 +44,18 @@ class Block(NamedTuple):
     t_s: Tensor | None  # (B, H, l, S) tangent of the scores
     z: Tensor | None  # (B, H, l, S) dropout factor
     lse: Tensor  # (B, H, l)
+    masked: Tensor | None  # broadcastable to (B, H, l, S) pairs that count for nothing
+
+
+class Rows(NamedTuple):
+    """Keys, values or queries of which a pair that is masked must not see NaN or inf: 0 · NaN is
+    NaN. Their finite elements, and which ones are not, where there are any."""
+
+    x: Tensor
+    bad: Tensor | None = None
+
+    def __getitem__(self, at) -> "Rows":
+        return Rows(self.x[at], None if self.bad is None else self.bad[at])
 
 
 def _as_written(run: Callable) -> Callable:
@@ -68,8 +80,9 @@ def forward(
     """(O, LSE)."""
     out, lse = _outputs(q, v)
     q, k, v = _wide(q, k, v)
+    v_rows = _rows(v, bias, options)
     for block in _blocks(q, k, bias, seed, options):
-        out[:, :, block.rows] = _values(_times(block.p, block.z), v).to(out.dtype)
+        out[:, :, block.rows] = _values(_times(block.p, block.z), v_rows, block).to(out.dtype)
         lse[:, :, block.rows] = block.lse
     return out, lse
 
@@ -91,16 +104,18 @@ def forward_jvp(
     out, lse = _outputs(q, v)
     t_out, mu = torch.zeros_like(out), torch.zeros_like(lse)
     q, k, v, t_q, t_k, t_v = _wide(q, k, v, t_q, t_k, t_v)
+    v_rows = _rows(v, bias, options)
+    t_v_rows = None if t_v is None else _rows(t_v, bias, options)
     for block in _blocks(q, k, bias, seed, options, (t_q, t_k, t_bias)):
         p_z = _times(block.p, block.z)
-        o = _values(p_z, v)
+        o = _values(p_z, v_rows, block)
         t_o = torch.zeros_like(o)
         if block.t_s is not None:
             m = (block.p * block.t_s).sum(-1)
-            t_o += _values(p_z * block.t_s, v) - m.unsqueeze(-1) * o
+            t_o += _values(p_z * block.t_s, v_rows, block) - m.unsqueeze(-1) * o
             mu[:, :, block.rows] = m
-        if t_v is not None:
-            t_o += _values(p_z, t_v)
+        if t_v_rows is not None:
+            t_o += _values(p_z, t_v_rows, block)
         out[:, :, block.rows], t_out[:, :, block.rows] = o.to(out.dtype), t_o.to(out.dtype)
         lse[:, :, block.rows] = block.lse
     return out, t_out, lse, mu
@@ -125,14 +140,15 @@ def backward(
     d_bias = _zeros(bias) if bias is not None and bias_grad else None
     dtypes = q.dtype, k.dtype, v.dtype
     q, k, v, out, d_out = _wide(q, k, v, out, d_out)
+    q_rows, k_rows, d_out_rows = (_rows(x, bias, options) for x in (q, k, d_out))
     for block in _blocks(q, k, bias, seed, options, lse=lse):
         rows = block.rows
         d_o = d_out[:, :, rows]
         w = (d_o * out[:, :, rows]).sum(-1, keepdim=True)
-        d_s = block.p * (_times(_scores(d_o, v), block.z) - w)
-        d_q[:, :, rows] = options.scale * _values(d_s, k)
-        d_k += options.scale * _keys(d_s, q[:, :, rows], d_k)
-        d_v += _keys(_times(block.p, block.z), d_o, d_v)
+        d_s = _hide(block.p * (_times(_scores(d_o, v), block.z) - w), block)
+        d_q[:, :, rows] = options.scale * _values(d_s, k_rows, block)
+        d_k += options.scale * _keys(d_s, q_rows[:, :, rows], d_k, block)
+        d_v += _keys(_times(block.p, block.z), d_out_rows[:, :, rows], d_v, block)
         _accumulate(d_bias, d_s, rows)
     d_q, d_k, d_v = (g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True))
     return d_q, d_k, d_v, _like(d_bias, bias)
@@ -164,34 +180,39 @@ def backward_jvp(
     d_q, d_k, d_v, d_bias, d_t_q, d_t_k, d_t_v, d_t_bias = grads
     q, k, v, t_q, t_k, t_v, out, t_out = _wide(q, k, v, t_q, t_k, t_v, out, t_out)
     d_out, d_t_out = _wide(d_out, d_t_out)
+    operands = (q, k, t_q, t_k, d_out, d_t_out)
+    rows_of: Any = [None if x is None else _rows(x, bias, options) for x in operands]
+    q_all, k_all, t_q_all, t_k_all, d_out_all, d_t_out_all = rows_of
     scale = options.scale
     for block in _blocks(q, k, bias, seed, options, (t_q, t_k, t_bias), lse):
         rows, p, t_s = block.rows, block.p, block.t_s
-        q_i, d_to, p_z = q[:, :, rows], d_t_out[:, :, rows], _times(block.p, block.z)
+        q_i, d_to_i = q_all[:, :, rows], d_t_out_all[:, :, rows]
+        d_to, p_z = d_t_out[:, :, rows], _times(block.p, block.z)
         w = (d_to * t_out[:, :, rows]).sum(-1, keepdim=True)
         h_m = _times(_scores(d_to, v), block.z) - (d_to * out[:, :, rows]).sum(-1, keepdim=True)
+        h_m = _hide(h_m, block)
         g = torch.zeros_like(p)
-        d_t_v += _keys(p_z, d_to, d_t_v)
+        d_t_v += _keys(p_z, d_to_i, d_t_v, block)
         if d_out is not None:
             d_o = d_out[:, :, rows]
             w = w + (d_o * out[:, :, rows]).sum(-1, keepdim=True)
             g = g + _times(_scores(d_o, v), block.z)
-            d_v += _keys(p_z, d_o, d_v)
+            d_v += _keys(p_z, d_out_all[:, :, rows], d_v, block)
         if t_v is not None:
             g = g + _times(_scores(d_to, t_v), block.z)
         if t_s is not None:
             t_s = t_s - mu[:, :, rows].unsqueeze(-1)
             g = g + h_m * t_s
-            d_v += _keys(p_z * t_s, d_to, d_v)
-        d_t_s, d_s = p * h_m, p * (g - w)
-        d_q[:, :, rows] = scale * _values(d_s, k)
-        d_k += scale * _keys(d_s, q_i, d_k)
-        if t_k is not None:
-            d_q[:, :, rows] += scale * _values(d_t_s, t_k)
-        if t_q is not None:
-            d_k += scale * _keys(d_t_s, t_q[:, :, rows], d_k)
-        d_t_q[:, :, rows] = scale * _values(d_t_s, k)
-        d_t_k += scale * _keys(d_t_s, q_i, d_t_k)
+            d_v += _keys(_hide(p_z * t_s, block), d_to_i, d_v, block)
+        d_t_s, d_s = p * h_m, _hide(p * (g - w), block)
+        d_q[:, :, rows] = scale * _values(d_s, k_all, block)
+        d_k += scale * _keys(d_s, q_i, d_k, block)
+        if t_k_all is not None:
+            d_q[:, :, rows] += scale * _values(d_t_s, t_k_all, block)
+        if t_q_all is not None:
+            d_k += scale * _keys(d_t_s, t_q_all[:, :, rows], d_k, block)
+        d_t_q[:, :, rows] = scale * _values(d_t_s, k_all, block)
+        d_t_k += scale * _keys(d_t_s, q_i, d_t_k, block)
         _accumulate(d_bias, d_s, rows)
         _accumulate(d_t_bias, d_t_s, rows)
     return tuple(_like(g, x) for g, x in zip(grads, (*inputs, *inputs), strict=True))
@@ -241,7 +262,7 @@ def _blocks(
         if options.dropout_p > 0.0:
             keep = keep_mask(seed, (B, H, L, S), rows, options.dropout_p)
             z = keep.to(s.dtype) / (1.0 - options.dropout_p)
-        yield Block(rows, p, t_s, z, here)
+        yield Block(rows, p, t_s, z, here, masked)
 
 
 def _scores(x: Tensor, y: Tensor) -> Tensor:
@@ -252,19 +273,41 @@ def _scores(x: Tensor, y: Tensor) -> Tensor:
     return (x.reshape(B, Hk, H // Hk * l, D) @ y.mT).view(B, H, l, S)
 
 
-def _values(p: Tensor, y: Tensor) -> Tensor:
+def _values(p: Tensor, y: Rows, block: Block) -> Tensor:
     """(B, H, l, S) and (B, Hk, S, D) -> (B, H, l, D)."""
     B, H, l, S = p.shape
-    Hk, D = y.shape[1], y.shape[3]
-    return (p.reshape(B, Hk, H // Hk * l, S) @ y).view(B, H, l, D)
+    Hk, D = y.x.shape[1], y.x.shape[3]
+    times = lambda p, y: (p.reshape(B, Hk, H // Hk * l, S) @ y).view(B, H, l, D)  # noqa: E731
+    return _spoil(times(p, y.x), times, y, block)
 
 
-def _keys(p: Tensor, x: Tensor, like: Tensor) -> Tensor:
+def _keys(p: Tensor, x: Rows, like: Tensor, block: Block) -> Tensor:
     """(B, H, l, S)ᵀ and (B, H, l, D) -> (B, Hk, S, D), the shape of `like`, summed over the heads
     of a group."""
     B, H, l, S = p.shape
-    Hk = like.shape[1]
-    return p.reshape(B, Hk, H // Hk * l, S).mT @ x.reshape(B, Hk, H // Hk * l, x.shape[3])
+    fold = B, like.shape[1], H // like.shape[1] * l
+    times = lambda p, x: p.reshape(*fold, S).mT @ x.reshape(*fold, -1)  # noqa: E731
+    return _spoil(times(p, x.x), times, x, block)
+
+
+def _rows(x: Tensor, bias: Tensor | None, options: Options) -> Rows:
+    if bias is None and not options.causal:
+        return Rows(x)
+    finite = x.isfinite()
+    return Rows(x) if finite.all() else Rows(x.masked_fill(~finite, 0.0), (~finite).to(x.dtype))
+
+
+def _spoil(product: Tensor, times: Callable, x: Rows, block: Block) -> Tensor:
+    """NaN in the product where a pair that is seen has an element that is not finite."""
+    if x.bad is None or block.masked is None:
+        return product
+    seen = (~block.masked).to(block.p.dtype).expand_as(block.p)
+    return product.masked_fill(times(seen, x.bad) > 0, float("nan"))
+
+
+def _hide(x: Tensor, block: Block) -> Tensor:
+    """0 where a pair is masked, whatever its product was."""
+    return x if block.masked is None else x.masked_fill(block.masked, 0.0)
 
 
 def _times(p: Tensor, z: Tensor | None) -> Tensor:

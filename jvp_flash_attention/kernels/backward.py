@@ -36,10 +36,12 @@ import triton.language as tl
 
 from .primitives import (
     LOG2E,
+    OUTSIDE,
     UNSPECIALIZED,
     add_bias,
     dot,
     dropout_factor,
+    finite,
     head_of,
     load_bias,
     load_row_statistics,
@@ -138,21 +140,28 @@ def keys_kernel(
                         t_s = dot(t_k, q.T, t_s, PRECISION)
                     t_s *= scale
                     if T_BIAS is not None:
-                        t_s += load_bias(T_BIAS, b, h, i[None, :], j[:, None], L, S)
+                        t_s += load_bias(T_BIAS, b, h, i[None, :], j[:, None], L, S, 0)
                 bias = zero
                 if BIAS is not None:
-                    bias = load_bias(BIAS, b, h, i[None, :], j[:, None], L, S)
+                    bias = load_bias(
+                        BIAS, b, h, i[None, :], j[:, None], L, S, 0 if BOOL else OUTSIDE
+                    )
                     if not BOOL:
                         s, hidden = add_bias(s, bias)
                         if T_S:
                             t_s = tl.where(hidden, 0.0, t_s)
                 m, log_l = load_row_statistics(LSE, row + i, i < L, BIAS is not None, SPLIT)
                 p = probabilities(s, m[None, :], log_l[None, :] if SPLIT else log_l, SPLIT)
+                if SPLIT:
+                    seen = hidden == 0
                 if PHASE == 1 or BOOL or SINGLE:
                     see = visible(i[None, :], j[:, None], S, bias, PHASE == 1, BOOL)
+                    if PHASE == 1:
+                        see = see & (i < L)[None, :]
                     p = tl.where(see, p, 0.0)
                     if T_S:
                         t_s = tl.where(see, t_s, 0.0)
+                    seen = seen & see if SPLIT else see
                 p_z = p
                 if SEED is not None:
                     z = dropout_factor(
@@ -181,10 +190,14 @@ def keys_kernel(
                         d_p = dot(v, d_o.T, d_p, PRECISION)
                     if JVP and T_V is not None:
                         d_p = dot(t_v, d_t_o.T, d_p, PRECISION)
+                    if BIAS is not None or PHASE == 1:
+                        d_p = tl.where(seen, d_p, 0.0)
                     if SEED is not None:
                         d_p *= z
                     if JVP:
                         h_m = dot(v, d_t_o.T, zero, PRECISION)
+                        if BIAS is not None or PHASE == 1:
+                            h_m = tl.where(seen, h_m, 0.0)
                         if SEED is not None:
                             h_m *= z
                         if SINGLE:
@@ -273,20 +286,27 @@ def queries_kernel(
                     t_s = dot(q, t_k.T, t_s, PRECISION)
                 t_s *= scale
                 if T_BIAS is not None:
-                    t_s += load_bias(T_BIAS, b, h, i[:, None], j[None, :], L, S)
+                    t_s += load_bias(T_BIAS, b, h, i[:, None], j[None, :], L, S, 0)
             bias = zero
             if BIAS is not None:
-                bias = load_bias(BIAS, b, h, i[:, None], j[None, :], L, S)
+                bias = load_bias(BIAS, b, h, i[:, None], j[None, :], L, S, 0 if BOOL else OUTSIDE)
                 if not BOOL:
                     s, hidden = add_bias(s, bias)
                     if T_S:
                         t_s = tl.where(hidden, 0.0, t_s)
             p = probabilities(s, m[:, None], log_l[:, None] if SPLIT else log_l, SPLIT)
+            if SPLIT:
+                seen = hidden == 0
             if PHASE == 1 or BOOL:
                 see = visible(i[:, None], j[None, :], S, bias, CAUSAL and PHASE == 1, BOOL)
                 p = tl.where(see, p, 0.0)
                 if T_S:
                     t_s = tl.where(see, t_s, 0.0)
+                seen = seen & see if SPLIT else see
+            if BIAS is not None or (CAUSAL and PHASE == 1):
+                k = finite(k)
+                if T_K is not None:
+                    t_k = finite(t_k)
 
             v = load_tile(V, b, hk, n0, S, BN, DV, BLOCK_DV, PHASE == 1, TMA)
             d_p = zero
@@ -295,6 +315,8 @@ def queries_kernel(
             if JVP and T_V is not None:
                 t_v = load_tile(T_V, b, hk, n0, S, BN, DV, BLOCK_DV, PHASE == 1, TMA)
                 d_p = dot(d_t_o, t_v.T, d_p, PRECISION)
+            if BIAS is not None or (CAUSAL and PHASE == 1):
+                d_p = tl.where(seen, d_p, 0.0)
             if SEED is not None:
                 z = dropout_factor(
                     SEED, b, h, i[:, None], j[None, :], H, batch_per_seed, threshold, keep_scale
@@ -302,6 +324,8 @@ def queries_kernel(
                 d_p *= z
             if JVP:
                 h_m = dot(d_t_o, v.T, zero, PRECISION)
+                if BIAS is not None or (CAUSAL and PHASE == 1):
+                    h_m = tl.where(seen, h_m, 0.0)
                 if SEED is not None:
                     h_m *= z
                 if SINGLE:

@@ -28,13 +28,16 @@ import triton.language as tl
 
 from .primitives import (
     LOG2E,
+    OUTSIDE,
     UNSPECIALIZED,
     add_bias,
     dot,
     dropout_factor,
+    finite,
     head_of,
     load_bias,
     load_tile,
+    spoiled,
     store_row_statistics,
     store_tile,
     visible,
@@ -71,6 +74,8 @@ def forward_kernel(
     o = tl.zeros([BM, BLOCK_DV], tl.float32)
     t = tl.zeros([BM, BLOCK_DV], tl.float32)
     c = tl.zeros([BM], tl.float32)
+    spoil = tl.zeros([BM], tl.float32)  # 1 in rows that see a value which is not finite
+    t_spoil = tl.zeros([BM], tl.float32)
     scale2 = scale * LOG2E
 
     end = S
@@ -95,12 +100,12 @@ def forward_kernel(
                     t_s = dot(q, t_k.T, t_s, PRECISION)
                 t_s *= scale
                 if T_BIAS is not None:
-                    t_s += load_bias(T_BIAS, b, h, i[:, None], j[None, :], L, S)
+                    t_s += load_bias(T_BIAS, b, h, i[:, None], j[None, :], L, S, 0)
             if PRESCALE:
                 s *= scale2
             bias = zero
             if BIAS is not None:
-                bias = load_bias(BIAS, b, h, i[:, None], j[None, :], L, S)
+                bias = load_bias(BIAS, b, h, i[:, None], j[None, :], L, S, 0 if BOOL else OUTSIDE)
                 if not BOOL:
                     s, hidden = add_bias(s, bias)
                     if T_S:
@@ -145,20 +150,30 @@ def forward_kernel(
                     p_t_s = p_t_s * z
 
             v = load_tile(V, b, hk, n0, S, BN, DV, BLOCK_DV, PHASE == 1, TMA)
+            if BIAS is not None or (CAUSAL and PHASE == 1):
+                spoil = tl.maximum(spoil, spoiled(v, s))
+                v = finite(v)
             o = dot(p.to(DT), v, o, PRECISION)
             if T_S:
                 t = dot(p_t_s.to(DT), v, t, PRECISION)
             if T_V is not None:
                 t_v = load_tile(T_V, b, hk, n0, S, BN, DV, BLOCK_DV, PHASE == 1, TMA)
+                if BIAS is not None or (CAUSAL and PHASE == 1):
+                    t_spoil = tl.maximum(t_spoil, spoiled(t_v, s))
+                    t_v = finite(t_v)
                 t = dot(p.to(DT), t_v, t, PRECISION)
 
     inverse = 1.0 / tl.where(l == 0.0, 1.0, l)  # a row that attends nothing gives 0
     o = o * inverse[:, None]
+    if BIAS is not None or CAUSAL:
+        o = tl.where(spoil[:, None] > 0.0, float("nan"), o)
     row = (b * H + h).to(tl.int64) * L + i
     store_tile(O, o, b, h, m0, L, BM, DV, BLOCK_DV)
     store_row_statistics(LSE, row, m, l, i < L, BIAS is not None and not BOOL)
     if JVP:
         t = t * inverse[:, None]
+        if BIAS is not None or CAUSAL:
+            t = tl.where(tl.maximum(spoil, t_spoil)[:, None] > 0.0, float("nan"), t)
         r = r * inverse
         if T_S:
             t -= r[:, None] * o

@@ -16,6 +16,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+OUTSIDE = tl.constexpr(float("-inf"))  # of a floating mask: no pair outside of the tensors counts
 
 # lengths and counts that must not make a kernel compile anew
 UNSPECIALIZED = ("threshold", "batch_per_seed", "H", "L", "S")
@@ -57,18 +58,18 @@ def store_tile(X, x, b, h, row, rows, BLOCK: tl.constexpr, D: tl.constexpr, BLOC
 
 
 @triton.jit
-def load_bias(BIAS, b, h, i, j, L, S):
-    """The mask at rows i (l, 1) and columns j (1, s), or the transposed: float32, 0 outside; a bool
-    mask reads 0 or 1."""
+def load_bias(BIAS, b, h, i, j, L, S, OTHER: tl.constexpr):
+    """The mask at rows i (l, 1) and columns j (1, s), or the transposed: float32, OTHER outside; a
+    bool mask reads 0 or 1."""
     at = _head(BIAS, b, h) + tl.cast(i, tl.int64) * BIAS[3] + tl.cast(j, tl.int64) * BIAS[4]
-    return tl.load(at, mask=(i < L) & (j < S), other=0).to(tl.float32)
+    return tl.load(at, mask=(i < L) & (j < S), other=OTHER).to(tl.float32)
 
 
 @triton.jit
 def add_bias(s, bias):
     """(S + b in base 2, which pairs −inf hides), for the loaded bias; a finite one stays finite."""
     hidden = bias == float("-inf")
-    bias = tl.where(bias < -2e38, -3e38, bias * LOG2E)
+    bias = tl.where(bias < -2e38, -3e38, tl.where(bias > 2e38, 3e38, bias * LOG2E))
     return tl.where(hidden, float("-inf"), s + bias), hidden
 
 
@@ -122,6 +123,21 @@ def visible(i, j, S, bias, CAUSAL: tl.constexpr, BOOL: tl.constexpr):
     if BOOL:
         see = see & (bias != 0)
     return see
+
+
+@triton.jit
+def finite(x):
+    """x with 0 for NaN and inf: what a hidden key holds must not reach a product, as 0 · NaN is
+    NaN."""
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
+
+
+@triton.jit
+def spoiled(x, s):
+    """Which rows of scores S see a key or value of x (BN, D) that is not finite: 1, else 0. Hidden
+    pairs have the score −inf."""
+    bad = tl.max(tl.where(tl.abs(x) < float("inf"), 0.0, 1.0), 1)
+    return tl.max(tl.where(s == float("-inf"), 0.0, bad[None, :]), 1)
 
 
 @triton.jit
