@@ -1,27 +1,41 @@
 """The public functions: check, unpack duals, choose an implementation, pack duals."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import CInterpreter, TransformType, peek_interpreter_stack
-from torch._functorch import eager_transforms
-from torch._functorch.pyfunctorch import (
-    FuncTorchInterpreter,
-    retrieve_current_functorch_interpreter,
-)
 from torch.autograd import forward_ad
-from torch.nn.attention.bias import CausalBias
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
-from . import autograd, backends, ops, recall, validation
+from . import (
+    autograd,
+    backends,
+    ops,
+    recall,
+    transforms,  # noqa: F401 (registers what transforms make of the operators)
+    validation,
+)
+from .functorch import (
+    SHORTCUTS,
+    CInterpreter,
+    FuncTorchInterpreter,
+    TransformType,
+    eager_transforms,
+    make_dual,
+    nonzero,
+    peek_interpreter_stack,
+    retrieve_current_functorch_interpreter,
+    unpack_dual,
+)
 from .options import Options
 
 Pairs = list[tuple[Tensor | None, Tensor | None]]
 
-COMPILED_INSIDE = (
-    "in a compiled torch.func.jvp attention must not lie inside another transform (grad, vjp,"
-    " vmap); run this jvp without torch.compile"
+UNDETACHED = (
+    "tangent_grad=False in a compiled torch.func.jvp must not lie inside another transform (grad,"
+    " vjp, vmap, jvp); leave it out and detach the tangent that the jvp returns"
 )
 
 
@@ -76,7 +90,11 @@ def attention(
     """
     numbers = (dropout_p, is_causal, scale, enable_gqa, backend)
     bare = None
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        if not SHORTCUTS:
+            args = (query, key, value, attn_mask, *numbers[:4])
+            return _uncompiled(attention)(*args, backend=backend, tangent_grad=tangent_grad)
+    else:
         bare = recall.attention(query, key, value, attn_mask, numbers)
         found = bare and bare.run()
         if found:
@@ -85,7 +103,10 @@ def attention(
     q, k, v, bias, options = _prepare(query, key, value, attn_mask, *numbers)
     seed = _seed(q, dropout_p)
     if torch.compiler.is_compiling():
-        route, pairs = ops, _unpack_compiled(q, k, v, bias)
+        route, pairs = (
+            ops,
+            _unpack_compiled(q, k, v, bias, nested=None if tangent_grad else UNDETACHED),
+        )
     else:
         route, pairs = autograd, _unpack(q, k, v, bias)
     (q, t_q), (k, t_k), (v, t_v), (bias, t_bias) = pairs
@@ -134,7 +155,12 @@ def attention_jvp(
     """
     numbers = (dropout_p, is_causal, scale, enable_gqa, backend)
     bare = None
-    if t_attn_mask is None and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        if not SHORTCUTS:
+            args = (query, key, value, t_query, t_key, t_value, attn_mask, *numbers[:4])
+            how = {"t_attn_mask": t_attn_mask, "backend": backend, "tangent_grad": tangent_grad}
+            return _uncompiled(attention_jvp)(*args, **how)
+    elif t_attn_mask is None:
         given = (query, key, value, attn_mask, t_query, t_key, t_value)
         bare = recall.attention_jvp(*given, numbers)
         found: Any = bare and bare.run()
@@ -153,15 +179,17 @@ def attention_jvp(
     route = autograd
     if torch.compiler.is_compiling():
         route = ops
-        pairs = _unpack_compiled(q, k, v, bias, t_q, t_k, t_v, t_bias)
-        if any(t is not None for _, t in pairs):
-            raise NotImplementedError(autograd.NESTED_JVP)
     seed = _seed(q, dropout_p)
     args = (q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options, tangent_grad)
     out, t_out = route.attention_jvp(*args)
     if bare is not None:
         bare.remember(options)
     return _restore(out, query), _restore(t_out, query)
+
+
+def _uncompiled(function: Callable) -> Callable:
+    """The function as the compiler leaves it to eager."""
+    return torch.compiler.disable(function, recursive=True)
 
 
 def _prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend):
@@ -173,7 +201,7 @@ def _prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_g
     validation.shapes(query, key, value, enable_gqa)
     scores = (*query.shape[:-1], key.shape[-2])
     if isinstance(attn_mask, CausalBias):  # it has no elements, only a shape to give them
-        attn_mask = attn_mask._materialize(query.device)
+        attn_mask = _causal_mask(attn_mask, query.device)
     validation.mask(attn_mask, scores, query.device)
     q, k, v = map(_four, (query, key, value))
     bias = None if attn_mask is None else _bias(attn_mask, query, key)
@@ -184,6 +212,13 @@ def _prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_g
         backend=backends.choose(backend, q, v),
     )
     return q, k, v, bias, options
+
+
+def _causal_mask(mask: CausalBias, device: torch.device) -> Tensor:
+    """The elements of PyTorch's causal mask, bool (L, S)."""
+    L, S = mask.shape
+    diagonal = 0 if mask.variant == CausalVariant.UPPER_LEFT else S - L
+    return torch.ones(L, S, dtype=torch.bool, device=device).tril(diagonal)
 
 
 def _autocast(*tensors):
@@ -238,6 +273,8 @@ def _seed(q: Tensor, dropout_p: float) -> Tensor | None:
 
 def _unpack(*inputs: Tensor | None) -> Pairs:
     """(primal, tangent) of each input at the current level of differentiation."""
+    if not SHORTCUTS:
+        return [(x, None) for x in inputs]
     transform = peek_interpreter_stack()  # torch.func's innermost around this call
     # a graph recorded from bare primals would forget the tangent of a gradient
     recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
@@ -245,25 +282,27 @@ def _unpack(*inputs: Tensor | None) -> Pairs:
     if recorded or out_of_reach:  # the Function's own jvp rule meets the duals
         return [(x, None) for x in inputs]
     pairs = [(x, None) if x is None else forward_ad.unpack_dual(x) for x in inputs]
-    # a symbolic zero costs no matrix products
-    return [(x, None if t is None or t._is_zerotensor() else t) for x, t in pairs]
+    return [(x, nonzero(t)) for x, t in pairs]  # a symbolic zero costs no matrix products
 
 
-def _unpack_compiled(*inputs: Tensor | None) -> Pairs:
-    """The same while a graph is traced."""
-    if eager_transforms.JVP_NESTING > 1:
-        raise NotImplementedError(autograd.NESTED_JVP)  # operators would return a zero tangent
-    if eager_transforms.JVP_NESTING == 1 and not _is_jvp(retrieve_current_functorch_interpreter()):
-        raise NotImplementedError(COMPILED_INSIDE)  # here too the tangent would be lost
+def _unpack_compiled(*inputs: Tensor | None, nested: str | None = None) -> Pairs:
+    """The same while a graph is traced: what is not unpacked meets its transforms in the operator
+    (`transforms`), or raises what `nested` says. Without a jvp nothing is: inference mode and vmap
+    have no unpacking."""
+    nesting = eager_transforms.JVP_NESTING
+    if nesting != 1 or not _is_jvp(retrieve_current_functorch_interpreter()):
+        if nesting > 0 and nested is not None:
+            raise NotImplementedError(nested)
+        return [(x, None) for x in inputs]
     if not torch.compiler.is_dynamo_compiling():  # torch.export would record an empty unpacking
         return [(x, None) if x is None else forward_ad.unpack_dual(x) for x in inputs]
     # names the level: `forward_ad` reads a global that the compiler takes for a constant, "no
     # level" for the whole graph when a plain call comes first
-    return [(x, None) if x is None else recall.unpack_dual(x, level=0) for x in inputs]
+    return [(x, None) if x is None else unpack_dual(x, level=0) for x in inputs]
 
 
 def _dual(out: Tensor, t_out: Tensor) -> Tensor:
-    return recall.make_dual(out, t_out, level=0)
+    return make_dual(out, t_out, level=0)
 
 
 def _below(attend, *args) -> tuple[Tensor, ...]:
@@ -273,7 +312,7 @@ def _below(attend, *args) -> tuple[Tensor, ...]:
     call and, in a jvp, by recording a graph even under `torch.no_grad()`. Only tensors with a
     gradient of their own, as made at that level by `nn.Parameter`, need it.
     """
-    if torch.compiler.is_compiling():
+    if not SHORTCUTS or torch.compiler.is_compiling():
         return attend(*args)
     if any(isinstance(x, Tensor) and x.requires_grad for x in args):
         return attend(*args)

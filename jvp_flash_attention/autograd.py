@@ -15,6 +15,8 @@ into the batch. AttentionDetached and AttentionJvpDetached serve `tangent_grad=F
 constant to whoever differentiates further, and nothing of it is saved.
 """
 
+from collections.abc import Callable
+from functools import partial, wraps
 from inspect import Signature
 from threading import local
 from types import SimpleNamespace
@@ -22,26 +24,33 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._C._functorch import (
+from torch.autograd import Function, forward_ad
+from torch.func import vmap
+from torch.nn import Parameter
+
+from . import backends, ops
+from .functorch import (
+    SHORTCUTS,
     CGradInterpreterPtr,
     CInterpreter,
     CJvpInterpreterPtr,
     TransformType,
-    _unwrap_for_grad,
-    _wrap_for_grad,
+    add_batch_dim,
+    eager_transforms,
+    get_current_dispatch_mode,
     get_interpreter_stack,
+    is_fwd_grad_enabled,
     is_legacy_batchedtensor,
+    nonzero,
     peek_interpreter_stack,
     pop_dynamic_layer_stack,
     push_dynamic_layer_stack,
+    set_fwd_grad_enabled,
+    unbatched,
+    unwrap_dead_wrappers,
+    unwrap_for_grad,
+    wrap_for_grad,
 )
-from torch._functorch import eager_transforms
-from torch._functorch.utils import unwrap_dead_wrappers
-from torch.autograd import Function, forward_ad
-from torch.nn import Parameter
-from torch.utils._python_dispatch import _get_current_dispatch_mode
-
-from . import backends, ops
 from .options import Options
 
 THIRD_ORDER = (
@@ -53,10 +62,6 @@ THIRD_ORDER = (
 NESTED_JVP = (
     "jvp of a jvp of attention is not supported; take the second directional derivative in reverse"
     " over forward (torch.func.grad or vjp of torch.func.jvp)"
-)
-BATCHED = (
-    "batched cotangents (is_grads_batched=True, torch.autograd.functional with vectorize=True) are"
-    " not supported; use torch.func.vmap of torch.func.vjp, or torch.func.jacrev"
 )
 
 
@@ -71,16 +76,19 @@ def attention_jvp(
 ) -> tuple[Tensor, Tensor]:
     """(O, tO); a tangent may be None. O is differentiable in the inputs, tO in inputs and tangents
     where `tangent_grad` says so."""
-    if tangent_grad:
-        return AttentionJvp.apply(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options)[:2]
-    tangents = (None if t is None else t.detach() for t in (t_q, t_k, t_v, t_bias))
-    return AttentionJvpDetached.apply(q, k, v, bias, seed, *tangents, options)[:2]
+    function, tangents = AttentionJvp, (t_q, t_k, t_v, t_bias)
+    if not tangent_grad:
+        function = AttentionJvpDetached
+        tangents = (None if t is None else t.detach() for t in tangents)
+    run = lambda *tangents: function.apply(q, k, v, bias, seed, *tangents, options)[:2]  # noqa: E731
+    return _mapped(run, *tangents)
 
 
 def _implementation(options: Options, *tensors: Tensor | None):
     """The backend itself; behind operators where a dispatch mode or a tensor subclass watches,
     which would see a kernel's outputs being allocated and not being written."""
-    watched = _get_current_dispatch_mode() is not None or not _PLAIN.issuperset(map(type, tensors))
+    watched = not SHORTCUTS or get_current_dispatch_mode() is not None
+    watched = watched or not _PLAIN.issuperset(map(type, tensors))
     return ops if watched else backends.implementation(options.backend)
 
 
@@ -105,6 +113,32 @@ class _Positional(Signature):
         return SimpleNamespace(args=args, kwargs=kwargs, apply_defaults=lambda: None)
 
 
+def _mapped(f: Callable, *inputs: Any) -> Any:
+    """f(*inputs), also of tensors of PyTorch's older vmap (`is_grads_batched=True`), which knows no
+    rule of a Function's: they are unpacked, mapped by `torch.func.vmap` and packed again."""
+    at = [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and is_legacy_batchedtensor(x)]
+    if not at:
+        return f(*inputs)
+    mapped, levels = zip(*(unbatched(inputs[i]) for i in at), strict=True)
+    present: list[bool] = []
+
+    def one(*mapped):
+        given = list(inputs)
+        for i, x in zip(at, mapped, strict=True):
+            given[i] = x
+        outputs = f(*given)
+        present[:] = [x is not None for x in outputs]
+        return tuple(x for x in outputs if x is not None)
+
+    outputs = iter(vmap(one)(*mapped))
+    return tuple(add_batch_dim(next(outputs), 0, levels[0]) if there else None for there in present)
+
+
+def _batchable(backward: Callable) -> staticmethod:
+    """A Function's backward that also takes batched cotangents."""
+    return staticmethod(wraps(backward)(lambda ctx, *d: _mapped(partial(backward, ctx), *d)))
+
+
 class _Folded(Function):
     """A Function whose vmap rule folds the mapped dimension into the batch: (V, B, ...) -> (V·B,
     ...)."""
@@ -115,6 +149,8 @@ class _Folded(Function):
     @classmethod
     def apply(cls, *args) -> Any:
         """`Function.apply`, or only the forward where nobody records a graph."""
+        if not SHORTCUTS:
+            return super().apply(*args)
         transform = peek_interpreter_stack()  # torch.func's innermost around this call
         if transform is None:
             args = unwrap_dead_wrappers(args)  # of transforms that ended
@@ -161,11 +197,10 @@ class Attention(_Folded):
         ctx.save_for_backward(*tensors, out, lse)
         ctx.save_for_forward(*tensors, out, lse)
 
-    @staticmethod
-    def backward(ctx, d_out, _d_lse):
+    @_batchable
+    def backward(ctx: Any, d_out, _d_lse):
         if d_out is None:
             return (None,) * 6
-        _refuse_batched(d_out)
         q, k, v, bias, seed, out, lse = ctx.saved_tensors
         need = ctx.needs_input_grad
         grads = _grad(d_out, q, k, v, bias, seed, out, lse, ctx.options, need[3])
@@ -203,13 +238,12 @@ class AttentionJvp(_Folded):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, out, t_out, lse, mu)
 
-    @staticmethod
-    def backward(ctx, d_out, d_t_out, _d_lse, _d_mu):
+    @_batchable
+    def backward(ctx: Any, d_out, d_t_out, _d_lse, _d_mu):
         q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu = ctx.saved_tensors
         need = ctx.needs_input_grad
         bias_grad = need[3] or need[8]
-        d_out, d_t_out = _nonzero(d_out), _nonzero(d_t_out)
-        _refuse_batched(d_out, d_t_out)
+        d_out, d_t_out = nonzero(d_out), nonzero(d_t_out)
         if d_t_out is None:  # the tangent was detached: an ordinary backward
             if d_out is None:
                 return (None,) * 10
@@ -241,7 +275,7 @@ class AttentionJvpDetached(AttentionJvp):
         ctx.save_for_backward(*inputs[:5], out, lse)
 
     @staticmethod
-    def backward(ctx, d_out, *_):
+    def backward(ctx: Any, d_out, *_):
         return (*Attention.backward(ctx, d_out, None)[:5], *(None,) * 5)
 
 
@@ -262,13 +296,12 @@ class AttentionGrad(_Folded):
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
-    @staticmethod
-    def backward(ctx, *dd):
+    @_batchable
+    def backward(ctx: Any, *dd):
         d_out, q, k, v, bias, seed, _out, _lse = ctx.saved_tensors
         dd_q, dd_k, dd_v, dd_bias = (*dd, None)[:4]
         if all(g is None for g in dd):
             return (None,) * 10
-        _refuse_batched(*dd)
         inputs = (q, k, v, bias, seed, dd_q, dd_k, dd_v, dd_bias)
         out, t_out, lse, mu = AttentionJvp.apply(*inputs, ctx.options)
         grads = _jvp_grad(
@@ -310,7 +343,7 @@ class AttentionJvpGrad(_Folded):
         pass
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx: Any, *_):
         raise NotImplementedError(THIRD_ORDER)
 
     @staticmethod
@@ -321,24 +354,24 @@ class AttentionJvpGrad(_Folded):
 def below(transform: CInterpreter, attend, *args) -> tuple[Tensor, ...]:
     """attend(*args), one level below the innermost grad or jvp, which has nothing to do with it."""
     level = transform.level()
-    inner = [_unwrap_for_grad(x, level) if isinstance(x, Tensor) else x for x in args]
-    duals = torch._C._is_fwd_grad_enabled()
+    inner = [unwrap_for_grad(x, level) if isinstance(x, Tensor) else x for x in args]
+    duals = is_fwd_grad_enabled()
     if transform.key() == TransformType.Jvp and not CJvpInterpreterPtr(transform).prevFwdGradMode():
-        torch._C._set_fwd_grad_enabled(False)  # torch.inference_mode() lies around the jvp
+        set_fwd_grad_enabled(False)  # torch.inference_mode() lies around the jvp
     layer = pop_dynamic_layer_stack()
     try:
         outputs = attend(*inner)
     finally:
         push_dynamic_layer_stack(layer)
-        torch._C._set_fwd_grad_enabled(duals)
-    return tuple(_wrap_for_grad(x, level) for x in outputs)
+        set_fwd_grad_enabled(duals)
+    return tuple(wrap_for_grad(x, level) for x in outputs)
 
 
 def _is_recorded(args) -> bool:
     """Whether autograd may differentiate what is done to tensors outside of every transform."""
     # the level inside of torch.func.jvp is its own: only tensors that it wraps have tangents
     duals = forward_ad._current_level >= 0 and eager_transforms.JVP_NESTING == 0
-    duals = duals and torch._C._is_fwd_grad_enabled()
+    duals = duals and is_fwd_grad_enabled()
     grads = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
     return duals or grads
 
@@ -367,17 +400,6 @@ def _jvp_grad(*args):
     `bias_grad`."""
     grads = AttentionJvpGrad.apply(*args)
     return grads if args[-1] else (*grads[:3], None, *grads[3:], None)
-
-
-def _nonzero(x: Tensor | None) -> Tensor | None:
-    """None for a symbolic zero, as a product with an untouched factor gives its other output."""
-    return None if x is None or x._is_zerotensor() else x
-
-
-def _refuse_batched(*cotangents: Tensor | None) -> None:
-    """Those of PyTorch's older vmap, which knows no rule of a Function's."""
-    if any(x is not None and is_legacy_batchedtensor(x) for x in cotangents):
-        raise NotImplementedError(BATCHED)
 
 
 def _batch(x: Tensor, dim: int | None) -> int:

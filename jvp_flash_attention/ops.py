@@ -12,17 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.autograd import make_autograd_impl
-from torch._library.custom_ops import CustomOpDef
+from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.library import Library, custom_op
 
 from .backends import implementation
+from .functorch import SHORTCUTS, is_fwd_grad_enabled, make_autograd_impl
 from .options import Options
 
 RECORDED = (
     "attention that was recorded (torch.func.linearize, torch.compile, torch.export) has no tangent"
-    " of its own; take the jvp of the function itself, or record the jvp"
+    " of its own; take the jvp of the function itself, or record the jvp (a jvp of a jvp of"
+    " attention is not supported)"
 )
 
 
@@ -186,24 +187,31 @@ forward_op.register_autograd(_forward_backward, setup_context=_save)
 forward_jvp_op.register_autograd(_forward_jvp_backward, setup_context=_save)
 
 
-def _refuse_duals(op: CustomOpDef) -> None:
+def _refuse_duals(op: Any, overload: OpOverload) -> None:
     """An operator drops a tangent without a sign of it; one that meets these raises."""
-    differentiate = make_autograd_impl(op._opoverload, op)
+    differentiate = make_autograd_impl(overload, op)
 
     def run(keyset, *args, **kwargs):
-        if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():
+        if not SHORTCUTS or is_fwd_grad_enabled():
             tensors = (x for x in args if isinstance(x, Tensor))
             if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
                 raise NotImplementedError(RECORDED)
         return differentiate(keyset, *args, **kwargs)
 
     for device in ("CPU", "CUDA"):
-        _library.impl(op._opoverload, run, f"Autograd{device}", with_keyset=True)
+        _library.impl(overload, run, f"Autograd{device}", with_keyset=True)
 
 
 _library = Library("jvp_flash_attention", "IMPL")
-for _op in (forward_op, forward_jvp_op, backward_op, backward_jvp_op):
-    _refuse_duals(_op)
+_overloads = torch.ops.jvp_flash_attention
+for _op, _overload in (
+    (forward_op, _overloads.forward.default),
+    (forward_jvp_op, _overloads.forward_jvp.default),
+    (backward_op, _overloads.backward.default),
+    (backward_jvp_op, _overloads.backward_jvp.default),
+):
+    if make_autograd_impl is not None:
+        _refuse_duals(_op, _overload)
 
 
 def _fake_out(q: Tensor, v: Tensor) -> Tensor:

@@ -14,27 +14,28 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _dispatch_keys, _len_torch_dispatch_stack
-from torch._C._functorch import (
-    CInterpreter,
-    TransformType,
-    _unwrap_for_grad,
-    _wrap_for_grad,
-    peek_interpreter_stack,
-    pop_dynamic_layer_stack,
-    push_dynamic_layer_stack,
-)
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from . import backends
+from .functorch import (
+    SHORTCUTS,
+    CInterpreter,
+    TransformType,
+    dispatch_keys,
+    is_fwd_grad_enabled,
+    len_torch_dispatch_stack,
+    peek_interpreter_stack,
+    pop_dynamic_layer_stack,
+    push_dynamic_layer_stack,
+    unpack_dual,
+    unwrap_for_grad,
+    without_torch_function,
+    wrap_for_grad,
+)
 from .options import Options, layout, tf32_allowed
 
 MOST = 4096  # kinds of calls; a program with more starts to collect anew
-
-# torch._VF looks its functions up anew, which takes longer than the calls
-unpack_dual: Callable = torch._C._VariableFunctions._unpack_dual  # type: ignore[attr-defined]
-make_dual: Callable = torch._C._VariableFunctions._make_dual  # type: ignore[attr-defined]
 
 _known: dict[tuple, Callable] = {}
 _PLAIN = {Tensor, Parameter, type(None)}
@@ -59,7 +60,7 @@ class Bare(NamedTuple):
         if launch is None or self.transform is None:
             return launch and launch(*self.tensors)
         out, t_out = _below_the_transform(launch, *self.tensors)
-        return _wrap_for_grad(out, 1), t_out if t_out is None else _wrap_for_grad(t_out, 1)
+        return wrap_for_grad(out, 1), t_out if t_out is None else wrap_for_grad(t_out, 1)
 
     def remember(self, options: Options) -> None:
         """Keeps what this call, having gone the long way, launched."""
@@ -86,10 +87,12 @@ def _below_the_transform(f: Callable, *args) -> Any:
 def attention(query, key, value, attn_mask, numbers: tuple) -> Bare | None:
     """The call of `api.attention` with these arguments, where it is bare; `numbers` are dropout_p,
     is_causal, scale, enable_gqa and backend."""
+    if not SHORTCUTS:
+        return None
     inputs = (query, key, value, attn_mask)
     transform = peek_interpreter_stack()  # torch.func's innermost around this call
     if transform is None:
-        if forward_ad._current_level < 0 or not torch._C._is_fwd_grad_enabled():
+        if forward_ad._current_level < 0 or not is_fwd_grad_enabled():
             return _bare((*inputs, None, None, None), numbers, False, None)
     elif transform.level() != 1 or transform.key() != TransformType.Jvp:
         return None
@@ -113,7 +116,9 @@ def attention(query, key, value, attn_mask, numbers: tuple) -> Bare | None:
 
 def attention_jvp(q, k, v, mask, t_q, t_k, t_v, numbers: tuple) -> Bare | None:
     """The call of `api.attention_jvp` with these arguments, where it is bare."""
-    duals = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
+    if not SHORTCUTS:
+        return None
+    duals = forward_ad._current_level >= 0 and is_fwd_grad_enabled()
     if duals or peek_interpreter_stack() is not None:
         return None
     return _bare((q, k, v, mask, t_q, t_k, t_v), numbers, True, None)
@@ -122,7 +127,7 @@ def attention_jvp(q, k, v, mask, t_q, t_k, t_v, numbers: tuple) -> Bare | None:
 def _bare(tensors: tuple, numbers: tuple, jvp: bool, transform: CInterpreter | None) -> Bare | None:
     if tuple(map(type, numbers)) not in _KINDS or numbers[0] != 0.0:
         return None
-    if not _are_plain(tensors) or _len_torch_dispatch_stack():
+    if not _are_plain(tensors) or len_torch_dispatch_stack():
         return None
     q: Any = tensors[0]
     kind = "cuda" if q.is_cuda else "cpu" if q.is_cpu else None
@@ -131,7 +136,7 @@ def _bare(tensors: tuple, numbers: tuple, jvp: bool, transform: CInterpreter | N
     keys, recording = _dense_keys(kind), torch.is_grad_enabled()
     for x in tensors:
         if x is not None and (
-            _dispatch_keys(x).raw_repr() not in keys or (recording and x.requires_grad)
+            dispatch_keys(x).raw_repr() not in keys or (recording and x.requires_grad)
         ):
             return None
     if kind == "cuda" and q.get_device() != torch.cuda.current_device():
@@ -151,7 +156,7 @@ def _are_plain(tensors: tuple) -> bool:
 
 def _unwrapped(tensors: tuple) -> tuple:
     """What lies below the outermost transform."""
-    return tuple([None if x is None else _unwrap_for_grad(x, 1) for x in tensors])
+    return tuple([None if x is None else unwrap_for_grad(x, 1) for x in tensors])
 
 
 def _recorded(tensors: tuple) -> bool:
@@ -164,7 +169,7 @@ def _dense_keys(kind: str) -> frozenset[int]:
     without memory: ordinary ones, and those made in inference mode."""
     found = set()
     for inference in (False, True):
-        with torch.inference_mode(inference), torch._C.DisableTorchFunction():
+        with torch.inference_mode(inference), without_torch_function():
             x = torch.empty(0, device=kind)  # inside torch.func.jvp it comes wrapped
-            found.add(_dispatch_keys(_unwrap_for_grad(x, 1)).raw_repr())
+            found.add(dispatch_keys(unwrap_for_grad(x, 1)).raw_repr())
     return frozenset(found)

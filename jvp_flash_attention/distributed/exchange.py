@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import P2POp, ProcessGroup, Work
 
+from ..functorch import without_functorch
+
 ALIGNMENT = 16  # bytes; what TMA reads begins at a multiple
 
 Kind = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a tensor
@@ -121,7 +123,7 @@ def agree(group: ProcessGroup, name: str, call: tuple, fault: str | None) -> Non
     key = (name, group.group_name, call)
     if key not in _agreed:
         everyone: list = [None] * group.size()
-        with torch._C._DisableFuncTorch():  # inside a torch.func.jvp its bytes would come wrapped
+        with without_functorch():  # inside a torch.func.jvp its bytes would come wrapped
             distributed.all_gather_object(everyone, (call, fault), group=group)
         for rank, (other, found) in enumerate(everyone):
             if found is not None:

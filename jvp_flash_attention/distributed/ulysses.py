@@ -29,6 +29,10 @@ from .exchange import agree, all_to_all
 from .sharding import split
 
 NAME = "ulysses_attention"
+NESTED = (
+    "in a compiled torch.func.jvp ulysses_attention must not lie inside another transform (grad,"
+    " vjp, vmap, jvp); run this jvp without torch.compile"
+)
 VMAP = "ulysses_attention has no vmap; put the mapped dimension into the batch"
 
 
@@ -129,8 +133,10 @@ def attend(
     """`ulysses_attention` among the members; `numbers` are dropout_p, is_causal, scale, enable_gqa
     and the backend that serves the whole sequence."""
     q, k, v, bias, options = _prepare(query, key, value, attn_mask, numbers, who, lengths)
-    unpack = api._unpack_compiled if torch.compiler.is_compiling() else api._unpack
-    pairs = unpack(q, k, v)
+    if torch.compiler.is_compiling():
+        pairs = api._unpack_compiled(q, k, v, nested=NESTED)
+    else:
+        pairs = api._unpack(q, k, v)
     primals, tangents = ([pair[i] for pair in pairs] for i in range(2))
     jvp = any(t is not None for t in tangents)
     outputs = _between(primals, tangents, bias, options, who, lengths, jvp, tangent_grad)

@@ -8,6 +8,7 @@ from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..functorch import materialized
 from ..options import Options, tf32_allowed
 from . import configs
 
@@ -106,19 +107,12 @@ def precision(itemsize: int, block: int, six: bool) -> str:
     return "bf16x6" if six else "tf32x3"
 
 
-def materialised(x: Tensor) -> Tensor:
-    """The elements in memory: a symbolic zero has none, a negative view holds the others."""
-    if x._is_zerotensor():
-        return x.clone()
-    return x.resolve_neg() if x.is_neg() else x
-
-
 def unit(x: Tensor | None) -> Tensor | None:
     """The tensor itself where the kernels can read it: unit stride in the last dimension, and rows
     so close that 128 of them are counted in 32 bits; otherwise a copy."""
     if x is None:
         return None
-    x = materialised(x)
+    x = materialized(x)
     return x if is_unit(x) else x.contiguous()
 
 
@@ -151,7 +145,7 @@ def readable_mask(bias: Tensor | None) -> Tensor | None:
     """A mask as the kernels read it: a bool mask as int8."""
     if bias is None:
         return None
-    return bias.view(torch.int8) if bias.dtype == torch.bool else materialised(bias)
+    return bias.view(torch.int8) if bias.dtype == torch.bool else materialized(bias)
 
 
 def mask(bias: Tensor | None, p: Problem):

@@ -1,0 +1,30 @@
+"""What `torch.func` makes of the operators in a compiled function: the Functions of `autograd`.
+
+An operator has no rule for a transform: grad drops its gradient, jvp its tangent, vmap raises. So
+the two forward operators meet a transform as the Function that they stand for, which lowers itself
+level by level and reaches the operator again below all of them.
+"""
+
+import torch
+from torch.library import Library
+
+from . import autograd, ops  # noqa: F401 (the operators)
+from .options import Options
+
+_library = Library("jvp_flash_attention", "IMPL")
+
+
+def _forward(q, k, v, bias, seed, *options):
+    return autograd.Attention.apply(q, k, v, bias, seed, Options(*options))
+
+
+def _forward_jvp(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, *options):
+    inputs = (q, k, v, bias, seed, t_q, t_k, t_v, t_bias)
+    return autograd.AttentionJvp.apply(*inputs, Options(*options))
+
+
+for _op, _function in (
+    (torch.ops.jvp_flash_attention.forward.default, _forward),
+    (torch.ops.jvp_flash_attention.forward_jvp.default, _forward_jvp),
+):
+    _library.impl(_op, _function, "FuncTorchDynamicLayerFrontMode")

@@ -1,0 +1,44 @@
+"""Without any one of PyTorch's private names the library imports and gives the same results."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from jvp_flash_attention import attention, functorch
+
+ROOT = Path(__file__).parents[1]
+# what is used alone does not switch the shortcuts off
+ALONE = ["is_legacy_batchedtensor", "_add_batch_dim", "_remove_batch_dim", "make_autograd_impl"]
+
+
+@pytest.mark.slow
+def test_each_private_name_may_be_missing(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.without_private_names", tmp_path / "exact.pt", *ALONE],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr[-4000:]
+    assert int(run.stdout.split()[0]) > 20
+
+
+def test_nothing_else_in_the_library_is_private_to_pytorch():
+    private = ("torch._C", "torch._functorch", "torch._library", "torch.utils._", "_opoverload")
+    for path in (ROOT / "jvp_flash_attention").rglob("*.py"):
+        if path.name != "functorch.py":
+            assert not any(name in path.read_text() for name in private), path
+
+
+def test_a_symbolic_zero_is_known_without_its_name(monkeypatch):
+    zero = torch._efficientzerotensor((2, 3))
+    for known in (functorch.is_zerotensor, functorch._without_memory):
+        monkeypatch.setattr(functorch, "is_zerotensor", known)
+        assert functorch.nonzero(zero) is None
+        assert torch.equal(functorch.materialized(zero), torch.zeros(2, 3))
+        assert functorch.nonzero(torch.zeros(2, 3)) is not None
+    q, unused = torch.randn(1, 2, 5, 4, requires_grad=True), torch.randn(1, 2, 5, 4)
+    t = torch.func.jvp(lambda x: attention(q, x, x), (unused,), (unused,))[1]
+    assert t.requires_grad
