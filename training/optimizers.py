@@ -17,6 +17,7 @@ def adamw(
     max_steps: int,
     lr: float = 1e-4,
     betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
     weight_decay: float = 0.0,
     schedule: str = "constant",
     warmup_steps: int = 0,
@@ -24,17 +25,44 @@ def adamw(
     decay_steps: int = 10_000,
     fused: bool | None = None,
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """AdamW; for the schedule see ``factor``. ``fused`` None is true."""
+    """AdamW; for the schedule see ``factor``. ``fused`` None is true. Without weight decay it is
+    Adam.
+    """
+    options = _checked(lr, betas, eps, weight_decay)
+    optimizer = torch.optim.AdamW(parameters, **options, fused=fused is not False)
+    rate = factor(max_steps, schedule, warmup_steps, floor, decay_steps)
+    return optimizer, Rate(optimizer, rate)
+
+
+def radam(
+    parameters: Iterable[torch.nn.Parameter],
+    max_steps: int,
+    lr: float = 1e-4,
+    betas: tuple[float, float] = (0.9, 0.99),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    schedule: str = "constant",
+    warmup_steps: int = 0,
+    floor: float = 0.0,
+    decay_steps: int = 10_000,
+) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """RAdam (arXiv 1908.03265), its weight decay decoupled; for the schedule see ``factor``."""
+    options = _checked(lr, betas, eps, weight_decay)
+    optimizer = torch.optim.RAdam(parameters, **options, decoupled_weight_decay=True)
+    rate = factor(max_steps, schedule, warmup_steps, floor, decay_steps)
+    return optimizer, Rate(optimizer, rate)
+
+
+def _checked(
+    lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> dict[str, Any]:
     between("optimizer.lr", lr, 0, open_low=True)
+    between("optimizer.eps", eps, 0, open_low=True)
     between("optimizer.weight_decay", weight_decay, 0)
     beta1, beta2 = betas
     for beta in (beta1, beta2):
         between("optimizer.betas", beta, 0, 1)
-    optimizer = torch.optim.AdamW(
-        parameters, lr=lr, betas=(beta1, beta2), weight_decay=weight_decay, fused=fused is not False
-    )
-    rate = factor(max_steps, schedule, warmup_steps, floor, decay_steps)
-    return optimizer, Rate(optimizer, rate)
+    return {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
 
 
 class Rate(LambdaLR):

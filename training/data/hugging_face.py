@@ -42,6 +42,8 @@ class HuggingFace(Data):
         batch_size: int = 128,
         num_workers: int = 0,
         flip: bool = False,
+        augment: float = 0.0,
+        augment_turn: bool = False,
     ) -> None:
         check_picture_options(image_size, channels, resize)
         if (name is None) == (path is None):
@@ -62,6 +64,7 @@ class HuggingFace(Data):
             sources = {key: source.decoded() for key, source in sources.items()}
         sizes = {"shape": (channels, image_size, image_size), "num_classes": num_classes}
         options: dict[str, Any] = {**sizes, "num_workers": num_workers, "flip": flip}
+        options |= {"augment": augment, "augment_turn": augment_turn}
         super().__init__(seed, batch_size, **sources, **options)
 
 

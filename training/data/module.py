@@ -11,6 +11,7 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from training.data.augment import augment
 from training.data.stream import Batch, Stream
 from training.randomness import Draws, generator
 from training.validation import between, positive_integer, switch
@@ -50,6 +51,9 @@ class Data(LightningDataModule):
         num_classes: labels are 0 ... num_classes - 1; 1 is a data set without classes.
         num_workers: processes that read; 0 reads in the training process.
         flip: mirror every image with probability one half.
+        augment: probability of each kind of EDM's augmentation (``data.augment``), 0 is none. What
+            was done then comes with the labels, (B, 1 + n), for a network that is told.
+        augment_turn: images are turned and put upside down too.
     """
 
     images = True  # of pixels: they can be looked at, and recognised by a classifier
@@ -66,8 +70,16 @@ class Data(LightningDataModule):
         num_classes: int,
         num_workers: int = 0,
         flip: bool = False,
+        augment: float = 0.0,
+        augment_turn: bool = False,
     ) -> None:
         super().__init__()
+        between("data.augment", augment, 0, 1)
+        switch("data.augment_turn", augment_turn)
+        if augment and flip:
+            raise ValueError(
+                "data.flip must be false with data.augment, which mirrors images itself; got true"
+            )
         positive_integer("data.batch_size", batch_size)
         if num_workers:
             positive_integer("data.num_workers", num_workers)
@@ -78,6 +90,7 @@ class Data(LightningDataModule):
             num_workers,
             flip,
         )
+        self.augment, self.augment_turn = augment, augment_turn
         self.sources = {"train": train, "held_out": held_out}
         self.shape, self.num_classes = shape, num_classes
 
@@ -89,7 +102,7 @@ class Data(LightningDataModule):
             rank, world_size = trainer.global_rank, trainer.world_size
         # A whole batch is read at once: no collation of single images.
         return DataLoader(
-            _Reader(self, "train", self.seed, rank, self.flip),
+            _Reader(self, "train", self.seed, rank, self.flip, self.augment),
             batch_size=None,
             sampler=self.order(start, rank, world_size),
             num_workers=self.num_workers,
@@ -134,13 +147,16 @@ class Data(LightningDataModule):
 class _Reader(Dataset):
     """A source as PyTorch's loader sees it: one item is a whole batch."""
 
-    def __init__(self, data: Data, split: str, seed: int, rank: int, flip: bool) -> None:
+    def __init__(
+        self, data: Data, split: str, seed: int, rank: int, flip: bool, augment: float = 0.0
+    ) -> None:
         self.source, self.shape, self.num_classes = (
             data.sources[split],
             data.shape,
             data.num_classes,
         )
         self.seed, self.rank, self.flip = seed, rank, flip
+        self.augment, self.turn = augment, data.augment_turn
 
     def __getitem__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         def draws(purpose: str) -> torch.Generator:
@@ -158,6 +174,9 @@ class _Reader(Dataset):
         if self.flip:
             mirrored = torch.rand(len(x), generator=draws("flip")) < 0.5
             x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+        if self.augment:
+            x, numbers = augment(x, self.augment, self.turn, draws("augment"))
+            y = torch.cat([y[:, None].to(numbers), numbers], dim=1)
         return x, y
 
 

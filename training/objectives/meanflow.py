@@ -42,6 +42,8 @@ class MeanFlow(Objective):
         reduce: ``sum`` or ``mean`` over the elements of a sample; it changes what ``c`` means.
         p, c: of the adaptive weight; p = 0 is the plain squared error.
         time_sampler, time_mean, time_std: see ``times.Times``.
+        r_mean, r_std: of a distribution of its own for the second of the two times, of which t is
+            the later; null is the first one's.
         omega, kappa: guidance built into the target; ω = 1, κ = 0 is none; scale ω / (1 - κ).
         guidance_start, guidance_end: guidance acts for t in this interval.
         label_dropout: share of samples without label; their target is the plain v.
@@ -59,6 +61,8 @@ class MeanFlow(Objective):
         time_sampler: str = "logit_normal",
         time_mean: float = -0.4,
         time_std: float = 1.0,
+        r_mean: float | None = None,
+        r_std: float | None = None,
         omega: float = 1.0,
         kappa: float = 0.0,
         guidance_start: float = 0.0,
@@ -79,6 +83,10 @@ class MeanFlow(Objective):
         check_label_dropout(label_dropout, guidance)
         self.jvp = (jvp or Jvp()).require_constant(type(self).__name__)
         self.times = Times(time_sampler, time_mean, time_std)
+        self.r_times = None
+        if r_mean is not None or r_std is not None:
+            mean = time_mean if r_mean is None else r_mean
+            self.r_times = Times(time_sampler, mean, time_std if r_std is None else r_std)
         self.equal_share, self.reduce, self.p, self.c = equal_share, reduce, p, c
         self.omega, self.kappa, self.interval = omega, kappa, (guidance_start, guidance_end)
         self.label_dropout = label_dropout
@@ -86,7 +94,8 @@ class MeanFlow(Objective):
     def draw(
         self, x: torch.Tensor, y: torch.Tensor, null_label: int, draws: Draws
     ) -> MeanFlowSample:
-        t, r = self.times.draw_pairs(len(x), self._equal(len(x)), draws("times"))
+        equal = self._equal(len(x))
+        t, r = self.times.draw_pairs(len(x), equal, draws("times"), self.r_times)
         e = torch.randn(x.shape, generator=draws("noise"), device=x.device)
         z, v = linear_path(x, e, t)
         y, dropped = drop_labels(y, self.label_dropout, null_label, draws("labels"))

@@ -88,6 +88,11 @@ def check_label_dropout(share: float, guidance: str = "") -> None:
 def drop_labels(
     y: torch.Tensor, share: float, null_label: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Labels with a random share replaced by the null label, and which ones were. (B,), (B,)"""
-    dropped = torch.rand(y.shape, generator=generator, device=y.device) < share
-    return torch.where(dropped, null_label, y), dropped
+    """Labels (B,) with a random share replaced by the null label, and which ones were, (B,). What
+    else comes with a label, (B, 1 + n), is kept.
+    """
+    dropped = torch.rand(len(y), generator=generator, device=y.device) < share
+    if y.ndim == 1:
+        return torch.where(dropped, null_label, y), dropped
+    label = torch.where(dropped, null_label, y[:, 0])
+    return torch.cat([label[:, None], y[:, 1:]], dim=1), dropped

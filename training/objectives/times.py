@@ -40,10 +40,15 @@ class Times:
         return torch.sigmoid(self.mean + self.std * normal).to(limit.dtype)
 
     def draw_pairs(
-        self, n: int, equal: int, generator: torch.Generator
+        self, n: int, equal: int, generator: torch.Generator, other: "Times | None" = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """t >= r, each (n,), from two independent draws; r := t for the first ``equal`` of them."""
-        pair = self.draw(2, n, generator=generator)
+        """t >= r, each (n,), from two independent draws, the second from ``other`` if there is one;
+        r := t for the first ``equal`` of them.
+        """
+        if other is None:
+            pair = self.draw(2, n, generator=generator)
+        else:
+            pair = torch.stack([times.draw(n, generator=generator) for times in (self, other)])
         t, r = pair.amax(0), pair.amin(0)
         r[:equal] = t[:equal]
         return t, r
