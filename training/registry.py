@@ -41,7 +41,7 @@ _TARGETS: dict[str, set[str]] = {
         "training.attentions.sdpa",
         "training.attentions.sdpa_fused",
     },
-    "model": {"training.models.dit.DiT"},
+    "model": {"training.models.dit.DiT", "training.models.unet.UNet"},
     "objective": {
         f"{_objectives}.alphaflow.AlphaFlow",
         f"{_objectives}.dmf.DMF",
@@ -73,7 +73,7 @@ _TARGETS: dict[str, set[str]] = {
         f"{_data}.synthetic.EightGaussians",
         f"{_data}.synthetic.Gaussian",
     },
-    "optimizer": {"training.optimizers.adamw"},
+    "optimizer": {"training.optimizers.adamw", "training.optimizers.radam"},
     "trainer": {"lightning.Trainer"},
     "callback": {
         "training.callbacks.accuracy.Accuracy",
