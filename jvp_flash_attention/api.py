@@ -216,7 +216,7 @@ def _prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_g
 
 def _causal_mask(mask: CausalBias, device: torch.device) -> Tensor:
     """The elements of PyTorch's causal mask, bool (L, S)."""
-    L, S = mask.shape
+    L, S = mask.seq_len_q, mask.seq_len_kv
     diagonal = 0 if mask.variant == CausalVariant.UPPER_LEFT else S - L
     return torch.ones(L, S, dtype=torch.bool, device=device).tril(diagonal)
 
