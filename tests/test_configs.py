@@ -11,6 +11,7 @@ from omegaconf import OmegaConf, open_dict
 
 from training import registry
 from training.build import build_data, build_module
+from training.settings import check_guidance
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 GROUPS = sorted(p.name for p in CONFIGS.iterdir() if p.is_dir() and p.name != "hydra")
@@ -115,3 +116,14 @@ def test_a_model_receives_the_attention_that_is_asked_for():
 def test_sampling_composes():
     config = composed("ckpt=x.ckpt", "nfe=2", "sampler=heun", name="sample")
     assert (config.nfe, config.n, config.sampler.method) == (2, 64, "heun")
+
+
+def test_guidance_beyond_that_of_training_is_asked_for_by_name():
+    config = composed("objective=imf", "sampler.guidance=10.5")
+    with pytest.raises(ValueError, match=r"guidance_max=8.*sampler\.extrapolate=true"):
+        check_guidance(config.sampler, config)
+    config.sampler.extrapolate = True
+    check_guidance(config.sampler, config)
+    published = composed("experiment=imf_l2")
+    check_guidance(published.sampler, published)
+    assert published.sampler.guidance == 10.5

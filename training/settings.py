@@ -89,10 +89,12 @@ def check_guidance(sampler: DictConfig, config: DictConfig) -> None:
                 " train with guidance in the target (objective.omega, objective.kappa), or with"
                 " objective=imf, whose guidance is chosen when sampling"
             )
-        if isinstance(most, int | float) and isinstance(guidance, int | float) and guidance > most:
+        numbers = isinstance(most, int | float) and isinstance(guidance, int | float)
+        if numbers and guidance > most and not sampler.get("extrapolate"):
             raise ValueError(
                 f"sampler.guidance must be <= objective.guidance_max={most:g}, the most that the"
-                f" network is told in training; got {guidance}; use a lower one"
+                f" network is told in training; got {guidance}; use a lower one, or"
+                " sampler.extrapolate=true"
             )
     elif guidance not in (None, 1) and config.objective.get("label_dropout") == 0:
         raise ValueError(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from training.validation import between, positive_integer
+from training.validation import between, positive_integer, switch
 
 
 class MeanFlowSampler:
@@ -17,6 +17,9 @@ class MeanFlowSampler:
         times: the nfe - 1 times between 1 and 0, falling; null is equal intervals.
         guidance: told to a network that has it as a condition (iMF); null tells nothing.
         guidance_start, guidance_end: the interval that goes with it.
+        extrapolate: guidance may be stronger than any that the network was told in training, as
+            iMF's published samples have it (10.5, trained up to 8); ``settings.check_guidance``
+            refuses it otherwise.
     """
 
     def __init__(
@@ -26,8 +29,10 @@ class MeanFlowSampler:
         guidance: float | None = None,
         guidance_start: float = 0.0,
         guidance_end: float = 1.0,
+        extrapolate: bool = False,
     ) -> None:
         positive_integer("sampler.nfe", nfe)
+        switch("sampler.extrapolate", extrapolate)
         if times is not None:
             whole = [1.0, *times, 0.0]
             if len(times) != nfe - 1 or any(t <= r for t, r in pairwise(whole)):
