@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from training.build import build_data, build_module
+from training.build import build_data, build_module, settle_batch
 from training.callbacks.checkpoint import interrupted_once
 from training.callbacks.finish import Finish, finished, over
 from training.checkpoints import (
@@ -30,6 +30,7 @@ from training.settings import check, remark
 
 def train(config: DictConfig, run_dir: Path) -> None:
     check(config)
+    settle_batch(config)
     trust(config.trusted)
     trust_own(config)
     # A job that was started again may meet the last moments of the one before.

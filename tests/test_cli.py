@@ -289,10 +289,29 @@ def test_an_objective_goes_on_and_is_exported_evaluated_and_sampled(tmp_path, ca
             "objective.label_dropout must be > 0 with objective.omega=2 objective.kappa=0.0",
         ),
         ("train.py", ["objective=tvm", "objective.omega=2"], "must be > 0 with objective.omega=2"),
-        ("train.py", ["data=image_folder"], "data.path"),
-        ("train.py", ["data=image_folder", "data.path=no"], "data.path: there is no directory no"),
+        ("train.py", ["data=image_folder", "trainer.max_steps=1"], "data.path"),
+        ("train.py", ["data=image_folder"], "trainer.max_steps must be given"),
+        (
+            "train.py",
+            ["data=image_folder", "data.path=no", "trainer.max_steps=1"],
+            "data.path: there is no directory no",
+        ),
         ("train.py", ["data=fashion_mnist", "data.path=no"], "there is no train-images-idx3-ubyte"),
-        ("train.py", ["data=latents", "data.path=no"], "data.path: there is no meta.json in no"),
+        (
+            "train.py",
+            ["data=latents", "data.path=no", "trainer.max_steps=1"],
+            "data.path: there is no meta.json in no",
+        ),
+        (
+            "train.py",
+            ["experiment=meanflow_b2", "objective=alphaflow"],
+            "the experiment is the recipe of objective=meanflow",
+        ),
+        (
+            "train.py",
+            ["experiment=meanflow_b2", "data.batch_size=32"],
+            "data.batch_size=32 with 1 process(es) x trainer.accumulate_grad_batches=1 is a step",
+        ),
         ("encode_latents.py", ["data=blobs", "output=x"], "data: latents are encoded from colour"),
         ("sample.py", ["ckpt=nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
         ("sample.py", [], "ckpt must be given: ckpt=RUN/checkpoints/last.ckpt, or a file that"),
@@ -358,6 +377,7 @@ def test_an_unreadable_image_ends_a_run_with_one_line_that_names_it(tmp_path):
         for i in range(16):
             (tmp_path / "images" / name / f"{i}.png").write_bytes(b"not an image")
     arguments = ["data=image_folder", f"data.path={tmp_path / 'images'}", "data.num_workers=1"]
+    arguments += ["trainer.max_steps=9"]
     result = call("train.py", *FAST, *arguments, f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
     assert result.returncode == 1
     assert len(result.stderr.splitlines()) == 1, result.stderr

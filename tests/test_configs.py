@@ -9,8 +9,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import OmegaConf, open_dict
 
-from training import registry
-from training.build import build_data, build_module
+from training import registry, settings
+from training.build import build_data, build_module, settle_batch
 from training.settings import check_guidance
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -42,14 +42,14 @@ def build(config):
 
 def test_every_group_mirrors_the_code():
     code = {p.name for p in Path(CONFIGS.parent, "training").iterdir()}
-    for group in set(GROUPS) - {"experiment"}:
+    for group in set(GROUPS) - {"experiment", "budget", "recipe"}:  # values of others
         homes = {group, f"{group}s", f"{group}s.py", f"{group}.py"}
         assert homes & code or group == "trainer", group  # trainer's arguments are Lightning's
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda x: str(x))
 def test_every_option_of_every_group_composes(group, option):
-    config = composed(f"{'+' if group == 'experiment' else ''}{group}={option}".lstrip("+"))
+    config = composed(f"{group}={option}")
     stored = training_part(config)
     assert stored["seed"] == 0
     assert registry.checked(stored, "x.ckpt") == stored  # a checkpoint of it can be read
@@ -62,7 +62,9 @@ def test_every_experiment_builds(experiment):
     data = ["data=digits"] if away else []
     if experiment == "meanflow_cifar10":
         data += ["~data.flip", "~data.augment"]
-    module = build(composed(f"experiment={experiment}", *data))
+    config = composed(f"experiment={experiment}", *data)
+    settle_batch(config)
+    module = build(config)
     assert sum(p.numel() for p in module.parameters()) > 100_000
 
 
@@ -127,3 +129,59 @@ def test_guidance_beyond_that_of_training_is_asked_for_by_name():
     published = composed("experiment=imf_l2")
     check_guidance(published.sampler, published)
     assert published.sampler.guidance == 10.5
+
+
+def test_small_data_sets_bring_their_values_and_no_other_inherits_them():
+    for objective, key, digits, published in (
+        ("meanflow", "equal_share", 0.5, 0.75),
+        ("scm", "sigma_data", 0.8, 0.5),
+        ("alphaflow", "end", 1000, 777),
+        ("tvm", "label_dropout", 0.0, 0.1),
+        ("shortcut", "teacher_warmup", True, False),
+    ):
+        small = composed(f"objective={objective}")
+        large = composed(f"objective={objective}", "data=imagenet", "trainer.max_steps=777")
+        assert (small.objective[key], large.objective[key]) == (digits, published)
+        assert (small.optimizer.lr, large.optimizer.lr) == (2e-3, 1e-4)
+        assert (small.optimizer.schedule, large.optimizer.schedule) == ("cosine", "constant")
+        assert small.trainer.max_steps == 1300
+    assert OmegaConf.is_missing(composed("data=imagenet").trainer, "max_steps")
+    recipe = composed("experiment=meanflow_xl2")  # on digits too, until data=... is given
+    assert (recipe.objective.label_dropout, recipe.optimizer.schedule) == (0.1, "constant")
+
+
+@pytest.mark.parametrize("experiment", ["meanflow_xl2", "alphaflow_b2"])
+def test_a_recipe_is_not_mixed_with_another_objective(experiment):
+    settings.check(composed(f"experiment={experiment}"))
+    config = composed(f"experiment={experiment}", "objective=shortcut")
+    with pytest.raises(ValueError, match=f"recipe of objective={experiment.split('_')[0]}.*shortc"):
+        settings.check(config)
+    settings.check(composed(f"experiment={experiment}", "objective=shortcut", "recipe_of=null"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "batch"),
+    [
+        ([], 256),
+        (["trainer.accumulate_grad_batches=8"], 32),
+        (["trainer.devices=2", "trainer.strategy=ddp"], 128),
+        (["trainer.devices=2", "trainer.strategy=ddp", "trainer.accumulate_grad_batches=4"], 32),
+        (["data.batch_size=256"], 256),
+        (["global_batch_size=null", "data.batch_size=7"], 7),
+        (["data.batch_size=32"], "data.batch_size=32 with 1 process.* is a step of 32 images"),
+        (
+            ["trainer.accumulate_grad_batches=3"],
+            "global_batch_size=256 cannot be divided over 1 pr",
+        ),
+        (["global_batch_size=null"], "data.batch_size must be given where global_batch_size is n"),
+        (["global_batch_size=0"], "global_batch_size must be an integer >= 1"),
+    ],
+)
+def test_the_batch_of_a_process_follows_from_that_of_a_step(arguments, batch):
+    config = composed("experiment=meanflow_b4", "trainer=cpu", *arguments)
+    if isinstance(batch, int):
+        settle_batch(config)
+        assert config.data.batch_size == batch
+    else:
+        with pytest.raises(ValueError, match=batch):
+            settle_batch(config)

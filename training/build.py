@@ -11,10 +11,40 @@ from training.initial import initialise
 from training.module import GenerativeModule
 from training.recompute import recompute_blocks
 from training.settings import fusable
+from training.validation import positive_integer
 
 
 def build_data(config: DictConfig) -> Any:
     return instantiate(config.data, seed=config.seed)
+
+
+def settle_batch(config: DictConfig) -> None:
+    """Set ``data.batch_size``, that of one process and one backward pass, from
+    ``global_batch_size``, or check that both say the same.
+    """
+    total, given = config.get("global_batch_size"), config.data.batch_size
+    if total is None:
+        if given is None:
+            raise ValueError("data.batch_size must be given where global_batch_size is null")
+        return
+    positive_integer("global_batch_size", total)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    processes = instantiate(config.trainer, **quiet).world_size
+    accumulate = config.trainer.accumulate_grad_batches
+    batch, rest = divmod(total, processes * accumulate)
+    parts = f"{processes} process(es) x trainer.accumulate_grad_batches={accumulate}"
+    if rest or not batch:
+        raise ValueError(
+            f"global_batch_size={total} cannot be divided over {parts}; choose other numbers of"
+            " devices or of accumulated batches, or global_batch_size=null and data.batch_size"
+        )
+    if given not in (None, batch):
+        raise ValueError(
+            f"data.batch_size={given} with {parts} is a step of {given * processes * accumulate}"
+            f" images, and global_batch_size is {total}; leave data.batch_size={batch}, change"
+            " trainer.accumulate_grad_batches, or set global_batch_size=null"
+        )
+    config.data.batch_size = batch
 
 
 def build_net(config: DictConfig, shape: tuple[int, ...], num_classes: int) -> nn.Module:

@@ -37,12 +37,17 @@ def check(config: DictConfig) -> None:
                 raise TypeError(f"{group}.{name} must be null (off) or have keys; got {part!r}")
     _check_precision(config.trainer, OmegaConf.select(config, "optimizer.fused"))
     _check_strategy(config.trainer)
+    _check_recipe(config)
     check_guidance(config.sampler, config)
     mode = OmegaConf.select(config, "objective.jvp.mode")
     if config.checkpointing and mode in ("single", "tangent_grad"):
+        remedy = "use objective.jvp.mode=double"
+        if mode == "tangent_grad":  # any other mode would leave out what the objective is
+            remedy = "use checkpointing=false, and where memory is short a smaller data.batch_size"
+            remedy += " with trainer.accumulate_grad_batches"
         raise NotImplementedError(
             "checkpointing=true cannot recompute inside torch.func.jvp, where"
-            f" objective.jvp.mode={mode} needs a gradient; use objective.jvp.mode=double"
+            f" objective.jvp.mode={mode} needs a gradient; {remedy}"
         )
     if config.compile and mode in ("double", "finite_difference"):
         raise NotImplementedError(
@@ -54,6 +59,17 @@ def check(config: DictConfig) -> None:
             f"compile=true: torch {torch.__version__} cannot compile the gradient through the"
             ' tangent (objective.jvp.mode=tangent_grad), versions before 2.15 raise "ZeroTensors'
             ' are immutable"; use compile=false'
+        )
+
+
+def _check_recipe(config: DictConfig) -> None:
+    """An experiment that is the recipe of one objective is not mixed with another one."""
+    recipe, own = config.get("recipe_of"), config.objective._target_.split(".")[-2]
+    if recipe not in (None, own):
+        raise ValueError(
+            f"objective: the experiment is the recipe of objective={recipe}, and its values would"
+            f" be mixed with those of {own}; choose an experiment of {own}, or none, or insist with"
+            " recipe_of=null"
         )
 
 

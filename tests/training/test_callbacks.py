@@ -57,9 +57,12 @@ def test_errors_are_averaged_by_time_over_the_steps_since_the_last_row():
     fake.end(buckets, {"errors": torch.tensor([5.0, 7.0]), "times": torch.tensor([0.49, 1.0])})
     assert fake.logged == {"error_t/0.00-0.50": 3, "error_t/0.50-1.00": 5}
     fake.logged.clear()
-    for _ in range(2):  # the first two are forgotten; an empty bucket is not logged
+    for _ in range(2):  # the first two are forgotten; an empty bucket does not repeat its last
         fake.end(buckets, {"errors": torch.tensor([9.0]), "times": torch.tensor([0.2])})
-    assert fake.logged == {"error_t/0.00-0.50": 9}
+    assert fake.logged == {
+        "error_t/0.00-0.50": 9,
+        "error_t/0.50-1.00": pytest.approx(float("nan"), nan_ok=True),
+    }
     fake.logged.clear()
     for missing in ({"errors": None, "times": None}, {"errors": torch.ones(1), "times": None}):
         fake.end(buckets, missing)

@@ -1,5 +1,6 @@
 """The error by time: where on the path from noise to data a network is good or bad."""
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +13,7 @@ from training.validation import between, positive_integer
 
 class TimeBuckets(Callback):
     """Logs ``error_t/0.00-0.25`` and so on: the mean unweighted error of the samples whose time t
-    is in the interval, over the steps since the row before.
+    is in the interval, over the steps since the row before; NaN where there was none.
 
     Args:
         number: of equal intervals of [0, end]; a time beyond ``end`` counts in the last one.
@@ -44,6 +45,5 @@ class TimeBuckets(Callback):
         if whole and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             sums, counts = over_ranks(self.sums, "mean").tolist()
             for name, total, count in zip(self.names, sums, counts, strict=True):
-                if count:
-                    pl_module.log(name, total / count)
+                pl_module.log(name, total / count if count else math.nan)  # not the value before
             self.sums.zero_()

@@ -10,7 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from training.validation import between, one_of
+from training.validation import between, one_of, switch
 
 Weights = dict[str, torch.Tensor]
 
@@ -22,6 +22,7 @@ class EMA(Callback):
         decay: one or several. β = min(decay, (1 + n) / (10 + n)) at step n: early on the average
             spans about a tenth of the run so far, so that short runs do not sample from their
             initialisation. The average is called ``0.9999``.
+        warmup: if false, β = decay from the first step, as published recipes have it.
         power: none, one or several relative widths σ of power-function averages (EDM2, arXiv
             2312.02696, equations 121 to 127): β = (1 - 1 / n)^(γ + 1), a profile that
             grows with the run. The average is called ``power_0.05``.
@@ -33,7 +34,10 @@ class EMA(Callback):
         decay: float | Sequence[float] = 0.9999,
         power: float | Sequence[float] = (),
         use: str | float | None = None,
+        warmup: bool = True,
     ) -> None:
+        switch("callbacks.ema.warmup", warmup)
+        self.warmup = warmup
         self.decays: dict[str, float] = {}
         self.exponents: dict[str, float] = {}
         for value in decay if isinstance(decay, Sequence) else [decay]:
@@ -73,7 +77,8 @@ class EMA(Callback):
     def beta(self, name: str, n: int) -> float:
         """Of one average at step n = 1, 2, ..."""
         if name in self.decays:
-            return min(self.decays[name], (1 + n) / (10 + n))
+            decay = self.decays[name]
+            return min(decay, (1 + n) / (10 + n)) if self.warmup else decay
         return (1 - 1 / n) ** (self.exponents[name] + 1)
 
     def averaged(self, net: nn.Module) -> nn.Module:

@@ -21,7 +21,7 @@ from training.objectives.teachers import AveragedTeacher, attached
 from training.objectives.times import Times
 from training.objectives.weighting import squared_error
 from training.randomness import Draws
-from training.validation import between, one_of, positive_integer
+from training.validation import between, one_of, positive_integer, switch
 
 
 class ShortcutSample(NamedTuple):
@@ -39,6 +39,7 @@ class Shortcut(Objective):
         consistency_share: share of the batch that learns long jumps.
         finest: M, a power of two: the number of the shortest jumps.
         teacher_decay: of the average ū.
+        teacher_warmup: the average begins short; if false, with this decay, as published.
         reduce: ``sum`` or ``mean`` over the elements of a sample.
         time_sampler, time_mean, time_std: of flow matching, see ``times.Times``.
         label_dropout: share of samples without label.
@@ -56,6 +57,7 @@ class Shortcut(Objective):
         time_mean: float = 0.0,
         time_std: float = 1.0,
         label_dropout: float = 0.1,
+        teacher_warmup: bool = False,
     ) -> None:
         super().__init__()
         between("objective.consistency_share", consistency_share, 0, 1)
@@ -68,10 +70,12 @@ class Shortcut(Objective):
         self.consistency_share, self.finest, self.reduce = consistency_share, finest, reduce
         self.times = Times(time_sampler, time_mean, time_std)
         self.teacher_decay, self.label_dropout = teacher_decay, label_dropout
+        switch("objective.teacher_warmup", teacher_warmup)
+        self.teacher_warmup = teacher_warmup
         self.teacher: AveragedTeacher | None = None
 
     def attach(self, net: nn.Module) -> None:
-        self.teacher = AveragedTeacher(net, self.teacher_decay)
+        self.teacher = AveragedTeacher(net, self.teacher_decay, self.teacher_warmup)
 
     def after_step(self, net: nn.Module) -> None:
         attached(self.teacher).follow(net)

@@ -14,16 +14,17 @@ from training.objectives.paths import expand
 
 
 class AveragedTeacher(nn.Module):
-    """teacher ← β teacher + (1 - β) net after every step, β = min(decay, (1 + n) / (10 + n)).
+    """teacher ← β teacher + (1 - β) net after every step, β = min(decay, (1 + n) / (10 + n)), or
+    the decay itself where there is no ``warmup``.
 
     Called like the network, always in evaluation mode and without gradient; decay = 0 is the
     network itself.
     """
 
-    def __init__(self, net: nn.Module, decay: float) -> None:
+    def __init__(self, net: nn.Module, decay: float, warmup: bool = True) -> None:
         super().__init__()
         self.net = copy.deepcopy(net).requires_grad_(False)
-        self.decay, self.updates = decay, 0
+        self.decay, self.warmup, self.updates = decay, warmup, 0
         self.train(False)
 
     def train(self, mode: bool = True) -> "AveragedTeacher":
@@ -36,7 +37,9 @@ class AveragedTeacher(nn.Module):
     @torch.no_grad()
     def follow(self, net: nn.Module) -> None:
         self.updates += 1
-        beta = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        beta = self.decay
+        if self.warmup:
+            beta = min(beta, (1 + self.updates) / (10 + self.updates))
         weights = [w.detach() for w in net.parameters()]
         get_ema_multi_avg_fn(beta)(list(self.net.parameters()), weights, self.updates)
 

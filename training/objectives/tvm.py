@@ -26,7 +26,7 @@ from training.objectives.teachers import AveragedTeacher, attached
 from training.objectives.times import Times
 from training.objectives.weighting import squared_error
 from training.randomness import Draws
-from training.validation import between, one_of
+from training.validation import between, one_of, switch
 
 
 class TVMSample(NamedTuple):
@@ -50,6 +50,7 @@ class TVM(Objective):
         time_sampler, time_mean, time_std: of s and s', see ``times.Times``.
         gap_sampler, gap_mean, gap_std: of t - s; s is drawn below 1 - gap.
         teacher_decay: of the average ū.
+        teacher_warmup: the average begins short; if false, with this decay, as published.
         omega: guidance built into the target; 1 is none.
         label_dropout: share of samples without label.
     """
@@ -69,6 +70,7 @@ class TVM(Objective):
         teacher_decay: float = 0.99,
         omega: float = 1.0,
         label_dropout: float = 0.1,
+        teacher_warmup: bool = False,
     ) -> None:
         super().__init__()
         one_of("objective.reduce", reduce, ("sum", "mean"))
@@ -82,10 +84,12 @@ class TVM(Objective):
         self.times = Times(time_sampler, time_mean, time_std)
         self.gap = Times(gap_sampler, gap_mean, gap_std)
         self.teacher_decay, self.omega, self.label_dropout = teacher_decay, omega, label_dropout
+        switch("objective.teacher_warmup", teacher_warmup)
+        self.teacher_warmup = teacher_warmup
         self.teacher: AveragedTeacher | None = None
 
     def attach(self, net: nn.Module) -> None:
-        self.teacher = AveragedTeacher(net, self.teacher_decay)
+        self.teacher = AveragedTeacher(net, self.teacher_decay, self.teacher_warmup)
 
     def after_step(self, net: nn.Module) -> None:
         attached(self.teacher).follow(net)
