@@ -98,6 +98,11 @@ def _without_memory(x: Tensor) -> bool:
 is_zerotensor: Callable[[Tensor], bool] = getattr(Tensor, "_is_zerotensor", _without_memory)
 
 
+def inside_a_jvp() -> bool:
+    """Whether dual numbers may be about: a `torch.func.jvp` or a `dual_level` lies around."""
+    return getattr(forward_ad, "_current_level", -1) >= 0
+
+
 def nonzero(x: Tensor | None) -> Tensor | None:
     """None for a symbolic zero, which has no memory: the gradient of an output that is not used."""
     return None if x is None or is_zerotensor(x) else x

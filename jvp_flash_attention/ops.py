@@ -18,7 +18,7 @@ from torch.library import Library, custom_op
 
 from .backends import implementation
 from .functorch import SHORTCUTS, is_fwd_grad_enabled, make_autograd_impl
-from .options import Options
+from .options import Options, empty_rows
 
 RECORDED = (
     "attention that was recorded (torch.func.linearize, torch.compile, torch.export) has no tangent"
@@ -71,39 +71,39 @@ def backward_jvp(
     return *_empty_as_none(grads[:4], bias_grad), *_empty_as_none(grads[4:], bias_grad)
 
 
-@custom_op("jvp_flash_attention::forward", mutates_args=())
+@custom_op("jvp_flash_attention::flash_attn_forward", mutates_args=())
 def forward_op(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None,
     scale: float, causal: bool, dropout_p: float, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    options = Options(scale, causal, dropout_p, backend)
+    options = _options(scale, causal, dropout_p, backend)
     return implementation(backend).forward(q, k, v, bias, seed, options)
 
 
-@custom_op("jvp_flash_attention::forward_jvp", mutates_args=())
+@custom_op("jvp_flash_attention::flash_attn_forward_jvp", mutates_args=())
 def forward_jvp_op(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None,
     t_q: Tensor | None, t_k: Tensor | None, t_v: Tensor | None, t_bias: Tensor | None,
     scale: float, causal: bool, dropout_p: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    options = Options(scale, causal, dropout_p, backend)
+    options = _options(scale, causal, dropout_p, backend)
     return implementation(backend).forward_jvp(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options)
 
 
-@custom_op("jvp_flash_attention::backward", mutates_args=())
+@custom_op("jvp_flash_attention::flash_attn_backward", mutates_args=())
 def backward_op(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None,
     out: Tensor, lse: Tensor,
     scale: float, causal: bool, dropout_p: float, backend: str, bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    options = Options(scale, causal, dropout_p, backend)
+    options = _options(scale, causal, dropout_p, backend)
     grads = implementation(backend).backward(
         d_out, q, k, v, bias, seed, out, lse, options, bias_grad
     )
     return _absent_as_empty(grads, q)
 
 
-@custom_op("jvp_flash_attention::backward_jvp", mutates_args=())
+@custom_op("jvp_flash_attention::flash_attn_backward_jvp", mutates_args=())
 def backward_jvp_op(
     d_out: Tensor | None, d_t_out: Tensor,
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None,
@@ -111,7 +111,7 @@ def backward_jvp_op(
     out: Tensor, t_out: Tensor, lse: Tensor, mu: Tensor,
     scale: float, causal: bool, dropout_p: float, backend: str, bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    options = Options(scale, causal, dropout_p, backend)
+    options = _options(scale, causal, dropout_p, backend)
     grads = implementation(backend).backward_jvp(
         d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu,
         options, bias_grad,
@@ -119,7 +119,8 @@ def backward_jvp_op(
     return _absent_as_empty(grads, q)
 
 
-# Fakes: outputs are contiguous, as every implementation allocates them.
+# Fakes. Outputs lie as (B, L, H, D) whatever the inputs' strides are: the compiler does not always
+# know those when it asks for the outputs'.
 
 
 @forward_op.register_fake
@@ -205,17 +206,17 @@ def _refuse_duals(op: Any, overload: OpOverload) -> None:
 _library = Library("jvp_flash_attention", "IMPL")
 _overloads = torch.ops.jvp_flash_attention
 for _op, _overload in (
-    (forward_op, _overloads.forward.default),
-    (forward_jvp_op, _overloads.forward_jvp.default),
-    (backward_op, _overloads.backward.default),
-    (backward_jvp_op, _overloads.backward_jvp.default),
+    (forward_op, _overloads.flash_attn_forward.default),
+    (forward_jvp_op, _overloads.flash_attn_forward_jvp.default),
+    (backward_op, _overloads.flash_attn_backward.default),
+    (backward_jvp_op, _overloads.flash_attn_backward_jvp.default),
 ):
     if make_autograd_impl is not None:
         _refuse_duals(_op, _overload)
 
 
 def _fake_out(q: Tensor, v: Tensor) -> Tensor:
-    return q.new_empty(*q.shape[:3], v.shape[3])
+    return empty_rows(q, v.shape[3], _options(1.0))
 
 
 def _fake_rows(q: Tensor, *more: int) -> Tensor:
@@ -231,11 +232,16 @@ def _fake_lse(q: Tensor, bias: Tensor | None, backend: str) -> Tensor:
 
 def _fake_grads(q, k, v, bias, bias_grad: bool) -> tuple[Tensor, ...]:
     d_bias = bias.new_empty(bias.shape) if bias_grad else q.new_empty(0)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_bias
+    return *(empty_rows(x, x.shape[3], _options(1.0)) for x in (q, k, v)), d_bias
 
 
 def _absent_as_empty(grads, q: Tensor) -> Any:
     return tuple(q.new_empty(0) if g is None else g for g in grads)
+
+
+def _options(*static: Any) -> Options:
+    """What runs below an operator."""
+    return Options(*static, rows_first=True)
 
 
 def _static(options: Options) -> tuple[float, bool, float, str]:

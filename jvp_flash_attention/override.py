@@ -1,5 +1,6 @@
 """Every `F.scaled_dot_product_attention` of a block of code through this attention."""
 
+import warnings
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -11,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from .api import attention
 from .backends import BACKENDS
+from .functorch import inside_a_jvp
 
 
 class sdpa_override(TorchFunctionMode):
@@ -30,8 +32,15 @@ class sdpa_override(TorchFunctionMode):
     of `DataParallel` and what `torch.utils.checkpoint` recomputes after the block; put the `with`
     inside the checkpointed function.
 
+    A jvp inside which no such call comes is warned about when the block ends: models that write
+    their attention out, or leave SDPA out of a jvp, are not served by it. What came is counted.
+
     Args:
         backend, tangent_grad: as in `attention`, for every call.
+
+    Attributes:
+        calls: of SDPA and of multi-head attention that came here, without those of compiled code.
+        jvp_calls: those among them inside a jvp (`torch.func.jvp`, `forward_ad.dual_level`).
 
     Raises:
         ValueError, TypeError, NotImplementedError: those of `attention`, from the call itself.
@@ -42,9 +51,12 @@ class sdpa_override(TorchFunctionMode):
         if backend is not None and backend not in BACKENDS:
             raise ValueError(f"backend must be one of {BACKENDS} or None, got {backend!r}")
         self.backend, self.tangent_grad = backend, tangent_grad
+        self.calls, self.jvp_calls, self._jvp = 0, 0, False
 
     def __torch_function__(self, func, types, args=(), kwargs=None) -> Any:
         kwargs = kwargs or {}
+        if not torch.compiler.is_compiling():
+            self._count(func)
         if func is F.scaled_dot_product_attention:
             how = {"backend": self.backend, "tangent_grad": self.tangent_grad}
             return attention(*args, **kwargs, **how)
@@ -53,6 +65,28 @@ class sdpa_override(TorchFunctionMode):
         if func is Tensor.unflatten and torch.compiler.is_compiling():
             func = torch.unflatten  # the method is Python with a `super()` that cannot be traced
         return func(*args, **kwargs)
+
+    def _count(self, func: Any) -> None:
+        inside = inside_a_jvp()
+        self._jvp |= inside
+        if func is F.scaled_dot_product_attention or func is F.multi_head_attention_forward:
+            self.calls += 1
+            self.jvp_calls += inside
+
+    def __exit__(self, kind, *exception) -> None:
+        super().__exit__(kind, *exception)
+        if kind is None and self._jvp and self.jvp_calls == 0:
+            warnings.warn(NOTHING_CAME.format(self.calls), stacklevel=2)
+
+
+NOTHING_CAME = (
+    "sdpa_override: a jvp ran inside the block and no scaled_dot_product_attention came from it"
+    " ({} outside of the jvp), so its tangent is that of other code. Models of timm and of its"
+    " descendants call SDPA where their `fused_attn` is True:"
+    " jvp_flash_attention.integrations.timm.use_fused_attention(model) switches it on. Other models"
+    " have a flag of their own, as diffusers' processors (AttnProcessor2_0) and transformers'"
+    " attn_implementation='sdpa', or write attention out: call jvp_flash_attention.attention there"
+)
 
 
 def _multi_head(backend: str | None, tangent_grad: bool) -> FunctionType:

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .options import Options
+from .options import Options, empty_rows
 from .philox import keep_mask
 
 ROWS = 512
@@ -78,7 +78,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
     """(O, LSE)."""
-    out, lse = _outputs(q, v)
+    out, lse = _outputs(q, v, options)
     q, k, v = _wide(q, k, v)
     v_rows = _rows(v, bias, options)
     for block in _blocks(q, k, bias, seed, options):
@@ -101,7 +101,7 @@ def forward_jvp(
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(O, tO, LSE, μ); an absent tangent is zero."""
-    out, lse = _outputs(q, v)
+    out, lse = _outputs(q, v, options)
     t_out, mu = torch.zeros_like(out), torch.zeros_like(lse)
     q, k, v, t_q, t_k, t_v = _wide(q, k, v, t_q, t_k, t_v)
     v_rows = _rows(v, bias, options)
@@ -135,9 +135,9 @@ def backward(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dQ, dK, dV, db); db is None unless `bias_grad`."""
-    grads: Any = [_zeros(x) for x in (q, k, v)]
+    grads: Any = [_zeros(x, options) for x in (q, k, v)]
     d_q, d_k, d_v = grads
-    d_bias = _zeros(bias) if bias is not None and bias_grad else None
+    d_bias = _zeros(bias, options, bias=True) if bias is not None and bias_grad else None
     dtypes = q.dtype, k.dtype, v.dtype
     q, k, v, out, d_out = _wide(q, k, v, out, d_out)
     q_rows, k_rows, d_out_rows = (_rows(x, bias, options) for x in (q, k, d_out))
@@ -176,7 +176,9 @@ def backward_jvp(
 ) -> tuple[Tensor | None, ...]:
     """(dQ, dK, dV, db, dtQ, dtK, dtV, dtb); db and dtb are None unless `bias_grad`."""
     inputs = (q, k, v, bias if bias_grad else None)
-    grads: Any = [None if x is None else _zeros(x) for x in (*inputs, *inputs)]
+    grads: Any = [
+        None if x is None else _zeros(x, options, bias=x is bias) for x in (*inputs, *inputs)
+    ]
     d_q, d_k, d_v, d_bias, d_t_q, d_t_k, d_t_v, d_t_bias = grads
     q, k, v, t_q, t_k, t_v, out, t_out = _wide(q, k, v, t_q, t_k, t_v, out, t_out)
     d_out, d_t_out = _wide(d_out, d_t_out)
@@ -323,19 +325,22 @@ def _wide(*tensors: Tensor | None) -> Any:
     return [x if x is None or x.dtype == torch.float64 else x.float() for x in tensors]
 
 
-def _zeros(x: Tensor) -> Tensor:
+def _zeros(x: Tensor, options: Options, bias: bool = False) -> Tensor:
+    """What the gradient of x is summed in."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.zeros(x.shape, dtype=dtype, device=x.device)
+    if bias:
+        return torch.zeros(x.shape, dtype=dtype, device=x.device)
+    return empty_rows(x, x.shape[3], options, dtype).zero_()
 
 
 def _like(grad: Tensor | None, x: Tensor | None) -> Tensor | None:
     return None if grad is None or x is None else grad.to(x.dtype)
 
 
-def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _outputs(q: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     B, H, L, _ = q.shape
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(B, H, L, v.shape[3]), q.new_empty(B, H, L, dtype=wide)
+    return empty_rows(q, v.shape[3], options), q.new_empty(B, H, L, dtype=wide)
 
 
 def _accumulate(d_bias: Tensor | None, d_s: Tensor, rows: slice) -> None:

@@ -24,7 +24,7 @@ def _forward_jvp(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, *options):
 
 
 for _op, _function in (
-    (torch.ops.jvp_flash_attention.forward.default, _forward),
-    (torch.ops.jvp_flash_attention.forward_jvp.default, _forward_jvp),
+    (torch.ops.jvp_flash_attention.flash_attn_forward.default, _forward),
+    (torch.ops.jvp_flash_attention.flash_attn_forward_jvp.default, _forward_jvp),
 ):
     _library.impl(_op, _function, "FuncTorchDynamicLayerFrontMode")

@@ -1,6 +1,7 @@
 """Every rule on the arguments of a call and the one line that its violation prints."""
 
 import math
+import warnings
 from numbers import Real
 
 import torch
@@ -37,6 +38,7 @@ def tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 def shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
     """Agreement of batch, heads, lengths and head dims."""
+    _layout(query, key)
     if query.shape == key.shape == value.shape and query.numel() > 0:
         return
     q, k, v = ((1,) * (3 - x.dim()) + tuple(x.shape) for x in (query, key, value))
@@ -59,14 +61,35 @@ def shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
     if k[-3] == q[-3]:
         return
     if not enable_gqa:
-        raise ValueError(
-            f"key and value must have query's {q[-3]} heads, got {k[-3]};"
-            " pass enable_gqa=True for grouped-query attention"
-        )
+        advice = "pass enable_gqa=True for grouped-query attention"
+        if k[-3] == 0 or q[-3] % k[-3]:
+            advice = "repeat or cut them"
+        if q[-2] == k[-2] and q[-3] != k[-3]:
+            advice = (
+                f"tensors of layout (..., length, heads, D) would have {q[-2]} heads and these"
+                " lengths: transpose(1, 2) them, or use jvp_flash_attention.flash_attn;"
+                f" otherwise {advice}"
+            )
+        raise ValueError(f"key and value must have query's {q[-3]} heads, got {k[-3]}; {advice}")
     if k[-3] == 0 or q[-3] % k[-3]:
         raise ValueError(
             "with enable_gqa the query heads must be a multiple of the key heads,"
             f" got {q[-3]} and {k[-3]}"
+        )
+
+
+def _layout(query: Tensor, key: Tensor) -> None:
+    """Warns of (B, L, H, D) where (B, H, L, D) belongs: it computes something, and something else.
+    No model has 64 heads and more over a quarter as many positions."""
+    if query.dim() < 4 or query.shape[-3] < 64:
+        return
+    H, longest = query.shape[-3], max(query.shape[-2], key.shape[-2])
+    if 1 < longest <= H // 4:
+        warnings.warn(
+            f"query has {H} heads over sequences of {longest}, by the layout (..., heads, length,"
+            " D); if it is (..., length, heads, D), transpose(1, 2) it, or use"
+            " jvp_flash_attention.flash_attn",
+            stacklevel=5,
         )
 
 

@@ -450,3 +450,28 @@ def test_a_tangent_without_gradient_under_vmap_and_grad():
     close(grad(lambda v: loss(v, tangent_grad=False))(i.v), grad(loss)(i.v))
     many = torch.stack([i.v, 2 * i.v])
     close(vmap(grad(lambda v: loss(v, tangent_grad=False)))(many), vmap(grad(loss))(many))
+
+
+def _heads(x: torch.Tensor, n: int) -> list[torch.Tensor]:
+    """Views (B, H, L, D) of one projection (B, L, n·H·D), four heads of 4."""
+    return [y.transpose(1, 2) for y in x.unflatten(-1, (n, 4, 4)).unbind(2)]
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_results_have_the_order_of_the_projection_that_their_input_is_a_view_of(backend):
+    x, t = torch.randn(2, 2, 5, 48)
+    q, k, v = (y.detach().requires_grad_() for y in _heads(x, 3))
+    how = {"backend": backend}
+    results = [attention(q, k, v, **how), *attention_jvp(q, k, v, *_heads(t, 3), **how)]
+    with torch.no_grad():
+        results += [*(attention(q, k, v, **how) for _ in range(2))]  # the second one is recalled
+        results += [*(attention_jvp(q, k, v, *_heads(t, 3), **how)[1] for _ in range(2))]
+    for y in results:
+        assert y.transpose(1, 2).is_contiguous()
+        y.transpose(1, 2).view(2, 5, 16)  # (B, L, H·D)
+    for out in (results[0], results[2]):
+        for g in torch.autograd.grad(out, (q, k, v), torch.randn_like(out)):
+            assert g.transpose(1, 2).is_contiguous()
+    dense = [y.detach().contiguous() for y in (q, k, v)]
+    assert attention(*dense, **how).is_contiguous()
+    torch.testing.assert_close(results[0], attention(*dense, **how))

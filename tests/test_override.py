@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from jvp_flash_attention import attention
 from jvp_flash_attention import override as module_of_the_override
+from jvp_flash_attention.integrations.timm import use_fused_attention
 from jvp_flash_attention.override import sdpa_override
 from tests.integrations.derivative import check_tangent, relative
 
@@ -351,3 +352,53 @@ def test_weights_get_the_gradients_of_eager_in_a_compiled_meanflow_step():
     got = torch.autograd.grad(loss, list(parameters.values()))
     for g, e in zip(got, exact, strict=True):
         torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-6)
+
+
+def test_what_came_is_counted_and_a_jvp_without_attention_is_warned_about(recwarn):
+    x, t = draw(2, 5, 8)
+    with sdpa_override() as o:
+        net(x)
+        jvp(net, (x,), (t,))
+        jvp(lambda x: net(x), (x,), (t,))
+    assert (o.calls, o.jvp_calls) == (3, 2)
+    assert not [w for w in recwarn if "sdpa_override" in str(w.message)]
+    with pytest.warns(UserWarning, match="fused_attn"), sdpa_override() as o:
+        jvp(lambda x: x.softmax(-1) @ x.mT, (x,), (t,))
+    assert (o.calls, o.jvp_calls) == (0, 0)
+
+
+class WrittenOut(nn.Module):
+    """timm's pattern: a switch between SDPA and products."""
+
+    def __init__(self, fused_attn):
+        super().__init__()
+        self.fused_attn = fused_attn
+
+    def forward(self, x):
+        if self.fused_attn:
+            return F.scaled_dot_product_attention(x, x, x)
+        return (x @ x.mT / x.shape[-1] ** 0.5).softmax(-1) @ x
+
+
+def test_the_fused_path_of_a_model_is_switched_on():
+    model = nn.Sequential(WrittenOut(False), WrittenOut(True), WrittenOut(False))
+    x, t = draw(1, 2, 5, 8, dtype=torch.float64)
+    exact = jvp(nn.Sequential(*(WrittenOut(False) for _ in range(3))), (x,), (t,))
+    assert use_fused_attention(model) == 3
+    with sdpa_override() as o:
+        got = jvp(model, (x,), (t,))
+    assert o.jvp_calls == 3
+    for g, e in zip(got, exact, strict=True):
+        assert relative(g, e) < 1e-12
+    with pytest.raises(ValueError, match="fused_attn"):
+        use_fused_attention(nn.Linear(2, 2))
+
+
+def test_the_other_layout_is_named_where_shapes_give_it_away():
+    x, y = torch.randn(1, 256, 8, 4), torch.randn(1, 77, 8, 4)
+    with pytest.warns(UserWarning, match="flash_attn"):
+        attention(x, x, x)
+    with pytest.raises(ValueError, match=r"transpose\(1, 2\)"):
+        attention(x, y, y)
+    with pytest.raises(ValueError, match="pass enable_gqa=True"):
+        attention(Q, K[:, :2, :4], V[:, :2, :4])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..options import Options, tf32_allowed
+from ..options import Options, empty_rows, row_strides, tf32_allowed
 from . import configs, plans, vendor
 from .backward import keys_kernel, queries_kernel, row_sums_kernel
 from .forward import forward_kernel
@@ -40,8 +40,9 @@ def forward(
     """(O, LSE)."""
     q, k, v = map(unit, (q, k, v))
     if vendor.serves(q, k, v, bias, options):
-        return vendor.forward(q, k, v, options)
-    out, lse = _outputs(q, v, bias)
+        out, lse = vendor.forward(q, k, v, options)
+        return _laid_out(out, q, options), lse
+    out, lse = _outputs(q, v, bias, options)
     _forward(q, k, v, bias, seed, None, None, None, None, out, None, lse, None, options)
     return out, lse
 
@@ -60,7 +61,7 @@ def forward_jvp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(O, tO, LSE, μ); an absent tangent is zero."""
     q, k, v, t_q, t_k, t_v = map(unit, (q, k, v, t_q, t_k, t_v))
-    out, lse = _outputs(q, v, bias)
+    out, lse = _outputs(q, v, bias, options)
     t_out, mu = torch.empty_like(out), _row_vector(q)
     _forward(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu, options)
     return out, t_out, lse, mu
@@ -88,8 +89,8 @@ def prepared(
     found = plans.find(_forward_key(q, options, jvp), inputs)
     if found is None:
         return None
-    q, v = q.to("meta"), v.to("meta")  # layouts take no memory
-    out, rows = ((x.shape, x.stride()) for x in _outputs(q, v, mask))
+    q, v = (torch.empty_strided(x.shape, x.stride(), device="meta") for x in (q, v))  # no memory
+    out, rows = ((x.shape, x.stride()) for x in _outputs(q, v, mask, options))
     bool_mask = mask is not None and mask.dtype == torch.bool
 
     def launch(q, k, v, mask, t_q, t_k, t_v):
@@ -195,9 +196,11 @@ def _backward(
     q, k, v, t_q, t_k, t_v = map(unit, (q, k, v, t_q, t_k, t_v))
     d_out, d_t_out, out, t_out = map(unit, (d_out, d_t_out, out, t_out))
     if not jvp and vendor.serves(q, k, v, bias, options, out, d_out):
-        return *vendor.backward(d_out, q, k, v, out, lse, options), *(None,) * 5
-    d_q, d_k, d_v = map(_contiguous_like, (q, k, v))
-    d_t_q, d_t_k, d_t_v = (_contiguous_like(x) if jvp else None for x in (q, k, v))
+        grads = vendor.backward(d_out, q, k, v, out, lse, options)
+        return *map(_laid_out, grads, (q, k, v), (options,) * 3), *(None,) * 5
+    of_q_k_v: Any = (q, k, v)
+    d_q, d_k, d_v = (empty_rows(x, x.shape[3], options) for x in of_q_k_v)
+    d_t_q, d_t_k, d_t_v = (empty_rows(x, x.shape[3], options) if jvp else None for x in of_q_k_v)
     d_bias = _bias_accumulator(bias, q, k) if bias_grad else None
     d_t_bias = _bias_accumulator(bias, q, k) if bias_grad and jvp else None
     w_sum = _row_vector(q)
@@ -278,11 +281,11 @@ def _hopper(p: Problem) -> ModuleType | None:
     return import_module(".launch_hopper", __package__) if p.warpgroups and p.tma else None
 
 
-def _outputs(q: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _outputs(q: Tensor, v: Tensor, bias: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
     """O, and the row statistics: LSE (B, H, L); with a floating mask m and log l apart, (B, H, L,
     2)."""
     split = bias is not None and bias.dtype != torch.bool
-    return q.new_empty(*q.shape[:3], v.shape[3]), _row_vector(q, *[2] * split)
+    return empty_rows(q, v.shape[3], options), _row_vector(q, *[2] * split)
 
 
 def _row_vector(q: Tensor, *more: int) -> Tensor:
@@ -294,8 +297,11 @@ def _padded_row_vectors(q: Tensor) -> Tensor:
     return q.new_empty(*q.shape[:2], 4, cdiv(q.shape[2], 64) * 64, dtype=torch.float32)
 
 
-def _contiguous_like(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
+def _laid_out(result: Tensor, x: Tensor, options: Options) -> Tensor:
+    """cuDNN's result with the strides that ours has beside x, which it has already as a rule."""
+    if result.stride() == row_strides(x, result.shape[3], options):
+        return result
+    return empty_rows(x, result.shape[3], options).copy_(result)
 
 
 def _bias_accumulator(bias: Tensor, q: Tensor, k: Tensor) -> Tensor:

@@ -35,7 +35,17 @@ def serves(
         and torch.backends.cuda.cudnn_sdp_enabled()
         and torch.backends.cudnn.is_available()
         and not torch.are_deterministic_algorithms_enabled()
-        and all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (q, k, v, *more))
+        and all(map(_is_readable, (q, k, v, *more)))
+    )
+
+
+def _is_readable(x: Tensor) -> bool:
+    """Rows of D without gaps, each at an address that is a multiple of 16 bytes, as cuDNN asks; the
+    views of one projection have them."""
+    return (
+        x.stride(3) == 1
+        and x.data_ptr() % 16 == 0
+        and all(step > 0 and step % 8 == 0 for step in x.stride()[:3])
     )
 
 

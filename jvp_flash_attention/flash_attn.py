@@ -1,0 +1,214 @@
+"""FlashAttention's functions by their names, arguments and layout (B, L, H, D), with a tangent.
+
+    from jvp_flash_attention.flash_attn import flash_attn_func      # instead of flash_attn
+
+Each is `jvp_flash_attention.attention` on transposed views: nothing is copied, results come in the
+layout of q. As in FlashAttention, grouped heads need no flag, and `causal` is aligned bottom-right
+where the lengths differ, which costs a mask of (L, S) here. Windows, softcap, ALiBi, paged caches
+and the returned probabilities raise NotImplementedError by name.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .api import attention
+
+_NOT_YET = {
+    "window_size": (-1, -1),
+    "softcap": 0.0,
+    "alibi_slopes": None,
+    "return_attn_probs": False,
+    "block_table": None,
+    "rotary_cos": None,
+    "rotary_sin": None,
+    "cache_batch_idx": None,
+    "cache_leftpad": None,
+    "k": None,
+    "v": None,
+    "return_softmax_lse": False,
+}
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor:
+    """Attention of q over k and v.
+
+    Args:
+        q: (B, L, H, D).
+        k, v: (B, S, Hk, D), Hk a divisor of H.
+        dropout_p: probability of dropping an attention weight.
+        softmax_scale: by default 1/sqrt(D).
+        causal: query i attends keys j <= i + S − L.
+        deterministic: follows `torch.use_deterministic_algorithms`; True asks nothing more here.
+
+    Returns:
+        (B, L, H, D).
+
+    Raises:
+        NotImplementedError: window_size, softcap, alibi_slopes or return_attn_probs is given.
+        TypeError, ValueError: those of `attention`.
+    """
+    _refuse(
+        window_size=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        return_attn_probs=return_attn_probs,
+    )
+    return _attend(q, k, v, dropout_p, softmax_scale, causal)
+
+
+def flash_attn_qkvpacked_func(qkv: Tensor, *args, **kwargs) -> Tensor:
+    """`flash_attn_func` of one tensor qkv (B, L, 3, H, D), with its other arguments."""
+    q, k, v = qkv.unbind(2)
+    return flash_attn_func(q, k, v, *args, **kwargs)
+
+
+def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *args, **kwargs) -> Tensor:
+    """`flash_attn_func` of q (B, L, H, D) and kv (B, S, 2, Hk, D), with its other arguments."""
+    k, v = kv.unbind(2)
+    return flash_attn_func(q, k, v, *args, **kwargs)
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Tensor:
+    """Attention of sequences of different lengths that lie behind one another.
+
+    There is no kernel for it yet: each sequence is a call of its own, and the lengths are read by
+    the host, which makes it wait for the GPU. Equal lengths are one call. `torch.compile` breaks
+    its graph here.
+
+    Args:
+        q: (sum of L, H, D).
+        k, v: (sum of S, Hk, D).
+        cu_seqlens_q, cu_seqlens_k: (sequences + 1), int32: where each begins, and the last ends.
+        max_seqlen_q, max_seqlen_k: the longest; not needed here.
+
+    The other arguments and the errors are those of `flash_attn_func`.
+
+    Returns:
+        (sum of L, H, D).
+    """
+    _refuse(
+        window_size=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        return_attn_probs=return_attn_probs,
+        block_table=block_table,
+    )
+    lengths_q, lengths_k = (c.diff().tolist() for c in (cu_seqlens_q, cu_seqlens_k))
+    for name, lengths, x in (("cu_seqlens_q", lengths_q, q), ("cu_seqlens_k", lengths_k, k)):
+        if sum(lengths) != x.shape[0] or min(lengths, default=0) < 0:
+            raise ValueError(
+                f"{name} must rise from 0 to {x.shape[0]}, the number of rows, got {lengths}"
+            )
+    if len(lengths_q) != len(lengths_k):
+        raise ValueError(
+            "cu_seqlens_q and cu_seqlens_k must be of equally many sequences,"
+            f" got {len(lengths_q)} and {len(lengths_k)}"
+        )
+    numbers = (dropout_p, softmax_scale, causal)
+    if len(set(lengths_q)) == len(set(lengths_k)) == 1:
+        q, k, v = (x.unflatten(0, (len(lengths_q), -1)) for x in (q, k, v))
+        return _attend(q, k, v, *numbers).flatten(0, 1)
+    parts = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)
+    return torch.cat([_attend(q[None], k[None], v[None], *numbers)[0] for q, k, v in parts])
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Tensor:
+    """Attention of q over a cache of which the first `cache_seqlens` positions are filled.
+
+    Args:
+        q: (B, L, H, D).
+        k_cache, v_cache: (B, S, Hk, D).
+        cache_seqlens: int, or (B,): how many positions count; all by default.
+        causal: the last query attends all of them, the one before it one less.
+
+    New keys are not appended here (`k`, `v`): write them into the cache before. The other arguments
+    that raise NotImplementedError are named by the error. `num_splits` changes nothing.
+
+    Returns:
+        (B, L, H, D).
+    """
+    _refuse(
+        k=k, v=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin, cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad, block_table=block_table, window_size=window_size,
+        softcap=softcap, alibi_slopes=alibi_slopes, return_softmax_lse=return_softmax_lse,
+    )  # fmt: skip
+    if cache_seqlens is None:
+        return _attend(q, k_cache, v_cache, 0.0, softmax_scale, causal)
+    L, S = q.shape[1], k_cache.shape[1]
+    lengths = torch.as_tensor(cache_seqlens, device=q.device).view(-1, 1, 1, 1)
+    j = torch.arange(S, device=q.device)
+    last = lengths - 1
+    if causal:
+        last = last + torch.arange(1 - L, 1, device=q.device).view(1, 1, L, 1)
+    return _attend(q, k_cache, v_cache, 0.0, softmax_scale, False, j <= last)
+
+
+def _attend(q, k, v, dropout_p, scale, causal, mask: Tensor | None = None) -> Tensor:
+    L, S = q.shape[1], k.shape[1]
+    if causal and L != S:  # aligned bottom-right
+        mask = torch.ones(L, S, dtype=torch.bool, device=q.device).tril(S - L)
+        causal = False
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    gqa = q.shape[1] != k.shape[1]
+    return attention(q, k, v, mask, dropout_p, causal, scale, gqa).transpose(1, 2)
+
+
+def _refuse(**given: Any) -> None:
+    for name, x in given.items():
+        default = _NOT_YET[name]
+        if x is not default and (isinstance(x, Tensor) or x != default):
+            raise NotImplementedError(
+                f"{name} is not supported yet by jvp_flash_attention.flash_attn, got"
+                f" {tuple(x.shape) if isinstance(x, Tensor) else x}; leave it at {default}"
+            )

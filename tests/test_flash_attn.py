@@ -1,0 +1,85 @@
+"""FlashAttention's functions by their names: values, tangents and what raises, against SDPA."""
+
+import pytest
+import torch
+from torch.func import jvp
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from jvp_flash_attention import flash_attn as fa
+from tests.cases import close
+
+
+def draw(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def exact(q, k, v, causal=False, mask=None):
+    """(B, L, H, D), causal aligned bottom-right."""
+    L, S = q.shape[1], k.shape[1]
+    if causal:
+        mask = torch.ones(L, S, dtype=torch.bool).tril(S - L)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return sdpa(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("S", [5, 9])
+def test_func_has_the_layout_grouped_heads_and_bottom_right_causal(causal, S):
+    q, k, v = draw(2, 5, 4, 8), draw(2, S, 2, 8), draw(2, S, 2, 8)
+    t = tuple(map(torch.randn_like, (q, k, v)))
+    out, t_out = jvp(lambda *x: fa.flash_attn_func(*x, causal=causal), (q, k, v), t)
+    assert out.is_contiguous()
+    close(out, exact(q, k, v, causal))
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        close(t_out, jvp(lambda *x: exact(*x, causal), (q, k, v), t)[1])
+
+
+def test_packed_forms():
+    qkv = draw(2, 5, 3, 4, 8)
+    close(fa.flash_attn_qkvpacked_func(qkv, causal=True), exact(*qkv.unbind(2), causal=True))
+    q, kv = draw(2, 5, 4, 8), draw(2, 7, 2, 2, 8)
+    close(fa.flash_attn_kvpacked_func(q, kv, 0.0, None, True), exact(q, *kv.unbind(2), causal=True))
+
+
+@pytest.mark.parametrize("lengths", [([3, 1, 4], [3, 2, 5]), ([4, 4], [5, 5]), ([3, 0], [2, 6])])
+def test_varlen_is_each_sequence_alone(lengths):
+    starts = [torch.tensor([0, *n]).cumsum(0).int() for n in lengths]
+    q, k, v = draw(sum(lengths[0]), 4, 8), draw(sum(lengths[1]), 2, 8), draw(sum(lengths[1]), 2, 8)
+    run = lambda q: fa.flash_attn_varlen_func(q, k, v, *starts, 9, 9, causal=True)  # noqa: E731
+    out, t_out = jvp(run, (q,), (q,))
+    parts = [
+        x.split(n) for x, n in zip((q, k, v), (lengths[0], lengths[1], lengths[1]), strict=True)
+    ]
+    alone = lambda q, k, v: fa.flash_attn_func(q[None], k[None], v[None], causal=True)[0]  # noqa: E731
+    pairs = [
+        jvp(lambda q, k=k, v=v: alone(q, k, v), (q,), (q,)) for q, k, v in zip(*parts, strict=True)
+    ]
+    close(out, torch.cat([o for o, _ in pairs]))
+    close(t_out, torch.cat([t for _, t in pairs]))
+    with pytest.raises(ValueError, match="cu_seqlens_q must rise"):
+        fa.flash_attn_varlen_func(q[1:], k, v, *starts, 9, 9)
+
+
+def test_kvcache_counts_what_is_filled():
+    q, k, v = draw(2, 3, 4, 8), draw(2, 9, 2, 8), draw(2, 9, 2, 8)
+    close(fa.flash_attn_with_kvcache(q, k, v), exact(q, k, v))
+    filled = torch.tensor([4, 7])
+    out = fa.flash_attn_with_kvcache(q, k, v, cache_seqlens=filled, causal=True)
+    for b, n in enumerate(filled.tolist()):
+        close(out[b : b + 1], exact(q[b : b + 1], k[b : b + 1, :n], v[b : b + 1, :n], causal=True))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"window_size": (3, 0)},
+        {"softcap": 30.0},
+        {"alibi_slopes": torch.ones(4)},
+        {"return_attn_probs": True},
+    ],
+    ids=str,
+)
+def test_what_is_not_built_raises_by_name(given):
+    q = draw(1, 4, 4, 8)
+    with pytest.raises(NotImplementedError, match=next(iter(given))):
+        fa.flash_attn_func(q, q, q, **given)
