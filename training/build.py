@@ -7,10 +7,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from training.activation_checkpointing import checkpoint_blocks
 from training.initial import initialise
 from training.module import GenerativeModule
-from training.recompute import recompute_blocks
-from training.settings import fusable
+from training.settings import compiled, fusable, no_cuda_graphs
 from training.validation import positive_integer
 
 
@@ -64,8 +64,7 @@ def build_module(config: DictConfig, data: Any, resumed: bool = False) -> Genera
     if config.get("init_from") and not resumed:
         exceptions = list(config.init_except)
         initialise(net, config.init_from, config.init_weights, config.init_format, exceptions)
-    if config.checkpointing:
-        recompute_blocks(net)
+    checkpoint_blocks(net, config.checkpointing)
     options = dict(config.optimizer)
     if "fused" in options and options["fused"] is None:
         options["fused"] = fusable(config.trainer)
@@ -74,7 +73,8 @@ def build_module(config: DictConfig, data: Any, resumed: bool = False) -> Genera
         instantiate(config.objective),
         instantiate(options),
         config.seed,
-        config.compile,
+        compiled(config),
+        config.cuda_graphs is not False and not no_cuda_graphs(config),
         OmegaConf.to_container(config, resolve=True),  # type: ignore[arg-type]
         data.description,
     )

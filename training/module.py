@@ -10,6 +10,7 @@ from torch import nn
 from training.objectives.objective import Objective
 from training.randomness import generator, key
 from training.ranks import over_ranks
+from training.step import Step
 
 
 class GenerativeModule(LightningModule):
@@ -18,8 +19,7 @@ class GenerativeModule(LightningModule):
     Args:
         optimizer: (parameters, max_steps) -> (optimizer, scheduler of the steps).
         seed: of every random draw, see ``training.randomness``.
-        compile: compile the objective's step, a pure function of tensors. The module itself is
-            never compiled: Lightning's logging breaks under ``torch.compile``.
+        compile, cuda_graphs: of the step, see ``training.step``.
         config: what was configured, stored in every checkpoint so that it can be rebuilt from it.
         data: ``Data.description``, stored too: the data set need not be at hand then.
     """
@@ -31,6 +31,7 @@ class GenerativeModule(LightningModule):
         optimizer: Callable[..., Any],
         seed: int,
         compile: bool = False,
+        cuda_graphs: bool = False,
         config: dict[str, Any] | None = None,
         data: dict[str, Any] | None = None,
     ) -> None:
@@ -38,11 +39,12 @@ class GenerativeModule(LightningModule):
         self.net, self.objective, self.optimizer = net, objective, optimizer
         self.seed, self.config, self.data = seed, config or {}, data or {}
         objective.attach(net)
-        self.compiled = compile
-        self.step = torch.compile(objective.loss, fullgraph=True) if compile else objective.loss
+        self.step = Step(net, objective, compile, cuda_graphs)
 
     def on_fit_start(self) -> None:
         self.objective.start(next(self.net.parameters()))
+        self.step.accumulate = self.trainer.accumulate_grad_batches
+        self.step.prepare()
 
     def _where(self, batch_idx: int) -> tuple[int, int, int]:
         """What keys the draws of a step: (seed, number of the batch, rank)."""
@@ -60,10 +62,13 @@ class GenerativeModule(LightningModule):
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> dict:
         torch.manual_seed(key(*self._where(batch_idx), "layers"))  # dropout inside the network
         sample = self.draw(batch, batch_idx)
-        loss, metrics, errors = self.step(self.net, sample)
+        loss, metrics, errors = self.step(sample)
         self._log_means({"loss": loss.detach(), **metrics})
         times = getattr(sample, "t", None)
         return {"loss": loss, "metrics": metrics, "errors": errors, "times": times}
+
+    def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        self.step.backward(loss)
 
     def _log_means(self, values: dict[str, torch.Tensor]) -> None:
         """Means over the processes, in one exchange, where a row is going to be written."""

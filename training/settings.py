@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from training.activation_checkpointing import CHOICES as CHECKPOINTING
 from training.validation import between, integer, one_of, positive_integer, seed, switch
 
 SWITCHES = (
-    "compile",
-    "checkpointing",
     "trainer.enable_progress_bar",
     "trainer.enable_model_summary",
     "trainer.detect_anomaly",
@@ -39,27 +38,38 @@ def check(config: DictConfig) -> None:
     _check_strategy(config.trainer)
     _check_recipe(config)
     check_guidance(config.sampler, config)
+    for key in ("compile", "cuda_graphs"):
+        if config[key] is not None:
+            switch(key, config[key])
+    one_of("checkpointing", config.checkpointing, CHECKPOINTING)
+    if config.cuda_graphs and (reason := no_cuda_graphs(config)):
+        raise NotImplementedError(f"cuda_graphs=true: {reason}; use cuda_graphs=null")
+
+
+def on_gpu(trainer: DictConfig) -> bool:
+    """Whether the step will run on a GPU."""
+    auto = trainer.accelerator == "auto" and torch.cuda.is_available()
+    return auto or trainer.accelerator in ("gpu", "cuda")
+
+
+def compiled(config: DictConfig) -> bool:
+    return on_gpu(config.trainer) if config.compile is None else config.compile
+
+
+def no_cuda_graphs(config: DictConfig) -> str:
+    """Why the step of this configuration cannot be a CUDA graph; empty where it can."""
     mode = OmegaConf.select(config, "objective.jvp.mode")
-    if config.checkpointing and mode in ("single", "tangent_grad"):
-        remedy = "use objective.jvp.mode=double"
-        if mode == "tangent_grad":  # any other mode would leave out what the objective is
-            remedy = "use checkpointing=false, and where memory is short a smaller data.batch_size"
-            remedy += " with trainer.accumulate_grad_batches"
-        raise NotImplementedError(
-            "checkpointing=true cannot recompute inside torch.func.jvp, where"
-            f" objective.jvp.mode={mode} needs a gradient; {remedy}"
-        )
-    if config.compile and mode in ("double", "finite_difference"):
-        raise NotImplementedError(
-            "compile=true cannot replay the random state between the forwards of"
-            f" objective.jvp.mode={mode}; use objective.jvp.mode=single or compile=false"
-        )
-    if config.compile and mode == "tangent_grad" and torch.__version__ < "2.15":
-        raise NotImplementedError(
-            f"compile=true: torch {torch.__version__} cannot compile the gradient through the"
-            ' tangent (objective.jvp.mode=tangent_grad), versions before 2.15 raise "ZeroTensors'
-            ' are immutable"; use compile=false'
-        )
+    if not on_gpu(config.trainer):
+        return "the step does not run on a GPU"
+    if config.trainer.devices not in (1, "1", [0]) or config.trainer.num_nodes != 1:
+        return "the gradients of several processes are exchanged during the backward pass"
+    if precision(config.trainer) == "16-mixed":
+        return "trainer.precision=16-mixed scales the loss after the step"
+    if config.trainer.detect_anomaly:
+        return "trainer.detect_anomaly reads every result"
+    if mode in ("double", "finite_difference") and config.model.get("dropout"):
+        return f"objective.jvp.mode={mode} with model.dropout replays the random state"
+    return ""
 
 
 def _check_recipe(config: DictConfig) -> None:
@@ -136,10 +146,7 @@ def fusable(trainer: DictConfig) -> bool:
 def _check_precision(trainer: DictConfig, fused: bool | None) -> None:
     name = precision(trainer)
     one_of("trainer.precision", name, PRECISIONS)
-    on_cpu = trainer.accelerator == "cpu" or (
-        trainer.accelerator == "auto" and not torch.cuda.is_available()
-    )
-    if name == "16-mixed" and on_cpu:
+    if name == "16-mixed" and not on_gpu(trainer):
         raise ValueError(
             "trainer.precision=16-mixed needs a GPU; on a CPU use bf16-mixed or 32-true"
         )
@@ -156,6 +163,6 @@ def _check_strategy(trainer: DictConfig) -> None:
     if not isinstance(strategy, str) or not (strategy == "auto" or strategy.startswith("ddp")):
         raise NotImplementedError(
             f"trainer.strategy={strategy}: the averages, the guard and torch.func.jvp need whole"
-            " parameters in every process; use trainer=ddp, and checkpointing=true with"
+            " parameters in every process; use trainer=ddp, and checkpointing=block with"
             " trainer.precision=bf16-mixed where memory is short"
         )

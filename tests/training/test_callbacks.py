@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from jvp_flash_attention import attention as jvp_attention
+from training.activation_checkpointing import checkpoint_blocks
 from training.attentions import sdpa
 from training.callbacks.buckets import TimeBuckets
 from training.callbacks.divergence import Divergence
@@ -21,7 +22,6 @@ from training.objectives.flow_matching import FlowMatching
 from training.objectives.meanflow import MeanFlow
 from training.objectives.scm import SCM
 from training.objectives.tangents import Jvp
-from training.recompute import recompute_blocks
 
 
 class Fake:
@@ -140,7 +140,10 @@ def test_useful_operations_do_not_depend_on_how_they_are_computed():
     single = flops(MeanFlow(Jvp("single")))
     assert flops(MeanFlow(Jvp("double"))) == single
     assert flops(MeanFlow(), attention=jvp_attention) == single
-    assert flops(MeanFlow(Jvp("double")), prepare=recompute_blocks) == single
+    assert (
+        flops(MeanFlow(Jvp("double")), prepare=lambda net: checkpoint_blocks(net, "block"))
+        == single
+    )
     assert flops(MeanFlow(), batch=16) == 2 * single
     assert flops(MeanFlow(equal_share=1.0)) == flops(FlowMatching())
     ratio = flops(MeanFlow(equal_share=0.0)) / flops(FlowMatching())
@@ -163,12 +166,12 @@ def test_the_forward_of_a_teacher_is_useful_too(attention):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_compilation_is_announced(capsys, compiled):
     fake, progress = Fake(), RichProgress()
-    fake.module.compiled = compiled
+    fake.module.step = SimpleNamespace(compile=compiled, cuda_graphs=False)
     progress.on_train_start(fake.trainer, fake.module)
     progress.disable()
     progress.on_train_start(fake.trainer, fake.module)
     printed = capsys.readouterr().out
-    assert printed.count("compiling the step") == compiled
+    assert printed.count("compiling a block") == compiled
     assert printed.count("training: 20 steps, a line every 2") == 1
 
 
@@ -190,7 +193,7 @@ def test_an_objective_that_cannot_be_counted_trains_on(tiny):
 def test_counting_leaves_the_network_as_it_was(tiny):
     net = tiny()
     net.other = nn.Linear(1, 1)
-    recompute_blocks(net)
+    checkpoint_blocks(net, "block")
     before = [(type(m), getattr(m, "attention", None)) for m in net.modules()]
     step_flops(net, MeanFlow(Jvp("double")), torch.zeros(4, 1, 8, 8), torch.zeros(4))
     assert [(type(m), getattr(m, "attention", None)) for m in net.modules()] == before

@@ -9,6 +9,7 @@ import torch
 from lightning import Callback, Trainer
 from torch import multiprocessing
 
+from training.activation_checkpointing import checkpoint_blocks
 from training.attentions import sdpa
 from training.data.digits import Digits
 from training.models.dit import DiT
@@ -17,7 +18,6 @@ from training.objectives.meanflow import MeanFlow
 from training.objectives.tangents import Jvp
 from training.optimizers import adamw
 from training.randomness import generator
-from training.recompute import recompute_blocks
 
 BATCH, SEED = 12, 3
 SETTINGS = {"single": False, "double": True}  # mode: are the blocks recomputed
@@ -30,7 +30,7 @@ def build(mode):
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
     if SETTINGS[mode]:
-        recompute_blocks(net)
+        checkpoint_blocks(net, "block")
     return net, MeanFlow(Jvp(mode), equal_share=0.5)
 
 

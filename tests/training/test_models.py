@@ -5,8 +5,8 @@ import torch
 
 from training.attentions import sdpa
 from training.models.dit import SIZES, DiT
-from training.models.duals import layer_norm, rms_norm
 from training.models.embedders import PatchEmbedder, TimeEmbedder, rotary_angles
+from training.models.jvp_layers import Dual, layer_norm, rms_norm
 from training.models.layers import FinalLayer, QueryKeyNorm, rotate
 
 IMF = {
@@ -146,8 +146,7 @@ def test_cross_attention_has_a_tangent_of_the_queries_alone(tiny, batch):
 
     x, y = batch
     net, t = tiny(spy, depth=1, cross_tokens=3), torch.rand(len(x))
-    f = lambda x, t, r: net(x, t, r, y)  # noqa: E731
-    torch.func.jvp(f, (x, t, t / 2), (torch.ones_like(x), torch.ones_like(t), torch.zeros_like(t)))
+    net(Dual(x, torch.ones_like(x)), Dual(t, torch.ones_like(t)), t / 2, y)
     assert seen == [(16, [True] * 3), (3, [True, False, False])]
 
 

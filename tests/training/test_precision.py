@@ -8,6 +8,7 @@ import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 
+from training.activation_checkpointing import checkpoint_blocks
 from training.attentions import sdpa
 from training.callbacks.guard import Guard
 from training.data.digits import Digits
@@ -17,7 +18,6 @@ from training.objectives.flow_matching import FlowMatching
 from training.objectives.meanflow import MeanFlow
 from training.objectives.tangents import Jvp
 from training.optimizers import adamw
-from training.recompute import recompute_blocks
 
 
 class Record(Callback):
@@ -127,7 +127,7 @@ def calls(net):
 
     for module in net.modules():
         if isinstance(module, Block):
-            module.attention.register_forward_hook(note)
+            module.attention.qkv.register_forward_hook(note)
     return count
 
 
@@ -136,7 +136,7 @@ def test_recomputed_blocks_give_the_same_gradients(tiny, batch, draws, objective
     kept = tiny(dropout=0.2)
     recomputed = copy.deepcopy(kept)
     names = list(kept.state_dict())
-    recompute_blocks(recomputed)
+    checkpoint_blocks(recomputed, "block")
     assert list(recomputed.state_dict()) == names
     recomputed = copy.deepcopy(recomputed)  # as the averages do it
     grads, counts = [], []
@@ -156,7 +156,7 @@ def test_recomputed_blocks_give_the_same_gradients(tiny, batch, draws, objective
 
 def test_recomputing_needs_blocks():
     with pytest.raises(NotImplementedError, match="Linear has none"):
-        recompute_blocks(torch.nn.Linear(1, 1))
+        checkpoint_blocks(torch.nn.Linear(1, 1), "block")
 
 
 def test_clipping_bounds_the_gradient_and_accumulation_adds_up(tiny):

@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from training.callbacks.ema import EMA
 from training.callbacks.guard import Diverged
-from training.ranks import over_ranks
+from training.ranks import Later, over_ranks
 from training.validation import positive_integer
 
 # Seconds in which further signals are the same wish: the terminal and a wrapper send one each, and
@@ -90,6 +90,7 @@ class LastCheckpoint(Checkpoint):
         self.noted, self.saved_step = 0.0, -1
         self.first = self.begun = 0  # steps made before this run, and with the one in progress
         self.handlers: dict[int, Any] = {}
+        self.later = Later()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.first = self.begun = trainer.global_step
@@ -124,8 +125,12 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # gradients half accumulated are not in a checkpoint
-        number = torch.tensor(self.signal, device=pl_module.device)
-        self.stop = int(over_ranks(number, "max"))  # one rank's signal stops all
+        if trainer.world_size == 1:
+            self.stop = self.signal
+        else:  # one rank's signal stops all
+            number = torch.full((1,), self.signal, device=pl_module.device, dtype=torch.float)
+            for (found,) in self.later(over_ranks(number, "max")):
+                self.stop = int(found)
         step = trainer.global_step
         # At the end at once, not after the other callbacks have drawn and judged their samples.
         end = step == trainer.max_steps or trainer.should_stop  # trainer.max_time is over

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from training.ranks import over_ranks
+from training.ranks import Later, over_ranks
 from training.validation import positive_integer
 
 
@@ -19,7 +19,8 @@ class Guard(Callback):
 
     A step counts as non-finite by its gradient or by its loss: an infinite error can have weight 0
     and then a gradient of 0. A skipped step leaves weights and optimizer as they were; the learning
-    rate goes on. All ranks skip together.
+    rate goes on. All ranks skip together. A fused optimizer skips on the device, which is not kept
+    waiting: the host counts one step later.
     """
 
     def __init__(self, patience: int = 10) -> None:
@@ -27,8 +28,10 @@ class Guard(Callback):
         self.patience = patience
         self.skipped = self.in_a_row = 0
         self.losses: list[torch.Tensor] = []  # of the batches since the last step
+        self.later = Later()
 
     def state_dict(self) -> dict[str, Any]:
+        self._count(self.later.flush())
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -42,23 +45,36 @@ class Guard(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        parameters = [p for p in pl_module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
         finite = torch.isfinite(torch.stack([norm, *self.losses])).all()
         self.losses.clear()
-        if over_ranks(1.0 - finite.float(), "max") == 0:
-            self.in_a_row = 0
-        else:
-            self.skipped += 1
-            self.in_a_row += 1
-            for p in parameters:
+        skip = over_ranks(1.0 - finite.float(), "max")
+        if skips_on_device(optimizer):
+            optimizer.found_inf = skip  # type: ignore[attr-defined]
+            self._count(self.later(skip[None]))
+        elif self._count([[float(skip)]]):
+            for p in pl_module.parameters():
                 p.grad = None  # the optimizer passes over parameters without gradient
-            if self.in_a_row >= self.patience:
-                raise Diverged(
-                    "the loss or its gradient was not finite (NaN or infinite) for"
-                    f" {self.in_a_row} steps in a row, up to step {trainer.global_step}; lower"
-                    " optimizer.lr, set trainer.gradient_clip_val, or use"
-                    " trainer.precision=32-true, then resume from the last checkpoint"
-                )
+        if self.in_a_row >= self.patience:
+            raise Diverged(
+                "the loss or its gradient was not finite (NaN or infinite) for"
+                f" {self.in_a_row} steps in a row, up to step {trainer.global_step}; lower"
+                " optimizer.lr, set trainer.gradient_clip_val, or use"
+                " trainer.precision=32-true, then resume from the last checkpoint"
+            )
         pl_module.log("train/grad_norm", norm)
         pl_module.log("train/skipped", float(self.skipped))
+
+    def _count(self, known: list[list[float]]) -> bool:
+        """Whether the last of these steps was skipped."""
+        for (skip,) in known:
+            self.skipped += bool(skip)
+            self.in_a_row = self.in_a_row + 1 if skip else 0
+        return bool(known and known[-1][0])
+
+
+def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether ``found_inf``, a tensor, makes the optimizer's step do nothing."""
+    on_gpu = any(p.is_cuda for group in optimizer.param_groups for p in group["params"])
+    return on_gpu and all(group.get("fused") for group in optimizer.param_groups)

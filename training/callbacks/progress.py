@@ -31,8 +31,10 @@ class RichProgress(ProgressBar):
         self.enabled = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.enabled and pl_module.compiled:
-            self.console.print("compiling the step: the first one takes a minute or more")
+        step: Any = pl_module.step
+        if self.enabled and step.compile:
+            graphs = ", then recorded as a CUDA graph" if step.cuda_graphs else ""
+            self.console.print(f"compiling a block: the first step takes up to a minute{graphs}")
         if not self.enabled:
             return
         last = trainer.max_steps

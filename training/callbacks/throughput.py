@@ -14,6 +14,40 @@ from training.validation import between, positive_integer
 PERCENTILES = {"step_ms_p10": 0.1, "step_ms": 0.5, "step_ms_p90": 0.9}
 
 
+class Clock:
+    """Seconds of steps; on a GPU from events that have passed, read without waiting for others."""
+
+    def __init__(self) -> None:
+        self.marks: deque[tuple[Any, Any]] = deque()
+        self.begun: Any = None
+
+    def start(self, device: torch.device) -> None:
+        self.begun = self._mark() if device.type == "cuda" else time.perf_counter()
+
+    def stop(self) -> None:
+        on_gpu = isinstance(self.begun, torch.cuda.Event)
+        self.marks.append((self.begun, self._mark() if on_gpu else time.perf_counter()))
+
+    def known(self) -> list[float]:
+        """Of the steps that are over and were not asked for yet."""
+        found = []
+        while self.marks:
+            start, end = self.marks[0]
+            if not isinstance(start, torch.cuda.Event):
+                found.append(end - start)
+            elif end.query():
+                found.append(start.elapsed_time(end) / 1000)
+            else:
+                break
+            self.marks.popleft()
+        return found
+
+    def _mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
 class Throughput(Callback):
     """Logs, over the last ``window`` optimizer steps:
 
@@ -22,10 +56,9 @@ class Throughput(Callback):
     perf/tflops                useful operations (``metrics.flops``) of one process, at the median
     perf/mfu                   the same as a share of ``peak_tflops``
 
-    A step is timed from the start of its (first) batch to the end of the optimizer's step, without
-    the other callbacks and without waiting for data. The guard reads the gradient norm in every
-    step, so the clock has waited for the device. The first ``warmup`` steps, in which kernels are
-    compiled and tuned, are forgotten afterwards.
+    A step is timed from the start of its (first) batch to the end of the optimizer's step, on a GPU
+    between two events on the device, which is not kept waiting. The first ``warmup`` steps, in
+    which kernels are compiled and tuned, are forgotten afterwards.
 
     ``peak_tflops``: of one device; None looks it up for data-centre GPUs in half precision, and
     where it is not known there is no perf/mfu.
@@ -39,7 +72,8 @@ class Throughput(Callback):
         if peak_tflops is not None:
             between("callbacks.throughput.peak_tflops", peak_tflops, 0, open_low=True)
         self.durations: deque[float] = deque(maxlen=window)
-        self.warmup, self.peak, self.steps, self.start = warmup, peak_tflops, 0, 0.0
+        self.warmup, self.peak, self.steps = warmup, peak_tflops, 0
+        self.clock: Clock = Clock()
         self.flops: int | None = None  # of a batch
 
     def on_train_batch_start(
@@ -49,7 +83,7 @@ class Throughput(Callback):
             self.flops = self._count(pl_module, *batch)
             self.peak = self.peak or peak_tflops(pl_module.device, str(trainer.precision))
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self.start = time.perf_counter()
+            self.clock.start(pl_module.device)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -57,10 +91,14 @@ class Throughput(Callback):
         batches = trainer.accumulate_grad_batches
         if (batch_idx + 1) % batches:
             return
-        if self.steps == self.warmup:
-            self.durations.clear()
-        self.steps += 1
-        self.durations.append(time.perf_counter() - self.start)
+        self.clock.stop()
+        for duration in self.clock.known():
+            if self.steps == self.warmup:
+                self.durations.clear()
+            self.steps += 1
+            self.durations.append(duration)
+        if not self.durations:
+            return
         times = torch.tensor(self.durations, dtype=torch.float64)
         for name, share in PERCENTILES.items():
             value = 1000 * float(times.quantile(share))

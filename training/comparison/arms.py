@@ -30,6 +30,7 @@ MAY_DIFFER = (
     "model.attention",
     "seed",
     "compile",
+    "cuda_graphs",
     "trainer.precision",
     "objective.jvp",
     "checkpointing",

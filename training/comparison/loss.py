@@ -123,7 +123,9 @@ def _lockstep(
         return []
     configs = {run.arm: placed(run.config, output) for run in runs if run.seed == seed}
     for config in configs.values():
-        config.compile = False  # what is measured inside would be compiled away
+        config.compile = config.cuda_graphs = (
+            False  # what is measured inside would be compiled away
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"lock-step: {comparison.lockstep.steps} steps of {', '.join(configs)}", flush=True)
     steps = comparison.lockstep

@@ -31,7 +31,8 @@ from training.comparison.arms import Compose
 from training.comparison.files import append_jsonl, read_jsonl
 from training.metrics.flops import peak_tflops, step_flops
 from training.randomness import generator, key
-from training.settings import check, precision
+from training.settings import check, compiled, no_cuda_graphs, precision
+from training.step import Step
 
 CELL = ("tokens", "head_dim", "mode", "compiled", "batches")
 OUT_OF_MEMORY, UNSUPPORTED, MEASURED = "out of memory", "unsupported", "measured"
@@ -49,8 +50,9 @@ class Stepper:
         self.objective = instantiate(config.objective).to(device)
         self.objective.attach(net)
         self.objective.start(next(net.parameters()))
-        loss = self.objective.loss
-        self.loss = torch.compile(loss, fullgraph=True) if config.compile else loss
+        graphs = compiled(config) and config.cuda_graphs is not False and not no_cuda_graphs(config)
+        self.step = Step(net, self.objective, compiled(config), graphs)
+        self.step.prepare()
         self.dtype = DTYPES.get(precision(config.trainer))
 
     def __call__(self, mark: Any) -> None:
@@ -62,9 +64,9 @@ class Stepper:
         mark()
         sample = self.objective.draw(x, y, self.net.null_label, draws)
         with torch.autocast(self.device, self.dtype) if self.dtype else nullcontext():
-            loss = self.loss(self.net, sample).loss
+            loss = self.step(sample).loss
         mark()
-        loss.backward()
+        self.step.backward(loss)
         mark()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -10,9 +10,12 @@ Some objectives ask for more, each switched on by its own option:
     net.log_variance(t)            of the objective's error                       ``log_variance``
 """
 
+from collections.abc import Iterable
+from functools import reduce
+from typing import Any
+
 import torch
 from torch import nn
-from torch.nn.functional import silu
 
 from training.models.embedders import (
     GuidanceEmbedder,
@@ -25,7 +28,18 @@ from training.models.embedders import (
     rotary_angles,
     sin_cos_positions,
 )
-from training.models.layers import MLPS, NORMS, Attention, Block, FinalLayer
+from training.models.jvp_layers import Tensor, add, concatenate, linear_map, primal, silu, subtract
+from training.models.layers import (
+    MLPS,
+    NORMS,
+    Attention,
+    Block,
+    FinalLayer,
+    Residual,
+    Stream,
+    begin,
+    settled,
+)
 from training.validation import between, integer, one_of, positive_integer
 
 # size: patch, depth, width, heads. Parameters with 4 x 32 x 32 latents and 1000 classes; of the
@@ -74,6 +88,9 @@ class DiT(nn.Module):
             head, 0 doubles the final layer alone.
         log_variance: has ``log_variance(t)``.
     """
+
+    takes_duals = True
+    fused = False  # residual, norm and modulation of a block are one kernel: set by ``Step``
 
     def __init__(
         self,
@@ -192,33 +209,33 @@ class DiT(nn.Module):
 
     def forward(
         self,
-        z: torch.Tensor,  # (B, C, S, S)
-        t: torch.Tensor,  # (B,)
-        r: torch.Tensor,  # (B,)
+        z: Tensor,  # (B, C, S, S)
+        t: Tensor,  # (B,)
+        r: Tensor,  # (B,)
         y: torch.Tensor,  # (B,) int64
         guidance: torch.Tensor | None = None,  # (B, 3): w, t_min, t_max; None is w = 1
-    ) -> torch.Tensor:  # (B, C, S, S), of z's dtype
-        x, *rest = self._tokens(z, t, r, y, guidance)
-        return self._output(self._run(self.blocks, x, *rest), rest[0], self.final).to(z.dtype)
+    ) -> Any:  # (B, C, S, S), of z's dtype; Dual if z, t or r is
+        x, condition, context = self._tokens(z, t, r, y, guidance)
+        x = self._run(self.blocks, x, condition, context)
+        return _as(self._output(x, condition, self.final), z)
 
     def heads(
-        self,
-        z: torch.Tensor,
-        t: torch.Tensor,
-        r: torch.Tensor,
-        y: torch.Tensor,
-        guidance: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What ``forward`` returns, and the output of the second head. Each (B, C, S, S)"""
+        self, z: Tensor, t: Tensor, r: Tensor, y: torch.Tensor, guidance: torch.Tensor | None = None
+    ) -> tuple[Any, torch.Tensor]:
+        """What ``forward`` returns, and the output of the second head, which is computed without
+        its tangent. Each (B, C, S, S)
+        """
         if self.second_blocks is None or self.second_final is None:
             raise ValueError("the objective needs a second head; set model.second_head >= 0")
-        x, *rest = self._tokens(z, t, r, y, guidance)
+        x, condition, context = self._tokens(z, t, r, y, guidance)
         shared = len(self.blocks) - len(self.second_blocks)
-        x = self._run(self.blocks[:shared], x, *rest)
-        first = self._output(self._run(self.blocks[shared:], x, *rest), rest[0], self.final)
-        second = self._run(self.second_blocks, x, *rest)
-        second = self._output(second, rest[0], self.second_final)
-        return first.to(z.dtype), second.to(z.dtype)
+        x = self._run(self.blocks[:shared], x, condition, context)
+        first = self._run(self.blocks[shared:], x, condition, context)
+        first = self._output(first, condition, self.final)
+        condition = None if condition is None else primal(condition)
+        second = self._run(self.second_blocks, _primal(x), condition, context)
+        second = self._output(second, condition, self.second_final)
+        return _as(first, z), primal(_as(second, z))
 
     def log_variance(self, t: torch.Tensor) -> torch.Tensor:
         """(B,) -> (B,)"""
@@ -227,52 +244,61 @@ class DiT(nn.Module):
         return self.variance(t)
 
     def _conditions(
-        self, t: torch.Tensor, r: torch.Tensor, y: torch.Tensor, guidance: torch.Tensor | None
-    ) -> list[torch.Tensor]:
+        self, t: Tensor, r: Tensor, y: torch.Tensor, guidance: torch.Tensor | None
+    ) -> list[Tensor]:
         """Embeddings of label, time or times, and guidance. Each (B, W)"""
-        times = {"t_h": (t, t - r), "t_r": (t, r), "h": (t - r,), "t": (t,)}[self.conditioning]
-        embedded = [self.label(y), self.time(times[0])]
+        embedded = [self.label(y)]
+        first = subtract(t, r) if self.conditioning == "h" else t
+        embedded.append(self.time(first))
         if self.second_time is not None:
-            embedded.append(self.second_time(times[1]))
+            embedded.append(self.second_time(subtract(t, r) if self.conditioning == "t_h" else r))
         if self.guidance is not None:
             if guidance is None:
-                guidance = torch.tensor([1.0, 0.0, 1.0], device=t.device).to(t).expand(len(t), 3)
+                one = torch.ones_like(primal(t))
+                guidance = torch.stack([one, torch.zeros_like(one), one], dim=1)
             embedded += self.guidance(guidance)
         elif guidance is not None:
             raise ValueError("this network has no guidance as a condition; set model.guided=true")
         return embedded
 
     def _tokens(
-        self,
-        z: torch.Tensor,
-        t: torch.Tensor,
-        r: torch.Tensor,
-        y: torch.Tensor,
-        guidance: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        self, z: Tensor, t: Tensor, r: Tensor, y: torch.Tensor, guidance: torch.Tensor | None
+    ) -> tuple[Tensor, Tensor | None, torch.Tensor | None]:
         """Tokens (B, N, W), the condition of adaLN (B, W), and the context (B, M, W)."""
         conditions = self._conditions(t, r, y, guidance)
         context = None if self.context is None else self.context(y)
         x = self.patches(z)
         if self.positions is not None:
-            x = x + self.positions
+            x = add(x, self.positions)
         if self.prefix is None:
-            return x, silu(sum(conditions[1:], conditions[0])), context
+            return x, silu(reduce(add, conditions)), context
         prefix = [f(c) for f, c in zip(self.prefix, conditions, strict=True)]
-        return torch.cat([*prefix, x], dim=1), None, context
+        return concatenate([*prefix, x], dim=1), None, context
 
     def _run(
         self,
-        blocks: nn.ModuleList,
-        x: torch.Tensor,
-        condition: torch.Tensor | None,
+        blocks: Iterable[nn.Module],
+        x: Stream,
+        condition: Tensor | None,
         context: torch.Tensor | None,
-    ) -> torch.Tensor:
+    ) -> Stream:
+        if self.fused and not isinstance(x, Residual):
+            x = begin(x, 6)
         for block in blocks:
             x = block(x, condition, self.angles, context)  # (B, N, W)
         return x
 
-    def _output(
-        self, x: torch.Tensor, condition: torch.Tensor | None, final: FinalLayer
-    ) -> torch.Tensor:
-        return final(x[:, -(self.rows**2) :], condition, self.rows)
+    def _output(self, x: Stream, condition: Tensor | None, final: FinalLayer) -> Tensor:
+        if self.prefix is None:
+            return final(x, condition, self.rows)
+        images = linear_map(lambda x: x[:, -(self.rows**2) :], settled(x))
+        return final(images, condition, self.rows)
+
+
+def _primal(x: Stream) -> Stream:
+    return Residual(*map(primal, x)) if isinstance(x, Residual) else primal(x)
+
+
+def _as(x: Tensor, z: Tensor) -> Tensor:
+    dtype = primal(z).dtype
+    return linear_map(lambda x: x.to(dtype), x)

@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from training.models.duals import Linear
+from training.models.jvp_layers import Dual, Linear, Tensor, add, last, linear_map, primal, silu
 
 FREQUENCIES = 256  # dimension of the sinusoidal embedding, as in DiT
 
@@ -17,11 +17,19 @@ def frequencies(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     return torch.exp(-math.log(10_000) / half * torch.arange(half, device=device, dtype=dtype))
 
 
-def sinusoids(t: torch.Tensor) -> torch.Tensor:
+def sinusoids(t: Tensor) -> Tensor:
     """Cosines and sines of t at 128 frequencies. (B,) -> (B, 256)"""
-    dtype = torch.promote_types(t.dtype, torch.float32)
-    phase = t[:, None] * frequencies(t.device, dtype)  # (B, 128)
-    return torch.cat([torch.cos(phase), torch.sin(phase)], dim=-1)
+    time = primal(t)
+    frequency = frequencies(time.device, torch.promote_types(time.dtype, torch.float32))
+    phase = time[:, None] * frequency  # (B, 128)
+    cos, sin = phase.cos(), phase.sin()
+    waves = torch.cat([cos, sin], dim=-1)
+    if not isinstance(t, Dual):
+        return waves
+    with t.rule():
+        t_phase = t.tangent[:, None] * frequency
+        parts = [-last(sin, t_phase) * t_phase, last(cos, t_phase) * t_phase]
+        return t.follow(waves, torch.cat(parts, dim=-1))
 
 
 class TimeEmbedder(nn.Module):
@@ -37,9 +45,10 @@ class TimeEmbedder(nn.Module):
         self.inward = Linear(FREQUENCIES, width)
         self.outward = Linear(width, width)
 
-    def forward(self, t: torch.Tensor) -> torch.Tensor:
-        hidden = self.inward(sinusoids(t).to(self.inward.weight.dtype))
-        return self.outward(nn.functional.silu(hidden))  # (B, W)
+    def forward(self, t: Tensor) -> Tensor:
+        dtype = self.inward.weight.dtype
+        hidden = self.inward(linear_map(lambda x: x.to(dtype), sinusoids(t)))
+        return self.outward(silu(hidden))  # (B, W)
 
 
 class LabelEmbedder(nn.Module):
@@ -87,8 +96,8 @@ class PrefixTokens(nn.Module):
         super().__init__()
         self.vectors = nn.Parameter(torch.randn(n, width) / math.sqrt(width))
 
-    def forward(self, embedding: torch.Tensor) -> torch.Tensor:
-        return self.vectors + embedding[:, None]  # (B, W) -> (B, n, W)
+    def forward(self, embedding: Tensor) -> Tensor:
+        return add(linear_map(lambda x: x[:, None], embedding), self.vectors)  # (B, W) -> (B, n, W)
 
 
 class LogVariance(nn.Module):
@@ -101,7 +110,7 @@ class LogVariance(nn.Module):
         self.linear = Linear(FREQUENCIES, 1)
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        return self.linear(sinusoids(t).to(self.linear.weight.dtype))[:, 0]  # (B,) -> (B,)
+        return self.linear(primal(sinusoids(t)).to(self.linear.weight.dtype))[:, 0]  # (B,) -> (B,)
 
 
 class PatchEmbedder(nn.Module):
@@ -112,9 +121,9 @@ class PatchEmbedder(nn.Module):
         self.patch = patch
         self.projection = Linear(channels * patch * patch, width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        p = self.patch
-        return self.projection(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p))
+    def forward(self, x: Tensor) -> Tensor:
+        pattern, p = "b c (h p) (w q) -> b (h w) (c p q)", self.patch
+        return self.projection(linear_map(lambda x: rearrange(x, pattern, p=p, q=p), x))
 
 
 def sin_cos_positions(side: int, width: int) -> torch.Tensor:

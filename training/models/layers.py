@@ -1,30 +1,63 @@
 """Layers of the diffusion transformer; the attention function is an argument."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import nn
-from torch.nn.functional import silu
+from torch.utils.checkpoint import checkpoint
 
-from training.models.duals import Linear, layer_norm, modulate, rms_norm
+from training.kernels import residual_norm
+from training.models.jvp_layers import (
+    Dropout,
+    Dual,
+    Linear,
+    Tensor,
+    add,
+    attend,
+    gated_residual,
+    gelu,
+    layer_norm,
+    linear_map,
+    modulate,
+    multiply,
+    primal,
+    rms_norm,
+    silu,
+    unpack,
+)
 
 Attention = Callable[..., torch.Tensor]  # (query, key, value), each (B, H, N, D) -> (B, H, N, D)
 
 
-NORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"layer": layer_norm, "rms": rms_norm}
+NORMS: dict[str, Callable[[Tensor], Tensor]] = {"layer": layer_norm, "rms": rms_norm}
 
 
-def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+def rotate(x: Tensor, angles: torch.Tensor) -> Tensor:
     """Rotary positions (RoPE, arXiv 2104.09864): pairs of features turned by their angle.
 
     x: (B, H, N, D); angles: (n, D/2), n <= N. The N - n leading tokens have no place on the grid
     and are left as they are.
     """
+    return linear_map(lambda x: _rotate(x, angles), x)
+
+
+def _rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     prefix, x = x.tensor_split([x.shape[-2] - len(angles)], dim=-2)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x.chunk(2, -1)  # (B, H, n, D/2)
     return torch.cat([prefix, torch.cat([a * cos - b * sin, a * sin + b * cos], -1)], -2)
+
+
+def split_heads(x: Tensor, parts: int, heads: int) -> list[Tensor]:
+    """(B, N, parts H D) -> parts of (B, H, N, D), as views."""
+    pattern = "b n (parts h d) -> parts b h n d"
+    return unpack(lambda x: rearrange(x, pattern, parts=parts, h=heads).unbind(), x)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    return linear_map(lambda x: rearrange(x, "b h n d -> b n (h d)"), x)
 
 
 class QueryKeyNorm(nn.Module):
@@ -35,8 +68,8 @@ class QueryKeyNorm(nn.Module):
         self.query = nn.Parameter(torch.ones(head_dim))
         self.key = nn.Parameter(torch.ones(head_dim))
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return rms_norm(q) * self.query, rms_norm(k) * self.key
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return multiply(rms_norm(q), self.query), multiply(rms_norm(k), self.key)
 
 
 class SelfAttention(nn.Module):
@@ -47,13 +80,21 @@ class SelfAttention(nn.Module):
         self.qk_norm = QueryKeyNorm(width // heads) if qk_norm else None
         self.projection = Linear(width, width)
 
-    def forward(self, x: torch.Tensor, angles: torch.Tensor | None = None) -> torch.Tensor:
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+    def project_in(self, x: Tensor, angles: torch.Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values. (B, N, W) -> (B, H, N, D)"""
+        q, k, v = split_heads(self.qkv(x), 3, self.heads)
         if self.qk_norm is not None:
             q, k = self.qk_norm(q, k)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
-        return self.projection(rearrange(self.attention(q, k, v), "b h n d -> b n (h d)"))
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(self.attention, q, k, v)
+
+    def project_out(self, out: Tensor) -> Tensor:
+        """(B, H, N, D) -> (B, N, W)"""
+        return self.projection(join_heads(out))
 
 
 class CrossAttention(nn.Module):
@@ -69,26 +110,23 @@ class CrossAttention(nn.Module):
         self.qk_norm = QueryKeyNorm(width // heads) if qk_norm else None
         self.projection = Linear(width, width)
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        q = rearrange(self.query(x), "b n (h d) -> b h n d", h=self.heads)
-        k, v = rearrange(
-            self.key_value(context), "b m (two h d) -> two b h m d", two=2, h=self.heads
-        )
+    def forward(self, x: Tensor, context: torch.Tensor) -> Tensor:
+        (q,) = split_heads(self.query(x), 1, self.heads)
+        k, v = split_heads(self.key_value(context), 2, self.heads)
         if self.qk_norm is not None:
             q, k = self.qk_norm(q, k)
-        return self.projection(rearrange(self.attention(q, k, v), "b h n d -> b n (h d)"))
+        return self.projection(join_heads(attend(self.attention, q, k, v)))
 
 
 class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.expand = Linear(width, hidden)
-        self.activation = nn.GELU(approximate="tanh")
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.contract = Linear(hidden, width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.contract(self.dropout(self.activation(self.expand(x))))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.contract(self.dropout(gelu(self.expand(x))))
 
 
 class SwiGLU(nn.Module):
@@ -99,12 +137,12 @@ class SwiGLU(nn.Module):
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.expand = Linear(width, 2 * hidden)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.contract = Linear(hidden, width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, x = self.expand(x).chunk(2, -1)
-        return self.contract(self.dropout(silu(gate) * x))
+    def forward(self, x: Tensor) -> Tensor:
+        gate, x = unpack(lambda x: x.chunk(2, -1), self.expand(x))
+        return self.contract(self.dropout(multiply(silu(gate), x)))
 
 
 MLPS: dict[str, type[nn.Module]] = {"gelu": Mlp, "swiglu": SwiGLU}
@@ -121,11 +159,85 @@ class Modulation(nn.Module):
         self.linear = Linear(width, n * width) if conditioned else None
         self.constants = None if conditioned else nn.Parameter(torch.zeros(n * width))
 
-    def forward(self, condition: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    def forward(self, condition: Tensor | None) -> list[Tensor]:
         """(B, W) -> n vectors (B or 1, 1, W)."""
         if self.constants is not None:
-            return self.constants[None, None].chunk(self.n, -1)
-        return self.linear(condition)[:, None].chunk(self.n, -1)  # type: ignore[misc]
+            return list(self.constants[None, None].chunk(self.n, -1))
+        vectors = self.linear(condition)  # type: ignore[misc]
+        return unpack(lambda x: x[:, None].chunk(self.n, -1), vectors)
+
+
+class Residual(NamedTuple):
+    """x + gate branch, not added yet: the norm that follows does it in its own pass."""
+
+    x: Tensor  # (B, N, W)
+    gate: Tensor  # (B, 1, W)
+    branch: Tensor  # (B, N, W)
+
+
+Stream = Tensor | Residual
+
+
+def settled(x: Stream) -> Tensor:
+    return gated_residual(*x) if isinstance(x, Residual) else x
+
+
+def begin(x: Tensor, n: int) -> Residual:
+    """x as a residual with nothing in its branch, laid out as a block of ``n`` modulations leaves
+    its own: one compiled graph then serves the first block too.
+    """
+    wanted = torch.is_grad_enabled() and primal(x).requires_grad
+
+    def nothing(x: torch.Tensor, wanted: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype = autocast_dtype(x)
+        branch = torch.zeros_like(x, dtype=dtype, requires_grad=wanted)
+        rows = x.new_zeros(len(x), 1, n * x.shape[-1], dtype=dtype, requires_grad=wanted)
+        return rows.chunk(n, -1)[-1], branch
+
+    gate, branch = nothing(primal(x), wanted)
+    if not isinstance(x, Dual):
+        return Residual(x, gate, branch)
+    t_gate, t_branch = nothing(x.tangent, wanted and x.through)
+    return Residual(x, x.follow(gate, t_gate), x.follow(branch, t_branch))
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype:
+    """Of what a matrix product makes of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def normed(
+    x: Stream, norm: Callable[[Tensor], Tensor], shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x settled, and its norm modulated: in one kernel where there is one, else layer by layer."""
+    if isinstance(x, Residual):
+        parts = (*x, shift, scale)
+        if residual_norm.supports(*map(primal, parts)) and (tangents := _constants(parts)):
+            stream, gate, branch, shift_, scale_ = map(primal, parts)
+            rows = [a[:, 0] for a in (gate, shift_, scale_)]
+            x2, h, t_x2, t_h = residual_norm.residual_norm(
+                stream, rows[0], branch, rows[1], rows[2], tangents[0],
+                norm is rms_norm, autocast_dtype(stream),
+            )  # fmt: skip
+            if t_x2 is None or t_h is None:
+                return x2, h
+            return Dual(x2, t_x2), Dual(h, t_h)
+    x = settled(x)
+    return x, modulate(norm(x), shift, scale)
+
+
+def _constants(parts: tuple[Tensor, ...]) -> list[Any]:
+    """[the tangents of all parts, which are constants], [None] where no part has one, or nothing:
+    the kernel does not serve these.
+    """
+    duals = [x for x in parts if isinstance(x, Dual)]
+    if not duals:
+        return [None]
+    if len(duals) < len(parts) or any(x.through for x in duals):
+        return []
+    t_x, t_gate, t_branch, t_shift, t_scale = (x.tangent for x in duals)
+    return [(t_x, t_gate[:, 0], t_branch, t_shift[:, 0], t_scale[:, 0])]
 
 
 class Block(nn.Module):
@@ -153,20 +265,52 @@ class Block(nn.Module):
         self.mlp = MLPS[mlp](width, int(mlp_ratio * width), dropout)
         self.modulation = Modulation(width, 6, conditioned)
 
+        self.checkpointing = "none"  # see ``activation_checkpointing``
+
     def forward(
         self,
-        x: torch.Tensor,  # (B, N, W)
-        condition: torch.Tensor | None = None,  # (B, W)
+        x: Stream,  # (B, N, W)
+        condition: Tensor | None = None,  # (B, W)
         angles: torch.Tensor | None = None,  # (n, D/2), of the n last tokens
         context: torch.Tensor | None = None,  # (B, M, W)
-    ) -> torch.Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition)
-        x = x + gate_a * self.attention(modulate(self.norm(x), shift_a, scale_a), angles)
+    ) -> Stream:
+        """A ``Residual`` where x is one, and a tensor where it is not."""
+        if self.cross is not None and context is None:
+            raise ValueError("context must be (B, M, W) for cross attention; got None")
+        keep = self.checkpointing if torch.is_grad_enabled() else "none"
+        vectors = self.modulation(condition)
+
+        def whole(x: Stream, vectors: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+            part = _recomputed if keep == "attention" else _kept
+            x, *heads = part(self._before_attention, x, vectors, angles)
+            return part(self._after_attention, x, vectors, self.attention.attend(*heads), context)
+
+        out = Residual(*(_recomputed if keep == "block" else _kept)(whole, x, vectors))
+        return out if isinstance(x, Residual) else settled(out)
+
+    def _before_attention(self, x: Stream, vectors: list[Tensor], angles: Any) -> Any:
+        shift, scale, *_ = vectors
+        x, h = normed(x, self.norm, shift, scale)
+        return x, *self.attention.project_in(h, angles)
+
+    def _after_attention(
+        self, x: Tensor, vectors: list[Tensor], out: Tensor, context: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        _, _, gate_a, shift, scale, gate_m = vectors
+        stream: Stream = Residual(x, gate_a, self.attention.project_out(out))
         if self.cross is not None:
-            if context is None:
-                raise ValueError("context must be (B, M, W) for cross attention; got None")
-            x = x + self.cross(self.norm(x), context)
-        return x + gate_m * self.mlp(modulate(self.norm(x), shift_m, scale_m))
+            x = settled(stream)
+            stream = add(x, self.cross(self.norm(x), context))
+        x, h = normed(stream, self.norm, shift, scale)
+        return x, gate_m, self.mlp(h)
+
+
+def _kept(f: Callable[..., Any], *args: Any) -> Any:
+    return f(*args)
+
+
+def _recomputed(f: Callable[..., Any], *args: Any) -> Any:
+    return checkpoint(f, *args, use_reentrant=False)
 
 
 class FinalLayer(nn.Module):
@@ -185,8 +329,8 @@ class FinalLayer(nn.Module):
         self.modulation = Modulation(width, 2, conditioned)
         self.projection = Linear(width, channels * patch * patch)
 
-    def forward(self, x: torch.Tensor, condition: torch.Tensor | None, rows: int) -> torch.Tensor:
+    def forward(self, x: Stream, condition: Tensor | None, rows: int) -> Tensor:
         shift, scale = self.modulation(condition)
-        x = self.projection(modulate(self.norm(x), shift, scale))
-        p = self.patch
-        return rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=p, q=p)
+        x = self.projection(normed(x, self.norm, shift, scale)[1])
+        pattern, p = "b (h w) (c p q) -> b c (h p) (w q)", self.patch
+        return linear_map(lambda x: rearrange(x, pattern, h=rows, p=p, q=p), x)

@@ -77,7 +77,7 @@ class AlphaFlow(MeanFlow, ScheduledObjective):
         self, x: torch.Tensor, y: torch.Tensor, null_label: int, draws: Draws
     ) -> AlphaFlowSample:
         pair = super().draw(x, y, null_label, draws)
-        return AlphaFlowSample(pair, x.new_tensor(self.alpha), self.alpha > 0)
+        return AlphaFlowSample(pair, x.new_full((), self.alpha), self.alpha > 0)
 
     def loss(self, net: Net, sample: AlphaFlowSample) -> Terms:
         pair, alpha, discrete = sample

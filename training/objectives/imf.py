@@ -90,7 +90,7 @@ class IMF(Objective):
         start[:equal], end[:equal] = 0, 1  # flow matching samples are guided at every time
         w = torch.exp(share * math.log(self.guidance_max))
         guidance = torch.stack([w, start, end], dim=1)
-        return IMFSample(z, v, t, r, y, dropped, y.new_tensor(null_label), guidance)
+        return IMFSample(z, v, t, r, y, dropped, y.new_full((), null_label), guidance)
 
     def loss(self, net: Any, sample: IMFSample) -> Terms:
         z, _, t, r, y, *_, guidance = sample
@@ -98,32 +98,23 @@ class IMF(Objective):
         v_g, tangent = self._guided_velocity(net, sample)
 
         n = self._equal(len(z))
-        compounds, heads = [], []  # V and the second head's v
-        if n:
-            u, head = net.heads(z[:n], t[:n], r[:n], y[:n], *(g[:n] for g in told))
-            compounds.append(u)
-            heads.append(head)
-        step = v_g.new_zeros(1, 1)  # (t - r) du/dt, (B - n, ...)
-        dudt = step
-        if n < len(z):
-            rest, z, t, r = y[n:], z[n:], t[n:], r[n:]
-            u, dudt, head = self.jvp.with_aux(
-                lambda z, t, r: net.heads(z, t, r, rest, *(g[n:] for g in told)),
-                (z, t, r),
-                (tangent[n:], torch.ones_like(t), torch.zeros_like(r)),
-            )
-            step = expand(t - r, z) * dudt
-            compounds.append(u + step)
-            heads.append(head)
+        if n == len(z):
+            dudt = step = v_g.new_zeros(1, 1)
+            compound, head = net.heads(z, t, r, y, *told)
+        else:
+            along = (tangent[n:], torch.ones_like(t[n:]), None, None, *(None for _ in told))
+            u, dudt, head = self.jvp.with_aux(net.heads, (z, t, r, y, *told), along)
+            step = expand((t - r)[n:], dudt) * dudt  # (B - n, ...)
+            compound = torch.cat([u[:n], u[n:] + step])  # V
 
-        error = squared_error(torch.cat(compounds), v_g, self.reduce)  # (B,)
-        head_error = squared_error(torch.cat(heads), v_g, self.reduce)
+        error = squared_error(compound, v_g, self.reduce)  # (B,)
+        head_error = squared_error(head, v_g, self.reduce)
         weight = adaptive_weight(error, self.p, self.c)
         head_weight = adaptive_weight(head_error, self.p, self.c)
         with torch.no_grad():
             metrics = {
                 "error": error.mean(),
-                "v_loss": squared_error(torch.cat(heads), sample.v, self.reduce).mean(),
+                "v_loss": squared_error(head, sample.v, self.reduce).mean(),
                 "head_error": head_error.mean(),
                 "dudt_rms": dudt.square().mean().sqrt(),
                 "tangent_norm": step.flatten(1).norm(dim=1).mean(),

@@ -99,31 +99,23 @@ class MeanFlow(Objective):
         e = torch.randn(x.shape, generator=draws("noise"), device=x.device)
         z, v = linear_path(x, e, t)
         y, dropped = drop_labels(y, self.label_dropout, null_label, draws("labels"))
-        return MeanFlowSample(z, v, t, r, y, dropped, y.new_tensor(null_label))
+        return MeanFlowSample(z, v, t, r, y, dropped, y.new_full((), null_label))
 
     def loss(self, net: Net, sample: MeanFlowSample) -> Terms:
         z, _, t, r, y, *_ = sample
         v_g = self._guided_velocity(net, sample)
 
         n = self._equal(len(z))
-        u, targets = [], []
-        if n:
-            u.append(net(z[:n], t[:n], r[:n], y[:n]))
-            targets.append(v_g[:n])
-        tangent = v_g.new_zeros(1, 1)  # (t - r) du/dt, (B - n, ...)
-        dudt = tangent
-        if n < len(z):
-            z, t, r, y = z[n:], t[n:], r[n:], y[n:]
-            u_rest, dudt = self.jvp(
-                lambda z, t, r: net(z, t, r, y),
-                (z, t, r),
-                (v_g[n:], torch.ones_like(t), torch.zeros_like(r)),
-            )
-            tangent = expand(t - r, z) * dudt
-            u.append(u_rest)
-            targets.append(v_g[n:] - tangent)
+        if n == len(z):
+            dudt = tangent = v_g.new_zeros(1, 1)
+            prediction, target = net(z, t, r, y), v_g
+        else:
+            v_rest = v_g[n:]
+            along = (v_rest, torch.ones_like(t[n:]), None, None)  # r and y are constants
+            prediction, dudt = self.jvp(net, (z, t, r, y), along)
+            tangent = expand((t - r)[n:], dudt) * dudt  # (B - n, ...)
+            target = torch.cat([v_g[:n], v_rest - tangent])
 
-        prediction, target = torch.cat(u), torch.cat(targets)
         error = squared_error(prediction, target, self.reduce)  # (B,)
         weight = adaptive_weight(error, self.p, self.c)
         with torch.no_grad():

@@ -108,8 +108,8 @@ class SCM(FixedTeacher, ScheduledObjective):
         e = torch.randn(x.shape, generator=draws("noise"), device=x.device)
         x_t, dxdt = trig_path(x, e, t, self.sigma_data)
         y, dropped = drop_labels(y, self.label_dropout, null_label, draws("labels"))
-        warmup = x.new_tensor(self._warmup())
-        return SCMSample(x_t, dxdt, t, y, dropped, y.new_tensor(null_label), warmup)
+        warmup = x.new_full((), self._warmup())
+        return SCMSample(x_t, dxdt, t, y, dropped, y.new_full((), null_label), warmup)
 
     def _warmup(self) -> float:
         steps = self.steps - self.denoiser_steps
@@ -121,11 +121,9 @@ class SCM(FixedTeacher, ScheduledObjective):
         x_t, _, t, y, *_, warmup = sample
         sigma, dxdt = self.sigma_data, self._velocity(sample)
         cos, sin = expand(t.cos(), x_t), expand(t.sin(), x_t)
-        F, dF = self.jvp(
-            lambda x, t: net(x, t, t, y),
-            (x_t / sigma, t),
-            (cos * sin * dxdt / sigma, t.cos() * t.sin()),
-        )
+        t_t = t.cos() * t.sin()
+        along = (cos * sin * dxdt / sigma, t_t, t_t, None)
+        F, dF = self.jvp(net, (x_t / sigma, t, t, y), along)
         with torch.no_grad():
             w = expand(warmup * (t >= self.anchor), x_t)
             g = -(cos**2) * (sigma * F - dxdt) - w * (cos * sin * x_t + sigma * dF)

@@ -101,12 +101,12 @@ class TVM(Objective):
         z, v = linear_path(x, e, t)
         z_flow, _ = linear_path(x, e, s_flow)
         y, dropped = drop_labels(y, self.label_dropout, null_label, draws("labels"))
-        return TVMSample(z, t, s, z_flow, s_flow, v, y, dropped, y.new_tensor(null_label))
+        return TVMSample(z, t, s, z_flow, s_flow, v, y, dropped, y.new_full((), null_label))
 
     def loss(self, net: Net, sample: TVMSample) -> Terms:
         z, t, s, z_flow, s_flow, v, y, *_ = sample
         teacher = attached(self.teacher)
-        u, duds = self.jvp(lambda s: net(z, t, s, y), (s,), (torch.ones_like(s),))
+        u, duds = self.jvp(net, (z, t, s, y), (None, None, torch.ones_like(s), None))
         step = expand(s - t, z)
         arrival = (z + step * u).detach()
         terminal = squared_error(u + step * duds, teacher(arrival, s, s, y), self.reduce)

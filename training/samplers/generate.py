@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
+from torch.compiler import set_stance
 
 from training.randomness import generator
 
@@ -41,7 +42,8 @@ def stream(
         noises = [torch.randn(len(labels), *shape, generator=g) for g in generators]
         was_training = net.training
         net.eval()
-        with torch.no_grad():
+        # Samples have another batch size than the steps that the network was compiled for.
+        with torch.no_grad(), set_stance("force_eager"):
             first, *more = (noise.to(weight) for noise in noises)
             images = sampler(net, first, labels.to(weight.device), *more).float().cpu()
         net.train(was_training)

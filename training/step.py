@@ -1,0 +1,143 @@
+"""A training step: the loss and its gradients, compiled by the block, replayed as a CUDA graph.
+
+step = Step(net, objective, compile=True, cuda_graphs=True)
+terms = step(sample)            loss and metrics
+step.backward(terms.loss)       gradients in p.grad, added to those that are there
+
+Compiled by the block: all blocks of a network share one compiled graph, so that the first step
+takes as long for 28 blocks as for one. A CUDA graph holds everything between sample and gradients:
+a step is one launch, and Python no longer keeps the GPU waiting. The first step of a kind (shapes,
+dtypes and options of the sample) runs eagerly, the second one is recorded and replayed, with the
+same kernels in the same order.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from training.models.layers import Block, FinalLayer
+from training.objectives.objective import Objective, Terms
+
+KINDS = 4  # graphs kept; each has memory of its own
+
+
+class Recorded(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    inputs: list[torch.Tensor]  # where the graph reads the sample
+    terms: Terms  # where it leaves its results
+    gradients: list[torch.Tensor | None]
+
+
+class Step:
+    """Loss and gradients of ``objective.loss(net, sample)``.
+
+    Args:
+        compile: compile the blocks of the network and of the objective's teachers.
+        cuda_graphs: record forward and backward as one CUDA graph.
+        accumulate: of so many batches the gradients are averaged.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        objective: Objective,
+        compile: bool = False,
+        cuda_graphs: bool = False,
+        accumulate: int = 1,
+    ) -> None:
+        self.net, self.objective = net, objective
+        self.compile, self.cuda_graphs, self.accumulate = compile, cuda_graphs, accumulate
+        self.recorded: dict[Any, Recorded | None] = {}  # None: seen once
+        self.pending: Recorded | None = None  # replayed, its gradients not handed over yet
+
+    def prepare(self) -> None:
+        """Once, before the first step, when the objective's teachers are there."""
+        if self.compile:
+            for module in (self.net, *teachers(self.objective)):
+                compile_blocks(module)
+
+    def __call__(self, sample: Any) -> Terms:
+        if not self.cuda_graphs:
+            return self.objective.loss(self.net, sample)
+        leaves, spec = tree_flatten(sample)
+        kind = (spec, self.net.training, *(_kind(x) for x in leaves))
+        if kind not in self.recorded:
+            if len(self.recorded) == KINDS:
+                rank_zero_info("CUDA graphs: too many kinds of steps, the oldest graph is dropped")
+                self.recorded.pop(next(iter(self.recorded)))
+            elif self.recorded:
+                rank_zero_info("CUDA graphs: the sample has changed its shape; recording anew")
+            self.recorded[kind] = None
+            return self.objective.loss(self.net, sample)
+        recorded = self.recorded[kind]
+        if recorded is None:
+            recorded = self.recorded[kind] = self._record(leaves, spec)
+        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+        for static, given in zip(recorded.inputs, tensors, strict=True):
+            static.copy_(given)
+        recorded.graph.replay()
+        self.pending = recorded
+        # Whoever keeps the results keeps them beyond the next replay.
+        results, where = tree_flatten(recorded.terms)
+        return tree_unflatten([_copy(x) for x in results], where)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """``loss``: that of the terms returned last, divided by ``accumulate``."""
+        recorded, self.pending = self.pending, None
+        if recorded is None:
+            loss.backward()
+            return
+        for p, gradient in zip(self.net.parameters(), recorded.gradients, strict=True):
+            if gradient is None:
+                continue
+            if p.grad is not None:
+                p.grad += gradient
+            else:  # the next replay writes there again
+                p.grad = gradient if self.accumulate == 1 else gradient.clone()
+
+    def _record(self, leaves: list[Any], spec: Any) -> Recorded:
+        parameters = list(self.net.parameters())
+        before = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        static = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # the graph has memory of its own
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (loaders, loggers) may use the device meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            terms = self.objective.loss(self.net, tree_unflatten(static, spec))
+            (terms.loss / self.accumulate).backward()
+        terms = terms._replace(loss=terms.loss.detach())
+        gradients = [p.grad for p in parameters]
+        for p, gradient in zip(parameters, before, strict=True):
+            p.grad = gradient
+        inputs = [x for x in static if isinstance(x, torch.Tensor)]
+        return Recorded(graph, inputs, terms, gradients)
+
+
+def _kind(x: Any) -> Any:
+    return (x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else x
+
+
+def _copy(x: Any) -> Any:
+    return x.clone() if isinstance(x, torch.Tensor) else x
+
+
+def compile_blocks(net: nn.Module, **options: Any) -> None:
+    """In place, and not in copies of the network: a copy is for samples, of any number."""
+    for module in net.modules():
+        if isinstance(module, Block | FinalLayer):
+            module.compile(fullgraph=True, dynamic=False, **options)
+
+
+def teachers(objective: Objective) -> Iterator[nn.Module]:
+    """The networks that an objective asks, also those in a list, no part of its state."""
+    yield from objective.children()
+    for held in vars(objective).values():
+        if isinstance(held, list):
+            yield from (part for part in held if isinstance(part, nn.Module))
