@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from training.models.dit import DiT
 from training.models.layers import Block, FinalLayer
 from training.objectives.objective import Objective, Terms
 
@@ -38,6 +39,8 @@ class Step:
     Args:
         compile: compile the blocks of the network and of the objective's teachers.
         cuda_graphs: record forward and backward as one CUDA graph.
+        fused: residual, norm and modulation of a compiled block in one kernel
+            (``kernels.residual_norm``) where the tangent is a constant.
         accumulate: of so many batches the gradients are averaged.
     """
 
@@ -47,10 +50,12 @@ class Step:
         objective: Objective,
         compile: bool = False,
         cuda_graphs: bool = False,
+        fused: bool = True,
         accumulate: int = 1,
     ) -> None:
         self.net, self.objective = net, objective
         self.compile, self.cuda_graphs, self.accumulate = compile, cuda_graphs, accumulate
+        self.fused = fused
         self.recorded: dict[Any, Recorded | None] = {}  # None: seen once
         self.pending: Recorded | None = None  # replayed, its gradients not handed over yet
 
@@ -58,7 +63,7 @@ class Step:
         """Once, before the first step, when the objective's teachers are there."""
         if self.compile:
             for module in (self.net, *teachers(self.objective)):
-                compile_blocks(module)
+                compile_blocks(module, self.fused)
 
     def __call__(self, sample: Any) -> Terms:
         if not self.cuda_graphs:
@@ -128,11 +133,13 @@ def _copy(x: Any) -> Any:
     return x.clone() if isinstance(x, torch.Tensor) else x
 
 
-def compile_blocks(net: nn.Module, **options: Any) -> None:
+def compile_blocks(net: nn.Module, fused: bool = False, **options: Any) -> None:
     """In place, and not in copies of the network: a copy is for samples, of any number."""
     for module in net.modules():
         if isinstance(module, Block | FinalLayer):
             module.compile(fullgraph=True, dynamic=False, **options)
+        elif isinstance(module, DiT):
+            module.fused = fused
 
 
 def teachers(objective: Objective) -> Iterator[nn.Module]:

@@ -149,7 +149,8 @@ def _forward(
     images, tokens, width = x.shape
     moving = 0 if t_x is None else len(t_x)
     with torch.cuda.device_of(x):  # of no effect on a CPU
-        _forward_kernel[(images, triton.cdiv(tokens, ROWS))](
+        kernel: Any = _forward_kernel
+        kernel[(images, triton.cdiv(tokens, ROWS))](
             x, gate, y, shift, scale, t_x, t_gate, t_y, t_shift, t_scale,
             x2, h, mean, rstd, t_x2, t_h, images, tokens, moving,
             *(_stride(a) for a in (gate, shift, scale, t_gate, t_shift, t_scale)),
@@ -186,12 +187,13 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """d_x, d_y and the sums (images, 3, W) of d_b, d_s, d_g; ``x`` is x', ``d_x`` that of x'."""
     images, tokens, width = x.shape
-    chunks = triton.cdiv(tokens, ROWS)
+    chunks = -(-tokens // ROWS)
     into = torch.empty_like(x)
     d_y = x.new_empty(0) if y is None else torch.empty_like(y)
     sums = x.new_empty((images, chunks, 3, width), dtype=torch.float32)
     with torch.cuda.device_of(x):
-        _backward_kernel[(images, chunks)](
+        kernel: Any = _backward_kernel
+        kernel[(images, chunks)](
             x, gate, y, scale, mean, rstd, d_x, d_h, into, d_y, sums, tokens, chunks,
             _stride(gate), _stride(scale),
             BRANCH=y is not None, RMS=rms, RESIDUAL=d_x is not None, **_launch(width),

@@ -164,7 +164,7 @@ class Modulation(nn.Module):
         if self.constants is not None:
             return list(self.constants[None, None].chunk(self.n, -1))
         vectors = self.linear(condition)  # type: ignore[misc]
-        return unpack(lambda x: x[:, None].chunk(self.n, -1), vectors)
+        return unpack(lambda x: [part[:, None] for part in x.chunk(self.n, -1)], vectors)
 
 
 class Residual(NamedTuple):
@@ -191,8 +191,8 @@ def begin(x: Tensor, n: int) -> Residual:
     def nothing(x: torch.Tensor, wanted: bool) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = autocast_dtype(x)
         branch = torch.zeros_like(x, dtype=dtype, requires_grad=wanted)
-        rows = x.new_zeros(len(x), 1, n * x.shape[-1], dtype=dtype, requires_grad=wanted)
-        return rows.chunk(n, -1)[-1], branch
+        rows = x.new_zeros(len(x), n * x.shape[-1], dtype=dtype, requires_grad=wanted)
+        return rows.chunk(n, -1)[-1][:, None], branch
 
     gate, branch = nothing(primal(x), wanted)
     if not isinstance(x, Dual):
@@ -282,8 +282,10 @@ class Block(nn.Module):
 
         def whole(x: Stream, vectors: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
             part = _recomputed if keep == "attention" else _kept
+            fused = isinstance(x, Residual)
             x, *heads = part(self._before_attention, x, vectors, angles)
-            return part(self._after_attention, x, vectors, self.attention.attend(*heads), context)
+            out = self.attention.attend(*heads)
+            return part(self._after_attention, x, vectors, out, context, fused)
 
         out = Residual(*(_recomputed if keep == "block" else _kept)(whole, x, vectors))
         return out if isinstance(x, Residual) else settled(out)
@@ -294,12 +296,13 @@ class Block(nn.Module):
         return x, *self.attention.project_in(h, angles)
 
     def _after_attention(
-        self, x: Tensor, vectors: list[Tensor], out: Tensor, context: Any
+        self, x: Tensor, vectors: list[Tensor], out: Tensor, context: Any, fused: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         _, _, gate_a, shift, scale, gate_m = vectors
         stream: Stream = Residual(x, gate_a, self.attention.project_out(out))
+        if self.cross is not None or not fused:
+            stream = x = settled(stream)
         if self.cross is not None:
-            x = settled(stream)
             stream = add(x, self.cross(self.norm(x), context))
         x, h = normed(stream, self.norm, shift, scale)
         return x, gate_m, self.mlp(h)
