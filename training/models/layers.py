@@ -334,6 +334,6 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Stream, condition: Tensor | None, rows: int) -> Tensor:
         shift, scale = self.modulation(condition)
-        x = self.projection(normed(x, self.norm, shift, scale)[1])
+        patches = self.projection(normed(x, self.norm, shift, scale)[1])
         pattern, p = "b (h w) (c p q) -> b c (h p) (w q)", self.patch
-        return linear_map(lambda x: rearrange(x, pattern, h=rows, p=p, q=p), x)
+        return linear_map(lambda x: rearrange(x, pattern, h=rows, p=p, q=p), patches)
