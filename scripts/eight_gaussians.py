@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import time
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from training.objectives.tangents import Jvp
 from training.objectives.teachers import AveragedTeacher
 from training.objectives.tvm import TVM
 from training.optimizers import adamw
-from training.randomness import generator
+from training.randomness import Draws, generator
 from training.samplers.flow import FlowSampler
 from training.samplers.meanflow import MeanFlowSampler
 
@@ -81,7 +80,7 @@ def train(objective: Objective, steps: int, batch: int, seed: int) -> nn.Module:
     optimizer, scheduler = adamw(net.parameters(), steps, lr=2e-3, schedule="cosine")
     y = torch.zeros(batch, dtype=torch.int64)
     for step in range(steps):
-        draws = partial(generator, seed, step, 0)
+        draws = Draws(seed, step)
         sample = objective.draw(data(batch, seed, step), y, NULL, draws)
         optimizer.zero_grad()
         objective.loss(net, sample).loss.backward()

@@ -139,7 +139,7 @@ def test_small_data_sets_bring_their_values_and_no_other_inherits_them():
         ("scm", "sigma_data", 0.8, 0.5),
         ("alphaflow", "end", 1000, 777),
         ("tvm", "label_dropout", 0.0, 0.1),
-        ("shortcut", "teacher_warmup", True, False),
+        ("shortcut", "clip", None, 4.0),
     ):
         small = composed(f"objective={objective}")
         large = composed(f"objective={objective}", "data=imagenet", "trainer.max_steps=777")

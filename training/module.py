@@ -7,8 +7,8 @@ import torch
 from lightning import LightningModule
 from torch import nn
 
-from training.objectives.objective import Objective
-from training.randomness import generator, key
+from training.objectives.objective import OPTIONAL, Objective
+from training.randomness import Draws, key
 from training.ranks import over_ranks
 from training.step import Step
 
@@ -55,7 +55,7 @@ class GenerativeModule(LightningModule):
         """The noisy batch of a step, the same however often it is asked for."""
         x, y = batch
         where = self._where(batch_idx)
-        draws = lambda purpose: generator(*where, purpose, device=x.device)  # noqa: E731
+        draws = Draws(*where, self.trainer.world_size, x.device)
         null_label: int = self.net.null_label  # type: ignore[assignment]
         return self.objective.draw(x, y, null_label, draws)
 
@@ -75,7 +75,11 @@ class GenerativeModule(LightningModule):
         means = torch.stack([value.float() for value in values.values()])
         last = self.trainer.max_steps - 1
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0 or self.global_step == last:  # type: ignore[attr-defined]
-            means = over_ranks(means, "mean")
+            seen = [name not in OPTIONAL or not value.isnan() for name, value in values.items()]
+            counts = torch.tensor(seen, device=means.device, dtype=means.dtype)
+            sums = torch.where(counts > 0, means, 0)
+            sums, counts = over_ranks(torch.stack([sums, counts]), "mean")
+            means = sums / counts
         self.log_dict({f"train/{name}": mean for name, mean in zip(values, means, strict=True)})
 
     def configure_optimizers(self) -> Any:

@@ -7,12 +7,11 @@ must be saved.
 """
 
 import hashlib
-from collections.abc import Callable
+import math
+from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
-
-# What an objective receives: the purpose of a draw -> the generator of this step for that purpose.
-Draws = Callable[[str], torch.Generator]
 
 
 def key(seed: int, step: int, rank: int, purpose: str) -> int:
@@ -26,3 +25,36 @@ def generator(
 ) -> torch.Generator:
     """The generator of one purpose (``"noise"``, ``"times"``, ...) at one step on one rank."""
     return torch.Generator(device).manual_seed(key(seed, step, rank, purpose))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What an objective receives for one batch: purpose of a draw -> its generator, and how many
+    of the batch's samples are of a kind that a share of all samples is.
+
+    Args:
+        number: of the batch since the start of the run; gradient accumulation counts each one.
+        rank, world_size: of the process, which sees a batch of its own.
+    """
+
+    seed: int
+    number: int = 0
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device | str = "cpu"
+
+    def __call__(self, purpose: str) -> torch.Generator:
+        return generator(self.seed, self.number, self.rank, purpose, self.device)
+
+    def count(self, share: float, n: int) -> int:
+        """How many of this batch's n samples belong to a share of all samples.
+
+        All batches of all processes are counted through, number by number and rank by rank: the
+        k-th has ⌊(k + 1) share n⌋ - ⌊k share n⌋ of them. Any run of batches thus has the share to
+        within one sample, over ranks and accumulation too, and at every batch size: 0.75 of
+        batches of 1 is three batches of four. A batch has one of two neighbouring counts, and
+        always the same one where share n is whole, so that a compiled step has one or two forms.
+        """
+        mean = Fraction(share).limit_denominator(1_000_000) * n
+        k = self.number * self.world_size + self.rank
+        return math.floor((k + 1) * mean) - math.floor(k * mean)

@@ -5,7 +5,7 @@ import torch
 
 from training.attentions import sdpa
 from training.models.dit import DiT
-from training.randomness import generator
+from training.randomness import Draws
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +19,7 @@ def one_thread():
 
 @pytest.fixture
 def draws():
-    return lambda purpose: generator(0, 0, 0, purpose)
+    return Draws(0)
 
 
 @pytest.fixture

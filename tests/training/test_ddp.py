@@ -17,7 +17,7 @@ from training.module import GenerativeModule
 from training.objectives.meanflow import MeanFlow
 from training.objectives.tangents import Jvp
 from training.optimizers import adamw
-from training.randomness import generator
+from training.randomness import Draws
 
 BATCH, SEED = 12, 3
 SETTINGS = {"single": False, "double": True}  # mode: are the blocks recomputed
@@ -85,7 +85,7 @@ def alone(mode, rank):
     data = Digits(SEED, BATCH)
     batch = next(iter(data.order(0, rank, 2)))
     x, y = data.read("train", batch)
-    draws = lambda purpose: generator(SEED, 0, rank, purpose)  # noqa: E731
+    draws = Draws(SEED, 0, rank, 2)
     terms = objective.loss(net, objective.draw(x, y, net.null_label, draws))
     terms.loss.backward()
     return [p.grad for p in net.parameters()], float(terms.metrics["error"])

@@ -16,7 +16,7 @@ from training.objectives.tangents import CONSTANT, MODES, Jvp
 from training.objectives.teachers import AveragedTeacher
 from training.objectives.times import Times
 from training.objectives.tvm import TVM, TVMSample
-from training.randomness import generator
+from training.randomness import Draws, generator
 
 ATTENTIONS = {
     "sdpa": sdpa,
@@ -44,23 +44,26 @@ def test_at_initialisation_the_errors_are_exact(tiny, batch, draws, attention, r
     remains = {
         IMF(reduce=reduce): lambda v: v.mean(),
         TVM(reduce=reduce): lambda v: v.mean(),
-        AlphaFlow(reduce=reduce): lambda v: v.mean(),  # α = 1
+        AlphaFlow(reduce=reduce, clip=None): lambda v: v.mean(),  # α = 1
         Shortcut(reduce=reduce, consistency_share=0.25): lambda v: v[3:].sum() / len(v),
     }
     for objective, expected in remains.items():
         objective.attach(net)
         sample = objective.draw(*batch, NULL, draws)
-        v = (sample.pair if isinstance(objective, AlphaFlow) else sample).v.square().flatten(1)
+        pair = getattr(sample, "pair", sample)
+        v = pair.v.square().flatten(1)
         v = v.sum(1) if reduce == "sum" else v.mean(1)
         metrics = objective.loss(net, sample).metrics
         torch.testing.assert_close(metrics["error"], expected(v), rtol=1e-6, atol=0)
-        torch.testing.assert_close(metrics["v_loss"], v.mean(), rtol=1e-6, atol=0)
+        here = v if isinstance(objective, TVM) else v[pair.t == pair.r]
+        torch.testing.assert_close(metrics["v_loss"], here.mean(), rtol=1e-6, atol=0)
 
 
 def imf_sample(net, z, t, r, y, v=None):
     v = net.velocity(z, t) if v is None else v
     told = torch.tensor([[1.0, 0.0, 1.0]], dtype=z.dtype).expand(len(z), 3)
-    return IMFSample(z, v, t, r, y, y > 0, torch.tensor(NULL), told)
+    equal = int((t == r).sum())
+    return IMFSample(z, v, t, r, y, y > 0, torch.tensor(NULL), told, y, equal)
 
 
 @pytest.mark.parametrize("mode", ["single", "double"])
@@ -93,7 +96,7 @@ def test_imf_guidance_mixes_velocities_of_the_second_head(tiny, batch, draws):
     net = tiny(**HEADS)
     objective = IMF(equal_share=0.25, label_dropout=0.4)
     sample = objective.draw(*batch, NULL, draws)
-    z, v, t, _, y, dropped, _, guidance = sample
+    z, v, t, _, _, dropped, _, guidance, label, _ = sample
     w, start, end = guidance.unbind(1)
     assert (start[:3] == 0).all()
     assert (end[:3] == 1).all()
@@ -106,7 +109,7 @@ def test_imf_guidance_mixes_velocities_of_the_second_head(tiny, batch, draws):
         scale = w[i] if acts[i] else torch.tensor(1.0)
         told = torch.tensor([[scale, 0, 1], [1, 0, 1]])
         twice = (a[i : i + 1].expand(2, *a.shape[1:]) for a in (z, t, t))
-        labels = torch.tensor([y[i], NULL])
+        labels = torch.tensor([label[i], NULL])
         conditional, null = net.heads(*twice, labels, told)[1]
         torch.testing.assert_close(tangent[i], conditional, rtol=1e-4, atol=1e-5)
         mixed = v[i] if dropped[i] else v[i] + (1 - 1 / scale) * (conditional - null)
@@ -116,7 +119,7 @@ def test_imf_guidance_mixes_velocities_of_the_second_head(tiny, batch, draws):
 
 def test_imf_guidance_scales_have_a_density_proportional_to_their_inverse():
     x, y = torch.zeros(20_000, 1, 1, 1), torch.zeros(20_000, dtype=torch.int64)
-    w = IMF(guidance_max=8).draw(x, y, NULL, lambda p: generator(0, 0, 0, p)).guidance[:, 0]
+    w = IMF(guidance_max=8).draw(x, y, NULL, Draws(0)).guidance[:, 0]
     shares = w.log() / torch.tensor(8.0).log()  # uniform
     assert abs(shares.mean() - 0.5) < 0.01
     assert abs(shares.var() - 1 / 12) < 0.002
@@ -208,15 +211,16 @@ def test_gaps_are_distributed_as_asked_and_the_earlier_time_is_truncated():
 def alpha_sample(net, alpha, v=None):
     z, t, r, y = points()
     v = net.velocity(z, t) if v is None else v
-    pair = MeanFlowSample(z, v, t, r, y, y > 0, torch.tensor(NULL))
-    return AlphaFlowSample(pair, torch.tensor(alpha, dtype=torch.float64), alpha > 0)
+    pair = MeanFlowSample(z, v, t, r, y, y > 0, torch.tensor(NULL), 0)
+    stage = {0.0: "mean", 1.0: "flow"}.get(alpha, "between")
+    return AlphaFlowSample(pair, torch.tensor(alpha, dtype=torch.float64), stage)
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.5, 0.01, 0.0])
 def test_alphaflow_has_no_error_where_the_flow_is_straight(alpha):
     """A single data point: every step along the velocity stays on the path, for every α."""
     net = GaussianMeanFlow(sigma=0.0)
-    objective = AlphaFlow(equal_share=0, p=0)
+    objective = AlphaFlow(equal_share=0, p=0, clip=None)
     assert objective.loss(net, alpha_sample(net, alpha)).metrics["error"] < 1e-28
     wrong = alpha_sample(net, alpha, v=torch.zeros(64, 3, dtype=torch.float64))
     assert objective.loss(net, wrong).metrics["error"] > 1e-6
@@ -224,7 +228,7 @@ def test_alphaflow_has_no_error_where_the_flow_is_straight(alpha):
 
 def test_alphaflow_tends_to_the_meanflow_identity_with_alpha():
     """The target's error at the exact solution is of second order in α: its square of fourth."""
-    net, objective = GaussianMeanFlow(), AlphaFlow(equal_share=0, p=0)
+    net, objective = GaussianMeanFlow(), AlphaFlow(equal_share=0, p=0, clip=None)
     error = lambda alpha: float(objective.loss(net, alpha_sample(net, alpha)).metrics["error"])  # noqa: E731
     assert error(0.02) / error(0.01) == pytest.approx(16, rel=0.05)
     assert error(0.0) < 1e-28
@@ -232,7 +236,7 @@ def test_alphaflow_tends_to_the_meanflow_identity_with_alpha():
 
 def test_alphaflow_ends_as_meanflow_and_begins_as_flow_matching(tiny, batch, draws):
     net = tiny()
-    alphaflow, meanflow = AlphaFlow(c=1e-2), MeanFlow(equal_share=0.25, reduce="mean")
+    alphaflow, meanflow = AlphaFlow(c=1e-2, clip=None), MeanFlow(equal_share=0.25, reduce="mean")
     sample = alphaflow.draw(*batch, NULL, draws)
     assert sample.alpha == 1
     z, v, t, r, y, *_ = sample.pair
@@ -286,10 +290,10 @@ def test_modes_single_and_double_give_the_same_loss_and_gradients(tiny, batch, d
 
 def test_two_exact_shortcuts_are_one_exact_shortcut():
     net, (z, t, r, y) = GaussianMeanFlow(), points()
-    objective = Shortcut(consistency_share=0.5)
+    objective = Shortcut(consistency_share=0.5, clip=None)
     objective.attach(net)
     r = torch.cat([t[:32] - 0.25, t[32:]])
-    sample = ShortcutSample(z, net.velocity(z, t), t, r, y)
+    sample = ShortcutSample(z, net.velocity(z, t), t, r, y, 32)
     assert objective.loss(net, sample).metrics["error"] < 1e-28
     objective.attach(GaussianMeanFlow(sigma=0.5))
     assert objective.loss(net, sample).metrics["consistency_error"] > 1e-4
@@ -310,7 +314,7 @@ def test_the_shortest_shortcuts_are_taken_along_the_velocity():
 def test_shortcuts_fit_between_one_and_zero(batch):
     x, y = torch.zeros(4000, 1, 1, 1), torch.zeros(4000, dtype=torch.int64)
     objective = Shortcut(consistency_share=0.5, finest=8)
-    sample = objective.draw(x, y, NULL, lambda p: generator(0, 0, 0, p))
+    sample = objective.draw(x, y, NULL, Draws(0))
     t, r = sample.t[:2000], sample.r[:2000]
     count = (1 / (t - r)).round()
     assert set(count.tolist()) == {1, 2, 4}

@@ -14,7 +14,7 @@ from training.objectives.meanflow import MeanFlow, MeanFlowSample
 from training.objectives.meanflow_distillation import MeanFlowDistillation
 from training.objectives.paths import expand
 from training.objectives.tangents import CONSTANT, MODES, Jvp
-from training.randomness import generator
+from training.randomness import Draws
 
 ATTENTIONS = {
     "sdpa": sdpa,
@@ -34,12 +34,12 @@ def started(objective):
 def map_sample(net):
     z, t, r, y = points()
     split = torch.rand(len(t), dtype=torch.float64)
-    return FlowMapSample(z, net.velocity(z, t), t, r, split, y)
+    return FlowMapSample(z, net.velocity(z, t), t, r, split, y, 0)
 
 
 def meanflow_sample(v):
     z, t, r, y = points()
-    return MeanFlowSample(z, v.expand_as(z), t, r, y, y > 0, torch.tensor(NULL))
+    return MeanFlowSample(z, v.expand_as(z), t, r, y, y > 0, torch.tensor(NULL), 0)
 
 
 def dmf_sample(net, v=None):
@@ -89,7 +89,7 @@ def test_at_initialisation_the_errors_are_exact(tiny, batch, draws, attention):
 def test_lagrangian_distillation_differentiates_through_the_tangent(tiny, batch, draws, attention):
     """The gradient is that of the loss as a function of the weights, velocity and arrival fixed."""
     net = tiny(ATTENTIONS[attention]).double()
-    z, _, t, r, _, y = sample = doubled(FlowMap(equal_share=0).draw(*batch, NULL, draws))
+    z, _, t, r, _, y, _ = sample = doubled(FlowMap(equal_share=0).draw(*batch, NULL, draws))
     with torch.no_grad():
         fixed = net(z + expand(r - t, z) * net(z, t, r, y), r, r, y)
 
@@ -112,7 +112,7 @@ def test_eulerian_distillation_differentiates_through_what_it_does_not_hold(
     tiny, batch, draws, stop
 ):
     net = tiny().double()
-    z, _, t, r, _, y = sample = doubled(FlowMap(equal_share=0).draw(*batch, NULL, draws))
+    z, _, t, r, _, y, _ = sample = doubled(FlowMap(equal_share=0).draw(*batch, NULL, draws))
     step = expand(r - t, z)
     with torch.no_grad():
         v = net(z, t, t, y)
@@ -151,14 +151,12 @@ def test_a_progressive_target_is_two_jumps_of_the_network_that_meet():
     assert torch.equal(torch.stack(whole), torch.stack([sample.t, sample.r]))
     x, y = torch.zeros(100, 1, 1, 1), torch.zeros(100, dtype=torch.int64)
     midpoint = FlowMap(kind="progressive", split="midpoint")
-    assert (midpoint.draw(x, y, NULL, lambda p: generator(0, 0, 0, p)).split == 0.5).all()
+    assert (midpoint.draw(x, y, NULL, Draws(0)).split == 0.5).all()
 
 
 def test_times_of_a_flow_map_are_uniform_on_the_diagonal_and_on_the_triangle():
     x, y = torch.zeros(40_000, 1, 1, 1), torch.zeros(40_000, dtype=torch.int64)
-    _, _, t, r, split, _ = FlowMap(equal_share=0.5).draw(
-        x, y, NULL, lambda p: generator(0, 0, 0, p)
-    )
+    _, _, t, r, split, *_ = FlowMap(equal_share=0.5).draw(x, y, NULL, Draws(0))
     assert torch.equal(t[:20_000], r[:20_000])
     assert (r[20_000:] < t[20_000:]).all()
     means = {1 / 2: t[:20_000], 2 / 3: t[20_000:], 1 / 3: r[20_000:]}
@@ -175,7 +173,7 @@ def test_a_distilled_meanflow_has_no_error_at_its_teachers_average_velocity(mode
     for share in (0, 0.25):
         distillation = MeanFlowDistillation(lambda: net, Jvp(mode, 1e-4), equal_share=share, p=0)
         n = round(share * len(sample.t))
-        equal = sample._replace(r=torch.cat([sample.t[:n], sample.r[n:]]))
+        equal = sample._replace(r=torch.cat([sample.t[:n], sample.r[n:]]), equal=n)
         assert started(distillation).loss(net, equal).metrics["error"] < small
         assert not distillation.state_dict()  # the teacher stays in its file
         other = MeanFlowDistillation(
@@ -245,7 +243,7 @@ def test_guidance_acts_inside_the_interval_on_labels_that_were_kept(tiny, batch,
 def test_times_of_dmf_come_from_three_distributions():
     x, y = torch.zeros(40_000, 1, 1, 1), torch.zeros(40_000, dtype=torch.int64)
     objective = DMF(flow_mean=-1.0, flow_std=0.5, t_mean=2.0, t_std=0.1, r_mean=-2.0, r_std=0.2)
-    sample = objective.draw(x, y, NULL, lambda p: generator(0, 0, 0, p))
+    sample = objective.draw(x, y, NULL, Draws(0))
     for times, mean, std in ((sample.t_flow, -1, 0.5), (sample.t, 2, 0.1), (sample.r, -2, 0.2)):
         logit = torch.logit(times.double())
         assert abs(logit.mean() - mean) < 0.02

@@ -12,7 +12,7 @@ from training.data.module import Data, Tensors
 from training.models.unet import GroupNorm, UNet
 from training.objectives.meanflow import MeanFlow
 from training.objectives.objective import drop_labels
-from training.randomness import generator
+from training.randomness import Draws, generator
 
 ATTENTIONS = {"sdpa": sdpa, "reference": partial(jvp_attention, backend="reference")}
 
@@ -151,7 +151,7 @@ def test_batches_bring_the_numbers_with_their_labels_and_examples_do_not():
     assert torch.equal(kept[:, 0], torch.where(dropped, 10, labels[:, 0]))
     assert 0 < dropped.sum() < 8
     objective = MeanFlow(reduce="mean")
-    sample = objective.draw(images, labels, 10, lambda p: generator(0, 0, 0, p))
+    sample = objective.draw(images, labels, 10, Draws(0))
     torch.manual_seed(0)
     net = UNet(sdpa, 8, 1, 10, 8, (1,), 1, (), augmentation=6, dropout=0.0)
     objective.loss(net, sample).loss.backward()
@@ -161,7 +161,7 @@ def test_batches_bring_the_numbers_with_their_labels_and_examples_do_not():
 def test_r_has_a_distribution_of_its_own():
     x, y = torch.zeros(40_000, 1, 1, 1), torch.zeros(40_000, dtype=torch.int64)
     objective = MeanFlow(equal_share=0, time_mean=2.0, time_std=0.1, r_mean=-4.0, r_std=0.5)
-    sample = objective.draw(x, y, 10, lambda p: generator(0, 0, 0, p))
+    sample = objective.draw(x, y, 10, Draws(0))
     for times, mean, std in ((sample.t, 2, 0.1), (sample.r, -4, 0.5)):
         logit = torch.logit(times.double())
         assert abs(logit.mean() - mean) < 0.02

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from training.callbacks.accuracy import Accuracy
 from training.callbacks.throughput import Throughput
+from training.objectives.objective import OPTIONAL
 
 # summary.json's name of a metric -> its row in the table; LAST is of how many steps
 LAST = "{last}"
@@ -92,6 +93,8 @@ class Summary(Callback):
         }
         for name in self.history[-1]:
             values = [float(terms[name]) for terms in self.history if name in terms]
+            if name in OPTIONAL:
+                values = [value for value in values if not math.isnan(value)] or [math.nan]
             summary[name] = sum(values) / len(values)
         for name in FROM_THE_LOG:
             if name in now:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from training.build import build_data, build_module
 from training.callbacks.fingerprint import digest
-from training.randomness import generator
+from training.randomness import Draws
 from training.registry import checked, trust_own
 
 Compose = Callable[[Sequence[str]], DictConfig]  # overrides -> configuration of a run
@@ -164,7 +164,7 @@ def recompute_fingerprint(config: DictConfig, batches: int = 4) -> dict[str, Any
     module = build_module(config, data)
     found = {"weights": digest(module.net.state_dict().values()), "batches": {}}
     for step, (x, y) in enumerate(islice(data.train_dataloader(), batches)):
-        draws = lambda purpose: generator(config.seed, step, 0, purpose)  # noqa: B023, E731
+        draws = Draws(config.seed, step)
         sample = module.objective.draw(x, y, module.net.null_label, draws)  # type: ignore[arg-type]
         tensors = [t for t in tree_leaves(((x, y), sample)) if isinstance(t, torch.Tensor)]
         found["batches"][step] = digest(tensors)

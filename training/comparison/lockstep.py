@@ -27,7 +27,7 @@ from training.attentions import sdpa
 from training.build import build_data, build_module
 from training.module import GenerativeModule
 from training.objectives.objective import Terms
-from training.randomness import generator, key
+from training.randomness import Draws, key
 from training.settings import precision
 from training.validation import one_of, positive_integer
 
@@ -193,7 +193,7 @@ def lockstep(
     rows: list[dict[str, Any]] = []
     for step, (x, y) in enumerate(islice(data.train_dataloader(), steps)):
         x, y = x.to(device), y.to(device)
-        draws = lambda purpose: generator(config.seed, step, 0, purpose, device)  # noqa: B023, E731
+        draws = Draws(config.seed, step, device=device)
         sample = module.objective.draw(x, y, module.net.null_label, draws)  # type: ignore[arg-type]
         # At the initial weights the output and its derivative are exactly 0: nothing to compare.
         if (step + 1) % every == 0:

@@ -30,7 +30,7 @@ from training.build import build_data, build_module
 from training.comparison.arms import Compose
 from training.comparison.files import append_jsonl, read_jsonl
 from training.metrics.flops import peak_tflops, step_flops
-from training.randomness import generator, key
+from training.randomness import Draws, generator, key
 from training.settings import check, compiled, no_cuda_graphs, precision
 from training.step import Step
 
@@ -60,7 +60,7 @@ class Stepper:
         number = self.number
         self.number += 1
         torch.manual_seed(key(self.config.seed, number, 0, "layers"))
-        draws = lambda purpose: generator(self.config.seed, number, 0, purpose, x.device)  # noqa: E731
+        draws = Draws(self.config.seed, number, device=x.device)
         mark()
         sample = self.objective.draw(x, y, self.net.null_label, draws)
         with torch.autocast(self.device, self.dtype) if self.dtype else nullcontext():

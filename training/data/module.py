@@ -159,9 +159,7 @@ class _Reader(Dataset):
         self.augment, self.turn = augment, data.augment_turn
 
     def __getitem__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        def draws(purpose: str) -> torch.Generator:
-            return generator(self.seed, batch.number, self.rank, purpose)
-
+        draws = Draws(self.seed, batch.number, self.rank)
         x, y = self.source.read(batch.indices, draws)
         if x.shape[1:] != self.shape:
             raise ValueError(f"data: images must be {self.shape}; got {tuple(x.shape[1:])}")

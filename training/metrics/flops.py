@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import functools
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from training.attentions import sdpa
 from training.models.jvp_layers import Linear
 from training.models.layers import Block
-from training.randomness import generator
+from training.randomness import Draws
 
 # Dense half-precision matrix products with float32 accumulation, 10^12 a second, as published.
 PEAKS = {"H200": 989.4, "H100 PCIe": 756.0, "H100": 989.4, "A100": 312.0}
@@ -35,7 +34,7 @@ def step_flops(net: nn.Module, objective: Any, x: torch.Tensor, y: torch.Tensor)
     if jvp is not None and jvp.mode == "double":
         objective.jvp = dataclasses.replace(jvp, mode="single")
     x, y = torch.zeros(x.shape), torch.zeros(y.shape, dtype=torch.int64)
-    draws = functools.partial(generator, 0, 0, 0)
+    draws = Draws(0)
     sample = objective.draw(x, y, net.null_label, draws)
     dtype = next(net.parameters()).dtype
     sample = tree_map_only(

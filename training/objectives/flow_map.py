@@ -38,6 +38,7 @@ class FlowMapSample(NamedTuple):
     r: torch.Tensor  # (B,), equal to t for the first samples, the flow's
     split: torch.Tensor  # (B,), λ: the share of t - r that the first of two jumps takes
     y: torch.Tensor  # (B,), dropped labels already replaced by the null label
+    equal: int  # of this batch: see ``randomness.Draws.count``
 
 
 class FlowMap(Objective):
@@ -90,7 +91,7 @@ class FlowMap(Objective):
     def draw(
         self, x: torch.Tensor, y: torch.Tensor, null_label: int, draws: Draws
     ) -> FlowMapSample:
-        n = self._equal(len(x))
+        n = draws.count(self.equal_share, len(x))
         first, second = self.times.draw(2, len(x), generator=draws("times"))
         t, r = torch.maximum(first, second), torch.minimum(first, second)
         t[:n] = r[:n] = first[:n]  # not the later of two
@@ -100,15 +101,15 @@ class FlowMap(Objective):
         e = torch.randn(x.shape, generator=draws("noise"), device=x.device)
         z, v = linear_path(x, e, t)
         y, _ = drop_labels(y, self.label_dropout, null_label, draws("labels"))
-        return FlowMapSample(z, v, t, r, split, y)
+        return FlowMapSample(z, v, t, r, split, y, n)
 
     def loss(self, net: Net, sample: FlowMapSample) -> Terms:
-        z, v, t, _, _, y = sample
-        n, parts, derivative = self._equal(len(z)), [], z.new_zeros(1)
+        z, v, t, _, _, y, n = sample
+        parts, derivative = [], z.new_zeros(1)
         if n:
             parts.append(squared_error(net(z[:n], t[:n], t[:n], y[:n]), v[:n], self.reduce))
         if n < len(z):
-            rest = FlowMapSample(*(part[n:] for part in sample))
+            rest = FlowMapSample(*(part[n:] for part in sample[:-1]), 0)
             residual, derivative = getattr(self, f"_{self.kind}")(net, rest)
             parts.append(squared_error(residual, torch.zeros_like(residual), self.reduce))
         error = torch.cat(parts)  # (B,)
@@ -116,19 +117,16 @@ class FlowMap(Objective):
         with torch.no_grad():
             metrics = {
                 "error": error.mean(),
-                "v_loss": error[:n].mean() if n else error.new_zeros(()),
+                "v_loss": error[:n].mean(),
                 "map_error": error[n:].mean() if n < len(z) else error.new_zeros(()),
                 "dudt_rms": derivative.square().mean().sqrt(),
                 "weight": weight.mean(),
             }
         return Terms((weight * error).mean(), metrics, error.detach())
 
-    def _equal(self, n: int) -> int:
-        return round(self.equal_share * n)
-
     def _lagrangian(self, net: Net, part: FlowMapSample) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual, and the derivative of u in it. Each (B, C, H, W)"""
-        z, _, t, r, _, y = part
+        z, _, t, r, _, y, _ = part
         u, dudr = self.jvp(lambda r: net(z, t, r, y), (r,), (torch.ones_like(r),))
         step = expand(r - t, z)
         with torch.no_grad():
@@ -136,7 +134,7 @@ class FlowMap(Objective):
         return u + step * dudr - velocity, dudr
 
     def _eulerian(self, net: Net, part: FlowMapSample) -> tuple[torch.Tensor, torch.Tensor]:
-        z, _, t, r, _, y = part
+        z, _, t, r, _, y, _ = part
         step, ones = expand(r - t, z), torch.ones_like(t)
         with torch.no_grad():
             v = net(z, t, t, y)
@@ -149,7 +147,7 @@ class FlowMap(Objective):
         return v - u + step * (dudt + along), dudt + along
 
     def _progressive(self, net: Net, part: FlowMapSample) -> tuple[torch.Tensor, torch.Tensor]:
-        z, _, t, r, split, y = part
+        z, _, t, r, split, y, _ = part
         s = t - split * (t - r)
         with torch.no_grad():
             first = net(z, t, s, y)

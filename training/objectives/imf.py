@@ -21,7 +21,7 @@ from training.objectives.objective import Objective, Terms, check_label_dropout,
 from training.objectives.paths import expand, linear_path
 from training.objectives.tangents import Jvp
 from training.objectives.times import Times
-from training.objectives.weighting import adaptive_weight, squared_error
+from training.objectives.weighting import adaptive_weight, squared_error, velocity_error
 from training.randomness import Draws
 from training.validation import between, one_of
 
@@ -30,11 +30,13 @@ class IMFSample(NamedTuple):
     z: torch.Tensor  # (B, C, H, W)
     v: torch.Tensor  # (B, C, H, W)
     t: torch.Tensor  # (B,)
-    r: torch.Tensor  # (B,), equal to t for the first round(equal_share B) samples
+    r: torch.Tensor  # (B,), equal to t for the first ``equal`` samples
     y: torch.Tensor  # (B,), dropped labels already replaced by the null label
     dropped: torch.Tensor  # (B,), which labels were dropped
     null_label: torch.Tensor  # ()
     guidance: torch.Tensor  # (B, 3): w, t_min, t_max
+    label: torch.Tensor  # (B,), none dropped
+    equal: int  # of this batch: see ``randomness.Draws.count``
 
 
 class IMF(Objective):
@@ -42,13 +44,14 @@ class IMF(Objective):
 
     Args:
         jvp: how du/dt is computed (``tangents.Jvp``).
-        equal_share: share of the batch with r = t.
+        equal_share: share of the samples with r = t, exact over batches, processes and
+            accumulation (``randomness.Draws.count``).
         reduce: ``sum`` or ``mean`` over the elements of a sample; it changes what ``c`` means.
         p, c: of the adaptive weights; p = 0 is the plain squared error.
         time_sampler, time_mean, time_std: see ``times.Times``.
         guidance_max: w has a density proportional to 1/w on [1, guidance_max]; 1 is no guidance,
             and the network is not told any.
-        label_dropout: share of samples without label; their target is the plain v.
+        label_dropout: share of samples without label; their target is the plain v, and r = t.
     """
 
     teaches_velocity = True
@@ -80,24 +83,25 @@ class IMF(Objective):
         self.guidance_max, self.label_dropout = guidance_max, label_dropout
 
     def draw(self, x: torch.Tensor, y: torch.Tensor, null_label: int, draws: Draws) -> IMFSample:
-        n, equal = len(x), self._equal(len(x))
+        n, equal = len(x), draws.count(self.equal_share, len(x))
         t, r = self.times.draw_pairs(n, equal, draws("times"))
         e = torch.randn(x.shape, generator=draws("noise"), device=x.device)
         z, v = linear_path(x, e, t)
-        y, dropped = drop_labels(y, self.label_dropout, null_label, draws("labels"))
+        label, told = y, (self.label_dropout, null_label, draws("labels"), equal, self.equal_share)
+        y, dropped = drop_labels(y, *told)
         share, start, end = torch.rand(3, n, generator=draws("guidance"), device=x.device)
         start, end = start / 2, (1 + end) / 2
         start[:equal], end[:equal] = 0, 1  # flow matching samples are guided at every time
         w = torch.exp(share * math.log(self.guidance_max))
         guidance = torch.stack([w, start, end], dim=1)
-        return IMFSample(z, v, t, r, y, dropped, y.new_full((), null_label), guidance)
+        null = y.new_full((), null_label)
+        return IMFSample(z, v, t, r, y, dropped, null, guidance, label, equal)
 
     def loss(self, net: Any, sample: IMFSample) -> Terms:
-        z, _, t, r, y, *_, guidance = sample
+        z, _, t, r, y, _, _, guidance, _, n = sample
         told = (guidance,) if self.guidance_max > 1 else ()
         v_g, tangent = self._guided_velocity(net, sample)
 
-        n = self._equal(len(z))
         if n == len(z):
             dudt = step = v_g.new_zeros(1, 1)
             compound, head = net.heads(z, t, r, y, *told)
@@ -114,7 +118,7 @@ class IMF(Objective):
         with torch.no_grad():
             metrics = {
                 "error": error.mean(),
-                "v_loss": squared_error(head, sample.v, self.reduce).mean(),
+                "v_loss": velocity_error(compound[:n], sample.v[:n], self.reduce),
                 "head_error": head_error.mean(),
                 "dudt_rms": dudt.square().mean().sqrt(),
                 "tangent_norm": step.flatten(1).norm(dim=1).mean(),
@@ -123,21 +127,20 @@ class IMF(Objective):
         loss = (weight * error + head_weight * head_error).mean()
         return Terms(loss, metrics, error.detach())
 
-    def _equal(self, n: int) -> int:
-        return round(self.equal_share * n)
-
     @torch.no_grad()
     def _guided_velocity(self, net: Any, sample: IMFSample) -> tuple[torch.Tensor, torch.Tensor]:
-        """v_g, and the network's velocity along which u is differentiated. Each (B, C, H, W)"""
-        z, v, t, _, y, dropped, null_label, guidance = sample
+        """v_g, and the network's velocity along which u is differentiated: that of the label, also
+        where u is not told it. Each (B, C, H, W)
+        """
+        z, v, t, _, _, dropped, null_label, guidance, label, _ = sample
         if self.guidance_max == 1:
-            return v, net.heads(z, t, t, y)[1]
+            return v, net.heads(z, t, t, label)[1]
         w, start, end = guidance.unbind(1)
         w = torch.where((t >= start) & (t <= end), w, 1)
         zero, one = torch.zeros_like(w), torch.ones_like(w)
         told = torch.cat([torch.stack([s, zero, one], 1) for s in (w, one)])
         twice = (torch.cat([a, a]) for a in (z, t, t))
-        labels = torch.cat([y, null_label.expand_as(y)])
+        labels = torch.cat([label, null_label.expand_as(label)])
         conditional, null = net.heads(*twice, labels, told)[1].chunk(2)
         v_g = v + expand(1 - 1 / w, v) * (conditional - null)
         return torch.where(expand(dropped, v), v, v_g), conditional

@@ -18,7 +18,7 @@ from training.objectives.objective import Net, Objective, Terms, check_label_dro
 from training.objectives.paths import expand, linear_path
 from training.objectives.tangents import Jvp
 from training.objectives.times import Times
-from training.objectives.weighting import adaptive_weight, squared_error
+from training.objectives.weighting import adaptive_weight, squared_error, velocity_error
 from training.randomness import Draws
 from training.validation import between, one_of
 
@@ -27,10 +27,11 @@ class MeanFlowSample(NamedTuple):
     z: torch.Tensor  # (B, C, H, W)
     v: torch.Tensor  # (B, C, H, W)
     t: torch.Tensor  # (B,)
-    r: torch.Tensor  # (B,), equal to t for the first round(equal_share B) samples
+    r: torch.Tensor  # (B,), equal to t for the first ``equal`` samples
     y: torch.Tensor  # (B,), dropped labels already replaced by the null label
     dropped: torch.Tensor  # (B,), which labels were dropped
     null_label: torch.Tensor  # ()
+    equal: int  # of this batch: see ``randomness.Draws.count``
 
 
 class MeanFlow(Objective):
@@ -38,7 +39,8 @@ class MeanFlow(Objective):
 
     Args:
         jvp: how du/dt is computed (``tangents.Jvp``).
-        equal_share: share of the batch with r = t (0.75 for ImageNet, 0.25 for CIFAR-10).
+        equal_share: share of the samples with r = t (0.75 for ImageNet, 0.25 for CIFAR-10), exact
+            over batches, processes and accumulation (``randomness.Draws.count``).
         reduce: ``sum`` or ``mean`` over the elements of a sample; it changes what ``c`` means.
         p, c: of the adaptive weight; p = 0 is the plain squared error.
         time_sampler, time_mean, time_std: see ``times.Times``.
@@ -46,10 +48,11 @@ class MeanFlow(Objective):
             the later; null is the first one's.
         omega, kappa: guidance built into the target; ω = 1, κ = 0 is none; scale ω / (1 - κ).
         guidance_start, guidance_end: guidance acts for t in this interval.
-        label_dropout: share of samples without label; their target is the plain v.
+        label_dropout: share of samples without label; their target is the plain v, and r = t.
     """
 
     teaches_velocity = True
+    dropped_keep_v = True  # the target of a sample without label is the plain v
 
     def __init__(
         self,
@@ -94,18 +97,28 @@ class MeanFlow(Objective):
     def draw(
         self, x: torch.Tensor, y: torch.Tensor, null_label: int, draws: Draws
     ) -> MeanFlowSample:
-        equal = self._equal(len(x))
+        equal = draws.count(self.equal_share, len(x))
         t, r = self.times.draw_pairs(len(x), equal, draws("times"), self.r_times)
         e = torch.randn(x.shape, generator=draws("noise"), device=x.device)
         z, v = linear_path(x, e, t)
-        y, dropped = drop_labels(y, self.label_dropout, null_label, draws("labels"))
-        return MeanFlowSample(z, v, t, r, y, dropped, y.new_full((), null_label))
+        y, dropped = self._drop(y, t, null_label, equal, draws("labels"))
+        return MeanFlowSample(z, v, t, r, y, dropped, y.new_full((), null_label), equal)
+
+    def _drop(
+        self,
+        y: torch.Tensor,
+        t: torch.Tensor,
+        null_label: int,
+        equal: int,
+        generator: torch.Generator,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return drop_labels(y, self.label_dropout, null_label, generator, equal, self.equal_share)
 
     def loss(self, net: Net, sample: MeanFlowSample) -> Terms:
         z, _, t, r, y, *_ = sample
         v_g = self._guided_velocity(net, sample)
 
-        n = self._equal(len(z))
+        n = sample.equal
         if n == len(z):
             dudt = tangent = v_g.new_zeros(1, 1)
             prediction, target = net(z, t, r, y), v_g
@@ -121,20 +134,17 @@ class MeanFlow(Objective):
         with torch.no_grad():
             metrics = {
                 "error": error.mean(),
-                "v_loss": squared_error(prediction, v_g, self.reduce).mean(),
+                "v_loss": velocity_error(prediction[:n], sample.v[:n], self.reduce),
                 "dudt_rms": dudt.square().mean().sqrt(),
                 "tangent_norm": tangent.flatten(1).norm(dim=1).mean(),
                 "weight": weight.mean(),
             }
         return Terms((weight * error).mean(), metrics, error.detach())
 
-    def _equal(self, n: int) -> int:
-        return round(self.equal_share * n)
-
     @torch.no_grad()
     def _guided_velocity(self, net: Net, sample: MeanFlowSample) -> torch.Tensor:
-        """v_g; dropped labels and times outside the interval keep v."""
-        z, v, t, _, y, dropped, null_label = sample
+        """v_g; times outside the interval keep v, and so do dropped labels (MeanFlow)."""
+        z, v, t, _, y, dropped, null_label, _ = sample
         if self.omega == 1 and self.kappa == 0:
             return v
         v_g = self.omega * v
@@ -143,5 +153,7 @@ class MeanFlow(Objective):
         if self.kappa != 0:
             v_g = v_g + self.kappa * net(z, t, t, y)
         start, end = self.interval
-        guided = (t >= start) & (t <= end) & ~dropped
+        guided = (t >= start) & (t <= end)
+        if self.dropped_keep_v:
+            guided = guided & ~dropped
         return torch.where(expand(guided, v), v_g, v)

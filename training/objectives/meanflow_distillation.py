@@ -22,7 +22,7 @@ from training.objectives.objective import Net, Terms
 from training.objectives.paths import expand
 from training.objectives.tangents import Jvp
 from training.objectives.teachers import FixedTeacher
-from training.objectives.weighting import adaptive_weight, squared_error
+from training.objectives.weighting import adaptive_weight, squared_error, velocity_error
 from training.validation import between
 
 
@@ -55,9 +55,8 @@ class MeanFlowDistillation(FixedTeacher, MeanFlow):
         self.jvp = jvp or Jvp("tangent_grad")
 
     def loss(self, net: Net, sample: MeanFlowSample) -> Terms:
-        z, v, t, r, y, _, null_label = sample
+        z, v, t, r, y, _, null_label, n = sample
         target = self.teacher_velocity(z, t, y, null_label)
-        n = self._equal(len(z))
         parts, step, dudt = [], z.new_zeros(1, 1), z.new_zeros(1)
         if n:
             parts.append(net(z[:n], t[:n], t[:n], y[:n]))
@@ -76,7 +75,7 @@ class MeanFlowDistillation(FixedTeacher, MeanFlow):
         with torch.no_grad():
             metrics = {
                 "error": error.mean(),
-                "v_loss": squared_error(velocity, v, self.reduce).mean(),
+                "v_loss": velocity_error(velocity[:n], v[:n], self.reduce),
                 "dudt_rms": dudt.square().mean().sqrt(),
                 "tangent_norm": step.flatten(1).norm(dim=1).mean(),
                 "weight": weight.mean(),

@@ -18,10 +18,15 @@ from torch import nn
 from training.randomness import Draws
 from training.validation import between
 
+# Metrics of some samples of a batch only: NaN where it has none, and then in no mean.
+OPTIONAL = ("v_loss", "consistency_error")
+
 
 class Terms(NamedTuple):
     loss: torch.Tensor  # (), with gradient
-    metrics: dict[str, torch.Tensor]  # scalars without gradient; "error" is the unweighted error
+    # Scalars without gradient: ``error`` is the unweighted error, ``v_loss`` that of the velocity,
+    # ‖u(z, t, t) - v‖² with the sample's own v, where r = t.
+    metrics: dict[str, torch.Tensor]
     errors: torch.Tensor | None = None  # (B,), of each sample, in the order of sample.t
 
 
@@ -86,12 +91,25 @@ def check_label_dropout(share: float, guidance: str = "") -> None:
 
 
 def drop_labels(
-    y: torch.Tensor, share: float, null_label: int, generator: torch.Generator
+    y: torch.Tensor,
+    share: float,
+    null_label: int,
+    generator: torch.Generator,
+    first: int = 0,
+    first_share: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Labels (B,) with a random share replaced by the null label, and which ones were, (B,). What
     else comes with a label, (B, 1 + n), is kept.
+
+    ``first``: the dropped ones are among so many samples at the beginning, a share ``first_share``
+    of all that are trained on, as long as these suffice. So do the official codes of MeanFlow and
+    iMF: a sample without label teaches the velocity (r = t), no interval.
     """
-    dropped = torch.rand(len(y), generator=generator, device=y.device) < share
+    chance = torch.full((len(y),), share, device=y.device)
+    if first_share < 1:
+        chance[:first] = min(1.0, share / first_share) if first_share else 0.0
+        chance[first:] = max(0.0, share - first_share) / (1 - first_share)
+    dropped = torch.rand(len(y), generator=generator, device=y.device) < chance
     if y.ndim == 1:
         return torch.where(dropped, null_label, y), dropped
     label = torch.where(dropped, null_label, y[:, 0])

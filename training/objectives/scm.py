@@ -8,6 +8,10 @@
     error = ‖g‖²
     loss  = λ(t) / e^s(t) ‖F - sg(F + g / (‖g‖ + c))‖² + s(t)                       (Algorithm 1)
 
+or, with the warm-up of rCM (arXiv 2510.08431),
+
+    g     = -cos t √(1 - w² sin² t) (σ F - dx/dt) - (w cos t sin t x_t + σ dF)
+
 w is 0, the target of the denoiser, for some steps, then rises to 1. There the target of a low noise
 level is built from the network's own derivative, unless w stays 0 below a time t_a, the anchor: f
 is then the denoiser up to t_a, and constant along a path from there on. s is the learned
@@ -53,6 +57,8 @@ class SCM(FixedTeacher, ScheduledObjective):
         time_mean, time_std: of τ in t = arctan(e^τ / σ).
         denoiser_steps: w is 0 for so many steps: the training of a denoiser to start from.
         warmup_steps: the tangent's weight w then rises linearly over so many steps.
+        warmup_form: ``scm`` or ``rcm``, the g of the two papers while w < 1. rCM's holds dF whole
+            from the first step: it starts from a network that was trained (denoiser_steps 0).
         anchor: w is 0 where t < ``anchor``, always; 0 is none.
         reduce: ``mean``: ‖·‖² is the mean over the elements of a sample; ``sum``: their sum. Both
             in the error and where g is normalised.
@@ -73,6 +79,7 @@ class SCM(FixedTeacher, ScheduledObjective):
         time_std: float = 1.4,
         denoiser_steps: int = 0,
         warmup_steps: int = 10_000,
+        warmup_form: str = "scm",
         anchor: float = 0.0,
         reduce: str = "mean",
         normalise: bool = True,
@@ -89,6 +96,7 @@ class SCM(FixedTeacher, ScheduledObjective):
         for name, value in (("denoiser_steps", denoiser_steps), ("warmup_steps", warmup_steps)):
             integer(f"objective.{name}", value)
             between(f"objective.{name}", value, 0)
+        one_of("objective.warmup_form", warmup_form, ("scm", "rcm"))
         between("objective.anchor", anchor, 0, math.pi / 2)
         one_of("objective.reduce", reduce, ("sum", "mean"))
         between("objective.c", c, 0, open_low=True)
@@ -98,7 +106,7 @@ class SCM(FixedTeacher, ScheduledObjective):
         self.distil(teacher, teacher_guidance)
         self.sigma_data, self.time_mean, self.time_std = sigma_data, time_mean, time_std
         self.denoiser_steps, self.warmup_steps = denoiser_steps, warmup_steps
-        self.anchor = anchor
+        self.anchor, self.warmup_form = anchor, warmup_form
         self.reduce, self.normalise, self.c = reduce, normalise, c
         self.prior_weight, self.learned_variance = prior_weight, learned_variance
         self.label_dropout = label_dropout
@@ -126,7 +134,11 @@ class SCM(FixedTeacher, ScheduledObjective):
         F, dF = self.jvp(net, (x_t / sigma, t, t, y), along)
         with torch.no_grad():
             w = expand(warmup * (t >= self.anchor), x_t)
-            g = -(cos**2) * (sigma * F - dxdt) - w * (cos * sin * x_t + sigma * dF)
+            if self.warmup_form == "rcm":
+                g = -cos * (1 - (w * sin) ** 2).clamp_min(0).sqrt() * (sigma * F - dxdt)
+                g = g - (w * cos * sin * x_t + sigma * dF)
+            else:
+                g = -(cos**2) * (sigma * F - dxdt) - w * (cos * sin * x_t + sigma * dF)
             error = squared_error(g, torch.zeros_like(g), self.reduce)  # (B,)
             step = g / (expand(error.sqrt(), g) + self.c) if self.normalise else g
             target = F + step

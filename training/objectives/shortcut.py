@@ -7,9 +7,10 @@
         error = ‖u(z, t, t - 2d) - (ū(z, t, t - d) + ū(z', t - d, t - 2d)) / 2‖²
 
 2d is one of 1, 1/2, ..., 2/M, and t a multiple of it. Jumps of 1/M are taken along the velocity
-u(z, t, t). ū is an average of the network's weights.
+u(z, t, t). ū is an average of the network's weights. z' and the targets are clipped.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from training.objectives.objective import Net, Objective, Terms, check_label_dro
 from training.objectives.paths import expand, linear_path
 from training.objectives.teachers import AveragedTeacher, attached
 from training.objectives.times import Times
-from training.objectives.weighting import squared_error
+from training.objectives.weighting import squared_error, velocity_error
 from training.randomness import Draws
 from training.validation import between, one_of, positive_integer, switch
 
@@ -28,21 +29,25 @@ class ShortcutSample(NamedTuple):
     z: torch.Tensor  # (B, C, H, W)
     v: torch.Tensor  # (B, C, H, W)
     t: torch.Tensor  # (B,)
-    r: torch.Tensor  # (B,), t - 2d for the first round(consistency_share B) samples, else t
-    y: torch.Tensor  # (B,)
+    r: torch.Tensor  # (B,), t - 2d for the first ``jumps`` samples, else t
+    y: torch.Tensor  # (B,), dropped labels already replaced by the null label
+    jumps: int  # of this batch: see ``randomness.Draws.count``
 
 
 class Shortcut(Objective):
     """The shortcut objective.
 
     Args:
-        consistency_share: share of the batch that learns long jumps.
+        consistency_share: share of the samples that learn long jumps, exact over batches,
+            processes and accumulation (``randomness.Draws.count``).
         finest: M, a power of two: the number of the shortest jumps.
         teacher_decay: of the average ū.
         teacher_warmup: the average begins short; if false, with this decay, as published.
         reduce: ``sum`` or ``mean`` over the elements of a sample.
         time_sampler, time_mean, time_std: of flow matching, see ``times.Times``.
-        label_dropout: share of samples without label.
+        label_dropout: share of the flow matching samples without label.
+        clip: where a jump of the teacher arrives, and the target of a long jump, are kept within
+            ± ``clip``, as in the official code; None does not.
     """
 
     teaches_velocity = True
@@ -57,6 +62,7 @@ class Shortcut(Objective):
         time_mean: float = 0.0,
         time_std: float = 1.0,
         label_dropout: float = 0.1,
+        clip: float | None = 4.0,
         teacher_warmup: bool = False,
     ) -> None:
         super().__init__()
@@ -67,6 +73,9 @@ class Shortcut(Objective):
         between("objective.teacher_decay", teacher_decay, 0, 1)
         one_of("objective.reduce", reduce, ("sum", "mean"))
         check_label_dropout(label_dropout)
+        if clip is not None:
+            between("objective.clip", clip, 0, open_low=True)
+        self.clip = math.inf if clip is None else clip
         self.consistency_share, self.finest, self.reduce = consistency_share, finest, reduce
         self.times = Times(time_sampler, time_mean, time_std)
         self.teacher_decay, self.label_dropout = teacher_decay, label_dropout
@@ -83,7 +92,7 @@ class Shortcut(Objective):
     def draw(
         self, x: torch.Tensor, y: torch.Tensor, null_label: int, draws: Draws
     ) -> ShortcutSample:
-        n = self._jumps(len(x))
+        n = draws.count(self.consistency_share, len(x))
         t = self.times.draw(len(x), generator=draws("times"))
         r = t.clone()
         jump, place = torch.rand(2, n, generator=draws("jumps"), device=x.device)
@@ -92,25 +101,21 @@ class Shortcut(Objective):
         r[:n] = t[:n] - 1 / jumps
         e = torch.randn(x.shape, generator=draws("noise"), device=x.device)
         z, v = linear_path(x, e, t)
-        y, _ = drop_labels(y, self.label_dropout, null_label, draws("labels"))
-        return ShortcutSample(z, v, t, r, y)
+        null, _ = drop_labels(y, self.label_dropout, null_label, draws("labels"))
+        return ShortcutSample(z, v, t, r, torch.cat([y[:n], null[n:]]), n)
 
     def loss(self, net: Net, sample: ShortcutSample) -> Terms:
-        z, v, t, r, y = sample
-        n = self._jumps(len(z))
+        z, v, t, r, y, n = sample
         target = torch.cat([self._two_jumps(z[:n], t[:n], r[:n], y[:n]), v[n:]])
         prediction = net(z, t, r, y)
         error = squared_error(prediction, target, self.reduce)  # (B,)
         with torch.no_grad():
             metrics = {
                 "error": error.mean(),
-                "v_loss": squared_error(prediction, v, self.reduce).mean(),
-                "consistency_error": error[:n].mean() if n else error.new_zeros(()),
+                "v_loss": velocity_error(prediction[n:], v[n:], self.reduce),
+                "consistency_error": error[:n].mean(),
             }
         return Terms(error.mean(), metrics, error.detach())
-
-    def _jumps(self, n: int) -> int:
-        return round(self.consistency_share * n)
 
     @torch.no_grad()
     def _two_jumps(
@@ -121,5 +126,6 @@ class Shortcut(Objective):
         d = (t - r) / 2
         seen = torch.where(d < 1.5 / self.finest, 0, d)  # the shortest are along the velocity
         first = teacher(z, t, t - seen, y)
-        second = teacher(z - expand(d, z) * first, t - d, t - d - seen, y)
-        return (first + second) / 2
+        arrival = (z - expand(d, z) * first).clamp(-self.clip, self.clip)
+        second = teacher(arrival, t - d, t - d - seen, y)
+        return ((first + second) / 2).clamp(-self.clip, self.clip)

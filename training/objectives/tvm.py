@@ -10,8 +10,8 @@ The derivative is along the terminal time alone. The loss differentiates **throu
 (``jvp.mode=tangent_grad``); the other modes leave that gradient out, an ablation. ū is an average
 of the network's weights.
 
-With guidance ω: flow matching is towards ω v + (1 - ω) ū(z_s', s', s' | ∅) where the label was
-kept, and both errors are divided by ω².
+With guidance ω, where the label was kept: flow matching is towards
+ω v + (1 - ω) ū(z_s', s', s' | ∅), and both errors are divided by ω². Where it was dropped, ω is 1.
 """
 
 from typing import NamedTuple
@@ -121,7 +121,8 @@ class TVM(Objective):
                 "dudt_rms": duds.square().mean().sqrt(),
                 "tangent_norm": (step * duds).flatten(1).norm(dim=1).mean(),
             }
-        return Terms(errors.mean() / self.omega**2, metrics, errors.detach())
+        weight = 1 + ~sample.dropped * (self.omega**-2 - 1)
+        return Terms((weight * errors).mean(), metrics, errors.detach())
 
     @torch.no_grad()
     def _guided_velocity(self, sample: TVMSample) -> torch.Tensor:

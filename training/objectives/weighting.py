@@ -15,3 +15,10 @@ def adaptive_weight(error: torch.Tensor, p: float, c: float) -> torch.Tensor:
     With p = 1 the weighted loss is about 1 whatever happens: watch the unweighted error.
     """
     return (error.detach() + c) ** -p
+
+
+def velocity_error(prediction: torch.Tensor, v: torch.Tensor, reduce: str) -> torch.Tensor:
+    """``v_loss`` of every objective: the mean over samples with r = t of ‖u(z, t, t) - (e - x)‖²,
+    NaN where there is none in the batch. (B, ...) -> ()
+    """
+    return squared_error(prediction, v, reduce).mean()
