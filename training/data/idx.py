@@ -14,6 +14,7 @@ import torch
 from training.data.hugging_face import Examples, load_split
 from training.data.module import Data, Tensors
 from training.data.pictures import pad
+from training.randomness import Draws
 
 NAMES = {"train": "train", "held_out": "t10k"}
 
@@ -45,9 +46,7 @@ class Idx(Data):
                 hub_split = "train" if split == "train" else "test"
                 dataset = load_split(name, None, hub_split)
                 examples = Examples(dataset, "image", "label", 28, 1, "pad")
-                images, labels = examples.read(
-                    list(range(len(examples))), lambda _: torch.Generator()
-                )
+                images, labels = examples.read(list(range(len(examples))), Draws(0))
                 images = images[:, 0]
             sources[split] = Tensors(pad(images, image_size)[:, None], labels)
         shape = (1, image_size, image_size)

@@ -109,7 +109,7 @@ class FlowMap(Objective):
         if n:
             parts.append(squared_error(net(z[:n], t[:n], t[:n], y[:n]), v[:n], self.reduce))
         if n < len(z):
-            rest = FlowMapSample(*(part[n:] for part in sample[:-1]), 0)
+            rest = FlowMapSample(*(part[n:] for part in sample[:-1]), equal=0)
             residual, derivative = getattr(self, f"_{self.kind}")(net, rest)
             parts.append(squared_error(residual, torch.zeros_like(residual), self.reduce))
         error = torch.cat(parts)  # (B,)
