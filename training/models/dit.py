@@ -10,6 +10,7 @@ Some objectives ask for more, each switched on by its own option:
     net.log_variance(t)            of the objective's error                       ``log_variance``
 """
 
+import math
 from collections.abc import Iterable
 from functools import reduce
 from typing import Any
@@ -26,6 +27,7 @@ from training.models.embedders import (
     PrefixTokens,
     TimeEmbedder,
     rotary_angles,
+    sequence_angles,
     sin_cos_positions,
 )
 from training.models.jvp_layers import Tensor, add, concatenate, linear_map, primal, silu, subtract
@@ -40,7 +42,7 @@ from training.models.layers import (
     begin,
     settled,
 )
-from training.validation import between, integer, one_of, positive_integer
+from training.validation import between, integer, one_of, positive_integer, switch
 
 # size: patch, depth, width, heads. Parameters with 4 x 32 x 32 latents and 1000 classes; of the
 # first kind with two time embedders, of iMF's with its options (configs/model/imf_b2.yaml) and
@@ -60,7 +62,8 @@ SIZES: dict[str, tuple[int, int, int, int]] = {
     "iMF-XL/2": (2, 48, 1024, 16),  #  610 M
 }
 CONDITIONINGS = ("t_h", "t_r", "h", "t")
-POSITIONS = ("sin_cos", "rope")
+POSITIONS = ("sin_cos", "rope", "rope_1d")
+INITIALISATIONS = ("dit", "imf")
 
 
 class DiT(nn.Module):
@@ -77,7 +80,12 @@ class DiT(nn.Module):
         dropout: inside the perceptrons of the blocks.
         norm: ``layer`` or ``rms``, both without weights. mlp: ``gelu`` or ``swiglu``.
         qk_norm: RMS norm of queries and keys.
-        positions: ``sin_cos`` adds fixed ones to the tokens, ``rope`` rotates queries and keys.
+        bias: of the linear layers in the blocks.
+        positions: ``sin_cos`` adds fixed ones to the tokens; ``rope`` rotates queries and keys of
+            the image's tokens by their place on the grid, ``rope_1d`` those of all tokens by their
+            number in the sequence.
+        initialisation: ``dit``, or ``imf``: normal of std 0.32 / sqrt(inputs) in the blocks and
+            1 / sqrt(inputs) in the embedders.
         label_tokens, time_tokens, guidance_tokens, interval_tokens: where ``label_tokens`` > 0 the
             conditions are so many tokens each before the image's (of each time, and of each end of
             the interval), and do not modulate the blocks (arXiv 2512.02012); 0 is adaLN.
@@ -109,7 +117,9 @@ class DiT(nn.Module):
         norm: str = "layer",
         mlp: str = "gelu",
         qk_norm: bool = False,
+        bias: bool = True,
         positions: str = "sin_cos",
+        initialisation: str = "dit",
         label_tokens: int = 0,
         time_tokens: int = 4,
         guidance_tokens: int = 4,
@@ -125,6 +135,8 @@ class DiT(nn.Module):
         one_of("model.norm", norm, tuple(NORMS))
         one_of("model.mlp", mlp, tuple(MLPS))
         one_of("model.positions", positions, POSITIONS)
+        one_of("model.initialisation", initialisation, INITIALISATIONS)
+        switch("model.bias", bias)
         between("model.dropout", dropout, 0, 1)
         patch, depth, width, heads = (
             default if given is None else given
@@ -159,10 +171,6 @@ class DiT(nn.Module):
         self.patches = PatchEmbedder(patch, channels, width)
         self.register_buffer("positions", None, persistent=False)
         self.register_buffer("angles", None, persistent=False)
-        if positions == "rope":
-            self.angles = rotary_angles(self.rows, width // heads)
-        else:
-            self.positions = sin_cos_positions(self.rows, width)
         self.time = TimeEmbedder(width)
         self.second_time = TimeEmbedder(width) if conditioning in ("t_h", "t_r") else None
         self.label = LabelEmbedder(num_classes, width)
@@ -170,10 +178,17 @@ class DiT(nn.Module):
         self.context = LabelContext(num_classes, cross_tokens, width) if cross_tokens else None
         self.prefix = None
         if label_tokens:  # in the order of self._conditions
-            counts = [label_tokens] + [time_tokens] * (1 if self.second_time is None else 2)
-            counts += [guidance_tokens, interval_tokens, interval_tokens] if guided else []
+            counts = [guidance_tokens, interval_tokens, interval_tokens] if guided else []
+            counts = [label_tokens, *counts, *[time_tokens] * (1 + (self.second_time is not None))]
             self.prefix = nn.ModuleList(PrefixTokens(n, width) for n in counts)
-        options = (norm, mlp, qk_norm, not label_tokens, cross_tokens > 0)
+        if positions == "rope":
+            self.angles = rotary_angles(self.rows, width // heads)
+        elif positions == "rope_1d":
+            tokens = self.rows**2 + sum(len(f.vectors) for f in self.prefix or ())
+            self.angles = sequence_angles(tokens, width // heads)
+        else:
+            self.positions = sin_cos_positions(self.rows, width)
+        options = (norm, mlp, qk_norm, not label_tokens, cross_tokens > 0, bias)
         block = lambda: Block(width, heads, mlp_ratio, dropout, attention, *options)  # noqa: E731
         final = lambda: FinalLayer(width, patch, channels, norm, not label_tokens)  # noqa: E731
         self.blocks = nn.ModuleList(block() for _ in range(depth))
@@ -183,20 +198,28 @@ class DiT(nn.Module):
             self.second_blocks = nn.ModuleList(block() for _ in range(second_head))
             self.second_final = final()
         self.variance = LogVariance() if log_variance else None
-        self._initialise()
+        self._initialise(initialisation == "imf")
 
-    def _initialise(self) -> None:
-        """DiT's: Xavier everywhere, 0.02 in the embedders, zero gates and zero output."""
+    def _initialise(self, imf: bool) -> None:
+        """Zero gates and zero output. DiT's: Xavier everywhere, 0.02 in the embedders. iMF's: a
+        normal distribution whose std falls with the root of the inputs; patches as DiT's.
+        """
+        normal = lambda w, c: nn.init.normal_(w, std=c / math.sqrt(w.shape[1]) if imf else 0.02)  # noqa: E731
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         for module in self.modules():
+            if imf and isinstance(module, Block):
+                for layer in module.modules():
+                    if isinstance(layer, nn.Linear):
+                        normal(layer.weight, 0.32)
             if isinstance(module, TimeEmbedder):
-                nn.init.normal_(module.inward.weight, std=0.02)
-                nn.init.normal_(module.outward.weight, std=0.02)
+                normal(module.inward.weight, 1)
+                normal(module.outward.weight, 1)
             elif isinstance(module, LabelEmbedder | LabelContext):
-                nn.init.normal_(module.table.weight, std=0.02)
+                normal(module.table.weight, 1)
             elif isinstance(module, Block | FinalLayer):
                 if module.modulation.linear is not None:
                     nn.init.zeros_(module.modulation.linear.weight)
@@ -246,12 +269,8 @@ class DiT(nn.Module):
     def _conditions(
         self, t: Tensor, r: Tensor, y: torch.Tensor, guidance: torch.Tensor | None
     ) -> list[Tensor]:
-        """Embeddings of label, time or times, and guidance. Each (B, W)"""
+        """Embeddings of label, guidance, and time or times. Each (B, W)"""
         embedded = [self.label(y)]
-        first = subtract(t, r) if self.conditioning == "h" else t
-        embedded.append(self.time(first))
-        if self.second_time is not None:
-            embedded.append(self.second_time(subtract(t, r) if self.conditioning == "t_h" else r))
         if self.guidance is not None:
             if guidance is None:
                 one = torch.ones_like(primal(t))
@@ -259,6 +278,10 @@ class DiT(nn.Module):
             embedded += self.guidance(guidance)
         elif guidance is not None:
             raise ValueError("this network has no guidance as a condition; set model.guided=true")
+        first = subtract(t, r) if self.conditioning == "h" else t
+        embedded.append(self.time(first))
+        if self.second_time is not None:
+            embedded.append(self.second_time(subtract(t, r) if self.conditioning == "t_h" else r))
         return embedded
 
     def _tokens(

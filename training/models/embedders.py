@@ -152,3 +152,13 @@ def rotary_angles(side: int, head_dim: int) -> torch.Tensor:
     rows = phase[:, None].expand(side, side, -1)
     columns = phase[None, :].expand(side, side, -1)
     return torch.cat([columns, rows], dim=-1).reshape(side * side, -1)
+
+
+def sequence_angles(n: int, head_dim: int) -> torch.Tensor:
+    """Angles of rotary positions 0 ... n - 1. (n, head_dim / 2)"""
+    if head_dim % 2:
+        raise ValueError(
+            f"model.width / model.heads must be even for model.positions=rope_1d; got {head_dim}"
+        )
+    frequency = 10_000 ** (-torch.arange(0, head_dim, 2) / head_dim)
+    return torch.arange(n)[:, None] * frequency

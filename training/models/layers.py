@@ -35,7 +35,8 @@ NORMS: dict[str, Callable[[Tensor], Tensor]] = {"layer": layer_norm, "rms": rms_
 
 
 def rotate(x: Tensor, angles: torch.Tensor) -> Tensor:
-    """Rotary positions (RoPE, arXiv 2104.09864): pairs of features turned by their angle.
+    """Rotary positions (RoPE, arXiv 2104.09864): pairs of neighbouring features turned by their
+    angle.
 
     x: (B, H, N, D); angles: (n, D/2), n <= N. The N - n leading tokens have no place on the grid
     and are left as they are.
@@ -46,8 +47,9 @@ def rotate(x: Tensor, angles: torch.Tensor) -> Tensor:
 def _rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     prefix, x = x.tensor_split([x.shape[-2] - len(angles)], dim=-2)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    a, b = x.chunk(2, -1)  # (B, H, n, D/2)
-    return torch.cat([prefix, torch.cat([a * cos - b * sin, a * sin + b * cos], -1)], -2)
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B, H, n, D/2)
+    turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+    return torch.cat([prefix, turned], -2)
 
 
 def split_heads(x: Tensor, parts: int, heads: int) -> list[Tensor]:
@@ -73,12 +75,19 @@ class QueryKeyNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, width: int, heads: int, attention: Attention, qk_norm: bool = False) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        attention: Attention,
+        qk_norm: bool = False,
+        bias: bool = True,
+    ) -> None:
         super().__init__()
         self.heads, self.attention = heads, attention
-        self.qkv = Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width, bias)
         self.qk_norm = QueryKeyNorm(width // heads) if qk_norm else None
-        self.projection = Linear(width, width)
+        self.projection = Linear(width, width, bias)
 
     def project_in(self, x: Tensor, angles: torch.Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values. (B, N, W) -> (B, H, N, D)"""
@@ -119,11 +128,11 @@ class CrossAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+    def __init__(self, width: int, hidden: int, dropout: float, bias: bool = True) -> None:
         super().__init__()
-        self.expand = Linear(width, hidden)
+        self.expand = Linear(width, hidden, bias)
         self.dropout = Dropout(dropout)
-        self.contract = Linear(hidden, width)
+        self.contract = Linear(hidden, width, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.contract(self.dropout(gelu(self.expand(x))))
@@ -134,11 +143,11 @@ class SwiGLU(nn.Module):
     costs.
     """
 
-    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+    def __init__(self, width: int, hidden: int, dropout: float, bias: bool = True) -> None:
         super().__init__()
-        self.expand = Linear(width, 2 * hidden)
+        self.expand = Linear(width, 2 * hidden, bias)
         self.dropout = Dropout(dropout)
-        self.contract = Linear(hidden, width)
+        self.contract = Linear(hidden, width, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, x = unpack(lambda x: x.chunk(2, -1), self.expand(x))
@@ -149,22 +158,28 @@ MLPS: dict[str, type[nn.Module]] = {"gelu": Mlp, "swiglu": SwiGLU}
 
 
 class Modulation(nn.Module):
-    """``n`` vectors that shift, scale and gate: linear in the condition (adaLN), or learned
-    constants where the condition comes as tokens. Zero at initialisation.
+    """Vectors that shift, scale and gate ``branches``; without gate for the last layer. Linear in
+    the condition (adaLN); or, where the condition comes as tokens, learned constants without a
+    shift: 1 + scale is then the weight of the norm. Zero at initialisation.
     """
 
-    def __init__(self, width: int, n: int, conditioned: bool) -> None:
+    def __init__(self, width: int, branches: int, gated: bool, conditioned: bool) -> None:
         super().__init__()
-        self.n = n
+        self.branches, self.gated = branches, gated
+        n = branches * (1 + conditioned + gated)
         self.linear = Linear(width, n * width) if conditioned else None
         self.constants = None if conditioned else nn.Parameter(torch.zeros(n * width))
+        self.n = n
 
     def forward(self, condition: Tensor | None) -> list[Tensor]:
-        """(B, W) -> n vectors (B or 1, 1, W)."""
-        if self.constants is not None:
-            return list(self.constants[None, None].chunk(self.n, -1))
-        vectors = self.linear(condition)  # type: ignore[misc]
-        return unpack(lambda x: [part[:, None] for part in x.chunk(self.n, -1)], vectors)
+        """(B, W) -> shift, scale (and gate) of each branch, each (B or 1, 1, W)."""
+        if self.linear is not None:
+            vectors = self.linear(condition)
+            return unpack(lambda x: [part[:, None] for part in x.chunk(self.n, -1)], vectors)
+        constants = self.constants[None, None].chunk(self.n, -1)  # type: ignore[index]
+        zero, each = torch.zeros_like(constants[0]), self.n // self.branches
+        parts = [constants[i : i + each] for i in range(0, self.n, each)]
+        return [vector for part in parts for vector in (zero, *part)]
 
 
 class Residual(NamedTuple):
@@ -257,13 +272,14 @@ class Block(nn.Module):
         qk_norm: bool = False,
         conditioned: bool = True,
         cross: bool = False,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         self.norm = NORMS[norm]
-        self.attention = SelfAttention(width, heads, attention, qk_norm)
+        self.attention = SelfAttention(width, heads, attention, qk_norm, bias)
         self.cross = CrossAttention(width, heads, attention, qk_norm) if cross else None
-        self.mlp = MLPS[mlp](width, int(mlp_ratio * width), dropout)
-        self.modulation = Modulation(width, 6, conditioned)
+        self.mlp = MLPS[mlp](width, int(mlp_ratio * width), dropout, bias)
+        self.modulation = Modulation(width, 2, True, conditioned)
 
         self.checkpointing = "none"  # see ``activation_checkpointing``
 
@@ -329,7 +345,7 @@ class FinalLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.patch, self.norm = patch, NORMS[norm]
-        self.modulation = Modulation(width, 2, conditioned)
+        self.modulation = Modulation(width, 1, False, conditioned)
         self.projection = Linear(width, channels * patch * patch)
 
     def forward(self, x: Stream, condition: Tensor | None, rows: int) -> Tensor:
