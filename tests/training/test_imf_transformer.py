@@ -133,3 +133,13 @@ def test_the_forward_is_that_of_the_paper():
         pixels = linear(pixels, head["projection.weight"], head["projection.bias"])
         images = pixels.reshape(4, 4, 4, 3, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(4, 3, 8, 8)
         torch.testing.assert_close(output, images, rtol=1e-9, atol=1e-10)
+
+
+def test_a_normed_modulation_has_vectors_of_length_one_and_none_at_the_start():
+    torch.manual_seed(0)
+    net = DiT(sdpa, 8, 3, 5, modulation_norm=True)
+    condition = torch.randn(2, 96)
+    assert not any(vector.any() for vector in net.blocks[0].modulation(condition))
+    torch.nn.init.normal_(net.blocks[0].modulation.linear.weight)
+    for vector in net.blocks[0].modulation(condition):
+        torch.testing.assert_close(vector.square().mean(-1), torch.ones(2, 1), rtol=1e-4, atol=0)

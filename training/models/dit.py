@@ -81,6 +81,7 @@ class DiT(nn.Module):
         norm: ``layer`` or ``rms``, both without weights. mlp: ``gelu`` or ``swiglu``.
         qk_norm: RMS norm of queries and keys.
         bias: of the linear layers in the blocks.
+        modulation_norm: RMS norm of what shifts, scales and gates (adaLN only, arXiv 2511.19797).
         positions: ``sin_cos`` adds fixed ones to the tokens; ``rope`` rotates queries and keys of
             the image's tokens by their place on the grid, ``rope_1d`` those of all tokens by their
             number in the sequence.
@@ -118,6 +119,7 @@ class DiT(nn.Module):
         mlp: str = "gelu",
         qk_norm: bool = False,
         bias: bool = True,
+        modulation_norm: bool = False,
         positions: str = "sin_cos",
         initialisation: str = "dit",
         label_tokens: int = 0,
@@ -137,6 +139,7 @@ class DiT(nn.Module):
         one_of("model.positions", positions, POSITIONS)
         one_of("model.initialisation", initialisation, INITIALISATIONS)
         switch("model.bias", bias)
+        switch("model.modulation_norm", modulation_norm)
         between("model.dropout", dropout, 0, 1)
         patch, depth, width, heads = (
             default if given is None else given
@@ -188,9 +191,10 @@ class DiT(nn.Module):
             self.angles = sequence_angles(tokens, width // heads)
         else:
             self.positions = sin_cos_positions(self.rows, width)
-        options = (norm, mlp, qk_norm, not label_tokens, cross_tokens > 0, bias)
+        options = (norm, mlp, qk_norm, not label_tokens, cross_tokens > 0, bias, modulation_norm)
+        final_options = (norm, not label_tokens, modulation_norm)
         block = lambda: Block(width, heads, mlp_ratio, dropout, attention, *options)  # noqa: E731
-        final = lambda: FinalLayer(width, patch, channels, norm, not label_tokens)  # noqa: E731
+        final = lambda: FinalLayer(width, patch, channels, *final_options)  # noqa: E731
         self.blocks = nn.ModuleList(block() for _ in range(depth))
         self.final = final()
         self.second_blocks = self.second_final = None

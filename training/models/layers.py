@@ -159,13 +159,16 @@ MLPS: dict[str, type[nn.Module]] = {"gelu": Mlp, "swiglu": SwiGLU}
 
 class Modulation(nn.Module):
     """Vectors that shift, scale and gate ``branches``; without gate for the last layer. Linear in
-    the condition (adaLN); or, where the condition comes as tokens, learned constants without a
-    shift: 1 + scale is then the weight of the norm. Zero at initialisation.
+    the condition (adaLN), with ``norm`` each of RMS 1 (TVM, arXiv 2511.19797); or, where the
+    condition comes as tokens, learned constants without a shift: 1 + scale is then the weight of
+    the norm. Zero at initialisation.
     """
 
-    def __init__(self, width: int, branches: int, gated: bool, conditioned: bool) -> None:
+    def __init__(
+        self, width: int, branches: int, gated: bool, conditioned: bool, norm: bool = False
+    ) -> None:
         super().__init__()
-        self.branches, self.gated = branches, gated
+        self.branches, self.norm = branches, norm
         n = branches * (1 + conditioned + gated)
         self.linear = Linear(width, n * width) if conditioned else None
         self.constants = None if conditioned else nn.Parameter(torch.zeros(n * width))
@@ -175,7 +178,8 @@ class Modulation(nn.Module):
         """(B, W) -> shift, scale (and gate) of each branch, each (B or 1, 1, W)."""
         if self.linear is not None:
             vectors = self.linear(condition)
-            return unpack(lambda x: [part[:, None] for part in x.chunk(self.n, -1)], vectors)
+            vectors = unpack(lambda x: [part[:, None] for part in x.chunk(self.n, -1)], vectors)
+            return [rms_norm(x) for x in vectors] if self.norm else vectors
         constants = self.constants[None, None].chunk(self.n, -1)  # type: ignore[index]
         zero, each = torch.zeros_like(constants[0]), self.n // self.branches
         parts = [constants[i : i + each] for i in range(0, self.n, each)]
@@ -273,13 +277,14 @@ class Block(nn.Module):
         conditioned: bool = True,
         cross: bool = False,
         bias: bool = True,
+        modulation_norm: bool = False,
     ) -> None:
         super().__init__()
         self.norm = NORMS[norm]
         self.attention = SelfAttention(width, heads, attention, qk_norm, bias)
         self.cross = CrossAttention(width, heads, attention, qk_norm) if cross else None
         self.mlp = MLPS[mlp](width, int(mlp_ratio * width), dropout, bias)
-        self.modulation = Modulation(width, 2, True, conditioned)
+        self.modulation = Modulation(width, 2, True, conditioned, modulation_norm)
 
         self.checkpointing = "none"  # see ``activation_checkpointing``
 
@@ -342,10 +347,11 @@ class FinalLayer(nn.Module):
         channels: int,
         norm: str = "layer",
         conditioned: bool = True,
+        modulation_norm: bool = False,
     ) -> None:
         super().__init__()
         self.patch, self.norm = patch, NORMS[norm]
-        self.modulation = Modulation(width, 1, False, conditioned)
+        self.modulation = Modulation(width, 1, False, conditioned, modulation_norm)
         self.projection = Linear(width, channels * patch * patch)
 
     def forward(self, x: Stream, condition: Tensor | None, rows: int) -> Tensor:
