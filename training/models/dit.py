@@ -179,7 +179,7 @@ class DiT(nn.Module):
         self.label = LabelEmbedder(num_classes, width)
         self.guidance = GuidanceEmbedder(width) if guided else None
         self.context = LabelContext(num_classes, cross_tokens, width) if cross_tokens else None
-        self.prefix = None
+        self.prefix, counts = None, []
         if label_tokens:  # in the order of self._conditions
             counts = [guidance_tokens, interval_tokens, interval_tokens] if guided else []
             counts = [label_tokens, *counts, *[time_tokens] * (1 + (self.second_time is not None))]
@@ -187,7 +187,7 @@ class DiT(nn.Module):
         if positions == "rope":
             self.angles = rotary_angles(self.rows, width // heads)
         elif positions == "rope_1d":
-            tokens = self.rows**2 + sum(len(f.vectors) for f in self.prefix or ())
+            tokens = self.rows**2 + sum(counts)
             self.angles = sequence_angles(tokens, width // heads)
         else:
             self.positions = sin_cos_positions(self.rows, width)
