@@ -72,7 +72,14 @@ def test_the_operator_states_its_shapes_and_gradients():
 
 @pytest.mark.parametrize("mode", ["single", "double", "tangent_grad"])
 @pytest.mark.parametrize(
-    "options", [{}, {"norm": "rms"}, {"second_head": 1}, {"cross_tokens": 2}], ids=str
+    "options",
+    [
+        {},
+        {"norm": "rms", "modulation_norm": True},
+        {"second_head": 1},
+        {"cross_tokens": 2},
+    ],
+    ids=str,
 )
 def test_a_network_of_fused_blocks_is_the_network(options, mode, monkeypatch):
     torch.manual_seed(0)
