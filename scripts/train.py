@@ -17,6 +17,7 @@ from training.checkpoints import (
     changes,
     find_checkpoint,
     load_checkpoint,
+    load_rest,
     load_weights,
     refuse_changed,
     refuse_used,
@@ -25,7 +26,7 @@ from training.cli import one_line_errors, run
 from training.lock import run_lock
 from training.loggers.csv import CSVFile
 from training.registry import checked, trust, trust_own
-from training.settings import check, remark
+from training.settings import check, remark, sharded
 
 
 def train(config: DictConfig, run_dir: Path) -> None:
@@ -41,7 +42,7 @@ def train(config: DictConfig, run_dir: Path) -> None:
 
 def _train(config: DictConfig, run_dir: Path) -> None:
     resumed = find_checkpoint(config.ckpt_path, run_dir)
-    checkpoint = load_checkpoint(resumed) if resumed else None
+    checkpoint = load_rest(resumed) if resumed else None
     if resumed and checkpoint:
         checked(checkpoint["config"], resumed)
         refuse_changed(config, checkpoint, resumed)
@@ -73,7 +74,8 @@ def _train(config: DictConfig, run_dir: Path) -> None:
         **limits,
     )
     if resumed and checkpoint:
-        load_weights(module, checkpoint, resumed)  # says clearly whether they fit
+        if not sharded(config.trainer):
+            load_weights(module, load_checkpoint(resumed), resumed)  # says clearly whether they fit
         for logger in loggers:
             if isinstance(logger, CSVFile):
                 logger.resume(checkpoint["global_step"])

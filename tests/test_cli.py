@@ -250,7 +250,7 @@ def test_an_objective_goes_on_and_is_exported_evaluated_and_sampled(tmp_path, ca
             ["trainer.precision=bf16-mixed", "trainer.gradient_clip_val=1", "optimizer.fused=true"],
             "under trainer.precision=bf16-mixed with trainer.gradient_clip_val",
         ),
-        ("train.py", ["trainer.strategy=fsdp"], "trainer.strategy=fsdp: the averages"),
+        ("train.py", ["trainer.strategy=fsdp"], "trainer.strategy=fsdp: only this project's"),
         ("train.py", ["compile=ja"], "compile must be true or false; got 'ja'"),
         ("train.py", ["callbacks.samples=on"], "callbacks.samples must be null (off) or have"),
         ("train.py", ["seed=abc"], "seed must be an integer; got 'abc'"),

@@ -95,7 +95,11 @@ def test_trainers_are_lightnings(trainer):
 def test_gpu_trainers_name_their_devices():
     assert composed("trainer=gpu").trainer.accelerator == "gpu"
     ddp = composed("trainer=ddp").trainer
-    assert (ddp.accelerator, ddp.strategy, ddp.devices) == ("gpu", "ddp", -1)
+    assert (ddp.accelerator, ddp.devices) == ("gpu", -1)
+    assert instantiate(ddp.strategy)._ddp_kwargs["gradient_as_bucket_view"]
+    fsdp = composed("trainer=fsdp").trainer
+    assert (fsdp.accelerator, fsdp.devices) == ("gpu", -1)
+    assert instantiate(fsdp.strategy).replicas == 1
 
 
 def test_the_main_job_is_the_experiment_of_its_name():

@@ -1,16 +1,19 @@
 """From a configuration to objects; used by every script."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
+import torch
 from hydra.utils import instantiate
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from training.activation_checkpointing import checkpoint_blocks
 from training.initial import initialise
 from training.module import GenerativeModule
-from training.settings import compiled, fusable, no_cuda_graphs
+from training.settings import compiled, fusable, no_cuda_graphs, sharded
 from training.validation import positive_integer
 
 
@@ -60,8 +63,11 @@ def build_module(config: DictConfig, data: Any, resumed: bool = False) -> Genera
     ``init_from``, which a ``resumed`` run does not need any more.
     """
     L.seed_everything(config.seed, workers=True, verbose=False)
-    net = build_net(config, data.shape, data.num_classes)
-    if config.get("init_from") and not resumed:
+    # Where they share one network, the others get their weights from the first process.
+    empty = sharded(config.trainer) and rank_zero_only.rank != 0
+    with torch.device("meta") if empty else nullcontext():
+        net = build_net(config, data.shape, data.num_classes)
+    if config.get("init_from") and not (resumed or empty):
         exceptions = list(config.init_except)
         initialise(net, config.init_from, config.init_weights, config.init_format, exceptions)
     checkpoint_blocks(net, config.checkpointing)

@@ -12,6 +12,15 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from training.checksums import Sealed, verify
+from training.sharded_checkpoints import (
+    REST,
+    Layout,
+    distributed_as,
+    is_sharded_checkpoint,
+    read,
+    remove_shards,
+    sync_folder,
+)
 
 # What a resumed run has in common with its checkpoint, less what may change on the way.
 KEPT = ("seed", "attention", "data", "model", "objective", "optimizer")
@@ -43,8 +52,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                     torch.save(checkpoint, sealed)  # type: ignore[arg-type]
                 file.flush()
                 os.fsync(file.fileno())
+            before = path.resolve() if path.is_symlink() else None  # of a sharded run
             os.replace(temporary, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
+            remove_shards(before)
         except BaseException as error:
             temporary.unlink(missing_ok=True)
             if cause := _of_the_system(error):
@@ -61,14 +72,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 ) from error
             raise
 
-
-def _sync_folder(folder: Path) -> None:
-    """The rename itself reaches the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    def load_checkpoint(
+        self,
+        path: str | os.PathLike,
+        map_location: Any = None,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """On the CPU, and as ``load_checkpoint`` does: also what a sharded run wrote."""
+        return load_checkpoint(Path(path))
 
 
 def _of_the_system(error: BaseException | None) -> OSError | None:
@@ -86,23 +97,27 @@ def find_checkpoint(ckpt_path: str | None, run_dir: Path) -> Path | None:
         return None
     last = run_dir / "checkpoints" / "last.ckpt"
     if ckpt_path == "auto":
-        return last if last.is_file() else None
+        return last if _exists(last) else None
     if ckpt_path == "last":
-        if not last.is_file():
+        if not _exists(last):
             raise FileNotFoundError(
                 f"ckpt_path=last: there is no {last}; name the run to resume with "
                 "hydra.run.dir=PATH, or the file with ckpt_path=FILE"
             )
         return last
     path = Path(ckpt_path)
-    if not path.is_file():
+    if not _exists(path):
         raise FileNotFoundError(f"ckpt_path: {_no_file(path)}")
     return path
 
 
+def _exists(path: Path) -> bool:
+    return path.is_file() or is_sharded_checkpoint(path)
+
+
 def _no_file(path: Path) -> str:
     for last in (path / "checkpoints" / "last.ckpt", path / "last.ckpt"):
-        if last.is_file():
+        if _exists(last):
             return f"{path} is a directory; give {last}"
     return f"there is no checkpoint {path}; give an existing file"
 
@@ -189,12 +204,24 @@ def _under(key: str, groups: Sequence[str]) -> bool:
     return any(key == group or key.startswith(f"{group}.") for group in groups)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, layout: Layout | None = None) -> dict[str, Any]:
     """A checkpoint of this framework, on the CPU, its checksum verified; ``config`` in it is what
     the file holds: ``registry.checked`` must see it before anything is built from it.
+
+    ``layout``: for a sharded run, see ``sharded_checkpoints.read``; it may be of one process.
     """
-    if not path.is_file():
+    checkpoint = load_rest(path)
+    if is_sharded_checkpoint(path):
+        return read(path, checkpoint, layout or (lambda key: None))
+    return distributed_as(checkpoint, layout) if layout else checkpoint
+
+
+def load_rest(path: Path) -> dict[str, Any]:
+    """A checkpoint without what is in shards."""
+    if not _exists(path):
         raise FileNotFoundError(f"ckpt: {_no_file(path)}")
+    if path.is_dir():
+        path = path / REST
     verify(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)

@@ -10,7 +10,8 @@ from torch import nn
 from training.objectives.objective import OPTIONAL, Objective
 from training.randomness import Draws, key
 from training.ranks import over_ranks
-from training.step import Step
+from training.step import Step, teachers
+from training.strategies import Sharded
 
 
 class GenerativeModule(LightningModule):
@@ -41,8 +42,18 @@ class GenerativeModule(LightningModule):
         objective.attach(net)
         self.step = Step(net, objective, compile, cuda_graphs)
 
+    def configure_model(self) -> None:
+        """Each process keeps its part of the network, where they share one."""
+        if isinstance(self.trainer.strategy, Sharded):
+            for net in (self.net, *teachers(self.objective)):
+                self.trainer.strategy.shard(net)
+
     def on_fit_start(self) -> None:
-        self.objective.start(next(self.net.parameters()))
+        weight = next(self.net.parameters())
+        sharded = isinstance(self.trainer.strategy, Sharded)  # then no device holds a whole teacher
+        device = torch.device("cpu") if sharded else weight.device
+        self.objective.start(torch.empty(0, dtype=weight.dtype, device=device))
+        self.configure_model()
         self.step.accumulate = self.trainer.accumulate_grad_batches
         self.step.prepare()
 

@@ -18,6 +18,7 @@ SWITCHES = (
 )
 # Not bf16-true and 16-true: a time in half precision has a useless derivative.
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
+DDP, SHARDED = "lightning.pytorch.strategies.DDPStrategy", "training.strategies.Sharded"
 ALIASES = {"32": "32-true", "64": "64-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 
@@ -52,6 +53,12 @@ def on_gpu(trainer: DictConfig) -> bool:
     return auto or trainer.accelerator in ("gpu", "cuda")
 
 
+def sharded(trainer: DictConfig) -> bool:
+    """Whether the network will be in shards."""
+    strategy: Any = trainer.strategy
+    return OmegaConf.is_dict(strategy) and strategy.get("_target_") == SHARDED
+
+
 def compiled(config: DictConfig) -> bool:
     return on_gpu(config.trainer) if config.compile is None else config.compile
 
@@ -59,6 +66,8 @@ def compiled(config: DictConfig) -> bool:
 def no_cuda_graphs(config: DictConfig) -> str:
     """Why the step of this configuration cannot be a CUDA graph; empty where it can."""
     mode = OmegaConf.select(config, "objective.jvp.mode")
+    if sharded(config.trainer):
+        return "weights in shards are gathered anew in every step"
     if not on_gpu(config.trainer):
         return "the step does not run on a GPU"
     if config.trainer.devices not in (1, "1", [0]) or config.trainer.num_nodes != 1:
@@ -160,9 +169,17 @@ def _check_precision(trainer: DictConfig, fused: bool | None) -> None:
 
 def _check_strategy(trainer: DictConfig) -> None:
     strategy: Any = trainer.strategy
+    if sharded(trainer):
+        if precision(trainer) not in ("32-true", "bf16-mixed"):
+            raise NotImplementedError(
+                "trainer.precision must be 32-true or bf16-mixed where the network is sharded; got"
+                f" {trainer.precision}"
+            )
+        return
+    if OmegaConf.is_dict(strategy):
+        strategy = "ddp" if strategy.get("_target_") == DDP else strategy.get("_target_")
     if not isinstance(strategy, str) or not (strategy == "auto" or strategy.startswith("ddp")):
         raise NotImplementedError(
-            f"trainer.strategy={strategy}: the averages, the guard and torch.func.jvp need whole"
-            " parameters in every process; use trainer=ddp, and checkpointing=block with"
-            " trainer.precision=bf16-mixed where memory is short"
+            f"trainer.strategy={strategy}: only this project's own sharding knows the averages, the"
+            " teachers and the checkpoints; use trainer=fsdp, or trainer=ddp"
         )

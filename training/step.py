@@ -22,6 +22,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from training.models.dit import DiT
 from training.models.layers import Block, FinalLayer
 from training.objectives.objective import Objective, Terms
+from training.objectives.teachers import AveragedTeacher
+from training.sharding import is_sharded
 
 KINDS = 4  # graphs kept; each has memory of its own
 
@@ -135,16 +137,21 @@ def _copy(x: Any) -> Any:
 
 def compile_blocks(net: nn.Module, fused: bool = False, **options: Any) -> None:
     """In place, and not in copies of the network: a copy is for samples, of any number."""
+    options |= {"fullgraph": True, "dynamic": False}
     for module in net.modules():
-        if isinstance(module, Block | FinalLayer):
-            module.compile(fullgraph=True, dynamic=False, **options)
-        elif isinstance(module, DiT):
+        if is_sharded(module):  # its hooks gather weights, which is no part of a graph
+            if isinstance(module, Block):
+                module.forward = torch.compile(module.forward, **options)
+        elif isinstance(module, Block | FinalLayer):
+            module.compile(**options)
+        if isinstance(module, DiT):
             module.fused = fused
 
 
 def teachers(objective: Objective) -> Iterator[nn.Module]:
     """The networks that an objective asks, also those in a list, no part of its state."""
-    yield from objective.children()
+    for part in objective.children():
+        yield part.net if isinstance(part, AveragedTeacher) else part
     for held in vars(objective).values():
         if isinstance(held, list):
             yield from (part for part in held if isinstance(part, nn.Module))

@@ -11,6 +11,7 @@ from training.data.module import Data
 from training.metrics.energy import energy_distance
 from training.metrics.svm import SVM
 from training.samplers.generate import balanced_labels, generate
+from training.sharding import is_sharded
 from training.validation import positive_integer
 
 CLASSES = 100  # a support vector machine for more would take longer than it is worth
@@ -33,18 +34,25 @@ class Accuracy(Callback):
         self.result: dict[str, float] = {}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
+        sharded = is_sharded(pl_module.net)  # type: ignore[arg-type]
+        if not (trainer.is_global_zero or sharded):
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        net = averaged_net(trainer, pl_module)
         y = balanced_labels(self.n, data.num_classes)
         # Another seed than the picture's: these are other samples.
         seed: int = pl_module.seed + 1  # type: ignore[assignment,operator]
-        if data.drawn and not data.images:
-            self.result = self._distance(data, generate(net, self.sampler, y, data.shape, seed))
-        elif data.images and 1 < data.num_classes <= CLASSES:
-            svm = SVM(*data.examples("train", self.fit))
+        points = data.drawn and not data.images
+        classes = data.images and 1 < data.num_classes <= CLASSES
+        if not (points or classes):
+            return
+        with averaged_net(trainer, pl_module) as net:  # a sharded one asks all processes
             images = generate(net, self.sampler, y, data.shape, seed)
+        if not trainer.is_global_zero:
+            return
+        if points:
+            self.result = self._distance(data, images)
+        else:
+            svm = SVM(*data.examples("train", self.fit))
             self.result = {
                 "sample_accuracy": svm.accuracy(images, y),
                 "real_accuracy": svm.accuracy(*data.examples("held_out", self.n)),

@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from training.callbacks.ema import EMA
 from training.callbacks.guard import Diverged
 from training.ranks import Later, over_ranks
+from training.strategies import Sharded
 from training.validation import positive_integer
 
 # Seconds in which further signals are the same wish: the terminal and a wrapper send one each, and
@@ -167,6 +168,8 @@ class LastCheckpoint(Checkpoint):
         failed = isinstance(exception, Exception) and not isinstance(exception, Diverged)
         if not failed or not whole or step in (self.first, self.saved_step) or trainer.global_rank:
             return
+        if isinstance(trainer.strategy, Sharded) and trainer.world_size > 1:
+            return  # the shards of the others are out of reach
         self.saved_step = step
         # The loop's counters as they are after this step, whatever has begun since.
         loop, batches = trainer.fit_loop.epoch_loop, step * trainer.accumulate_grad_batches

@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from training.sharding import exchanged, is_sharded, local
 from training.validation import between, one_of, switch
 
 Weights = dict[str, torch.Tensor]
@@ -60,7 +62,7 @@ class EMA(Callback):
         weights = dict(pl_module.net.named_parameters())  # type: ignore[union-attr]
         for name, average in self.averages.items():
             start = average or {key: w.detach().clone() for key, w in weights.items()}
-            self.averages[name] = {key: start[key].to(w) for key, w in weights.items()}
+            self.averages[name] = {k: start[k].to(w.device, w.dtype) for k, w in weights.items()}
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -69,10 +71,10 @@ class EMA(Callback):
         if trainer.global_step == self.updates:
             return  # a step of gradient accumulation
         self.updates = trainer.global_step
-        weights = [w.detach() for w in pl_module.net.parameters()]  # type: ignore[union-attr]
+        weights = [local(w.detach()) for w in pl_module.net.parameters()]  # type: ignore[union-attr]
         for name, average in self.averages.items():
             update = get_ema_multi_avg_fn(self.beta(name, self.updates))
-            update(list(average.values()), weights, self.updates)
+            update([local(w) for w in average.values()], weights, self.updates)
 
     def beta(self, name: str, n: int) -> float:
         """Of one average at step n = 1, 2, ..."""
@@ -81,10 +83,17 @@ class EMA(Callback):
             return min(decay, (1 + n) / (10 + n)) if self.warmup else decay
         return (1 - 1 / n) ** (self.exponents[name] + 1)
 
-    def averaged(self, net: nn.Module) -> nn.Module:
-        """A copy of the network with the averaged weights, or itself before any step."""
+    @contextmanager
+    def averaged(self, net: nn.Module) -> Iterator[nn.Module]:
+        """A copy of the network with the averaged weights, or itself before any step. A sharded
+        network itself has them meanwhile.
+        """
         average = self.averages[self.use]
-        return with_weights(net, average) if average else net
+        if is_sharded(net) and average:
+            with exchanged(net, average):
+                yield net
+        else:
+            yield with_weights(net, average) if average else net
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -134,10 +143,10 @@ def with_weights(net: nn.Module, weights: Weights) -> nn.Module:
     return net
 
 
-def averaged_net(trainer: Trainer, pl_module: LightningModule) -> nn.Module:
+def averaged_net(trainer: Trainer, pl_module: LightningModule) -> AbstractContextManager[nn.Module]:
     """The network to sample from: averaged if an EMA is among the callbacks."""
     net: nn.Module = pl_module.net  # type: ignore[assignment]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, EMA):
             return callback.averaged(net)
-    return net
+    return nullcontext(net)

@@ -10,6 +10,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch.utils._pytree import tree_leaves
 
+from training.sharding import whole
 from training.validation import positive_integer
 
 
@@ -18,7 +19,8 @@ def digest(tensors: Iterable[torch.Tensor]) -> str:
     hashed = hashlib.blake2b(digest_size=8)
     for x in tensors:
         hashed.update(f"{x.dtype}{tuple(x.shape)}".encode())
-        hashed.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        x = whole(x.detach())
+        hashed.update(x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest()
 
 

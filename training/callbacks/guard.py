@@ -6,6 +6,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from training.ranks import Later, over_ranks
+from training.sharding import beside, whole
 from training.validation import positive_integer
 
 
@@ -46,12 +47,12 @@ class Guard(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
         finite = torch.isfinite(torch.stack([norm, *self.losses])).all()
         self.losses.clear()
         skip = over_ranks(1.0 - finite.float(), "max")
         if skips_on_device(optimizer):
-            optimizer.found_inf = skip  # type: ignore[attr-defined]
+            optimizer.found_inf = beside(skip, optimizer.param_groups[0]["params"][0])  # type: ignore[attr-defined]
             self._count(self.later(skip[None]))
         elif self._count([[float(skip)]]):
             for p in pl_module.parameters():

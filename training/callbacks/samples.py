@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import WandbLogger
 from training.callbacks.ema import averaged_net
 from training.images import picture_of, write_png
 from training.samplers.generate import balanced_labels, generate
+from training.sharding import is_sharded
 from training.validation import positive_integer
 
 
@@ -41,7 +42,8 @@ class Samples(Callback):
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = trainer.global_step
-        if not trainer.is_global_zero or step == self.last_step:
+        net: Any = pl_module.net
+        if step == self.last_step or not (trainer.is_global_zero or is_sharded(net)):
             return
         self.last_step = step
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -49,8 +51,10 @@ class Samples(Callback):
         columns = min(10, data.num_classes) if data.num_classes > 1 else self.rows
         n = 4096 if points else self.rows * columns
         y = balanced_labels(n, min(10, data.num_classes))
-        net = averaged_net(trainer, pl_module)
-        x = generate(net, self.sampler, y, data.shape, pl_module.seed)  # type: ignore[arg-type]
+        with averaged_net(trainer, pl_module) as net:  # a sharded one asks all processes
+            x = generate(net, self.sampler, y, data.shape, pl_module.seed)  # type: ignore[arg-type]
+        if not trainer.is_global_zero:
+            return
         picture = picture_of(x, columns)
         path = write_png(self.directory / f"step_{step:06d}.png", picture)
         for logger in trainer.loggers:

@@ -8,6 +8,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from training.callbacks.ema import averaged_net
+from training.sharding import is_sharded
 from training.validation import between
 
 
@@ -34,6 +35,8 @@ class Snapshots(Callback):
         self.before, self.written = state_dict["seconds"], state_dict["written"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if is_sharded(pl_module.net):  # type: ignore[arg-type]
+            raise NotImplementedError("callbacks.snapshots needs a whole network; use trainer=ddp")
         self.start = time.perf_counter()
 
     def on_train_batch_end(
@@ -44,7 +47,8 @@ class Snapshots(Callback):
         if now < (self.written + 1) * self.every or not trainer.is_global_zero:
             return
         self.written = int(now / self.every)
-        state = averaged_net(trainer, pl_module).state_dict()
+        with averaged_net(trainer, pl_module) as net:
+            state = net.state_dict()
         weights = {name: value.cpu() for name, value in state.items()}
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / f"{round(now):06d}.pt"

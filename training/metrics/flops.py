@@ -1,6 +1,5 @@
 """Useful floating-point operations of a training step, the numerator of MFU."""
 
-import copy
 import dataclasses
 from typing import Any
 
@@ -14,6 +13,7 @@ from training.attentions import sdpa
 from training.models.jvp_layers import Linear
 from training.models.layers import Block
 from training.randomness import Draws
+from training.sharding import copy_whole
 
 # Dense half-precision matrix products with float32 accumulation, 10^12 a second, as published.
 PEAKS = {"H200": 989.4, "H100 PCIe": 756.0, "H100": 989.4, "A100": 312.0}
@@ -63,7 +63,7 @@ def _fake(thing: nn.Module, mode: FakeTensorMode) -> Any:
             fake = torch.empty(x.shape, dtype=x.dtype)
         is_parameter = isinstance(x, nn.Parameter)
         fakes[id(x)] = nn.Parameter(fake, x.requires_grad) if is_parameter else fake
-    return copy.deepcopy(thing, fakes)
+    return copy_whole(thing, _modules(thing), fakes)
 
 
 def _plain(thing: nn.Module, mode: FakeTensorMode) -> Any:

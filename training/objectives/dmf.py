@@ -119,11 +119,7 @@ class DMF(FixedTeacher, Objective):
         flow_target = self._guided_velocity(net, z_flow, v_flow, t_flow, *told)
         flow = squared_error(prediction, flow_target, "mean")
         target = self._guided_velocity(net, z, v, t, *told)
-        u, dudt = self.jvp(
-            lambda z, t, r: net(z, t, r, y),
-            (z, t, r),
-            (target, torch.ones_like(t), torch.zeros_like(r)),
-        )
+        u, dudt = self.jvp(net, (z, t, r, y), (target, torch.ones_like(t), None, None))
         step = expand(t - r, z) * dudt
         error = squared_error(u + step, target, "mean")  # (B,)
         loss = ((flow + self.c).log() + (error + self.c).log()) / 2

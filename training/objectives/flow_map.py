@@ -127,7 +127,7 @@ class FlowMap(Objective):
     def _lagrangian(self, net: Net, part: FlowMapSample) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual, and the derivative of u in it. Each (B, C, H, W)"""
         z, _, t, r, _, y, _ = part
-        u, dudr = self.jvp(lambda r: net(z, t, r, y), (r,), (torch.ones_like(r),))
+        u, dudr = self.jvp(net, (z, t, r, y), (None, None, torch.ones_like(r), None))
         step = expand(r - t, z)
         with torch.no_grad():
             velocity = net(z + step * u, r, r, y)
@@ -139,11 +139,11 @@ class FlowMap(Objective):
         with torch.no_grad():
             v = net(z, t, t, y)
         if self.stop_gradient == "convex":
-            u, dudt = self.jvp(lambda z, t: net(z, t, r, y), (z, t), (v, ones))
+            u, dudt = self.jvp(net, (z, t, r, y), (v, ones, None, None))
             return v - u + step * dudt, dudt
-        u, dudt = self.jvp(lambda t: net(z, t, r, y), (t,), (ones,))
+        u, dudt = self.jvp(net, (z, t, r, y), (None, ones, None, None))
         with torch.no_grad():
-            _, along = self.jvp(lambda z: net(z, t, r, y), (z,), (v,))
+            _, along = self.jvp(net, (z, t, r, y), (v, None, None, None))
         return v - u + step * (dudt + along), dudt + along
 
     def _progressive(self, net: Net, part: FlowMapSample) -> tuple[torch.Tensor, torch.Tensor]:

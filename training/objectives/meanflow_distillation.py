@@ -62,11 +62,8 @@ class MeanFlowDistillation(FixedTeacher, MeanFlow):
             parts.append(net(z[:n], t[:n], t[:n], y[:n]))
         if n < len(z):
             z, t, r, y = z[n:], t[n:], r[n:], y[n:]
-            u, dudt = self.jvp(
-                lambda z, t, r: net(z, t, r, y),
-                (z, t, r),
-                (target[n:], torch.ones_like(t), torch.zeros_like(r)),
-            )
+            along = (target[n:], torch.ones_like(t), None, None)
+            u, dudt = self.jvp(net, (z, t, r, y), along)
             step = expand(t - r, z) * dudt
             parts.append(u + step)
         velocity = torch.cat(parts)  # u + (t - r) du/dt

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from training.objectives.paths import expand
+from training.sharding import local
 
 
 class AveragedTeacher(nn.Module):
@@ -40,8 +41,9 @@ class AveragedTeacher(nn.Module):
         beta = self.decay
         if self.warmup:
             beta = min(beta, (1 + self.updates) / (10 + self.updates))
-        weights = [w.detach() for w in net.parameters()]
-        get_ema_multi_avg_fn(beta)(list(self.net.parameters()), weights, self.updates)
+        ours = [local(w) for w in self.net.parameters()]
+        weights = [local(w.detach()) for w in net.parameters()]
+        get_ema_multi_avg_fn(beta)(ours, weights, self.updates)
 
     def get_extra_state(self) -> int:
         return self.updates

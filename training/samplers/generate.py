@@ -44,7 +44,7 @@ def stream(
         net.eval()
         # Samples have another batch size than the steps that the network was compiled for.
         with torch.no_grad(), set_stance("force_eager"):
-            first, *more = (noise.to(weight) for noise in noises)
+            first, *more = (noise.to(weight.device, weight.dtype) for noise in noises)
             images = sampler(net, first, labels.to(weight.device), *more).float().cpu()
         net.train(was_training)
         yield images, labels

@@ -1,0 +1,23 @@
+"""Several processes of a test, as torchrun starts them, connected by gloo."""
+
+import os
+import socket
+
+import torch
+from torch import multiprocessing
+
+
+def spawn(work, world, *arguments, join=True):
+    """``work(rank, world, *arguments)`` in so many processes; ``join``: until they end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return multiprocessing.spawn(_start, (work, world, port, arguments), nprocs=world, join=join)
+
+
+def _start(rank, work, world, port, arguments):
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test"}
+    work(rank, world, *arguments)

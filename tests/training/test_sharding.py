@@ -1,0 +1,193 @@
+"""Sharded networks: each step is that of one process on the joint batch."""
+
+import pytest
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.training.ranks import spawn
+from training.activation_checkpointing import checkpoint_blocks
+from training.attentions import sdpa
+from training.models.dit import DiT
+from training.objectives.imf import IMF
+from training.objectives.meanflow import MeanFlow
+from training.objectives.scm import SCM
+from training.objectives.tangents import Jvp
+from training.objectives.tvm import TVM
+from training.randomness import generator
+from training.sharding import beside, copy_whole, exchanged, shard, whole
+from training.step import compile_blocks, teachers
+
+B, SEED = 4, 3  # examples of a process
+NETS = {"imf": {"guided": True, "second_head": 1}, "scm": {"log_variance": True}}
+OBJECTIVES = {
+    "meanflow": lambda: MeanFlow(Jvp("single"), equal_share=0.5, omega=2.0, kappa=0.5),
+    "double": lambda: MeanFlow(Jvp("double"), equal_share=0.5),
+    "tvm": lambda: TVM(omega=2.0),
+    "imf": lambda: IMF(Jvp("single")),
+    "scm": lambda: SCM(Jvp("single")),
+}
+
+VARIANTS = (("fsdp", "meanflow recomputed"), ("fsdp", "tvm compiled"))
+
+
+def build(name):
+    torch.manual_seed(SEED)
+    net = DiT(sdpa, 8, 1, 10, depth=2, width=32, **NETS.get(name, {})).double()
+    for parameter in net.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    objective = OBJECTIVES[name]()
+    objective.attach(net)
+    return net, objective
+
+
+def samples(name, n):
+    """n times B of them, drawn by each rank."""
+    for rank in range(n):
+        draws = lambda purpose, rank=rank: generator(SEED, 0, rank, purpose)  # noqa: E731
+        x = torch.rand(B, 1, 8, 8, generator=draws("images"), dtype=torch.float64)
+        sample = OBJECTIVES[name]().draw(x, torch.arange(B), 10, draws)
+        yield type(sample)(*(a.double() if a.is_floating_point() else a for a in sample))
+
+
+class Loss(torch.nn.Module):
+    """What DDP wraps."""
+
+    def __init__(self, net, objective):
+        super().__init__()
+        self.net, self.objective = net, objective
+
+    def forward(self, sample):
+        return self.objective.loss(self.net, sample).loss
+
+
+def gradients(net):
+    return {n: whole(p.grad).clone() for n, p in net.named_parameters() if p.grad is not None}
+
+
+def work(rank, world, folder):
+    distributed.init_process_group("gloo")
+    meshes = {"fsdp": (world,), "hybrid": (world, 1) if world == 2 else (2, world // 2)}
+    results = {}
+    for name in OBJECTIVES:
+        sample = list(samples(name, world))[rank]
+        net, objective = build(name)
+        ddp = DistributedDataParallel(Loss(net, objective))
+        ddp(sample).backward()
+        results[name, "ddp"] = gradients(net)
+        for kind, shape in meshes.items():
+            mesh = init_device_mesh("cpu", shape)
+            for variant in ("", " recomputed", " compiled"):
+                if variant and (kind, name + variant) not in VARIANTS:
+                    continue
+                net, objective = build(name)
+                if variant == " recomputed":
+                    checkpoint_blocks(net, "block")
+                if rank:  # only the first process has weights
+                    net.to("meta"), objective.to("meta")
+                for part in (net, *teachers(objective)):
+                    shard(part, mesh)
+                    if variant == " compiled":
+                        compile_blocks(part, backend="aot_eager")
+                Loss(net, objective)(sample).backward()
+                results[name, kind + variant] = gradients(net)
+    torch.save(results, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def ranks(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    spawn(work, request.param, str(folder))
+    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_gradients_are_those_of_one_process_on_all_batches(ranks, name):
+    net, objective = build(name)
+    losses = [objective.loss(net, sample).loss for sample in samples(name, len(ranks))]
+    torch.stack(losses).mean().backward()
+    expected = gradients(net)
+    kinds = [kind for of, kind in ranks[0] if of == name]
+    assert {"ddp", "fsdp", "hybrid"} <= set(kinds)
+    for rank in ranks:
+        for kind in kinds:
+            found = rank[name, kind]
+            assert found.keys() == expected.keys()
+            for weight, gradient in expected.items():
+                error = (found[weight] - gradient).norm() / (gradient.norm() + 1e-300)
+                assert error < 1e-12, (kind, weight, float(error))
+    for weight, gradient in expected.items():
+        assert gradient.any(), weight
+
+
+@pytest.fixture
+def mesh():
+    """Of this process alone."""
+    store = distributed.HashStore()
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def rounded_step(net):
+    """Gradients of a step under autocast, and the dtypes of times, sinusoids and their tangents."""
+    z, t, seen = torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8), torch.tensor([0.3, 0.8]), []
+
+    def look(module, arguments, output=None):
+        seen.extend(x.dtype for x in (*arguments[0][:2], *(output or ())[:2]))
+
+    net.time.register_forward_pre_hook(look)
+    with torch.autocast("cpu", torch.bfloat16):
+        inputs = (z, t, t / 2, torch.arange(2))
+        u, du = Jvp("single")(net, inputs, (torch.ones_like(z), torch.ones_like(t), None, None))
+        (u - 1 + du).square().mean().backward()
+    return [u.detach(), du, *gradients(net).values()], set(seen)
+
+
+def test_half_precision_is_that_of_autocast_and_times_stay_float32(mesh):
+    net = build("meanflow")[0].float()
+    other, _ = build("meanflow")
+    shard(other.float(), mesh, torch.bfloat16)
+    (expected, _), (found, dtypes) = rounded_step(net), rounded_step(other)
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a, b)
+    assert dtypes == {torch.float32}
+
+
+def test_a_fused_optimizer_skips_a_step_of_shards(mesh):
+    net, _ = build("meanflow")
+    shard(net, mesh)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, fused=True)
+    before = [whole(p.detach()).clone() for p in net.parameters()]
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    first = next(net.parameters())
+    for found in (1.0, 0.0):
+        optimizer.found_inf = beside(torch.tensor(found), first)
+        optimizer.step()
+        now = [whole(p.detach()) for p in net.parameters()]
+        assert [torch.equal(a, b) for a, b in zip(before, now, strict=True)] == [
+            found == 1.0
+        ] * len(now)
+
+
+def test_weights_are_exchanged_and_come_back_and_a_copy_is_whole(mesh):
+    net, _ = build("meanflow")
+    plain = {name: p.detach().clone() for name, p in net.named_parameters()}
+    shard(net, mesh)
+    others = {name: p.detach() + 1 for name, p in net.named_parameters()}
+    z, t, y = torch.ones(1, 1, 8, 8).double(), torch.ones(1).double(), torch.zeros(1, dtype=int)
+    with torch.no_grad():
+        own = net(z, t, t, y)
+        with exchanged(net, others):
+            changed = net(z, t, t, y)
+        assert torch.equal(net(z, t, t, y), own)
+    assert not torch.equal(changed, own)
+    copied = copy_whole(net, net.modules(), {id(p): plain[n] for n, p in net.named_parameters()})
+    assert type(copied) is DiT
+    assert not any("FSDP" in type(module).__name__ for module in copied.modules())
+    with torch.no_grad():
+        assert torch.equal(copied(z, t, t, y), own)
