@@ -28,6 +28,7 @@ PLACES = {
     ("data",): "data",
     ("optimizer",): "optimizer",
     ("trainer",): "trainer",
+    ("trainer", "strategy"): "strategy",
     ("callbacks", "*"): "callback",
     ("callbacks", "*", "sampler"): "sampler",
     ("logger", "*"): "logger",
@@ -75,6 +76,7 @@ _TARGETS: dict[str, set[str]] = {
     },
     "optimizer": {"training.optimizers.adamw", "training.optimizers.radam"},
     "trainer": {"lightning.Trainer"},
+    "strategy": {"lightning.pytorch.strategies.DDPStrategy", "training.strategies.Sharded"},
     "callback": {
         "training.callbacks.accuracy.Accuracy",
         "training.callbacks.buckets.TimeBuckets",

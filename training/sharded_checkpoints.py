@@ -146,8 +146,11 @@ def _finish(folder: Path, path: Path, name: str) -> None:
 
 
 def remove_shards(folder: Path | None) -> None:
-    """Of a link that points elsewhere by now."""
-    if folder is not None and is_sharded_checkpoint(folder):
+    """Of a link that points elsewhere by now, unless another one points there."""
+    if folder is None or not is_sharded_checkpoint(folder):
+        return
+    links = [path for path in folder.parent.iterdir() if path.is_symlink()]
+    if all(path.resolve() != folder for path in links):
         shutil.rmtree(folder, ignore_errors=True)
 
 

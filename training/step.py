@@ -141,7 +141,7 @@ def compile_blocks(net: nn.Module, fused: bool = False, **options: Any) -> None:
     for module in net.modules():
         if is_sharded(module):  # its hooks gather weights, which is no part of a graph
             if isinstance(module, Block):
-                module.forward = torch.compile(module.forward, **options)
+                module.forward = torch.compile(module.forward, **options)  # type: ignore[assignment]
         elif isinstance(module, Block | FinalLayer):
             module.compile(**options)
         if isinstance(module, DiT):

@@ -109,7 +109,11 @@ class Sharded(ModelParallelStrategy):
             raise RuntimeError("this strategy has no module yet")
         return self.lightning_module
 
-    def teardown(self) -> None:
+    def finish(self) -> None:
+        """Wait until the checkpoint that was saved last can be read."""
         if self.writer is not None:
             self.writer.wait()
+
+    def teardown(self) -> None:
+        self.finish()
         super().teardown()

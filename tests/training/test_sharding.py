@@ -78,7 +78,8 @@ def work(rank, world, folder):
         ddp(sample).backward()
         results[name, "ddp"] = gradients(net)
         for kind, shape in meshes.items():
-            mesh = init_device_mesh("cpu", shape)
+            names = ("replicate", "shard")[-len(shape) :]
+            mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
             for variant in ("", " recomputed", " compiled"):
                 if variant and (kind, name + variant) not in VARIANTS:
                     continue

@@ -63,7 +63,7 @@ def remedy(path: Path) -> str:
     if HydraConfig.initialized() and HydraConfig.get().job.name == "train":
         own = ("ckpt_path=", "hydra.run.dir=")
         given = [o for o in HydraConfig.get().overrides.task if not o.lstrip("+").startswith(own)]
-    if not path.is_file():  # before the first checkpoint
+    if not path.exists():  # before the first checkpoint
         return "start again with " + shlex.join(
             ["ckpt_path=auto", f"hydra.run.dir={folder}", *given]
         )
@@ -114,6 +114,8 @@ class LastCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self.stop:  # not earlier: the step before is logged by now
+            if isinstance(trainer.strategy, Sharded):
+                trainer.strategy.finish()
             raise Interrupted(self.stop, self.path, trainer.global_step)
 
     def on_before_optimizer_step(
@@ -139,6 +141,8 @@ class LastCheckpoint(Checkpoint):
         if self.stop or step % self.every_n_steps == 0 or keep or end:
             self._save(trainer)
         if keep and trainer.is_global_zero:
+            if isinstance(trainer.strategy, Sharded):
+                trainer.strategy.finish()
             self._keep(step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -154,6 +158,9 @@ class LastCheckpoint(Checkpoint):
         """The file just written, under a name of its own; the next last.ckpt is another file."""
         kept = self.path.with_name(f"step_{step:07d}.ckpt")
         kept.unlink(missing_ok=True)  # of a run that went on from an earlier step
+        if self.path.is_symlink():  # to a folder of shards, which stays while a link points to it
+            kept.symlink_to(self.path.readlink())
+            return
         try:
             os.link(self.path, kept)
         except OSError:  # a file system without hard links

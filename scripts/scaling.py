@@ -1,0 +1,270 @@
+"""What several GPUs give: images/s a GPU and peak memory of one GPU, DDP and FSDP2, and their loss
+curves on the same global batches. Starts its own processes, one a GPU.
+
+python scripts/scaling.py --output scaling.json
+python scripts/scaling.py --gpus 8 --models dit_xl2=64 --curve 0
+
+The step is that of training: MeanFlow (equal share 0.75), bf16-mixed, blocks compiled, AdamW. Arms:
+
+    one            each GPU trains a network of its own, without CUDA graphs
+    one, graphs    as a CUDA graph (not on a CPU)
+    ddp            all GPUs train one network, whole in each (DistributedDataParallel)
+    fsdp           in shards (FSDP2)
+
+A curve of ``one`` accumulates the gradients of all batches that ddp and fsdp have on their GPUs.
+"""
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+from scripts.environment import environment
+from training.build import build_data, build_net
+from training.cli import CONFIGS
+from training.randomness import generator
+from training.sharding import shard
+from training.step import Step
+
+SEED = 0
+ARMS = ("one", "one, graphs", "ddp", "fsdp")
+CURVES = ("one", "ddp", "fsdp")
+
+
+class Loss(nn.Module):
+    """What DDP wraps: a step's loss and its unweighted error as a forward."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__()
+        self.net, self.step = step.net, step
+
+    def forward(self, sample: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        terms = self.step(sample)
+        return terms.loss, terms.metrics["error"]
+
+
+class Arm:
+    """A network that is trained in one of the ways of ``ARMS``."""
+
+    def __init__(self, kind: str, config: Any, device: torch.device) -> None:
+        self.device, self.world = device, distributed.get_world_size()
+        self.data = build_data(config)
+        torch.manual_seed(SEED)
+        net = build_net(config, self.data.shape, self.data.num_classes)
+        self.objective = instantiate(config.objective)
+        self.objective.attach(net)
+        if kind == "fsdp":
+            half = torch.bfloat16 if config.trainer.precision == "bf16-mixed" else None
+            shard(net, init_device_mesh(device.type, (self.world,)), half)
+        else:
+            net.to(device)
+        self.half = config.trainer.precision == "bf16-mixed"
+        self.step = Step(net, self.objective, bool(config.compile), kind == "one, graphs")
+        self.step.prepare()
+        self.loss: nn.Module = Loss(self.step)
+        if kind == "ddp":
+            self.loss = DistributedDataParallel(
+                self.loss,
+                [device.index] if device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+                broadcast_buffers=False,
+            )
+        lr = config.optimizer.lr
+        self.optimizer = torch.optim.AdamW(net.parameters(), lr, (0.9, 0.95), fused=True)
+
+    def sample(self, batch: int, step: int, rank: int) -> Any:
+        draws = lambda purpose: generator(SEED, step, rank, purpose, self.device)  # noqa: E731
+        images = self.data.draw(batch, generator(SEED, step, rank, "data"))  # on the CPU
+        x, y = (part.to(self.device) for part in images)
+        null: int = self.step.net.null_label  # type: ignore[assignment]
+        return self.objective.draw(x, y, null, draws)
+
+    def __call__(self, samples: list[Any]) -> torch.Tensor:
+        """A step of the optimizer on the mean of the samples' losses; that and the mean of their
+        errors, (2,).
+        """
+        total = torch.zeros(2, device=self.device)
+        self.step.accumulate = len(samples)
+        for sample in samples:
+            with self.autocast():
+                loss, error = self.loss(sample)
+            self.step.backward(loss / len(samples))
+            total += torch.stack([loss.detach(), error]) / len(samples)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)  # type: ignore[return-value]
+
+
+def measure(kind: str, config: Any, device: torch.device, batch: int, steps: int) -> dict[str, Any]:
+    """Time of a step, the slowest process's, and the most memory that one took."""
+    begun = time.perf_counter()
+    arm = Arm(kind, config, device)
+    samples = [arm.sample(batch, 0, distributed.get_rank())]
+    for _ in range(4):  # the first one compiles, a graph is recorded in the second one
+        arm(samples)
+    wait(device)
+    ready = time.perf_counter() - begun
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    distributed.barrier()
+    start = time.perf_counter()
+    for _ in range(steps):
+        arm(samples)
+    wait(device)
+    seconds = (time.perf_counter() - start) / steps
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    seconds, memory, ready = worst(device, seconds, memory, ready)
+    return {
+        "batch": batch,
+        "step_ms": round(1000 * seconds, 3),
+        "images_per_s_per_gpu": round(batch / seconds, 2),
+        "peak_mib": round(memory / 2**20),
+        "ready_s": round(ready, 1),
+    }
+
+
+def curve(
+    kind: str, config: Any, device: torch.device, batch: int, steps: int
+) -> list[list[float]]:
+    """Loss and unweighted error of each step, means over its global batch. (2, steps)"""
+    arm, rank = Arm(kind, config, device), distributed.get_rank()
+    ranks = range(arm.world) if kind == "one" else [rank]
+    rows = [arm([arm.sample(batch, i, r) for r in ranks]) for i in range(steps)]
+    losses = torch.stack(rows, dim=1)
+    if kind != "one":
+        distributed.all_reduce(losses)
+        losses /= arm.world
+    return losses.tolist()
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def worst(device: torch.device, *values: float) -> list[float]:
+    numbers = torch.tensor(values, device=device, dtype=torch.float64)
+    distributed.all_reduce(numbers, distributed.ReduceOp.MAX)
+    return numbers.tolist()
+
+
+def free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def configured(options: argparse.Namespace, model: str) -> Any:
+    chosen = [f"model={model}", "objective=meanflow", "objective.equal_share=0.75", "data=blobs"]
+    chosen += ["data.channels=4", "data.num_classes=1000", "trainer.precision=bf16-mixed"]
+    chosen += ["optimizer.lr=1e-4", f"compile={'false' if options.eager else 'true'}"]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("train", [*chosen, *options.set])
+
+
+def work(options: argparse.Namespace) -> None:
+    """One process of several."""
+    local, cuda = int(os.environ["LOCAL_RANK"]), torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    first = distributed.get_rank() == 0
+    result: dict[str, Any] = {
+        "environment": environment(),
+        "gpus": distributed.get_world_size(),
+        "compile": not options.eager,
+        "arms": {},
+        "curves": {},
+    }
+    for model, batch in options.models:
+        config = configured(options, model)
+        kinds = [kind for kind in ARMS if cuda or kind != "one, graphs"]
+        for kind in kinds:
+            row = measure(kind, config, device, batch, options.steps)
+            free(device)
+            result["arms"].setdefault(model, {})[kind] = row
+            if first:
+                print(f"{model} {kind}: {row}", flush=True)
+                write(options.output, result)
+        if options.curve and model == options.models[0][0]:
+            result["curves"] = {"model": model, "batch": batch * distributed.get_world_size()}
+            result["curves"] |= {"loss": {}, "error": {}}
+            for kind in CURVES:
+                losses, errors = curve(kind, config, device, batch, options.curve)
+                free(device)
+                result["curves"]["loss"][kind] = losses
+                result["curves"]["error"][kind] = errors
+                if first:
+                    write(options.output, result)
+    if first:
+        print(table(result))
+        print(options.output)
+    distributed.destroy_process_group()
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [f"{'model':10s} {'':12s} images/s a GPU   of one   MiB a GPU"]
+    for model, arms in result["arms"].items():
+        alone = arms["one"]["images_per_s_per_gpu"]
+        for kind, row in arms.items():
+            speed = row["images_per_s_per_gpu"]
+            lines.append(
+                f"{model:10s} {kind:12s} {speed:14.1f} {speed / alone:8.3f} {row['peak_mib']:11d}"
+            )
+    errors = result["curves"].get("error", {})  # the weighted loss is about 1 whatever happens
+    for kind in errors.keys() - {"one"}:
+        pairs = zip(errors[kind], errors["one"], strict=True)
+        apart = max(abs(a - b) / abs(b) for a, b in pairs)
+        steps = len(errors[kind])
+        lines.append(f"error of {kind} and of one GPU, {steps} steps: at most {apart:.2e} apart")
+    return "\n".join(lines)
+
+
+def model_and_batch(text: str) -> tuple[str, int]:
+    model, _, batch = text.partition("=")
+    if not batch.isdigit() or int(batch) < 1:
+        raise argparse.ArgumentTypeError(f"must be MODEL=IMAGES_A_GPU, as dit_b2=128; got {text}")
+    return model, int(batch)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="images/s, memory and loss of several GPUs")
+    add = parser.add_argument
+    add("--gpus", type=int, default=torch.cuda.device_count() or 2, help="processes")
+    add("--models", nargs="+", type=model_and_batch, default=[("dit_b2", 128), ("dit_xl2", 64)])
+    add("--steps", type=int, default=15, help="that are timed")
+    add("--curve", type=int, default=100, help="steps of the loss curves of the first model")
+    add("--eager", action="store_true", help="do not compile")
+    add("--set", nargs="*", default=[], help="keys of train.py: model.depth=2 data.tokens=1024")
+    add("--output", type=Path, default=Path("scaling.json"))
+    options = parser.parse_args()
+    if "LOCAL_RANK" in os.environ:
+        return work(options)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    start += [f"--nproc_per_node={options.gpus}", __file__, *sys.argv[1:]]
+    sys.exit(subprocess.run(start).returncode)
+
+
+if __name__ == "__main__":
+    main()

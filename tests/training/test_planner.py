@@ -1,0 +1,77 @@
+"""The planner against a count by hand."""
+
+import json
+
+import pytest
+import torch
+
+from jvp_flash_attention import attention
+from tests.commands import in_process
+from training.models.dit import DiT
+from training.objectives.flow_matching import FlowMatching
+from training.objectives.tvm import TVM
+from training.planner import OVERHEAD, Counted, count, plans, saved_bytes
+
+WIDTH, HEADS, TOKENS, BATCH = 32, 2, 16, 3
+
+
+def build():
+    net = DiT(attention, 8, 1, 10, depth=2, width=WIDTH, heads=HEADS)
+    return net, FlowMatching()
+
+
+def test_weights_are_counted_as_by_hand():
+    linear = lambda a, b: a * b + b  # noqa: E731
+    w = WIDTH
+    block = linear(w, 3 * w) + linear(w, w) + linear(w, 4 * w) + linear(4 * w, w) + linear(w, 6 * w)
+    rest = linear(4, w) + 2 * (linear(256, w) + linear(w, w)) + 11 * w  # patches, times, labels
+    rest += linear(w, 2 * w) + linear(w, 4)  # the final layer
+    net, objective = build()
+    assert count(net, objective) == Counted(2 * block + rest, block, 0)
+    tvm = TVM()
+    tvm.attach(net)
+    assert count(net, tvm).teachers == 2 * block + rest
+
+
+def test_what_a_block_saves_is_counted_as_by_hand():
+    """Of an eager float32 block without tangent; the two shares of the rest are the same."""
+    found = saved_bytes(build, BATCH, (1, 8, 8), half=False, compile=False)
+    assert found["none"] > found["attention"] > found["block"] > 0
+    features = 4 * BATCH * TOKENS * WIDTH  # bytes of one (B, N, W) float32
+    deeper = lambda: (DiT(attention, 8, 1, 10, depth=3, width=WIDTH, heads=HEADS), FlowMatching())  # noqa: E731
+    more = saved_bytes(deeper, BATCH, (1, 8, 8), half=False, compile=False)
+    vectors = 6 * 4 * BATCH * WIDTH  # shifts, scales and gates
+    # A block is kept by its input, the branch that is not added to it yet, and the vectors.
+    deeper_by = {keep: more[keep] - found[keep] for keep in found}
+    assert deeper_by["block"] == pytest.approx(2 * features + vectors, rel=0.05)
+    # Without: x, its norm and what is modulated of that, twice, queries to values, the output of
+    # attention and its projection, four times the width before and after GELU, the contraction.
+    assert deeper_by["none"] == pytest.approx(20 * features + vectors, rel=0.02)
+
+
+def test_shards_are_shares_and_averages_count():
+    counted = Counted(all=1000, block=100, teachers=500)
+    found = plans(counted, {"none": 8.0, "block": 2.0}, processes=4, nodes=2, averages=2)
+    by = {(p.sharding, p.checkpointing): p for p in found}
+    assert len(by) == 6
+    ddp, hybrid, fsdp = (by[kind, "none"] for kind in ("ddp", "hybrid", "fsdp"))
+    assert ddp[2:] == (4000, 4000, 8000, 10000, 0, 8)
+    assert hybrid[2:] == (2000, 2000, 4000, 5000, 800, 8)
+    assert fsdp[2:] == (1000, 1000, 2000, 2500, 800, 8)
+    assert by["fsdp", "block"].total == 1000 + 1000 + 2000 + 2500 + 800 + 2 + OVERHEAD
+    (alone, *others) = plans(counted, {"none": 8.0}, processes=1)
+    assert (alone.sharding, others) == ("none", [])
+
+
+def test_the_script_prints_every_choice(tmp_path):
+    arguments = ["model.depth=2", "model.width=32", "model.heads=2", "trainer.devices=4"]
+    arguments += ["trainer.precision=bf16-mixed", f"plan.output={tmp_path / 'plan.json'}"]
+    printed = in_process("plan.py", *arguments)
+    rows = json.loads((tmp_path / "plan.json").read_text())
+    assert [(r["sharding"], r["checkpointing"]) for r in rows] == [
+        (s, c) for s in ("ddp", "fsdp") for c in ("none", "attention", "block")
+    ]
+    assert "fits 80 GiB" in " ".join(printed.split())
+    by = {r["checkpointing"]: r["activations"] for r in rows}
+    assert by["none"] > by["block"] > 0
+    assert torch.is_grad_enabled()

@@ -1,0 +1,154 @@
+"""How much memory a training step takes on each GPU, before there is one.
+
+Weights, gradients, optimizer and averages are counted from the network on the meta device.
+Activations are what PyTorch keeps for the backward pass: the loss is computed on fake tensors, the
+blocks traced and cut into forward and backward as the compiler does it, and every tensor that is
+saved is counted once, attention's included.
+
+Not counted: what the library of communication and the allocator keep for themselves, and
+fragmentation; ``OVERHEAD`` stands for them and for what a block needs while it runs.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from functorch.compile import min_cut_rematerialization_partition, nop
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from training.activation_checkpointing import CHOICES as CHECKPOINTING
+from training.activation_checkpointing import checkpoint_blocks
+from training.models.layers import Block
+from training.randomness import generator
+from training.step import compile_blocks, teachers
+
+SHARDINGS = ("none", "ddp", "hybrid", "fsdp")
+OVERHEAD = 1.5 * 2**30  # bytes: the CUDA context, cuBLAS, NCCL
+FULL = 4  # bytes of a weight, of its gradient and of each of AdamW's two moments
+
+
+class Plan(NamedTuple):
+    """Bytes of each GPU."""
+
+    sharding: str
+    checkpointing: str
+    parameters: float
+    gradients: float
+    optimizer: float
+    averages: float  # of the callback, and teachers
+    gathered: float  # whole weights and gradients of the blocks in work
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return sum(self[2:]) + OVERHEAD
+
+
+class Counted(NamedTuple):
+    """Numbers of weights."""
+
+    all: int
+    block: int  # of the largest block
+    teachers: int
+
+
+def count(net: nn.Module, objective: nn.Module) -> Counted:
+    size = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    blocks = [size(module) for module in net.modules() if isinstance(module, Block)]
+    return Counted(size(net), max(blocks, default=0), sum(map(size, teachers(objective))))  # type: ignore[arg-type]
+
+
+def plans(
+    counted: Counted,
+    activations: dict[str, float],
+    processes: int,
+    nodes: int = 1,
+    averages: int = 1,
+    half: bool = True,
+) -> list[Plan]:
+    """Every sharding that so many processes can have, with every choice of checkpointing.
+
+    Args:
+        activations: bytes for each choice of checkpointing, see ``saved_bytes``.
+        averages: how many averages of the weights there are.
+        half: weights travel in half precision.
+    """
+    found = []
+    kept = averages * counted.all + counted.teachers
+    for sharding in SHARDINGS:
+        parts = {"none": 1, "ddp": 1, "hybrid": processes // nodes, "fsdp": processes}[sharding]
+        if (processes == 1) != (sharding == "none") or (sharding == "hybrid" and nodes == 1):
+            continue
+        # A block in work and the next one, whole: weights as they travel, and gradients likewise.
+        gathered = 2 * counted.block * 2 * (FULL / 2 if half else FULL) if parts > 1 else 0.0
+        # Views of what DDP exchanges: no second copy.
+        share = FULL * counted.all / parts
+        for checkpointing, saved in activations.items():
+            row = (share, share, 2 * share, FULL * kept / parts, gathered, saved)
+            found.append(Plan(sharding, checkpointing, *row))
+    return found
+
+
+def saved_bytes(
+    build: Callable[[], tuple[nn.Module, Any]],
+    batch: int,
+    shape: tuple[int, ...],
+    half: bool = True,
+    compile: bool = True,
+) -> dict[str, float]:
+    """What is kept for the backward pass, for each choice of checkpointing. Nothing is computed.
+
+    Args:
+        build: network and objective, its teachers attached.
+        batch, shape: of the images, (C, H, W).
+        half: under autocast to bfloat16.
+        compile: blocks as the compiler cuts them; else all that an eager step saves.
+
+    The block that is computed again in the backward pass is counted as without checkpointing.
+    """
+    found = {keep: _saved(build, batch, shape, keep, half, compile) for keep in CHECKPOINTING}
+    none, blocks = found["none"]
+    again = lambda saved: (none - saved) / blocks if blocks else 0  # noqa: E731
+    return {keep: float(saved + again(saved)) for keep, (saved, _) in found.items()}
+
+
+def _saved(
+    build: Callable[[], tuple[nn.Module, Any]],
+    batch: int,
+    shape: tuple[int, ...],
+    keep: str,
+    half: bool,
+    compile: bool,
+) -> tuple[int, int]:
+    """Bytes, and how many blocks there are."""
+    torch._dynamo.reset()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        net, objective = build()
+    checkpoint_blocks(net, keep)
+    if compile:
+        options: Any = {"partition_fn": min_cut_rematerialization_partition}
+        for part in (net, *teachers(objective)):
+            compile_blocks(part, backend=aot_autograd(fw_compiler=nop, **options))
+    draws = functools.partial(generator, 0, 0, 0)
+    x, y = torch.zeros(batch, *shape), torch.zeros(batch, dtype=torch.int64)
+    sample = objective.draw(x, y, net.null_label, draws)
+    key = lambda storage: storage._cdata  # noqa: E731
+    own = {key(p.untyped_storage()) for p in (*net.parameters(), *net.buffers())}
+    held: dict[int, Any] = {}  # kept alive, so that no other one has the same key
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if key(storage) not in own:
+            held[key(storage)] = storage
+        return x
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+    with mode, hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
+        sample = type(sample)(*(torch.empty(a.shape, dtype=a.dtype) for a in sample))
+        objective.loss(net, sample)
+    blocks = sum(isinstance(module, Block) for module in net.modules())
+    return sum(storage.nbytes() for storage in held.values()), blocks
