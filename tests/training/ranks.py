@@ -4,6 +4,7 @@ import os
 import socket
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import multiprocessing
 
 
@@ -20,4 +21,5 @@ def _start(rank, work, world, port, arguments):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"TORCHELASTIC_RUN_ID": "test"}
+    rank_zero_only.rank = rank  # Lightning was imported before the variables were set
     work(rank, world, *arguments)
