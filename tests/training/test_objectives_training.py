@@ -26,7 +26,7 @@ from training.objectives.shortcut import Shortcut
 from training.objectives.tvm import TVM
 from training.optimizers import adamw
 from training.registry import register
-from training.settings import check, remark
+from training.settings import remark
 from training.trained import load_flow
 
 MODEL = {"depth": 1, "width": 32, "guided": True, "second_head": 0, "log_variance": True}
@@ -75,7 +75,9 @@ def train(folder, objective, steps, resume=None, compile=False, config=None, kee
         **options,
     )
     data = Digits(seed=3, batch_size=16)
-    module = GenerativeModule(net, objective, schedule, 3, compile, config, data.description)
+    module = GenerativeModule(
+        net, objective, schedule, 3, compile, config=config, data=data.description
+    )
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     return errors.values, module
 
@@ -176,18 +178,3 @@ def test_a_tangent_that_never_starts_is_remarked_on(steps, denoiser, never):
     says = remark(composed("objective=scm", *settings))
     assert says.startswith("objective.denoiser_steps=20: the tangent never starts") == never
     assert remark(composed("objective=meanflow", settings[0])) == ""
-
-
-@pytest.mark.parametrize(
-    ("overrides", "remedy"),
-    [
-        (["objective=tvm"], r"tangent_grad.*compile=false"),
-        (["objective=scm", "objective.jvp.mode=finite_difference"], r"finite_difference.*single"),
-    ],
-)
-def test_what_cannot_be_compiled_raises_an_error_with_the_way_out(overrides, remedy):
-    if "objective=tvm" in overrides and torch.__version__ >= "2.15":
-        pytest.skip("compiles from torch 2.15")
-    config = composed(*overrides, "compile=true")
-    with pytest.raises(NotImplementedError, match=remedy):
-        check(config)

@@ -110,7 +110,7 @@ class DMF(FixedTeacher, Objective):
         e, e_flow = torch.randn(2, *x.shape, generator=draws("noise"), device=x.device)
         y, dropped = drop_labels(y, self.label_dropout, null_label, draws("labels"))
         pair, flow = linear_path(x, e, t), linear_path(x, e_flow, t_flow)
-        return DMFSample(*pair, t, r, *flow, t_flow, y, dropped, y.new_tensor(null_label))
+        return DMFSample(*pair, t, r, *flow, t_flow, y, dropped, y.new_full((), null_label))
 
     def loss(self, net: Net, sample: DMFSample) -> Terms:
         z, v, t, r, z_flow, v_flow, t_flow, y, dropped, null_label = sample

@@ -57,16 +57,14 @@ class MeanFlowDistillation(FixedTeacher, MeanFlow):
     def loss(self, net: Net, sample: MeanFlowSample) -> Terms:
         z, v, t, r, y, _, null_label, n = sample
         target = self.teacher_velocity(z, t, y, null_label)
-        parts, step, dudt = [], z.new_zeros(1, 1), z.new_zeros(1)
-        if n:
-            parts.append(net(z[:n], t[:n], t[:n], y[:n]))
-        if n < len(z):
-            z, t, r, y = z[n:], t[n:], r[n:], y[n:]
-            along = (target[n:], torch.ones_like(t), None, None)
+        if n == len(z):
+            dudt = step = z.new_zeros(1, 1)
+            velocity = net(z, t, r, y)
+        else:
+            along = (target[n:], torch.ones_like(t[n:]), None, None)  # r and y are constants
             u, dudt = self.jvp(net, (z, t, r, y), along)
-            step = expand(t - r, z) * dudt
-            parts.append(u + step)
-        velocity = torch.cat(parts)  # u + (t - r) du/dt
+            step = expand((t - r)[n:], dudt) * dudt  # (B - n, ...)
+            velocity = torch.cat([u[:n], u[n:] + step])  # u + (t - r) du/dt
         error = squared_error(velocity, target, self.reduce)  # (B,)
         weight = adaptive_weight(error, self.p, self.c)
         with torch.no_grad():
