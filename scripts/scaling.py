@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from scripts.environment import environment
 from training.build import build_data, build_net
 from training.cli import CONFIGS
-from training.randomness import generator
+from training.randomness import Draws, generator
 from training.sharding import shard
 from training.step import Step
 
@@ -86,7 +86,7 @@ class Arm:
         self.optimizer = torch.optim.AdamW(net.parameters(), lr, (0.9, 0.95), fused=True)
 
     def sample(self, batch: int, step: int, rank: int) -> Any:
-        draws = lambda purpose: generator(SEED, step, rank, purpose, self.device)  # noqa: E731
+        draws = Draws(SEED, step, rank, self.world, self.device, alike=True)  # of every kind
         images = self.data.draw(batch, generator(SEED, step, rank, "data"))  # on the CPU
         x, y = (part.to(self.device) for part in images)
         null: int = self.step.net.null_label  # type: ignore[assignment]

@@ -10,6 +10,7 @@ from torch import nn
 from training.objectives.objective import OPTIONAL, Objective
 from training.randomness import Draws, key
 from training.ranks import over_ranks
+from training.sharding import is_sharded
 from training.step import Step, teachers
 from training.strategies import Sharded
 
@@ -66,7 +67,8 @@ class GenerativeModule(LightningModule):
         """The noisy batch of a step, the same however often it is asked for."""
         x, y = batch
         where = self._where(batch_idx)
-        draws = Draws(*where, self.trainer.world_size, x.device)
+        alike = is_sharded(self.net)
+        draws = Draws(*where, self.trainer.world_size, x.device, alike)
         null_label: int = self.net.null_label  # type: ignore[assignment]
         return self.objective.draw(x, y, null_label, draws)
 

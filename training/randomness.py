@@ -35,6 +35,8 @@ class Draws:
     Args:
         number: of the batch since the start of the run; gradient accumulation counts each one.
         rank, world_size: of the process, which sees a batch of its own.
+        alike: in one step all processes have the same counts. Processes that gather shards of
+            weights from each other must call the network equally often.
     """
 
     seed: int
@@ -42,6 +44,7 @@ class Draws:
     rank: int = 0
     world_size: int = 1
     device: torch.device | str = "cpu"
+    alike: bool = False
 
     def __call__(self, purpose: str) -> torch.Generator:
         return generator(self.seed, self.number, self.rank, purpose, self.device)
@@ -54,7 +57,8 @@ class Draws:
         within one sample, over ranks and accumulation too, and at every batch size: 0.75 of
         batches of 1 is three batches of four. A batch has one of two neighbouring counts, and
         always the same one where share n is whole, so that a compiled step has one or two forms.
+        With ``alike`` the batches of one process are counted through, and all have its count.
         """
         mean = Fraction(share).limit_denominator(1_000_000) * n
-        k = self.number * self.world_size + self.rank
+        k = self.number if self.alike else self.number * self.world_size + self.rank
         return math.floor((k + 1) * mean) - math.floor(k * mean)

@@ -114,6 +114,9 @@ def test_a_share_is_exact_over_batches_processes_and_accumulation(share, n):
         for k in range(1, len(counts) + 1):  # any run of them from the beginning
             assert abs(sum(counts[:k]) - k * mean) < 1
         assert sum(counts[: 8 * 5]) == 40 * mean or (40 * mean).denominator > 1
+    for number in range(40):  # processes with shards of one network
+        counts = {Draws(0, number, rank, 3, alike=True).count(share, n) for rank in range(3)}
+        assert counts == {Draws(0, number).count(share, n)}
 
 
 @pytest.mark.parametrize("n", SIZES)

@@ -5,6 +5,7 @@ import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from tests.training.ranks import spawn
 from training.activation_checkpointing import checkpoint_blocks
@@ -15,7 +16,7 @@ from training.objectives.meanflow import MeanFlow
 from training.objectives.scm import SCM
 from training.objectives.tangents import Jvp
 from training.objectives.tvm import TVM
-from training.randomness import generator
+from training.randomness import Draws
 from training.sharding import beside, copy_whole, exchanged, shard, whole
 from training.step import compile_blocks, teachers
 
@@ -46,10 +47,11 @@ def build(name):
 def samples(name, n):
     """n times B of them, drawn by each rank."""
     for rank in range(n):
-        draws = lambda purpose, rank=rank: generator(SEED, 0, rank, purpose)  # noqa: E731
+        draws = Draws(SEED, 0, rank, n, alike=True)
         x = torch.rand(B, 1, 8, 8, generator=draws("images"), dtype=torch.float64)
         sample = OBJECTIVES[name]().draw(x, torch.arange(B), 10, draws)
-        yield type(sample)(*(a.double() if a.is_floating_point() else a for a in sample))
+        double = lambda a: a.double() if a.is_floating_point() else a  # noqa: E731
+        yield tree_map_only(torch.Tensor, double, sample)
 
 
 class Loss(torch.nn.Module):
