@@ -9,7 +9,6 @@ Not counted: what the library of communication and the allocator keep for themse
 fragmentation; ``OVERHEAD`` stands for them and for what a block needs while it runs.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,11 +17,12 @@ from functorch.compile import min_cut_rematerialization_partition, nop
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from training.activation_checkpointing import CHOICES as CHECKPOINTING
 from training.activation_checkpointing import checkpoint_blocks
 from training.models.layers import Block
-from training.randomness import generator
+from training.randomness import Draws
 from training.step import compile_blocks, teachers
 
 SHARDINGS = ("none", "ddp", "hybrid", "fsdp")
@@ -133,7 +133,7 @@ def _saved(
         options: Any = {"partition_fn": min_cut_rematerialization_partition}
         for part in (net, *teachers(objective)):
             compile_blocks(part, backend=aot_autograd(fw_compiler=nop, **options))
-    draws = functools.partial(generator, 0, 0, 0)
+    draws = Draws(0)
     x, y = torch.zeros(batch, *shape), torch.zeros(batch, dtype=torch.int64)
     sample = objective.draw(x, y, net.null_label, draws)
     key = lambda storage: storage._cdata  # noqa: E731
@@ -148,7 +148,8 @@ def _saved(
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
     with mode, hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
-        sample = type(sample)(*(torch.empty(a.shape, dtype=a.dtype) for a in sample))
+        empty = lambda a: torch.empty(a.shape, dtype=a.dtype)  # noqa: E731
+        sample = tree_map_only(torch.Tensor, empty, sample)
         objective.loss(net, sample)
     blocks = sum(isinstance(module, Block) for module in net.modules())
     return sum(storage.nbytes() for storage in held.values()), blocks

@@ -302,7 +302,8 @@ def test_several_averages_are_kept_and_one_is_chosen(tmp_path):
     values = [weights[key] for weights in chosen.values()]
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(values, 2))
     assert torch.equal(choose(checkpoint, "ema")[key], chosen["power_0.1"][key])
-    assert torch.equal(ema.averaged(module.net).get_parameter(key), chosen["power_0.1"][key])
+    with ema.averaged(module.net) as net:
+        assert torch.equal(net.get_parameter(key), chosen["power_0.1"][key])
     assert choose(checkpoint, "net") is None
     with pytest.raises(ValueError, match=r"weights must be one of ema, net, 0\.5, 0\.9"):
         choose(checkpoint, "0.99")
