@@ -54,12 +54,20 @@ def _forward_kernel(
         t_scale = tl.load(TS + other * stride_ts + w, mask=has, other=0.0).to(tl.float32)
         if BRANCH:
             t_gate = tl.load(TG + other * stride_tg + w, mask=has, other=0.0).to(tl.float32)
-    for i in range(min(ROWS, tokens - first)):
+    rows = min(ROWS, tokens - first)
+    begin = (image.to(tl.int64) * tokens + first) * W
+    next_x = tl.load(X + begin + w, mask=valid, other=0.0)
+    if BRANCH:
+        next_y = tl.load(Y + begin + w, mask=valid, other=0.0)
+    for i in range(rows):
         row = image.to(tl.int64) * tokens + first + i
         at = row * W + w
-        x = tl.load(X + at, mask=valid, other=0.0).to(tl.float32)
+        x = next_x.to(tl.float32)
+        ahead = valid & (i + 1 < rows)  # the next row is on its way while this one is summed
+        next_x = tl.load(X + at + W, mask=ahead, other=0.0)
         if BRANCH:
-            y = tl.load(Y + at, mask=valid, other=0.0).to(tl.float32)
+            y = next_y.to(tl.float32)
+            next_y = tl.load(Y + at + W, mask=ahead, other=0.0)
             x += gate * y
             tl.store(X2 + at, x, mask=valid)
             x = x.to(X2.dtype.element_ty).to(tl.float32)
@@ -106,11 +114,21 @@ def _backward_kernel(
     d_shift = tl.zeros([BLOCK], tl.float32)
     d_scale = tl.zeros([BLOCK], tl.float32)
     d_gate = tl.zeros([BLOCK], tl.float32)
-    for i in range(min(ROWS, tokens - first)):
+    rows = min(ROWS, tokens - first)
+    begin = (image.to(tl.int64) * tokens + first) * W
+    next_x = tl.load(X2 + begin + w, mask=valid, other=0.0)
+    next_h = tl.load(DH + begin + w, mask=valid, other=0.0)
+    if RESIDUAL:
+        next_d = tl.load(DX2 + begin + w, mask=valid, other=0.0)
+    if BRANCH:
+        next_y = tl.load(Y + begin + w, mask=valid, other=0.0)
+    for i in range(rows):
         row = image.to(tl.int64) * tokens + first + i
         at = row * W + w
-        x = tl.load(X2 + at, mask=valid, other=0.0).to(tl.float32)
-        d_h = tl.load(DH + at, mask=valid, other=0.0).to(tl.float32)
+        ahead = valid & (i + 1 < rows)
+        x, d_h = next_x.to(tl.float32), next_h.to(tl.float32)
+        next_x = tl.load(X2 + at + W, mask=ahead, other=0.0)
+        next_h = tl.load(DH + at + W, mask=ahead, other=0.0)
         rstd = tl.load(RSTD + row)
         n = tl.where(valid, (x - tl.load(MEAN + row)) * rstd, 0.0)
         d_shift += d_h
@@ -121,10 +139,12 @@ def _backward_kernel(
             d_x -= tl.sum(d_n, 0) / W
         d_x *= rstd
         if RESIDUAL:
-            d_x += tl.load(DX2 + at, mask=valid, other=0.0).to(tl.float32)
+            d_x += next_d.to(tl.float32)
+            next_d = tl.load(DX2 + at + W, mask=ahead, other=0.0)
         tl.store(DX + at, d_x, mask=valid)
         if BRANCH:
-            y = tl.load(Y + at, mask=valid, other=0.0).to(tl.float32)
+            y = next_y.to(tl.float32)
+            next_y = tl.load(Y + at + W, mask=ahead, other=0.0)
             d_gate += d_x * y
             tl.store(DY + at, gate * d_x, mask=valid)
     sums = SUMS + (image * chunks + chunk) * 3 * W + w

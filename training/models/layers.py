@@ -216,6 +216,7 @@ def begin(x: Tensor, n: int) -> Residual:
     gate, branch = nothing(primal(x), wanted)
     if not isinstance(x, Dual):
         return Residual(x, gate, branch)
+    x = x._replace(tangent=x.tangent.to(x.primal.dtype))
     t_gate, t_branch = nothing(x.tangent, wanted and x.through)
     return Residual(x, x.follow(gate, t_gate), x.follow(branch, t_branch))
 
