@@ -27,11 +27,11 @@ from torch import Tensor
 EPSILON = tl.constexpr(1e-6)
 MAX_WIDTH = 4096
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ROWS = 32  # tokens of a program
+ROWS = 16  # tokens of a program
 
 
 @triton.jit
-def _forward_kernel(
+def _residual_norm_forward(
     X, G, Y, B, S, TX, TG, TY, TB, TS,  # inputs
     X2, H, MEAN, RSTD, TX2, TH,  # outputs
     images, tokens, moving,  # of the last ``moving`` images there is a tangent
@@ -97,7 +97,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _residual_norm_backward(
     X2, G, Y, S, MEAN, RSTD, DX2, DH,  # inputs
     DX, DY, SUMS,  # outputs; SUMS (images, chunks, 3, W): of d_b, d_s and d_g
     tokens, chunks, stride_g, stride_s,
@@ -156,7 +156,7 @@ def _backward_kernel(
 
 def _launch(width: int) -> dict[str, Any]:
     block = triton.next_power_of_2(width)
-    return {"W": width, "BLOCK": block, "ROWS": ROWS, "num_warps": 4 if block <= 1024 else 8}
+    return {"W": width, "BLOCK": block, "ROWS": ROWS, "num_warps": 4 if block <= 2048 else 8}
 
 
 @torch.library.custom_op("flash_jvp_training::residual_norm", mutates_args=())
@@ -169,7 +169,7 @@ def _forward(
     images, tokens, width = x.shape
     moving = 0 if t_x is None else len(t_x)
     with torch.cuda.device_of(x):  # of no effect on a CPU
-        kernel: Any = _forward_kernel
+        kernel: Any = _residual_norm_forward
         kernel[(images, triton.cdiv(tokens, ROWS))](
             x, gate, y, shift, scale, t_x, t_gate, t_y, t_shift, t_scale,
             x2, h, mean, rstd, t_x2, t_h, images, tokens, moving,
@@ -212,7 +212,7 @@ def _backward(
     d_y = x.new_empty(0) if y is None else torch.empty_like(y)
     sums = x.new_empty((images, chunks, 3, width), dtype=torch.float32)
     with torch.cuda.device_of(x):
-        kernel: Any = _backward_kernel
+        kernel: Any = _residual_norm_backward
         kernel[(images, chunks)](
             x, gate, y, scale, mean, rstd, d_x, d_h, into, d_y, sums, tokens, chunks,
             _stride(gate), _stride(scale),
