@@ -1,10 +1,15 @@
-"""Attention functions other than this project's own, with the signature of SDPA."""
+"""Attention functions other than this project's own, with the signature of SDPA, and the tangent of
+any."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import jvp_flash_attention
 
 
 def sdpa(
@@ -52,3 +57,32 @@ def sdpa_fused(
     if any(tangent is not None for tangent in tangents):
         return sdpa(query, key, value, *options, **named)
     return F.scaled_dot_product_attention(query, key, value, *options, **named)
+
+
+def attend_jvp(
+    attention: Callable[..., torch.Tensor], values: Any, tangents: list[Any], through: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """O and tO: of this project's attention by its explicit form, of another one by its jvp."""
+    if (explicit := _explicit_form(attention)) is not None:
+        return explicit(*values, *tangents, tangent_grad=through)
+    moving = [i for i, t in enumerate(tangents) if t is not None]
+
+    def f(*xs: torch.Tensor) -> torch.Tensor:
+        arguments = list(values)
+        for i, x in zip(moving, xs, strict=True):
+            arguments[i] = x
+        return attention(*arguments)
+
+    # PyTorch wants a value and its tangent laid out alike, and no view of something larger.
+    primals = tuple(values[i].clone(memory_format=torch.contiguous_format) for i in moving)
+    # Autocast casts a value and its tangent alike.
+    given = tuple(tangents[i].contiguous() for i in moving)
+    out, t_out = torch.func.jvp(f, primals, given)  # pyright: ignore[reportAssignmentType]
+    return out, t_out if through else t_out.detach()
+
+
+def _explicit_form(attention: Callable[..., torch.Tensor]) -> Callable[..., Any] | None:
+    given = attention if isinstance(attention, partial) else partial(attention)
+    if given.func is not jvp_flash_attention.attention or given.args:
+        return None
+    return partial(jvp_flash_attention.attention_jvp, **given.keywords)

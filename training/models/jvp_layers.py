@@ -16,38 +16,16 @@ transform of PyTorch.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 from torch.nn import functional
 
-import jvp_flash_attention as flash
+from training.attentions import attend_jvp
+from training.dual import Dual
 
 EPSILON = 1e-6
-
-
-class Dual(NamedTuple):
-    """A value with its tangent.
-
-    The tangent may be that of the last n examples only: the others have none, and cost nothing.
-    ``through``: the loss differentiates through the tangent; else it is a constant, and no graph
-    of it is kept.
-    """
-
-    primal: torch.Tensor  # (B, ...)
-    tangent: torch.Tensor  # (n, ...), 1 <= n <= B
-    through: bool = False
-
-    def rule(self) -> AbstractContextManager[None]:
-        """The context in which the tangent of what depends on this is computed."""
-        return torch.set_grad_enabled(self.through and torch.is_grad_enabled())  # type: ignore[return-value]
-
-    def follow(self, value: torch.Tensor, tangent: torch.Tensor) -> "Dual":
-        return Dual(value, tangent, self.through)
 
 
 Tensor = torch.Tensor | Dual
@@ -187,7 +165,10 @@ def layer_norm(x: Tensor) -> Tensor:
 
 def _transformed(x: torch.Tensor) -> bool:
     """Whether x is inside a transform of ``torch.func`` or a dual number of PyTorch's."""
-    return torch.func.debug_unwrap(x) is not x or forward_ad.unpack_dual(x).tangent is not None
+    return (
+        torch.func.debug_unwrap(x) is not x
+        or torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+    )
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -251,36 +232,7 @@ def attend(attention: Callable[..., torch.Tensor], q: Tensor, k: Tensor, v: Tens
     tangents = [x.tangent if isinstance(x, Dual) else None for x in inputs]
     n = len(dual.tangent)
     if n == len(values[0]):
-        return dual.follow(*_with_tangent(attention, values, tangents, dual.through))
+        return dual.follow(*attend_jvp(attention, values, tangents, dual.through))
     first, rest = zip(*(x.split([len(x) - n, n]) for x in values), strict=True)
-    out, t_out = _with_tangent(attention, rest, tangents, dual.through)
+    out, t_out = attend_jvp(attention, rest, tangents, dual.through)
     return dual.follow(torch.cat([attention(*first), out]), t_out)
-
-
-def _with_tangent(
-    attention: Callable[..., torch.Tensor], values: Any, tangents: list[Any], through: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """O and tO: of this project's attention by its explicit form, of another one by its jvp."""
-    if (explicit := _explicit_form(attention)) is not None:
-        return explicit(*values, *tangents, tangent_grad=through)
-    moving = [i for i, t in enumerate(tangents) if t is not None]
-
-    def f(*xs: torch.Tensor) -> torch.Tensor:
-        arguments = list(values)
-        for i, x in zip(moving, xs, strict=True):
-            arguments[i] = x
-        return attention(*arguments)
-
-    # PyTorch wants a value and its tangent laid out alike, and no view of something larger.
-    primals = tuple(values[i].clone(memory_format=torch.contiguous_format) for i in moving)
-    # Autocast casts a value and its tangent alike.
-    given = tuple(tangents[i].contiguous() for i in moving)
-    out, t_out = torch.func.jvp(f, primals, given)  # pyright: ignore[reportAssignmentType]
-    return out, t_out if through else t_out.detach()
-
-
-def _explicit_form(attention: Callable[..., torch.Tensor]) -> Callable[..., Any] | None:
-    given = attention if isinstance(attention, partial) else partial(attention)
-    if given.func is not flash.attention or given.args:
-        return None
-    return partial(flash.attention_jvp, **given.keywords)

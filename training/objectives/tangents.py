@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from training.models.jvp_layers import Dual
+from training.dual import Dual
 from training.validation import between, one_of
 
 CONSTANT = ("single", "double", "finite_difference")  # modes whose tangent has no gradient
