@@ -124,8 +124,9 @@ def check_guidance(sampler: DictConfig, config: DictConfig) -> None:
                 " train with guidance in the target (objective.omega, objective.kappa), or with"
                 " objective=imf, whose guidance is chosen when sampling"
             )
-        numbers = isinstance(most, int | float) and isinstance(guidance, int | float)
-        if numbers and guidance > most and not sampler.get("extrapolate"):
+        known = isinstance(most, int | float) and isinstance(guidance, int | float)
+        beyond = known and float(guidance) > float(most)  # pyright: ignore[reportArgumentType]
+        if beyond and not sampler.get("extrapolate"):
             raise ValueError(
                 f"sampler.guidance must be <= objective.guidance_max={most:g}, the most that the"
                 f" network is told in training; got {guidance}; use a lower one, or"
