@@ -211,6 +211,8 @@ def test_reference_statistics_are_a_file_of_adms_and_needed_for_latents(tmp_path
 
 
 def test_inception_scales_as_tensorflow_does_and_gives_features_and_logits(tmp_path, monkeypatch):
+    pytest.importorskip("torchvision")  # torch-fidelity needs it
+    pytest.importorskip("torch_fidelity")
     from torch_fidelity import feature_extractor_inceptionv3 as fidelity
     from torchmetrics.image.fid import NoTrainInceptionV3
 
