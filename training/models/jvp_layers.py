@@ -138,7 +138,7 @@ def layer_norm(x: Tensor) -> Tensor:
 
     A compiler gets primitives. Elsewhere PyTorch's kernels serve: the Jacobian is symmetric, so
     that the kernel of the backward pass computes t_y. Under a transform they do not: the gradient
-    through the tangent of ``F.layer_norm`` is wrong (torch 2.8 to 2.13: it takes mean and variance
+    through the tangent of ``F.layer_norm`` is wrong (torch 2.13: it takes mean and variance
     for constants).
     """
     v = _wide(primal(x))
