@@ -288,7 +288,7 @@ def _keys(p: Tensor, x: Rows, like: Tensor, block: Block) -> Tensor:
     of a group."""
     B, H, l, S = p.shape
     fold = B, like.shape[1], H // like.shape[1] * l
-    times = lambda p, x: p.reshape(*fold, S).mT @ x.reshape(*fold, -1)  # noqa: E731
+    times = lambda p, x: p.reshape(*fold, S).mT @ x.reshape(*fold, x.shape[-1])  # noqa: E731
     return _spoil(times(p, x.x), times, x, block)
 
 

@@ -264,7 +264,6 @@ def test_an_objective_goes_on_and_is_exported_evaluated_and_sampled(tmp_path, ca
         ("train.py", ["optimizer.lr=1e38", *FAST], "not finite (NaN or infinite) for 10 steps"),
         # An infinite error of weight 0 has a gradient of exactly 0: the run must not succeed.
         ("train.py", ["optimizer.lr=1e30", *FAST], "the loss or its gradient was not finite"),
-        ("train.py", ["compile=true", "objective.jvp.mode=double"], "use objective.jvp.mode=singl"),
         ("train.py", ["objective=scd", *FAST], "objective.teacher.ckpt must name the checkpoint"),
         ("train.py", ["sampler.guidance=3"], "train with guidance in the target (objective.omega"),
         (
@@ -466,7 +465,7 @@ def test_help_of_a_script_lists_its_own_keys_alone(script):
     assert ("sampler=NAME" in says) == (script in ("sample", "evaluate"))
     for key in OmegaConf.load(ROOT / "configs" / f"{script}.yaml"):
         assert key in says or key in ("defaults", "hydra")
-    assert "objective: alphaflow, flow_matching" in in_process("train.py", "--help")
+    assert "objective: alphaflow, dmf" in in_process("train.py", "--help")
 
 
 def test_a_mistake_in_a_process_of_its_own_gives_one_line_too(tmp_path):

@@ -91,7 +91,7 @@ def test_a_resumed_run_is_the_run_that_it_was(tmp_path, capfd):
     says = in_process(*run, *more, *free, "ckpt_changes=[seed]")
     assert 1000 < json.loads((tmp_path / "summary.json").read_text())["seconds"] < 1100
     told = "optimizer.lr=0.0001 (it was 0.002), trainer.max_steps=3 (it was 2)"
-    told += ", callbacks.samples=null (it was {...}), seed=1 (it was 0)"
+    told += ", callbacks.samples=null (it was {...}), compile=false (it was null) and 1 more"
     assert f"resumed with other settings: {told}\n" in says
     assert column(tmp_path, "train/lr")[-1] == pytest.approx(1e-4)  # not the checkpoint's
 

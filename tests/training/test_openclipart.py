@@ -2,9 +2,11 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from scripts import openclipart
@@ -124,12 +126,13 @@ def test_wrong_arguments_are_named(pack, tmp_path, monkeypatch, capsys):
 
 
 def test_the_clock_of_a_resumed_run_goes_on(tmp_path):
+    module = SimpleNamespace(net=torch.nn.Linear(1, 1))
     first = Snapshots(str(tmp_path), seconds=10.0)
-    first.on_train_start(None, None)
+    first.on_train_start(None, module)
     first.start -= 25
     first.written = 2
     second = Snapshots(str(tmp_path), seconds=10.0)
     second.load_state_dict(first.state_dict())
-    second.on_train_start(None, None)
+    second.on_train_start(None, module)
     assert 25 <= second.seconds() < 30
     assert second.written == 2  # the third is due at 30 seconds
