@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def markdown(rows: list[dict]) -> str:
-    """The table of docs/training.md: accuracy and energy distance."""
+    """The table of docs/training/experiments.md: accuracy and energy distance."""
     lines = [
         "| objective | steps | seconds | 1 NFE | 2 NFE | 4 NFE | more |",
         "|---|---|---|---|---|---|---|",

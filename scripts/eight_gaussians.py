@@ -128,7 +128,7 @@ def main() -> None:
 
 
 def markdown(rows: list[dict]) -> str:
-    """The table of docs/training.md."""
+    """The table of docs/training/experiments.md."""
     lines = ["| objective | seed | 1 NFE | 2 NFE | 4 NFE | 32 NFE |", "|---|---|---|---|---|---|"]
     for row in rows:
         cells = [f"{d:.4f}" for d in row["nfe"].values()]

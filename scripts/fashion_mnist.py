@@ -3,7 +3,7 @@
     python scripts/train.py experiment=fashion_mnist_scm trainer=gpu hydra.run.dir=RUN
     python scripts/fashion_mnist.py RUN RUN RUN --output docs/results/fashion_mnist_h100.json
     python scripts/fashion_mnist.py --output docs/results/fashion_mnist_*.json \
-        --document docs/training.md
+        --document docs/training/experiments.md
 
 For each run: what it cost, its curve, and, at several numbers of evaluations of the averaged
 network, how good its samples are by one classifier that all runs share (``metrics.judge``), from
@@ -131,7 +131,7 @@ def thinned(run: Run, **more: str) -> dict[str, list[float]]:
 
 
 def markdown(result: dict) -> str:
-    """The tables of docs/training.md: scores of the samples, then costs of the runs."""
+    """The tables of docs/training/experiments.md: scores of the samples, then costs of the runs."""
     rows = [["real, held out", "", *cells(SCORES, result["real"])]]
     for row in result["rows"]:
         for nfe, scores in row["scores"].items():
@@ -142,16 +142,16 @@ def markdown(result: dict) -> str:
 
 
 def block(result: dict, path: Path) -> str:
-    """What docs/training.md shows: both pictures, both tables, and where they come from."""
+    """The block of docs/training/experiments.md: pictures, tables, and where they come from."""
     about = result["environment"]
     notes = [f"{about['gpu'] or about['cpu']}, torch {about['torch']}", result["note"]]
-    notes += [f"{result['samples']} samples", f"[{path.name}](results/{path.name})"]
+    notes += [f"{result['samples']} samples", f"[{path.name}](../results/{path.name})"]
     parts = [
-        f"![Samples](results/{path.stem}.png)",
+        f"![Samples](../results/{path.stem}.png)",
         "*A class a column, every row but the first from the same noise.*",
         markdown(result),
         f"*{'; '.join(filter(None, notes))}.*",
-        f"![Curves](results/{path.stem}_curves.png)",
+        f"![Curves](../results/{path.stem}_curves.png)",
         "*Unweighted error: means of neighbouring logged steps, and a running median of those.*",
     ]
     return "".join(f"\n{part}\n" for part in parts) + "\n"

@@ -3,7 +3,7 @@
     CUDA_VISIBLE_DEVICES=0 python scripts/openclipart.py --arm jvp --pack PACK.npz --output OUT &
     CUDA_VISIBLE_DEVICES=1 python scripts/openclipart.py --arm sdpa --pack PACK.npz --output OUT
     python scripts/openclipart.py --report OUT/jvp.json OUT/sdpa.json \
-        --output docs/results/openclipart_h100.json --document docs/training.md
+        --output docs/results/openclipart_h100.json --document docs/training/experiments.md
 
 An arm is a run of ``experiment=openclipart`` with that attention, ended by its time; further
 arguments are its overrides (``compile=true``). Then its averaged network is judged in one and two
@@ -278,18 +278,18 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def block(result: dict[str, Any], path: Path) -> str:
-    """What docs/training.md shows: both pictures, both tables, and where they come from."""
+    """The block of docs/training/experiments.md: pictures, tables, and where they come from."""
     about, counts = result["environment"], result["real"]["counts"]
     notes = [f"{about['gpu'] or about['cpu']}, torch {about['torch']}, triton {about['triton']}"]
     notes += [f"commit {about['commit']}", f"{result['minutes']:g} minutes an arm"]
     notes += [f"{result['samples']} samples against {counts['train']} training drawings"]
-    notes += [f"{counts['held_out']} held out", f"[{path.name}](results/{path.name})"]
+    notes += [f"{counts['held_out']} held out", f"[{path.name}](../results/{path.name})"]
     parts = [
-        f"![Samples](results/{path.stem}.png)",
+        f"![Samples](../results/{path.stem}.png)",
         "*A class a column, both attentions from the same noise; real drawings are held out.*",
         markdown(result),
         f"*{'; '.join(notes)}.*",
-        f"![Curves](results/{path.stem}_curves.png)",
+        f"![Curves](../results/{path.stem}_curves.png)",
         "*Distance of one-step samples, and the unweighted error (running median), over the time.*",
     ]
     return "".join(f"\n{part}\n" for part in parts) + "\n"

@@ -4,7 +4,7 @@
 
 A picture is drawn on white, without its transparent margins, as large as fits into the square, and
 padded with white. Links, pictures that cannot be read, nearly empty ones and copies of earlier ones
-are left out. docs/training.md says how Debian's openclipart-png is packed.
+are left out. docs/training/experiments.md says how Debian's openclipart-png is packed.
 
 A folder is a class if ``--least`` pictures are left in it and below it after the folders below that
 are classes themselves; the pictures of any other folder belong to the folder above. What reaches

@@ -128,9 +128,9 @@ def exported(runs, tmp_path):
 
 
 def test_an_exported_network_is_loaded_as_the_documentation_says(exported, monkeypatch):
-    """The block of docs/training.md, run where there is a model.safetensors."""
+    """The block of docs/training/runs.md, run where there is a model.safetensors."""
     ckpt, path = exported
-    page = (ROOT / "docs" / "training.md").read_text()
+    page = (ROOT / "docs" / "training" / "runs.md").read_text()
     (block,) = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     assert len([line for line in block.splitlines() if line and "import" not in line]) == 3
     monkeypatch.chdir(path.parent)
