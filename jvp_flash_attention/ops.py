@@ -20,6 +20,10 @@ from .backends import implementation
 from .functorch import SHORTCUTS, is_fwd_grad_enabled, make_autograd_impl
 from .options import Options, empty_rows
 
+# Another copy of this package in the same process, as `kernels` loads it, has another name and so
+# operators of its own.
+NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
+
 RECORDED = (
     "attention that was recorded (torch.func.linearize, torch.compile, torch.export) has no tangent"
     " of its own; take the jvp of the function itself, or record the jvp (a jvp of a jvp of"
@@ -71,7 +75,7 @@ def backward_jvp(
     return *_empty_as_none(grads[:4], bias_grad), *_empty_as_none(grads[4:], bias_grad)
 
 
-@custom_op("jvp_flash_attention::flash_attn_forward", mutates_args=())
+@custom_op(f"{NAMESPACE}::flash_attn_forward", mutates_args=())
 def forward_op(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None,
     scale: float, causal: bool, dropout_p: float, backend: str,
@@ -80,7 +84,7 @@ def forward_op(
     return implementation(backend).forward(q, k, v, bias, seed, options)
 
 
-@custom_op("jvp_flash_attention::flash_attn_forward_jvp", mutates_args=())
+@custom_op(f"{NAMESPACE}::flash_attn_forward_jvp", mutates_args=())
 def forward_jvp_op(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None,
     t_q: Tensor | None, t_k: Tensor | None, t_v: Tensor | None, t_bias: Tensor | None,
@@ -90,7 +94,7 @@ def forward_jvp_op(
     return implementation(backend).forward_jvp(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options)
 
 
-@custom_op("jvp_flash_attention::flash_attn_backward", mutates_args=())
+@custom_op(f"{NAMESPACE}::flash_attn_backward", mutates_args=())
 def backward_op(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None,
     out: Tensor, lse: Tensor,
@@ -103,7 +107,7 @@ def backward_op(
     return _absent_as_empty(grads, q)
 
 
-@custom_op("jvp_flash_attention::flash_attn_backward_jvp", mutates_args=())
+@custom_op(f"{NAMESPACE}::flash_attn_backward_jvp", mutates_args=())
 def backward_jvp_op(
     d_out: Tensor | None, d_t_out: Tensor,
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None,
@@ -203,8 +207,8 @@ def _refuse_duals(op: Any, overload: OpOverload) -> None:
         _library.impl(overload, run, f"Autograd{device}", with_keyset=True)
 
 
-_library = Library("jvp_flash_attention", "IMPL")
-_overloads = torch.ops.jvp_flash_attention
+_library = Library(NAMESPACE, "IMPL")
+_overloads = getattr(torch.ops, NAMESPACE)
 for _op, _overload in (
     (forward_op, _overloads.flash_attn_forward.default),
     (forward_jvp_op, _overloads.flash_attn_forward_jvp.default),

@@ -8,10 +8,10 @@ level by level and reaches the operator again below all of them.
 import torch
 from torch.library import Library
 
-from . import autograd, ops  # noqa: F401 (the operators)
+from . import autograd, ops
 from .options import Options
 
-_library = Library("jvp_flash_attention", "IMPL")
+_library = Library(ops.NAMESPACE, "IMPL")
 
 
 def _forward(q, k, v, bias, seed, *options):
@@ -23,8 +23,9 @@ def _forward_jvp(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, *options):
     return autograd.AttentionJvp.apply(*inputs, Options(*options))
 
 
+_overloads = getattr(torch.ops, ops.NAMESPACE)
 for _op, _function in (
-    (torch.ops.jvp_flash_attention.flash_attn_forward.default, _forward),
-    (torch.ops.jvp_flash_attention.flash_attn_forward_jvp.default, _forward_jvp),
+    (_overloads.flash_attn_forward.default, _forward),
+    (_overloads.flash_attn_forward_jvp.default, _forward_jvp),
 ):
     _library.impl(_op, _function, "FuncTorchDynamicLayerFrontMode")

@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.library import custom_op
 
 from .. import api, validation
+from ..ops import NAMESPACE
 from ..options import Options
 from . import rules
 from .exchange import agree, all_to_all
@@ -330,7 +331,7 @@ def _named(group: ProcessGroup) -> str:
 
 
 @custom_op(
-    "jvp_flash_attention::all_to_all",
+    f"{NAMESPACE}::all_to_all",
     mutates_args=(),
     # torch 2.8 may not read it off the annotations
     schema="(Tensor[] tensors, str group, SymInt size, SymInt rank, bool gather,"

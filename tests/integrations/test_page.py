@@ -8,7 +8,7 @@ import pytest
 
 PAGE = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
 SECTIONS = {section.split("\n")[0]: section for section in PAGE.split("\n## ")[1:]}
-LIBRARIES = ("timm", "transformers", "diffusers")
+LIBRARIES = ("timm", "transformers", "diffusers", "kernels")
 
 
 def blocks(section: str) -> list[str]:
