@@ -6,7 +6,7 @@ python scripts/benchmark_report.py --check    # exit status 1 where a document d
 
 import argparse
 
-from benchmarks import documents, plots
+from benchmarks import documents, headline, plots
 
 
 def main() -> int:
@@ -30,6 +30,9 @@ def main() -> int:
             for path, result in documents.load(suite).items():
                 for picture in plots.draw(result, (documents.ROOT / path).with_suffix("")):
                     print(f"{picture.relative_to(documents.ROOT)} drawn")
+        for picture, draw in headline.pictures(documents.ROOT).items():
+            draw(picture)
+            print(f"{picture.relative_to(documents.ROOT)} drawn")
     return stale if check else 0
 
 

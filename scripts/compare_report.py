@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from omegaconf import OmegaConf
+from scipy.stats import t
 
 from scripts.fashion_mnist import table, write_block
 from training.comparison import lockstep, plots
@@ -37,6 +38,15 @@ GOALS = (
     (4096, "peak memory", 0.25),
 )
 GOAL_TITLES = ("goal at head dim 64", "measured", "met")
+LOSS_TITLES = (
+    "run, 3 seeds",
+    "final error, jvp − sdpa",
+    "90 % interval",
+    "margin: 1 std of a seed",
+    "equivalent (TOST p)",
+    "paired t test p",
+    "error ratio vs float64",
+)
 SPEED = ("tokens", "head dim", "", "images", "arm", "images/s", "ms", "GiB", "MFU", "speed", "95 %")
 
 
@@ -262,19 +272,28 @@ def block(results: dict[Path, dict[str, Any]], drawn: dict[Path, list[tuple[str,
 
 
 def summary(results: dict[Path, dict[str, Any]]) -> str:
-    """What the README shows of comparisons on a GPU: verdicts, and goals or else cells."""
-    parts = []
+    """What the README shows: the losses compared on a GPU, a row each."""
+    rows = []
     for path, result in results.items():
-        if not result["environment"]["gpu"]:
+        if not result["environment"]["gpu"] or "rows" in result:
             continue
-        parts.append(f"**{result['title']}** ([{path.name}](docs/results/{path.name}))")
-        if "rows" not in result:
-            words = result["free_run"]["words"], result["lockstep"]["words"]
-            parts[-1] = "\n".join([parts[-1], *words])
-        else:
-            met = goals(result)
-            parts.append(table(GOAL_TITLES, met) if met else cells(result))
-    return "".join(f"\n{part}\n" for part in parts) + "\n"
+        free, test = result["free_run"], result["free_run"]["tost"]
+        percent = 100 / free["baseline_mean"]
+        standard = test["std"] / test["n"] ** 0.5
+        two_sided = 2 * t.sf(abs(test["mean"]) / standard, test["n"] - 1)
+        ratio = max(result["lockstep"]["ratios"].values())
+        rows.append(
+            [
+                f"[{result['title']}](docs/results/{path.name})",
+                f"{test['mean'] * percent:+.1f} %",
+                f"{test['low'] * percent:+.1f} to {test['high'] * percent:+.1f} %",
+                f"±{test['margin'] * percent:.1f} %",
+                f"{'yes' if test['equivalent'] else 'not shown'} ({test['p']:.2g})",
+                f"{two_sided:.2g}",
+                f"{ratio:.2f}",
+            ]
+        )
+    return f"\n{table(LOSS_TITLES, rows)}\n\n" if rows else ""
 
 
 def read(folder: Path) -> dict[Path, dict[str, Any]]:

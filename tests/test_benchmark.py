@@ -19,6 +19,7 @@ from scripts.benchmarks import (
     documents,
     earlier_table,
     flops,
+    headline,
     host,
     implementations,
     plots,
@@ -318,6 +319,32 @@ def test_pictures_of_committed_results_are_committed():
         for path, result in documents.load(suite).items():
             for picture in plots.pictures(result, ROOT / path.with_suffix("")):
                 assert picture.is_file(), "run python scripts/benchmark_report.py"
+    assert all(picture.is_file() for picture in headline.pictures(ROOT))
+
+
+def test_the_headline_has_the_ratios_of_the_files(tmp_path):
+    assert headline.lines(tmp_path) == [], "no file, no line"
+    pair = [
+        row("long_4k_128", "jvp", "ours", 2.0, tflops=700.0, mib=100.0),
+        row("long_4k_128", "jvp", "sdpa-math", 50.0, mib=2100.0),
+        row("long_8k_64", "jvp", "ours", 1.0, mib=10.0),
+        row("long_8k_64", "jvp", "sdpa-math", 9.0, mib=30.0),
+        row("long_16k_128", "jvp", "ours", 8.0, mib=10.0),
+        row("long_16k_128", "jvp", "sdpa-math", None, mib=None) | LOST,
+    ]
+    targets = TARGETS_RESULT | {"rows": pair}
+    step = {"images_per_s": 2000.0, "step_ms": 50.0, "mfu": 0.41}
+    steps = {headline.B2: step, headline.XL2: step, headline.B2_SDPA: step | {"step_ms": 80.0}}
+    report.write_json(tmp_path / headline.TARGETS, targets)
+    report.write_json(tmp_path / headline.STEP, steps)
+    told = "\n".join(headline.lines(tmp_path))
+    assert "**25x faster and 21x less memory**" in told
+    assert "9x and 3x at" in told
+    assert "**2,000 images/s**" in told
+    assert "41% MFU, 1.60x SDPA" in told
+    ((picture, draw),) = headline.pictures(tmp_path).items()
+    draw(picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_document_is_written_from_files_and_a_section_without_files_is_left_out(tmp_path):
@@ -333,7 +360,8 @@ def test_a_document_is_written_from_files_and_a_section_without_files_is_left_ou
 
     report.write_json(tmp_path / "docs/results/targets_some.json", TARGETS_RESULT)
     readme = documents.regenerate(Path("README.md"), tmp_path)
-    assert "| (4, 16, 4096, 128) | forward + JVP | 2.94 | 560 | 79.8 | 130 | 21506 |" in readme
+    cells = "| forward + JVP | 2.94 | 560 | 79.8 | 27x | 130 | 21506 | 165x |"
+    assert f"| (4, 16, 4096, 128) {cells}" in readme
     assert "| out of memory |" in readme
     assert "Some GPU" in readme
     assert readme.endswith("after\n")

@@ -21,6 +21,15 @@ ARGUMENTS = [
 ]
 
 
+TOST = {"n": 3, "mean": 2.0, "std": 3**0.5, "margin": 10.0, "p": 0.01, "low": -1.0, "high": 5.0}
+FREE_RUN = {
+    "words": "Equivalent: nothing.",
+    "equivalent": True,
+    "baseline_mean": 100.0,
+    "tost": TOST | {"equivalent": True},
+}
+
+
 def write_loss(output, steps=20):
     """As scripts/compare.py leaves it: jvp, sdpa and sdpa again, two seeds, two blocks."""
     arms = [("sdpa", 0), ("jvp", 0), ("sdpa", 1), ("jvp", 1), ("sdpa again", 0)]
@@ -41,7 +50,7 @@ def write_loss(output, steps=20):
         "arguments": ARGUMENTS,
         "candidate": "jvp",
         "baseline": "sdpa",
-        "free_run": {"words": "Equivalent: nothing.", "equivalent": True},
+        "free_run": FREE_RUN,
         "lockstep": lockstep.verdict(rows, "jvp", "sdpa", 1.5),
         "lockstep_errors": lockstep.summary(rows),
         "runs": [{"arm": arm, "seed": seed, "train/error": 2.5} for arm, seed in arms],
@@ -131,8 +140,8 @@ def test_a_comparison_of_losses_is_kept_and_drawn(docs, tmp_path):
     assert page.startswith("a\n<!-- begin comparison -->\n\n### T")
     assert page.endswith("\n<!-- end comparison -->\nb\n")
     readme = (docs.parent / "README.md").read_text()
-    assert "**T**" in readme
-    assert result["free_run"]["words"] in readme
+    told = "| +2.0 % | -1.0 to +5.0 % | ±10.0 % | yes (0.01) | 0.18 | 2.00 |"  # t = 2, 2 degrees
+    assert f"| [T](docs/results/compare_loss_x.json) {told}" in readme
 
 
 def test_a_comparison_of_speeds_is_kept_and_held_against_the_goals(docs, tmp_path):
