@@ -122,8 +122,8 @@ def _figures(root: Path) -> str:
         gemm = report.number(roof["gemm_tflops"][targets.DTYPE])
         parts.append(
             f"**Attention** on {gpu}, {targets.DTYPE}, beside `torch.func.jvp` of SDPA's MATH"
-            f" backend. An {roof['gemm_size']}³ matrix product reaches {gemm} TFLOP/s in the same run"
-            f" ([{path.name}]({path}))."
+            f" backend. An {roof['gemm_size']}³ matrix product reaches {gemm} TFLOP/s in the same"
+            f" run ([{path.name}]({path}))."
         )
         parts.append(report.markdown(report.cells(README_COLUMNS, rows)))
         found = plots.pictures(result, path.with_suffix(""))
