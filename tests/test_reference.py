@@ -162,7 +162,7 @@ def test_the_arithmetic_does_not_depend_on_autocast(dtype):
 
 
 def test_products_of_a_rounded_p_leave_the_error_that_the_documents_state():
-    """docs/mathematics.md, Arithmetic: P̃, P̃ ∘ (tS − μ), O and tO rounded once, all else exact."""
+    """docs/mathematics.md, Tolerances: P̃, P̃ ∘ (tS − μ), O and tO rounded once, all else exact."""
     rng = torch.Generator().manual_seed(0)
     rounded = lambda x: x.bfloat16().double()  # noqa: E731
     draw = lambda rows: rounded(torch.randn(2, 3, rows, 64, generator=rng))  # noqa: E731
@@ -192,7 +192,7 @@ def test_products_of_a_rounded_p_leave_the_error_that_the_documents_state():
     ids=["full", "causal", "causal with O as it is kept"],
 )
 def test_products_of_a_rounded_ds_leave_the_error_that_the_documents_state(causal, kept, stated):
-    """docs/mathematics.md, Arithmetic: dS, the gradients and, where `kept`, the O in w rounded
+    """docs/mathematics.md, Tolerances: dS, the gradients and, where `kept`, the O in w rounded
     once, all else exact; 17 queries and 196 keys."""
     rng = torch.Generator().manual_seed(0)
     rounded = lambda x: x.bfloat16().double()  # noqa: E731

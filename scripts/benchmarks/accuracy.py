@@ -19,11 +19,14 @@ RESULTS = {
     "backward": ("d_q", "d_k", "d_v"),
     "full": ("d_q", "d_k", "d_v", "d_t_q", "d_t_k", "d_t_v"),
 }
-TOLERANCES = {  # output, tangent, gradients; rounding the output alone is 1.7e-3 in bfloat16
-    "bfloat16": (2.3e-3, 2.3e-3, 2.4e-3),
-    "float16": (3e-4, 4e-4, 4e-4),
-    "float32": (1e-6, 2e-6, 2e-6),
+# Output, tangent, gradients, those of fewer than SHORT queries. In bfloat16 1.1 times what exact
+# arithmetic with P rounded once leaves in 2048 keys: docs/mathematics.md, Tolerances.
+TOLERANCES = {
+    "bfloat16": (2.5e-3, 2.5e-3, 2.7e-3, 3e-3),
+    "float16": (3e-4, 4e-4, 4e-4, 4e-4),
+    "float32": (1e-6, 2e-6, 2e-6, 2e-6),
 }
+SHORT = 32
 
 
 class Sample:
@@ -83,12 +86,13 @@ class Sample:
         return tuple(x for x in found if x is not None)
 
 
-def tolerance(result: str, dtype: str) -> float:
+def tolerance(result: str, dtype: str, queries: int = SHORT) -> float:
     """The largest error that counts as accurate."""
-    of_out, of_tangent, of_gradients = TOLERANCES[dtype]
-    return {"out": of_out, "t_out": of_tangent}.get(result, of_gradients)
+    of_out, of_tangent, of_gradients, of_few = TOLERANCES[dtype]
+    gradients = of_few if queries < SHORT else of_gradients
+    return {"out": of_out, "t_out": of_tangent}.get(result, gradients)
 
 
-def accurate(errors: dict[str, float], dtype: str) -> bool:
+def accurate(errors: dict[str, float], dtype: str, queries: int = SHORT) -> bool:
     """Whether every error is finite and within its tolerance."""
-    return all(error <= tolerance(result, dtype) for result, error in errors.items())
+    return all(error <= tolerance(result, dtype, queries) for result, error in errors.items())

@@ -9,24 +9,36 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from . import earlier_table, headline, plots, report, tables, targets
+from . import accuracy, earlier_table, headline, plots, report, tables, targets
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path("docs/results")
 DOCUMENTS = (Path("README.md"), Path("docs/benchmarks.md"))
 SUITES = {  # suite -> heading of its section
-    "targets": "Against the goals",
+    "targets": "Kernels",
     "readme": "The earlier package's table",
     "lengths": "Time and memory over the length",
     "workloads": "Named workloads",
+}
+INTRODUCTIONS = {
+    "readme": (
+        "The table that the earlier package of this import name published: B = 2, H = 12, D = 64,"
+        " timed as its\nscript does, with six clones and `make_dual`"
+        " ([`earlier_table.py`](../scripts/benchmarks/earlier_table.py)). Its check used\nabsolute"
+        " tolerances. Here it is the relative error of value and tangent."
+    ),
 }
 Results = dict[Path, dict]  # path, relative to the root -> content
 
 
 def load(suite: str, root: Path = ROOT) -> Results:
-    """The result files of a suite."""
+    """The result files of a suite, errors judged by the tolerances of today."""
     paths = sorted((root / RESULTS).glob(f"{suite}_*.json"))
-    return {path.relative_to(root): json.loads(path.read_text()) for path in paths}
+    found = {path.relative_to(root): json.loads(path.read_text()) for path in paths}
+    for row in (row for result in found.values() for row in result["rows"] if "errors" in row):
+        errors = {name: float(error) for name, error in row["errors"].items()}
+        row["accurate"] = accuracy.accurate(errors, row["dtype"], row["shape"][2])
+    return found
 
 
 def regenerate(document: Path, root: Path = ROOT) -> str:
@@ -53,8 +65,9 @@ def _section(suite: str) -> Callable[[Path], str]:
             parts.append(f"{report.heading(result)} ([{path.name}]({link})).")
             stem = link.with_suffix("")
             parts += [f"![{title}]({p})" for p, (title, _) in plots.pictures(result, stem).items()]
-            parts += map(_part, tables.of(result))
-        return _spaced([f"## {SUITES[suite]}", *parts] if parts else [])
+            parts += map(_part, tables.of(result, goals=False))
+        head = [f"## {SUITES[suite]}", *filter(None, [INTRODUCTIONS.get(suite)])]
+        return _spaced([*head, *parts] if parts else [])
 
     return block
 

@@ -125,7 +125,7 @@ def errors(sample: accuracy.Sample, pass_name: str, dtype: str, results: tuple) 
     found = sample.errors(pass_name, results)
     return {
         "errors": {key: rounded(error) for key, error in found.items()},
-        "accurate": accuracy.accurate(found, dtype),
+        "accurate": accuracy.accurate(found, dtype, sample.p.workload.length),
     }
 
 

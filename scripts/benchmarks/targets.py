@@ -174,4 +174,6 @@ COLUMNS: Columns = {
     "MiB": lambda r: number(r.get("mib")),
     "MATH MiB": peer("sdpa-math", "mib"),
     "error": worst,
+    "cuDNN error": lambda r: worst(r["peers"].get("cudnn", {})),
+    "MATH error": lambda r: worst(r["peers"].get("sdpa-math", {})),
 }
