@@ -12,11 +12,13 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from . import (
     autograd,
     backends,
+    broadcast,
     ops,
     recall,
     transforms,  # noqa: F401 (registers what transforms make of the operators)
     validation,
 )
+from .broadcast import Sizes
 from .functorch import (
     SHORTCUTS,
     CInterpreter,
@@ -62,7 +64,8 @@ def attention(
     Args:
         query: (..., H, L, D), float16, bfloat16, float32 or float64.
         key: (..., Hk, S, D), query's dtype and device; Hk = H, or a divisor of H with `enable_gqa`.
-        value: (..., Hk, S, Dv), query's dtype and device.
+        value: (..., Hk, S, Dv), query's dtype and device. Batch and head dimensions of the three
+            broadcast, with stride 0.
         attn_mask: broadcastable to (..., H, L, S). Bool: True attends. Floating: added to the
             scaled scores; it may hold −inf, has a gradient and may have a tangent. A row that
             attends nothing gives 0. PyTorch's `CausalBias` becomes the (L, S) mask it stands for;
@@ -100,7 +103,7 @@ def attention(
         if found:
             out, t_out = found
             return out if t_out is None else _dual(out, t_out)
-    q, k, v, bias, options = _prepare(query, key, value, attn_mask, *numbers)
+    q, k, v, bias, options, sizes = _prepare(query, key, value, attn_mask, *numbers)
     seed = _seed(q, dropout_p)
     if torch.compiler.is_compiling():
         route, pairs = (
@@ -118,7 +121,7 @@ def attention(
         out = _dual(out, t_out)
     if bare is not None:
         bare.remember(options)
-    return _restore(out, query)
+    return broadcast.result(out, sizes)
 
 
 def attention_jvp(
@@ -166,7 +169,7 @@ def attention_jvp(
         found: Any = bare and bare.run()
         if found:
             return found
-    q, k, v, bias, options = _prepare(query, key, value, attn_mask, *numbers)
+    q, k, v, bias, options, sizes = _prepare(query, key, value, attn_mask, *numbers)
     for name, t, primal in (
         ("t_query", t_query, query),
         ("t_key", t_key, key),
@@ -174,8 +177,9 @@ def attention_jvp(
         ("t_attn_mask", t_attn_mask, attn_mask),
     ):
         validation.tangent(name, t, primal)
-    t_q, t_k, t_v = (_tangent(t, q.dtype) for t in (t_query, t_key, t_value))
-    t_bias = None if t_attn_mask is None else _bias(t_attn_mask, query, key)
+    t_q = _tangent(t_query, q.dtype, broadcast.queries, sizes)
+    t_k, t_v = (_tangent(t, q.dtype, broadcast.keys, sizes) for t in (t_key, t_value))
+    t_bias = None if t_attn_mask is None else broadcast.bias(t_attn_mask, sizes)
     route = autograd
     if torch.compiler.is_compiling():
         route = ops
@@ -184,7 +188,7 @@ def attention_jvp(
     out, t_out = route.attention_jvp(*args)
     if bare is not None:
         bare.remember(options)
-    return _restore(out, query), _restore(t_out, query)
+    return broadcast.result(out, sizes), broadcast.result(t_out, sizes)
 
 
 def _uncompiled(function: Callable) -> Callable:
@@ -198,20 +202,21 @@ def _prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_g
     validation.scalars(dropout_p, is_causal, scale)
     query, key, value = _autocast(query, key, value)
     validation.tensors(query, key, value)
-    validation.shapes(query, key, value, enable_gqa)
-    scores = (*query.shape[:-1], key.shape[-2])
+    sizes = validation.shapes(query, key, value, enable_gqa)
+    scores = (*sizes.lead, query.shape[-2], key.shape[-2])
     if isinstance(attn_mask, CausalBias):  # it has no elements, only a shape to give them
         attn_mask = _causal_mask(attn_mask, query.device)
     validation.mask(attn_mask, scores, query.device)
-    q, k, v = map(_four, (query, key, value))
-    bias = None if attn_mask is None else _bias(attn_mask, query, key)
+    q = broadcast.queries(query, sizes)
+    k, v = (broadcast.keys(x, sizes) for x in (key, value))
+    bias = None if attn_mask is None else broadcast.bias(attn_mask, sizes)
     options = Options(
-        scale=1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
+        scale=1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale),
         causal=bool(is_causal),
         dropout_p=float(dropout_p),
         backend=backends.choose(backend, q, v),
     )
-    return q, k, v, bias, options
+    return q, k, v, bias, options, sizes
 
 
 def _causal_mask(mask: CausalBias, device: torch.device) -> Tensor:
@@ -236,31 +241,11 @@ def _autocast(*tensors):
     ]
 
 
-def _four(x: Tensor) -> Tensor:
-    """(..., H, L, D) -> (B, H, L, D)."""
-    if x.dim() == 4:
-        return x
-    return x.flatten(0, -4) if x.dim() > 4 else x[(None,) * (4 - x.dim())]
-
-
-def _tangent(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _tangent(t: Tensor | None, dtype: torch.dtype, fit: Callable, sizes: Sizes) -> Tensor | None:
     """A tangent as its primal after `_prepare`: (B, H, L, D), cast by autocast."""
     if t is None:
         return None
-    return _four(t if t.dtype == dtype else t.to(dtype))
-
-
-def _restore(out: Tensor, query: Tensor) -> Tensor:
-    """(B, H, L, Dv) -> (..., H, L, Dv)."""
-    return out if query.dim() == 4 else out.reshape(*query.shape[:-1], out.shape[-1])
-
-
-def _bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """A mask that broadcasts to (..., H, L, S) as (b, h, l, s) with each of them full or 1."""
-    mask = mask[(None,) * (max(query.dim(), 4) - mask.dim())]
-    if mask.dim() > 4:
-        mask = mask.expand(*query.shape[:-3], *mask.shape[-3:]).flatten(0, -4)
-    return mask
+    return fit(t if t.dtype == dtype else t.to(dtype), sizes)
 
 
 def _seed(q: Tensor, dropout_p: float) -> Tensor | None:

@@ -16,7 +16,6 @@ constant to whoever differentiates further, and nothing of it is saved.
 """
 
 from collections.abc import Callable
-from functools import partial, wraps
 from inspect import Signature
 from threading import local
 from types import SimpleNamespace
@@ -80,8 +79,11 @@ def attention_jvp(
     if not tangent_grad:
         function = AttentionJvpDetached
         tangents = (None if t is None else t.detach() for t in tangents)
-    run = lambda *tangents: function.apply(q, k, v, bias, seed, *tangents, options)[:2]  # noqa: E731
-    return _mapped(run, *tangents)
+    primals = (q, k, v, bias, seed)
+    out, t_out = function.apply(*primals, *tangents, options)[:2]
+    if _is_batched(out) and not any(map(_is_batched, primals)):  # only the tangents are many
+        out = unbatched(out)[0][0]
+    return out, t_out
 
 
 def _implementation(options: Options, *tensors: Tensor | None):
@@ -116,27 +118,20 @@ class _Positional(Signature):
 def _mapped(f: Callable, *inputs: Any) -> Any:
     """f(*inputs), also of tensors of PyTorch's older vmap (`is_grads_batched=True`), which knows no
     rule of a Function's: they are unpacked, mapped by `torch.func.vmap` and packed again."""
-    at = [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and is_legacy_batchedtensor(x)]
-    if not at:
-        return f(*inputs)
+    at = [i for i, x in enumerate(inputs) if _is_batched(x)]
     mapped, levels = zip(*(unbatched(inputs[i]) for i in at), strict=True)
-    present: list[bool] = []
 
     def one(*mapped):
         given = list(inputs)
         for i, x in zip(at, mapped, strict=True):
             given[i] = x
-        outputs = f(*given)
-        present[:] = [x is not None for x in outputs]
-        return tuple(x for x in outputs if x is not None)
+        return f(*given)
 
-    outputs = iter(vmap(one)(*mapped))
-    return tuple(add_batch_dim(next(outputs), 0, levels[0]) if there else None for there in present)
+    return tuple(add_batch_dim(x, 0, levels[0]) for x in vmap(one)(*mapped))
 
 
-def _batchable(backward: Callable) -> staticmethod:
-    """A Function's backward that also takes batched cotangents."""
-    return staticmethod(wraps(backward)(lambda ctx, *d: _mapped(partial(backward, ctx), *d)))
+def _is_batched(x: Any) -> bool:
+    return isinstance(x, Tensor) and is_legacy_batchedtensor(x)
 
 
 class _Folded(Function):
@@ -149,6 +144,8 @@ class _Folded(Function):
     @classmethod
     def apply(cls, *args) -> Any:
         """`Function.apply`, or only the forward where nobody records a graph."""
+        if any(map(_is_batched, args)):
+            return _mapped(cls.apply, *args)
         if not SHORTCUTS:
             return super().apply(*args)
         transform = peek_interpreter_stack()  # torch.func's innermost around this call
@@ -197,7 +194,7 @@ class Attention(_Folded):
         ctx.save_for_backward(*tensors, out, lse)
         ctx.save_for_forward(*tensors, out, lse)
 
-    @_batchable
+    @staticmethod
     def backward(ctx: Any, d_out, _d_lse):
         if d_out is None:
             return (None,) * 6
@@ -238,7 +235,7 @@ class AttentionJvp(_Folded):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, out, t_out, lse, mu)
 
-    @_batchable
+    @staticmethod
     def backward(ctx: Any, d_out, d_t_out, _d_lse, _d_mu):
         q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu = ctx.saved_tensors
         need = ctx.needs_input_grad
@@ -296,7 +293,7 @@ class AttentionGrad(_Folded):
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
-    @_batchable
+    @staticmethod
     def backward(ctx: Any, *dd):
         d_out, q, k, v, bias, seed, _out, _lse = ctx.saved_tensors
         dd_q, dd_k, dd_v, dd_bias = (*dd, None)[:4]

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import ArgumentValueError
+
 try:
     from triton import knobs
 
@@ -41,7 +43,7 @@ def choose(backend: str | None, q: Tensor, v: Tensor) -> str:
     if backend is None:
         return "reference" if obstacle or not q.is_cuda else "triton"
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS} or None, got {backend!r}")
+        raise ArgumentValueError(f"backend must be one of {BACKENDS} or None, got {backend!r}")
     if backend == "triton" and obstacle:
         raise NotImplementedError(
             f"backend='triton' {obstacle}; leave backend=None to choose automatically, or use"
@@ -71,4 +73,6 @@ def _triton_obstacle(q: Tensor, v: Tensor) -> str | None:
         return f"serves float16, bfloat16 and float32, got {q.dtype}"
     if max(q.shape[-1], v.shape[-1]) > TRITON_MAX_HEAD_DIM:
         return f"serves head dims up to {TRITON_MAX_HEAD_DIM}, got {q.shape[-1]} and {v.shape[-1]}"
+    if min(q.shape[-1], v.shape[-1], q.shape[1]) == 0:
+        return f"serves at least 1 head and head dim 1, got {tuple(q.shape)} and {tuple(v.shape)}"
     return None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .api import attention
+from .errors import ArgumentValueError
 
 _NOT_YET = {
     "window_size": (-1, -1),
@@ -127,11 +128,11 @@ def flash_attn_varlen_func(
     lengths_q, lengths_k = (c.diff().tolist() for c in (cu_seqlens_q, cu_seqlens_k))
     for name, lengths, x in (("cu_seqlens_q", lengths_q, q), ("cu_seqlens_k", lengths_k, k)):
         if sum(lengths) != x.shape[0] or min(lengths, default=0) < 0:
-            raise ValueError(
+            raise ArgumentValueError(
                 f"{name} must rise from 0 to {x.shape[0]}, the number of rows, got {lengths}"
             )
     if len(lengths_q) != len(lengths_k):
-        raise ValueError(
+        raise ArgumentValueError(
             "cu_seqlens_q and cu_seqlens_k must be of equally many sequences,"
             f" got {len(lengths_q)} and {len(lengths_k)}"
         )

@@ -30,7 +30,7 @@ def row_strides(x: Tensor, width: int, options: Options) -> tuple[int, int, int,
     """Strides of a result (B, H, L, width) beside x: dense, and in memory (B, L, H, width) where x
     is a view of such a tensor or `rows_first` asks for it."""
     _, H, L, _ = x.shape
-    if options.rows_first or (H > 1 and L > 1 and x.stride(1) < x.stride(2)):
+    if options.rows_first or (H > 1 and L > 1 and 0 < x.stride(1) < x.stride(2)):
         return L * H * width, width, H * width, 1
     return H * L * width, L * width, width, 1
 

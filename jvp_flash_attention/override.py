@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from .api import attention
 from .backends import BACKENDS
+from .errors import ArgumentValueError
 from .functorch import inside_a_jvp
 
 
@@ -49,7 +50,7 @@ class sdpa_override(TorchFunctionMode):
     def __init__(self, *, backend: str | None = None, tangent_grad: bool = True) -> None:
         super().__init__()
         if backend is not None and backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {BACKENDS} or None, got {backend!r}")
+            raise ArgumentValueError(f"backend must be one of {BACKENDS} or None, got {backend!r}")
         self.backend, self.tangent_grad = backend, tangent_grad
         self.calls, self.jvp_calls, self._jvp = 0, 0, False
 
@@ -110,7 +111,7 @@ def _multi_head(backend: str | None, tangent_grad: bool) -> FunctionType:
 def _check_key_padding_mask(mask: Tensor, src_len: int, bsz: int) -> None:
     """PyTorch's check, whose `torch._check` on a tensor the compiler cannot trace."""
     if tuple(mask.shape) != (bsz, src_len):
-        raise ValueError(
+        raise ArgumentValueError(
             f"key_padding_mask must have shape (batch, S) = {(bsz, src_len)},"
             f" got {tuple(mask.shape)}"
         )

@@ -272,14 +272,14 @@ def _scores(x: Tensor, y: Tensor) -> Tensor:
     the rows."""
     B, H, l, D = x.shape
     Hk, S = y.shape[1:3]
-    return (x.reshape(B, Hk, H // Hk * l, D) @ y.mT).view(B, H, l, S)
+    return (x.reshape(B, Hk, _group(H, Hk) * l, D) @ y.mT).view(B, H, l, S)
 
 
 def _values(p: Tensor, y: Rows, block: Block) -> Tensor:
     """(B, H, l, S) and (B, Hk, S, D) -> (B, H, l, D)."""
     B, H, l, S = p.shape
     Hk, D = y.x.shape[1], y.x.shape[3]
-    times = lambda p, y: (p.reshape(B, Hk, H // Hk * l, S) @ y).view(B, H, l, D)  # noqa: E731
+    times = lambda p, y: (p.reshape(B, Hk, _group(H, Hk) * l, S) @ y).view(B, H, l, D)  # noqa: E731
     return _spoil(times(p, y.x), times, y, block)
 
 
@@ -287,9 +287,14 @@ def _keys(p: Tensor, x: Rows, like: Tensor, block: Block) -> Tensor:
     """(B, H, l, S)ᵀ and (B, H, l, D) -> (B, Hk, S, D), the shape of `like`, summed over the heads
     of a group."""
     B, H, l, S = p.shape
-    fold = B, like.shape[1], H // like.shape[1] * l
+    fold = B, like.shape[1], _group(H, like.shape[1]) * l
     times = lambda p, x: p.reshape(*fold, S).mT @ x.reshape(*fold, x.shape[-1])  # noqa: E731
     return _spoil(times(p, x.x), times, x, block)
+
+
+def _group(H: int, Hk: int) -> int:
+    """Query heads that share a key head; 1 where there are none."""
+    return H // Hk if Hk else 1
 
 
 def _rows(x: Tensor, bias: Tensor | None, options: Options) -> Rows:

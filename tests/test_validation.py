@@ -23,22 +23,17 @@ BAD = {
     "batches differ": (
         ValueError,
         "share their batch dimensions",
-        lambda: attention(Q, Q[:1], Q[:1]),
+        lambda: attention(Q, Q.repeat(2, 1, 1, 1), Q),
     ),
     "head dims differ": (
         ValueError,
         "key must have query's head dim 8",
         lambda: attention(Q, Q[..., :4], Q),
     ),
-    "head dim zero": (
-        ValueError,
-        "head dim must be at least 1",
-        lambda: attention(Q[..., :0], Q[..., :0], Q),
-    ),
-    "no head": (
-        ValueError,
-        "query must have at least 1 head",
-        lambda: attention(Q[:, :0], Q[:, :0], Q[:, :0]),
+    "kernels without a head dim": (
+        NotImplementedError,
+        "leave backend=None",
+        lambda: attention(Q[..., :0], Q[..., :0], Q, backend="triton"),
     ),
     "lengths differ": (
         ValueError,
@@ -48,8 +43,18 @@ BAD = {
     "heads differ": (ValueError, "pass enable_gqa=True", lambda: attention(Q, Q[:, :2], Q[:, :2])),
     "heads do not divide": (
         ValueError,
-        "multiple of the key heads",
+        "multiple of the key and value heads",
         lambda: attention(Q, Q[:, :3], Q[:, :3], enable_gqa=True),
+    ),
+    "value heads do not divide": (
+        ValueError,
+        "got 4 and 2 and 3",
+        lambda: attention(Q, Q[:, :2], Q[:, :3], enable_gqa=True),
+    ),
+    "key and value heads differ": (
+        ValueError,
+        "value must have key's number of heads 4, or 1, got 2",
+        lambda: attention(Q, Q, Q[:, :2]),
     ),
     "integer mask": (
         TypeError,
@@ -120,3 +125,4 @@ def test_bad_input_says_what_to_do(name):
     with pytest.raises(error, match=message) as raised:
         call()
     assert "\n" not in str(raised.value)
+    assert isinstance(raised.value, RuntimeError)  # what PyTorch's attention raises

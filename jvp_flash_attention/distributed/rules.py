@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..errors import ArgumentTypeError, ArgumentValueError
 from .sharding import LAYOUTS
 
 
@@ -27,7 +28,7 @@ def arguments(name: str, query: Tensor, key: Tensor, mask: Tensor | None, dropou
             f" {tuple(mask.shape)}; is_causal is the only mask with rows"
         )
     if mask.shape[-1:] != key.shape[-2:-1]:
-        raise ValueError(
+        raise ArgumentValueError(
             f"{name} needs an attn_mask sharded with the keys, (..., {key.shape[-2]}), got"
             f" {tuple(mask.shape)}"
         )
@@ -46,7 +47,7 @@ def ring(name: str, mesh: DeviceMesh, layout: str, lengths: tuple[int, int] | No
     """A 1-D mesh, a layout and two lengths."""
     dimensions(name, mesh, 1)
     if layout not in LAYOUTS:
-        raise ValueError(f"{name} needs a layout of {LAYOUTS}, got {layout!r}")
+        raise ArgumentValueError(f"{name} needs a layout of {LAYOUTS}, got {layout!r}")
     whole(name, lengths)
 
 
@@ -55,7 +56,7 @@ def whole(name: str, lengths: tuple[int, int] | None) -> None:
     if lengths is None:
         return
     if len(lengths) != 2 or not all(isinstance(n, int) and n >= 0 for n in lengths):
-        raise ValueError(
+        raise ArgumentValueError(
             f"{name} needs lengths=(L, S) of the whole sequences or None, got {lengths!r}"
         )
 
@@ -63,9 +64,9 @@ def whole(name: str, lengths: tuple[int, int] | None) -> None:
 def dimensions(name: str, mesh: DeviceMesh, count: int) -> None:
     """A mesh with `count` dimensions."""
     if not isinstance(mesh, DeviceMesh):
-        raise TypeError(f"{name} needs a torch DeviceMesh, got {type(mesh).__name__}")
+        raise ArgumentTypeError(f"{name} needs a torch DeviceMesh, got {type(mesh).__name__}")
     if mesh.ndim != count:
-        raise ValueError(
+        raise ArgumentValueError(
             f"{name} needs a mesh with {count} dimension{'s' * (count > 1)}, got {mesh.ndim};"
             " take one as mesh['name']"
         )
@@ -74,7 +75,7 @@ def dimensions(name: str, mesh: DeviceMesh, count: int) -> None:
 def heads(name: str, H: int, size: int) -> None:
     """Heads are dealt out evenly."""
     if H % size:
-        raise ValueError(
+        raise ArgumentValueError(
             f"{name} needs query heads divisible by its {size} processes, got {H}; use"
             " ring_attention, or a 2-D mesh with fewer"
         )

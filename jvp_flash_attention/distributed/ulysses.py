@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.library import custom_op
 
-from .. import api, validation
+from .. import api, broadcast, validation
 from ..ops import NAMESPACE
 from ..options import Options
 from . import rules
@@ -133,7 +133,7 @@ def attend(
 ) -> Tensor:
     """`ulysses_attention` among the members; `numbers` are dropout_p, is_causal, scale, enable_gqa
     and the backend that serves the whole sequence."""
-    q, k, v, bias, options = _prepare(query, key, value, attn_mask, numbers, who, lengths)
+    q, k, v, bias, options, sizes = _prepare(query, key, value, attn_mask, numbers, who, lengths)
     if torch.compiler.is_compiling():
         pairs = api._unpack_compiled(q, k, v, nested=NESTED)
     else:
@@ -141,7 +141,7 @@ def attend(
     primals, tangents = ([pair[i] for pair in pairs] for i in range(2))
     jvp = any(t is not None for t in tangents)
     outputs = _between(primals, tangents, bias, options, who, lengths, jvp, tangent_grad)
-    return api._restore(api._dual(*outputs) if jvp else outputs[0], query)
+    return broadcast.result(api._dual(*outputs) if jvp else outputs[0], sizes)
 
 
 def attend_jvp(
@@ -156,22 +156,23 @@ def attend_jvp(
     tangent_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`ulysses_attention_jvp` among the members."""
-    q, k, v, bias, options = _prepare(query, key, value, attn_mask, numbers, who, lengths)
+    q, k, v, bias, options, sizes = _prepare(query, key, value, attn_mask, numbers, who, lengths)
     names = ("t_query", "t_key", "t_value")
     for each in zip(names, tangents, (query, key, value), strict=True):
         validation.tangent(*each)
-    tangents = [api._tangent(t, q.dtype) for t in tangents]
+    fits = (broadcast.queries, broadcast.keys, broadcast.keys)
+    tangents = [api._tangent(t, q.dtype, f, sizes) for t, f in zip(tangents, fits, strict=True)]
     args = ([q, k, v], tangents, bias, options, who, lengths, True, tangent_grad)
     out, t_out = _between(*args)
-    return api._restore(out, query), api._restore(t_out, query)
+    return broadcast.result(out, sizes), broadcast.result(t_out, sizes)
 
 
 def _prepare(query, key, value, attn_mask, numbers, who: Members, lengths):
     rules.arguments(NAME, query, key, attn_mask, numbers[0])
     rules.whole(NAME, lengths)
-    q, k, v, bias, options = api._prepare(query, key, value, attn_mask, *numbers)
+    q, k, v, bias, options, sizes = api._prepare(query, key, value, attn_mask, *numbers)
     rules.heads(NAME, q.shape[1], who.size)
-    return q, k, v, bias, options
+    return q, k, v, bias, options, sizes
 
 
 def _between(
