@@ -1,9 +1,11 @@
-"""Links of the documents: every file, heading and picture that they point to exists."""
+"""Links of the documents lead somewhere; their commands are run by a test, or say why not."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -54,3 +56,50 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path):
         '<img src="none.png">\n'
     )
     assert broken(page) == ["none.md", "#none", "page.md#no", "none.png"]
+
+
+BLOCK = re.compile(r"(?:^<!-- (.*) -->\n)?^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+IN_DOCS = sorted((ROOT / "docs").rglob("*.md"))
+
+
+def blocks() -> list[tuple[Path, str, str]]:
+    """(page, the remark above, the commands) of every block of commands in docs/."""
+    return [(page, *found) for page in IN_DOCS for found in BLOCK.findall(page.read_text())]
+
+
+def commands() -> list[list[str]]:
+    """The words of each command that calls a script, from the script's name on."""
+    text = "\n".join(block for _, _, block in blocks()).replace("\\\n", " ")
+    found = []
+    for line in text.splitlines():
+        words = shlex.split(line.removesuffix("&"), comments=True)
+        scripts = [i for i, word in enumerate(words) if word.startswith("scripts/")]
+        found += [words[scripts[0] :]] if scripts else []
+    return found
+
+
+def test_every_block_of_commands_names_its_test_or_says_why_none_runs_it():
+    for page, remark, _ in blocks():
+        tests = re.findall(r"tests/\S+\.py", remark)
+        assert re.match(r"(run: (tests|\.github)/|not run: )", remark), (page.name, remark)
+        assert all((ROOT / test).is_file() for test in tests), (page.name, remark)
+
+
+def settings_of(script: Path) -> str | None:
+    """The name of a script's configuration, where it is Hydra's."""
+    found = re.search(r'config_name="(\w+)"', script.read_text())
+    return found[1] if found else None
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_key_and_option_of_a_command_exists(words):
+    script, arguments = ROOT / words[0], words[1:]
+    name = settings_of(script)
+    if name is None:
+        text = script.read_text()
+        options = [word for word in arguments if word.startswith("--")]
+        assert all(f'"{option}"' in text for option in options), options
+        return
+    single = [re.sub(r"(=[^\[,]*),.*", r"\1", word) for word in arguments if "=" in word]
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        compose(name, single, return_hydra_config=True)

@@ -28,9 +28,11 @@ def page_name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-# Those of docs/*.md have tests of their own, with what they need around them.
+ELSEWHERE = {"docs/integrations.md", "docs/context_parallel.md"}  # with tests of their own
 WITH_CODE = [
-    page for page in PAGES if page.parent != ROOT / "docs" and fences(page.read_text(), "python")
+    page
+    for page in PAGES
+    if page_name(page) not in ELSEWHERE and fences(page.read_text(), "python")
 ]
 
 
@@ -135,7 +137,7 @@ def ci(tmp_path):
     calls.touch()
 
     def run(readme=README, failing=()):
-        for tool in ("pip", "pytest", "ruff", "pyright"):
+        for tool in ("pip", "pytest", "ruff", "pyright", "mkdocs"):
             closing = "echo '==== 3 passed in 0.01s ====';" if tool == "pytest" else ""
             code = f'echo "{tool} $*" >> {calls}; {closing} exit {int(tool in failing)}'
             (bin / tool).write_text(f"#!/bin/sh\n{code}\n")
@@ -161,11 +163,12 @@ def test_ci_runs_the_test_command_of_the_readme_in_a_fresh_environment(ci):
     install, test = commands()[1]
     assert done.returncode == 0, done.stderr
     assert calls[:3] == ["python -m venv", f"pip install {' '.join(install)}", f"{test} "]
-    assert [line.split()[0] for line in calls[3:]] == ["ruff", "ruff", "pyright"]
+    tools = ["ruff", "ruff", "pyright", "pip", "mkdocs"]
+    assert [line.split()[0] for line in calls[3:]] == tools
     assert done.stdout.splitlines()[-1] == "==== 3 passed in 0.01s ===="
 
 
-@pytest.mark.parametrize("tool", ["pip", "pytest", "ruff", "pyright"])
+@pytest.mark.parametrize("tool", ["pip", "pytest", "ruff", "pyright", "mkdocs"])
 def test_ci_fails_where_a_tool_fails(ci, tool):
     assert ci(failing=[tool])[0].returncode != 0
 
