@@ -4,6 +4,9 @@ Runs every composition of PyTorch's transforms on attention and compares it with
 composition of dense attention in float64: on a GPU through the kernels in float32, elsewhere
 through the reference in float64. A line says `ok` with the relative error, `raises` where the order
 of differentiation is not supported, or `WRONG`, which must never be; then the exit status is 1.
+
+`--report` prints what an issue needs: versions, machine, how many lines said what, and the wrong
+ones.
 """
 
 # torch.func does not annotate how many results its transforms return
@@ -12,9 +15,12 @@ of differentiation is not supported, or `WRONG`, which must never be; then the e
 
 import argparse
 import math
+import platform
+import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
@@ -256,20 +262,62 @@ def check(device: str) -> Iterable[tuple[str, str]]:
         yield name, verdict(lambda c=compose: float(bool(c(inputs, ours))), must_raise=True)
 
 
-def main() -> int:
-    """Prints the matrix; 1 where anything is wrong."""
+def versions() -> dict[str, str]:
+    """What a report says of this machine: nothing of paths, names or the network."""
+    from . import __version__
+
+    found = {
+        "flash-jvp": __version__,
+        "python": f"{platform.python_version()}, {platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "CUDA": str(torch.version.cuda or "none"),
+        "cuDNN": str(torch.backends.cudnn.version() or "none"),
+    }
+    try:
+        found["triton"] = version("triton")
+    except PackageNotFoundError:
+        found["triton"] = "none"
+    cuda = torch.cuda
+    gpus = [
+        "{} (sm_{}{})".format(cuda.get_device_name(i), *cuda.get_device_capability(i))
+        for i in range(cuda.device_count())
+    ]
+    return found | {"GPU": ", ".join(gpus) or "none"}
+
+
+def report(verdicts: Sequence[tuple[str, str]], seconds: float) -> str:
+    """Markdown for an issue: versions, counts, and the lines that are wrong."""
+    wrong = [f"{name}: {verdict}" for name, verdict in verdicts if verdict.startswith("WRONG")]
+    counts = {kind: sum(v.startswith(kind) for _, v in verdicts) for kind in ("ok", "raises")}
+    lines = [f"{name}: {value}" for name, value in versions().items()]
+    lines.append(
+        f"selfcheck: {counts['ok']} ok, {counts['raises']} raise, {len(wrong)} wrong,"
+        f" {seconds:.0f} s"
+    )
+    return "\n".join(["```text", *lines, *wrong, "```"])
+
+
+def main(arguments: Sequence[str] = ()) -> int:
+    """Prints the matrix, or with `--report` what an issue needs; 1 where anything is wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--report", action="store_true", help="print the text that an issue needs")
+    short = parser.parse_args(arguments).report
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    print(f"jvp_flash_attention on {where}, torch {torch.__version__}")
+    if not short:
+        where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+        print(f"jvp_flash_attention on {where}, torch {torch.__version__}")
     warnings.filterwarnings("ignore", module="torch\\.fx")  # of what linearize folds
-    start, wrong = time.perf_counter(), 0
+    start, verdicts = time.perf_counter(), []
     for name, verdict in check(device):
-        wrong += verdict.startswith("WRONG")
-        print(f"  {name:36} {verdict}", flush=True)
-    print(f"{wrong} wrong, {time.perf_counter() - start:.0f} s")
+        verdicts.append((name, verdict))
+        if not short:
+            print(f"  {name:36} {verdict}", flush=True)
+    wrong, seconds = sum(v.startswith("WRONG") for _, v in verdicts), time.perf_counter() - start
+    print(report(verdicts, seconds) if short else f"{wrong} wrong, {seconds:.0f} s")
     return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    raise SystemExit(main())
+    raise SystemExit(main(sys.argv[1:]))
