@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import jvp_flash_attention
+from jvp_flash_attention.distributed.context_parallel import ContextParallelAttention
 
 
 def sdpa(
@@ -82,6 +83,8 @@ def attend_jvp(
 
 
 def _explicit_form(attention: Callable[..., torch.Tensor]) -> Callable[..., Any] | None:
+    if isinstance(attention, ContextParallelAttention):
+        return attention.jvp
     given = attention if isinstance(attention, partial) else partial(attention)
     if given.func is not jvp_flash_attention.attention or given.args:
         return None

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from training.activation_checkpointing import checkpoint_blocks
+from training.context_parallel import ContextParallel
 from training.initial import initialise
 from training.module import GenerativeModule
 from training.settings import compiled, fusable, no_cuda_graphs, sharded
@@ -33,9 +34,12 @@ def settle_batch(config: DictConfig) -> None:
     positive_integer("global_batch_size", total)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     processes = instantiate(config.trainer, **quiet).world_size
+    if (context := build_context(config)) is not None:  # a group shares its images
+        processes //= context.size(processes)
     accumulate = config.trainer.accumulate_grad_batches
     batch, rest = divmod(total, processes * accumulate)
-    parts = f"{processes} process(es) x trainer.accumulate_grad_batches={accumulate}"
+    groups = "process(es)" if context is None else "group(s) of processes"
+    parts = f"{processes} {groups} x trainer.accumulate_grad_batches={accumulate}"
     if rest or not batch:
         raise ValueError(
             f"global_batch_size={total} cannot be divided over {parts}; choose other numbers of"
@@ -48,6 +52,13 @@ def settle_batch(config: DictConfig) -> None:
             " trainer.accumulate_grad_batches, or set global_batch_size=null"
         )
     config.data.batch_size = batch
+
+
+def build_context(config: DictConfig) -> ContextParallel | None:
+    kind, size = config.get("context_parallel"), config.get("context_size")
+    if kind is None:
+        return None
+    return ContextParallel(kind, list(size) if OmegaConf.is_list(size) else size)
 
 
 def build_net(config: DictConfig, shape: tuple[int, ...], num_classes: int) -> nn.Module:
@@ -83,4 +94,5 @@ def build_module(config: DictConfig, data: Any, resumed: bool = False) -> Genera
         config.cuda_graphs is not False and not no_cuda_graphs(config),
         OmegaConf.to_container(config, resolve=True),  # type: ignore[arg-type]
         data.description,
+        build_context(config),
     )

@@ -25,6 +25,7 @@ from training.sharded_checkpoints import (
 # What a resumed run has in common with its checkpoint, less what may change on the way.
 KEPT = ("seed", "attention", "data", "model", "objective", "optimizer")
 KEPT += ("trainer.accumulate_grad_batches", "trainer.devices", "trainer.num_nodes")
+KEPT += ("context_parallel", "context_size")
 FREE = ("data.path", "data.num_workers", "data.in_memory", "model.attention")
 FREE += ("optimizer.lr", "optimizer.schedule", "optimizer.warmup_steps", "optimizer.floor")
 FREE += ("optimizer.decay_steps",)

@@ -7,6 +7,7 @@ import torch
 from lightning import LightningModule
 from torch import nn
 
+from training.context_parallel import ContextParallel, data_place
 from training.objectives.objective import OPTIONAL, Objective
 from training.randomness import Draws, key
 from training.ranks import over_ranks
@@ -22,6 +23,7 @@ class GenerativeModule(LightningModule):
         optimizer: (parameters, max_steps) -> (optimizer, scheduler of the steps).
         seed: of every random draw, see ``training.randomness``.
         compile, cuda_graphs: of the step, see ``training.step``.
+        context: how processes share a sequence; None is not at all.
         config: what was configured, stored in every checkpoint so that it can be rebuilt from it.
         data: ``Data.description``, stored too: the data set need not be at hand then.
     """
@@ -36,10 +38,12 @@ class GenerativeModule(LightningModule):
         cuda_graphs: bool = False,
         config: dict[str, Any] | None = None,
         data: dict[str, Any] | None = None,
+        context: ContextParallel | None = None,
     ) -> None:
         super().__init__()
         self.net, self.objective, self.optimizer = net, objective, optimizer
         self.seed, self.config, self.data = seed, config or {}, data or {}
+        self.context = context
         objective.attach(net)
         self.step = Step(net, objective, compile, cuda_graphs)
 
@@ -55,25 +59,27 @@ class GenerativeModule(LightningModule):
         device = torch.device("cpu") if sharded else weight.device
         self.objective.start(torch.empty(0, dtype=weight.dtype, device=device))
         self.configure_model()
+        if self.context is not None:
+            self.context.start((self.net, *teachers(self.objective)), self.device.type)
         self.step.accumulate = self.trainer.accumulate_grad_batches
         self.step.prepare()
 
-    def _where(self, batch_idx: int) -> tuple[int, int, int]:
-        """What keys the draws of a step: (seed, number of the batch, rank)."""
+    def _where(self, batch_idx: int) -> tuple[int, int]:
+        """What keys the draws of a step: (seed, number of the batch)."""
         accumulate = self.trainer.accumulate_grad_batches
-        return self.seed, self.global_step * accumulate + batch_idx % accumulate, self.global_rank
+        return self.seed, self.global_step * accumulate + batch_idx % accumulate
 
     def draw(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> Any:
         """The noisy batch of a step, the same however often it is asked for."""
         x, y = batch
-        where = self._where(batch_idx)
         alike = is_sharded(self.net)
-        draws = Draws(*where, self.trainer.world_size, x.device, alike)
+        draws = Draws(*self._where(batch_idx), *data_place(self.trainer), x.device, alike)
         null_label: int = self.net.null_label  # type: ignore[assignment]
         return self.objective.draw(x, y, null_label, draws)
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> dict:
-        torch.manual_seed(key(*self._where(batch_idx), "layers"))  # dropout inside the network
+        # Dropout inside the network: of tokens, which no other process has.
+        torch.manual_seed(key(*self._where(batch_idx), self.global_rank, "layers"))
         sample = self.draw(batch, batch_idx)
         loss, metrics, errors = self.step(sample)
         self._log_means({"loss": loss.detach(), **metrics})

@@ -95,12 +95,16 @@ class ContextParallelAttention:
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
+        *,
+        tangent_grad: bool | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(O, tO) as `ring_attention_jvp` and `ulysses_attention_jvp`."""
+        """(O, tO) as `ring_attention_jvp` and `ulysses_attention_jvp`; `tangent_grad` replaces the
+        one that was given to `context_parallel_attention`."""
+        through = self.tangent_grad if tangent_grad is None else tangent_grad
         numbers = (dropout_p, is_causal, scale, enable_gqa)
         given, tangents = (query, key, value), (t_query, t_key, t_value)
         if self.heads is not None:
-            numbers, how = (*numbers, self.backend), (self.heads, self.lengths, self.tangent_grad)
+            numbers, how = (*numbers, self.backend), (self.heads, self.lengths, through)
             return attend_jvp(*given, tangents, attn_mask, numbers, *how)
         rules.arguments("ring_attention", query, key, attn_mask, dropout_p)
         return api.attention_jvp(
@@ -109,7 +113,7 @@ class ContextParallelAttention:
             attn_mask,
             *numbers,
             backend=self.backend,
-            tangent_grad=self.tangent_grad,
+            tangent_grad=through,
         )
 
 

@@ -124,10 +124,11 @@ class Ring(NamedTuple):
 
     def forward(self, q, k, v, bias, seed, options: Options):
         total = self._forward(q, k, v, bias, None, None, None, options, jvp=False)
-        return total.out, total.lse
+        return _laid_out(total.out, options), total.lse
 
     def forward_jvp(self, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options: Options):
-        return self._forward(q, k, v, bias, t_q, t_k, t_v, options, jvp=True)
+        out, t_out, *rows = self._forward(q, k, v, bias, t_q, t_k, t_v, options, jvp=True)
+        return _laid_out(out, options), _laid_out(t_out, options), *rows
 
     def backward(self, d_out, q, k, v, bias, seed, out, lse, options: Options, bias_grad: bool):
         saved = Partial(out, None, lse, None)
@@ -196,8 +197,8 @@ class Ring(NamedTuple):
             last = pass_on(self.group, last, last.like(held[rank])).wait()
         d_k, d_v, d_t_k, d_t_v = (None if x is None else x.clone() for x in last.tensors)
         d_q, d_t_q = (q.new_zeros(q.shape) if x is None else x.to(q.dtype) for x in sums)
-        d_t_q = d_t_q if jvp else None
-        return d_q, d_k, d_v, None, d_t_q, d_t_k, d_t_v, None
+        grads = (d_q, d_k, d_v, None, d_t_q if jvp else None, d_t_k, d_t_v, None)
+        return tuple(_laid_out(x, options) for x in grads)
 
     def _agree(self, name, q, k, v, bias, given, options: Options) -> tuple[int, int]:
         """(L, S) of the whole sequences, once all processes have said that they make this call."""
@@ -295,6 +296,15 @@ def _column(mask: Tensor | None) -> Tensor | None:
 
 def _part(x: Tensor | None, rows: slice) -> Any:
     return x if x is None or rows == slice(None) else x[:, :, rows].contiguous()
+
+
+def _laid_out(x: Tensor | None, options: Options) -> Any:
+    """(B, L, H, D) in memory where an operator promises that."""
+    return (
+        x.transpose(1, 2).contiguous().transpose(1, 2)
+        if options.rows_first and x is not None
+        else x
+    )
 
 
 def _zeros(outline, dtype: torch.dtype) -> Packed:

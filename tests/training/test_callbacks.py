@@ -31,6 +31,8 @@ class Fake:
         self.trainer = SimpleNamespace(
             accumulate_grad_batches=accumulate,
             global_step=0,
+            lightning_module=None,
+            global_rank=0,
             log_every_n_steps=log_every,
             max_steps=20,
             world_size=1,

@@ -8,6 +8,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from training.context_parallel import data_place
 from training.metrics.flops import peak_tflops, step_flops
 from training.validation import between, positive_integer
 
@@ -80,7 +81,8 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self.flops is None:
-            self.flops = self._count(pl_module, *batch)
+            shared = trainer.world_size // data_place(trainer)[1]  # processes of a sequence
+            self.flops = self._count(pl_module, *batch) // shared
             self.peak = self.peak or peak_tflops(pl_module.device, str(trainer.precision))
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self.clock.start(pl_module.device)
@@ -104,7 +106,7 @@ class Throughput(Callback):
             value = 1000 * float(times.quantile(share))
             pl_module.log(f"perf/{name}", value, prog_bar=name == "step_ms")
         median = float(times.quantile(0.5))
-        samples = len(batch[0]) * batches * trainer.world_size
+        samples = len(batch[0]) * batches * data_place(trainer)[1]
         pl_module.log("perf/samples_per_s", samples / median)
         if self.flops:
             tflops = self.flops * batches / median / 1e12

@@ -11,6 +11,7 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from training.context_parallel import data_place
 from training.data.augment import augment
 from training.data.stream import Batch, Stream
 from training.randomness import Draws, generator
@@ -99,7 +100,7 @@ class Data(LightningDataModule):
         start, rank, world_size = 0, 0, 1
         if trainer is not None:  # on resuming, global_step is restored before this is called
             start = trainer.global_step * trainer.accumulate_grad_batches
-            rank, world_size = trainer.global_rank, trainer.world_size
+            rank, world_size = data_place(trainer)
         # A whole batch is read at once: no collation of single images.
         return DataLoader(
             _Reader(self, "train", self.seed, rank, self.flip, self.augment),

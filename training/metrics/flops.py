@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from training.attentions import sdpa
+from training.context_parallel import join
 from training.models.jvp_layers import Linear
 from training.models.layers import Block
 from training.randomness import Draws
@@ -70,6 +71,7 @@ def _plain(thing: nn.Module, mode: FakeTensorMode) -> Any:
     """A copy without memory that computes what has to be computed, and nothing twice."""
     thing = _fake(thing, mode)
     for module in _modules(thing):
+        join(module, None)
         if isinstance(module, Block):
             module.checkpointing = "none"
         if type(module) is nn.Linear:

@@ -100,6 +100,7 @@ class DiT(nn.Module):
 
     takes_duals = True
     fused = False  # residual, norm and modulation of a block are one kernel: set by ``Step``
+    sequence: Any = None  # tokens are shared with other processes: set by ``context_parallel``
 
     def __init__(
         self,
@@ -184,11 +185,11 @@ class DiT(nn.Module):
             counts = [guidance_tokens, interval_tokens, interval_tokens] if guided else []
             counts = [label_tokens, *counts, *[time_tokens] * (1 + (self.second_time is not None))]
             self.prefix = nn.ModuleList(PrefixTokens(n, width) for n in counts)
+        self.tokens = self.rows**2 + sum(counts)
         if positions == "rope":
             self.angles = rotary_angles(self.rows, width // heads)
         elif positions == "rope_1d":
-            tokens = self.rows**2 + sum(counts)
-            self.angles = sequence_angles(tokens, width // heads)
+            self.angles = sequence_angles(self.tokens, width // heads)
         else:
             self.positions = sin_cos_positions(self.rows, width)
         options = (norm, mlp, qk_norm, not label_tokens, cross_tokens > 0, bias, modulation_norm)
@@ -297,10 +298,13 @@ class DiT(nn.Module):
         x = self.patches(z)
         if self.positions is not None:
             x = add(x, self.positions)
+        condition = None
         if self.prefix is None:
-            return x, silu(reduce(add, conditions)), context
-        prefix = [f(c) for f, c in zip(self.prefix, conditions, strict=True)]
-        return concatenate([*prefix, x], dim=1), None, context
+            condition = silu(reduce(add, conditions))
+        else:
+            prefix = [f(c) for f, c in zip(self.prefix, conditions, strict=True)]
+            x = concatenate([*prefix, x], dim=1)
+        return x if self.sequence is None else self.sequence.shard(x), condition, context
 
     def _run(
         self,
@@ -311,11 +315,22 @@ class DiT(nn.Module):
     ) -> Stream:
         if self.fused and not isinstance(x, Residual):
             x = begin(x, 6)
+        angles = self._angles()
         for block in blocks:
-            x = block(x, condition, self.angles, context)  # (B, N, W)
+            x = block(x, condition, angles, context)  # (B, N, W)
         return x
 
+    def _angles(self) -> torch.Tensor | None:
+        """Of the last tokens; of this process's where it holds a part. A prefix is not turned."""
+        if self.angles is None or self.sequence is None:
+            return self.angles
+        prefix = self.angles.new_zeros(self.tokens - len(self.angles), self.angles.shape[1])
+        return self.sequence.shard(torch.cat([prefix, self.angles]))
+
     def _output(self, x: Stream, condition: Tensor | None, final: FinalLayer) -> Tensor:
+        if self.sequence is not None:
+            patches = self.sequence.gather(final(x, condition, None))
+            return final.image(linear_map(lambda x: x[:, -(self.rows**2) :], patches), self.rows)
         if self.prefix is None:
             return final(x, condition, self.rows)
         images = linear_map(lambda x: x[:, -(self.rows**2) :], settled(x))

@@ -75,6 +75,8 @@ class QueryKeyNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
+    sequence: Any = None  # tokens are shared with other processes: set by ``context_parallel``
+
     def __init__(
         self,
         width: int,
@@ -99,7 +101,8 @@ class SelfAttention(nn.Module):
         return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(self.attention, q, k, v)
+        attention = self.attention if self.sequence is None else self.sequence.attention
+        return attend(attention, q, k, v)
 
     def project_out(self, out: Tensor) -> Tensor:
         """(B, H, N, D) -> (B, N, W)"""
@@ -355,8 +358,12 @@ class FinalLayer(nn.Module):
         self.modulation = Modulation(width, 1, False, conditioned, modulation_norm)
         self.projection = Linear(width, channels * patch * patch)
 
-    def forward(self, x: Stream, condition: Tensor | None, rows: int) -> Tensor:
+    def forward(self, x: Stream, condition: Tensor | None, rows: int | None) -> Tensor:
+        """An image of so many rows of patches, (B, C, S, S); None: the patches, (B, N, C p p)."""
         shift, scale = self.modulation(condition)
         patches = self.projection(normed(x, self.norm, shift, scale)[1])
+        return patches if rows is None else self.image(patches, rows)
+
+    def image(self, patches: Tensor, rows: int) -> Tensor:
         pattern, p = "b (h w) (c p q) -> b c (h p) (w q)", self.patch
         return linear_map(lambda x: rearrange(x, pattern, h=rows, p=p, q=p), patches)

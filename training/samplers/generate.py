@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.compiler import set_stance
 
+from training.context_parallel import whole_sequences
 from training.randomness import generator
 
 
@@ -43,7 +44,7 @@ def stream(
         was_training = net.training
         net.eval()
         # Samples have another batch size than the steps that the network was compiled for.
-        with torch.no_grad(), set_stance("force_eager"):
+        with torch.no_grad(), whole_sequences(net), set_stance("force_eager"):
             first, *more = (noise.to(weight.device, weight.dtype) for noise in noises)
             images = sampler(net, first, labels.to(weight.device), *more).float().cpu()
         net.train(was_training)
