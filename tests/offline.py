@@ -32,6 +32,9 @@ TARGETS = {
 }
 
 
+PASSES = ("forward", "forward_jvp", "backward", "backward_jvp", "merge")
+
+
 class Compiled(NamedTuple):
     """One kernel as assembled: registers a thread, bytes of stack a thread (spills), bytes of
     shared memory a block."""
@@ -99,7 +102,7 @@ def compile_passes(
     target: str,
     head_dim: int,
     dtype: torch.dtype,
-    passes=("forward", "forward_jvp", "backward", "backward_jvp", "merge"),
+    passes=PASSES,
     causal=False,
     length=256,
     bias=None,
@@ -194,11 +197,12 @@ if __name__ == "__main__":
         nargs="+",
         default=["plain", "causal", "bool", "bias", "dropout", "tiles", "keys"],
     )
+    parser.add_argument("--passes", nargs="+", default=list(PASSES))
     arguments = parser.parse_args()
     failed = False
     dtypes = [getattr(torch, name) for name in arguments.dtypes]
     for head_dim, dtype, variant, c in table(
-        arguments.target, arguments.head_dims, dtypes, arguments.variants
+        arguments.target, arguments.head_dims, dtypes, arguments.variants, passes=arguments.passes
     ):
         fits = c.shared <= SHARED[arguments.target] * 1024
         failed |= not fits

@@ -74,7 +74,7 @@ def test_the_public_functions_equal_dense_attention(case):
 
 
 @seed(0)
-@settings(max_examples=50, **QUIET)
+@settings(max_examples=20, **QUIET)
 @given(
     cases(st.integers(1, 40), st.integers(8, 24), SUBSETS),
     st.sampled_from([torch.float32, torch.float16]),

@@ -54,7 +54,10 @@ def pins() -> dict[str, Requirement]:
 
 
 def test_there_are_two_commands_one_trains_and_one_tests():
-    assert [rest for _, rest in commands()] == ["python scripts/train.py attention=jvp", "pytest"]
+    assert [rest for _, rest in commands()] == [
+        "python scripts/train.py attention=jvp",
+        "pytest -n auto --dist loadfile",
+    ]
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["train", "test"])
@@ -162,7 +165,7 @@ def test_ci_runs_the_test_command_of_the_readme_in_a_fresh_environment(ci):
     done, calls = ci()
     install, test = commands()[1]
     assert done.returncode == 0, done.stderr
-    assert calls[:3] == ["python -m venv", f"pip install {' '.join(install)}", f"{test} "]
+    assert calls[:3] == ["python -m venv", f"pip install {' '.join(install)}", test]
     tools = ["ruff", "ruff", "pyright", "pip", "mkdocs"]
     assert [line.split()[0] for line in calls[3:]] == tools
     assert done.stdout.splitlines()[-1] == "==== 3 passed in 0.01s ===="
@@ -174,7 +177,7 @@ def test_ci_fails_where_a_tool_fails(ci, tool):
 
 
 def test_ci_fails_without_a_test_command(ci):
-    done, calls = ci(readme=README.replace("&& pytest\n", "\n"))
+    done, calls = ci(readme=README.replace("&& pytest -n auto --dist loadfile\n", "\n"))
     assert done.returncode != 0
     assert "README.md must hold one line" in done.stderr
     assert calls == []

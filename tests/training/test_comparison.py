@@ -349,13 +349,13 @@ def test_runs_beside_each_other_are_those_after_each_other(compared, tmp_path):
 
 def test_a_run_that_fails_beside_others_is_named_when_they_are_done(tmp_path):
     jobs = []
-    for name in ("fails", "first", "second"):
+    for name in ("fails", "other"):
         (tmp_path / name).mkdir()
         jobs.append((OmegaConf.create({"fails": name == "fails"}), tmp_path / name))
-    with pytest.raises(ChildProcessError, match=r"1 of 3 runs failed: see \S*fails/log.txt;"):
+    with pytest.raises(ChildProcessError, match=r"1 of 2 runs failed: see \S*fails/log.txt;"):
         train_together(write_or_fail, jobs, 1)
     assert (tmp_path / "fails" / "log.txt").read_text() == "error: asked to\n"
-    assert all((tmp_path / name / "done").is_file() for name in ("first", "second"))
+    assert (tmp_path / "other" / "done").is_file()
 
 
 def test_errors_of_single_numbers_are_shown_and_not_judged():
