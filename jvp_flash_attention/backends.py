@@ -2,6 +2,8 @@
 backward_jvp.
 """
 
+import re
+import warnings
 from importlib import import_module
 from typing import Any
 
@@ -10,19 +12,39 @@ from torch import Tensor
 
 from .errors import ArgumentValueError
 
+# Constants: torch.compile traces through `choose`.
 try:
+    import triton
     from triton import knobs
 
-    TRITON, INTERPRETED = (
-        True,
-        knobs.runtime.interpret,
-    )  # constants: torch.compile traces through `choose`
+    FOUND, INTERPRETED = str(triton.__version__), bool(knobs.runtime.interpret)
 except ImportError:
-    TRITON, INTERPRETED = False, False
+    FOUND, INTERPRETED = "none", False
+TRITON_FLOOR = (3, 6)
 
 BACKENDS = ("triton", "reference")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TRITON_MAX_HEAD_DIM = 256
+
+
+def _unusable(found: str) -> str | None:
+    """Why the Triton of this version cannot run the kernels. A bare install does not bring one: it
+    would replace that of an older torch, and torch with it."""
+    version = re.match(r"(\d+)\.(\d+)", found)
+    if version and tuple(map(int, version.groups())) >= TRITON_FLOOR:
+        return None
+    return (
+        f"needs Triton >= 3.6, found {found}; torch >= 2.10 brings it, or pip install 'triton>=3.6'"
+    )
+
+
+NO_TRITON = _unusable(FOUND)
+if NO_TRITON and torch.version.cuda:
+    warnings.warn(
+        "jvp_flash_attention runs its slow reference in plain PyTorch: backend='triton'"
+        f" {NO_TRITON}",
+        stacklevel=2,
+    )
 
 _registered: dict[str, Any] = {}
 
@@ -61,8 +83,8 @@ def implementation(name: str) -> Any:
 
 
 def _triton_obstacle(q: Tensor, v: Tensor) -> str | None:
-    if not TRITON:
-        return "needs the triton package, which is not installed"
+    if NO_TRITON:
+        return NO_TRITON
     if not q.is_cuda and not INTERPRETED:
         return (
             f"needs CUDA tensors (or TRITON_INTERPRET=1 in the environment), got device {q.device}"

@@ -3,10 +3,13 @@ each other.
 """
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from jvp_flash_attention.backends import _unusable
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "jvp_flash_attention"
@@ -83,3 +86,43 @@ def test_no_block_pointers():
         text = path.read_text()
         assert "make_block_ptr" not in text, path
         assert "tl.advance" not in text, path
+
+
+OLD_TRITON = """
+import sys, warnings
+import torch
+torch.version.cuda = "12.8"
+if {version!r}:
+    import triton
+    triton.__version__ = {version!r}
+else:
+    sys.modules["triton"] = None
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    from jvp_flash_attention import attention
+(line,) = [str(w.message) for w in told if "jvp_flash_attention" in str(w.message)]
+assert "Triton >= 3.6, found {found}" in line, line
+q = torch.randn(1, 1, 3, 4)
+assert attention(q, q, q).shape == q.shape
+try:
+    attention(q, q, q, backend="triton")
+except NotImplementedError as error:
+    assert "found {found}" in str(error), error
+else:
+    raise SystemExit("served")
+"""
+
+
+@pytest.mark.parametrize(("version", "found"), [("3.4.0", "3.4.0"), ("", "none")])
+def test_an_old_triton_is_said_at_the_import_and_the_reference_serves(version, found):
+    code = OLD_TRITON.format(version=version, found=found)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "serves"),
+    [("3.5.1", False), ("none", False), ("3.6.0", True), ("3.10.0+git1", True), ("4.0", True)],
+)
+def test_triton_is_taken_from_3_6_on(version, serves):
+    assert (_unusable(version) is None) == serves
