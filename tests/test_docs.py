@@ -58,18 +58,21 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path):
     assert broken(page) == ["none.md", "#none", "page.md#no", "none.png"]
 
 
-BLOCK = re.compile(r"(?:^<!-- (.*) -->\n)?^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# Blocks of `python` are run by tests/test_readme.py, those of `py` and `bash` as they say.
+BLOCK = re.compile(r"(?:^<!-- (.*) -->\n)?^```(bash|py)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 IN_DOCS = sorted((ROOT / "docs").rglob("*.md"))
 
 
-def blocks() -> list[tuple[Path, str, str]]:
-    """(page, the remark above, the commands) of every block of commands in docs/."""
+def blocks() -> list[tuple[Path, str, str, str]]:
+    """(page, the remark above, language, text) of every such block in docs/."""
     return [(page, *found) for page in IN_DOCS for found in BLOCK.findall(page.read_text())]
 
 
 def commands() -> list[list[str]]:
     """The words of each command that calls a script, from the script's name on."""
-    text = "\n".join(block for _, _, block in blocks()).replace("\\\n", " ")
+    text = "\n".join(block for *_, language, block in blocks() if language == "bash").replace(
+        "\\\n", " "
+    )
     found = []
     for line in text.splitlines():
         words = shlex.split(line.removesuffix("&"), comments=True)
@@ -78,8 +81,8 @@ def commands() -> list[list[str]]:
     return found
 
 
-def test_every_block_of_commands_names_its_test_or_says_why_none_runs_it():
-    for page, remark, _ in blocks():
+def test_every_block_names_its_test_or_says_why_none_runs_it():
+    for page, remark, *_ in blocks():
         tests = re.findall(r"tests/\S+\.py", remark)
         assert re.match(r"(run: (tests|\.github)/|not run: )", remark), (page.name, remark)
         assert all((ROOT / test).is_file() for test in tests), (page.name, remark)

@@ -131,33 +131,45 @@ def verdict(
         "tost": None,
         "equivalent": None,
     }
-    floor = ""
-    if repeat is not None:
-        floor = f" The baseline, run again, differs by {found['repeat_difference']:+.4g} (A/A)."
-    if len(means) < LEAST_SEEDS:
-        found["words"] = (
-            f"No verdict: a margin needs at least {LEAST_SEEDS} seeds of both arms, there are"
-            f" {len(means)}. The final errors differ by {found['relative_difference']:+.2%}."
-        )
-        return found
-    margin = found["seed_std"] = float(means.std(ddof=1))
-    if margin == 0:
-        found["words"] = "No verdict: the seeds of the baseline do not differ at all."
-        return found
-    test = tost(per_seed, margin, alpha)
-    found |= {"tost": test.as_dict(), "equivalent": test.equivalent}
-    numbers = (
-        f"over {test.n} seeds the final errors differ by {test.mean:+.4g}"
-        f" ({found['relative_difference']:+.2%}), and the {1 - 2 * alpha:.0%} interval"
-        f" [{test.low:+.4g}, {test.high:+.4g}]"
-    )
-    limits = f"(margin ±{margin:.4g}, p = {test.p:.2g})"
-    if test.equivalent:
-        found["words"] = f"Equivalent: {numbers} lies inside what another seed changes {limits}."
-    else:
-        found["words"] = (
-            f"Equivalence is not shown: {numbers} reaches beyond what another seed changes"
-            f" {limits}. This is no proof of a difference: more seeds or steps narrow the interval."
-        )
-    found["words"] += floor
+    if len(means) >= LEAST_SEEDS:
+        margin = found["seed_std"] = float(means.std(ddof=1))
+        if margin > 0:
+            test = tost(per_seed, margin, alpha)
+            found |= {"tost": test.as_dict(), "equivalent": test.equivalent}
+    found["words"] = in_words(found)
     return found
+
+
+def in_words(found: dict[str, Any]) -> str:
+    """The judgement as two or three sentences, in percent of the baseline's error."""
+    if found["tost"] is None and found["seed_std"] is None:
+        return (
+            f"No verdict: a margin needs at least {LEAST_SEEDS} seeds of both arms, there are"
+            f" {found['seeds']}. The final errors differ by {found['relative_difference']:+.2%}."
+        )
+    if found["tost"] is None:
+        return "No verdict: the seeds of the baseline do not differ at all."
+    test, percent = found["tost"], 100 / found["baseline_mean"]
+    mean, low, high = (test[key] * percent for key in ("mean", "low", "high"))
+    head = "Equivalent" if test["equivalent"] else "Equivalence is not shown"
+    where = "within" if test["equivalent"] else "beyond"
+    sentences = [
+        f"{head} (TOST, {test['n']} seeds, p = {test['p']:.2g}): {mean:+.2f} %,"
+        f" 90 % CI [{low:+.2f}, {high:+.2f}] %, {where} ±1 standard deviation of a seed"
+        f" ({test['margin'] * percent:.2f} %).",
+        f"A paired t test of a difference has p = {paired_p(test):.2g}.",
+    ]
+    if not test["equivalent"]:
+        sentences.append("This proves no difference: more seeds or steps narrow the interval.")
+    if found.get("repeat_difference") is not None:
+        repeat = found["repeat_difference"] * percent
+        sentences.append(f"The baseline repeated with the same seed differs by {repeat:+.2g} %.")
+    return " ".join(sentences)
+
+
+def paired_p(test: dict[str, Any]) -> float:
+    """Two-sided p of a t test that the mean of the paired differences is zero."""
+    if test["std"] == 0:
+        return 1.0 if test["mean"] == 0 else 0.0
+    standard = test["std"] / math.sqrt(test["n"])
+    return float(2 * stats.t.sf(abs(test["mean"]) / standard, test["n"] - 1))
