@@ -287,10 +287,13 @@ def test_the_statistics_of_the_earlier_table():
     assert ours.endswith("ours 1/2")
     assert math_memory.endswith("41.67x")
     assert ours_memory.endswith("1.50x")  # six clones and two results are 48 MiB
-    masks = report.cells(earlier_table.MASK_COLUMNS, earlier_table.mask_rows(rows))
-    assert masks == [["Seq Len", "No mask (ms)", "Bool"], ["2048", "0.500", "2.00 (4.00x)"]]
-    assert report.text(masks).splitlines()[2] == "2048     0.500         2.00 (4.00x)"
-    assert report.markdown(masks).splitlines()[1] == "|---|---|---|"
+    table = report.cells(earlier_table.COLUMNS, earlier_table.pairs(rows))
+    assert table[0][:6] == ["tokens", "mask", "ms", "MATH ms", "speed-up", "MiB"]
+    assert table[1][:6] == ["2048", "none", "0.500", "6.00", "12.0x", "48.0"]
+    assert table[2][1:5] == ["bool", "2.00", "8.00", "4.0x"]
+    assert [line[-2:] for line in table[1:]] == [["1.0e-4", "1.0e-4"], ["1.0e-4 ✗", "1.0e-4"]]
+    assert report.text(table).splitlines()[2].startswith("2048    none  0.500")
+    assert report.markdown(table).splitlines()[1] == "|" + "---|" * 9
 
 
 @pytest.mark.parametrize(

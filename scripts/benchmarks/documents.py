@@ -81,7 +81,7 @@ def _part(part: tables.Table | str) -> str:
     if isinstance(part, str):
         return "\n".join(f"- {line}" for line in part.splitlines())
     table = report.markdown(part)
-    if len(part) <= 30:
+    if len(part) <= 25:
         return table
     return f"<details><summary>{len(part) - 1} rows</summary>\n\n{table}\n\n</details>"
 

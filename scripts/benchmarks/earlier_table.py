@@ -82,48 +82,34 @@ def _call(p: Problem, plain: Callable[[Problem, tuple], Tensor]) -> Callable[[],
     return work
 
 
-COLUMNS: Columns = {
-    "Seq Len": lambda r: str(r["shape"][2]),
-    "Causal": lambda r: "yes" if r["mask"] == "causal" else "no",
-    "Mask": lambda r: _mask(r),
-    "Method": lambda r: r["implementation"],
-    "Time (ms)": lambda r: number(r.get("ms")) or r["status"],
-    "Mem (MiB)": lambda r: number(r.get("mib")),
-    "TFLOP/s": lambda r: number(r.get("tflops")),
-    "Error": lambda r: worst(r).removesuffix(" ✗"),
-    "Check": lambda r: "" if "accurate" not in r else "✓" if r["accurate"] else "✗",
-}
-
-
-def _mask(row: Row) -> str:
-    return {"bool-full": "bool", "additive-full": "additive"}.get(row["mask"], "none")
-
-
-def mask_rows(rows: Sequence[Row]) -> list[Row]:
-    """Our times by mask, a row a length."""
-    by_length: dict[int, Row] = {}
+def pairs(rows: Sequence[Row]) -> list[Row]:
+    """A row a configuration, with both methods' figures."""
+    found: dict[tuple, Row] = {}
     for row in rows:
-        if row["implementation"] == "ours" and row["status"] == "ok":
-            by_length.setdefault(row["shape"][2], {})[row["mask"]] = row["ms"]
-    return [{"length": length, **times} for length, times in sorted(by_length.items())]
+        head = {"shape": row["shape"], "mask": row["mask"]}
+        found.setdefault((row["shape"][2], row["mask"]), head)[row["implementation"]] = row
+    return list(found.values())
 
 
-def _beside(mask: str) -> Callable[[Row], str]:
-    def cell(row: Row) -> str:
-        ms, plain = row.get(mask), row.get("none")
-        if ms is None:
-            return ""
-        return number(ms) if plain is None else f"{number(ms)} ({ms / plain:.2f}x)"
-
-    return cell
+def _figure(method: str, show: Callable[[Row], str]) -> Callable[[Row], str]:
+    return lambda pair: show(pair[method]) if method in pair else ""
 
 
-MASK_COLUMNS: Columns = {
-    "Seq Len": lambda r: str(r["length"]),
-    "No mask (ms)": lambda r: number(r.get("none")),
-    "Bool": _beside("bool-full"),
-    "Additive": _beside("additive-full"),
-    "Causal": _beside("causal"),
+def _speedup(pair: Row) -> str:
+    times = [pair.get(method, {}).get("ms") for method in METHODS]
+    return f"{times[0] / times[1]:.1f}x" if all(times) else ""
+
+
+COLUMNS: Columns = {
+    "tokens": lambda p: str(p["shape"][2]),
+    "mask": lambda p: p["mask"].removesuffix("-full"),
+    "ms": _figure("ours", lambda r: number(r.get("ms")) or r["status"]),
+    "MATH ms": _figure("sdpa-math", lambda r: number(r.get("ms")) or r["status"]),
+    "speed-up": _speedup,
+    "MiB": _figure("ours", lambda r: number(r.get("mib"))),
+    "MATH MiB": _figure("sdpa-math", lambda r: number(r.get("mib"))),
+    "error": _figure("ours", worst),
+    "MATH error": _figure("sdpa-math", worst),
 }
 
 

@@ -12,8 +12,7 @@ def of(result: dict, goals: bool = True) -> list[Table | str]:
     if result["suite"] == "targets":
         parts = [(targets.COLUMNS, targets.judged(rows))]
     elif result["suite"] == "readme":
-        parts = [(earlier_table.COLUMNS, rows)]
-        parts.append((earlier_table.MASK_COLUMNS, earlier_table.mask_rows(rows)))
+        parts = [(earlier_table.COLUMNS, earlier_table.pairs(rows))]
     else:
         parts = [(report.ROWS, rows)]
     parts.append((report.HOST, result["host"]))
