@@ -266,7 +266,10 @@ def _unpack(*inputs: Tensor | None) -> Pairs:
     out_of_reach = transform is not None and not _is_jvp(transform)  # below vmap's, grad's wrapper
     if recorded or out_of_reach:  # the Function's own jvp rule meets the duals
         return [(x, None) for x in inputs]
-    pairs = [(x, None) if x is None else forward_ad.unpack_dual(x) for x in inputs]
+    if transform is None and forward_ad._current_level < 0:
+        return [(x, None) for x in inputs]
+    # names the level: `forward_ad` knows none where a compiled graph that holds the jvp is run
+    pairs = [(x, None) if x is None else unpack_dual(x, level=0) for x in inputs]
     return [(x, nonzero(t)) for x, t in pairs]  # a symbolic zero costs no matrix products
 
 
