@@ -354,6 +354,7 @@ def test_the_headline_has_the_ratios_of_the_files(tmp_path):
     told = "\n".join(headline.lines(tmp_path))
     assert "**25x faster and 21x less memory**" in told
     assert "9x and 3x at" in told
+    assert told.index("images/s") < told.index("faster")
     assert "**2,000 images/s**" in told
     assert "41% MFU, 1.60x SDPA" in told
     ((picture, draw),) = headline.pictures(tmp_path).items()

@@ -147,7 +147,8 @@ def _figures(root: Path) -> str:
         rows = [earlier_table.statistics_of(result["rows"]) for result in others.values()]
         parts.append(
             "**Short sequences**: 28 configurations of 32 to 2048 tokens, with and without masks."
-            f" Speed-up over MATH and peak memory over six clones and two results ({files})."
+            f" Speed-up over MATH, and peak memory divided by what the call"
+            f" must hold, six clones of its inputs and two results ({files})."
         )
         parts.append(report.markdown(report.cells(SHORT_COLUMNS, rows)))
     parts += headline.steps(root)
