@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from . import (
     autograd,
@@ -15,6 +14,7 @@ from . import (
     broadcast,
     ops,
     recall,
+    shadowed,
     transforms,  # noqa: F401 (registers what transforms make of the operators)
     validation,
 )
@@ -32,6 +32,8 @@ from .functorch import (
     unpack_dual,
 )
 from .options import Options
+
+shadowed.check()
 
 Pairs = list[tuple[Tensor | None, Tensor | None]]
 
@@ -204,8 +206,8 @@ def _prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_g
     validation.tensors(query, key, value)
     sizes = validation.shapes(query, key, value, enable_gqa)
     scores = (*sizes.lead, query.shape[-2], key.shape[-2])
-    if isinstance(attn_mask, CausalBias):  # it has no elements, only a shape to give them
-        attn_mask = _causal_mask(attn_mask, query.device)
+    if attn_mask is not None and type(attn_mask) is not Tensor:
+        attn_mask = _with_elements(attn_mask, query.device)
     validation.mask(attn_mask, scores, query.device)
     q = broadcast.queries(query, sizes)
     k, v = (broadcast.keys(x, sizes) for x in (key, value))
@@ -219,8 +221,14 @@ def _prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_g
     return q, k, v, bias, options, sizes
 
 
-def _causal_mask(mask: CausalBias, device: torch.device) -> Tensor:
-    """The elements of PyTorch's causal mask, bool (L, S)."""
+def _with_elements(mask: Tensor, device: torch.device) -> Tensor:
+    """PyTorch's causal mask has no elements, only a shape to give them: as bool (L, S). Any other
+    mask as it is."""
+    # imported here because it takes the compiler along, which doubles the time of `import torch`
+    from torch.nn.attention.bias import CausalBias, CausalVariant
+
+    if not isinstance(mask, CausalBias):
+        return mask
     L, S = mask.seq_len_q, mask.seq_len_kv
     diagonal = 0 if mask.variant == CausalVariant.UPPER_LEFT else S - L
     return torch.ones(L, S, dtype=torch.bool, device=device).tril(diagonal)
