@@ -15,20 +15,22 @@ def blocks(section: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
 
 
-def run(titles):
+def namespace_of(*titles: str) -> dict:
+    """What the blocks of these sections define, run one after the other."""
     namespace = {"__name__": "integrations"}
     for title in titles:
         for i, block in enumerate(blocks(SECTIONS[title])):
             exec(compile(block, f"{title}, block {i + 1}", "exec"), namespace)
+    return namespace
 
 
 @pytest.mark.compile
 def test_the_code_of_the_library_itself_runs():
-    run([title for title in SECTIONS if title not in LIBRARIES])
+    namespace_of(*(title for title in SECTIONS if title not in LIBRARIES))
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_the_code_of_a_library_runs(library):
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"needs the {library} library")
-    run([library])
+    namespace_of(library)
