@@ -1,11 +1,14 @@
 """Hugging Face diffusers: the attention processor and the override, tiny models, random weights."""
 
+import inspect
+
 import pytest
 import torch
+from torch import nn
 from torch.func import jvp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tests.integrations.derivative import check_tangent, relative
+from tests.integrations.derivative import check_tangent, first_tensor, math_jvp, relative
+from tests.integrations.diffusers_models import FLOAT32, MODELS, NOT_HERE
 
 diffusers = pytest.importorskip("diffusers", reason="needs the diffusers library")
 
@@ -87,30 +90,6 @@ def dit():
     return net, lambda x: net(x, time, label).sample, torch.randn(1, 2, 8, 8).double()
 
 
-def flux():
-    torch.manual_seed(0)
-    net = diffusers.FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=10,
-        pooled_projection_dim=6,
-        axes_dims_rope=(4, 4, 8),
-    )
-    net = net.double().eval()
-    text, pooled = torch.randn(1, 3, 10).double(), torch.randn(1, 6).double()
-    ids = {"img_ids": torch.randn(7, 3), "txt_ids": torch.zeros(3, 3)}
-    time = torch.tensor([0.3]).double()
-
-    def f(x):
-        return net(x, text, pooled, time, **ids).sample
-
-    return net, f, torch.randn(1, 7, 4).double()
-
-
 def test_a_unet_with_the_processor_has_a_tangent():
     net, f, x = unet()
     exact = f(x)
@@ -138,17 +117,6 @@ def test_a_model_in_the_override_has_a_tangent(make):
     with sdpa_override():
         out, _ = check_tangent(f, x)
     assert relative(out, exact) < 1e-12
-
-
-def test_a_model_with_its_own_processor_in_the_override_has_the_tangent_of_plain_attention():
-    """Flux, whose norm and positions are computed in float32: no finite differences."""
-    _, f, x = flux()
-    with sdpa_kernel(SDPBackend.MATH):
-        exact = jvp(f, (x,), (x.flip(-1),))
-    with sdpa_override():
-        got = jvp(f, (x,), (x.flip(-1),))
-    for g, e in zip(got, exact, strict=True):
-        assert relative(g, e) < 1e-6
 
 
 def test_gradients_through_the_tangent_are_those_of_plain_attention():
@@ -193,6 +161,58 @@ def test_a_layer_with_other_projections_is_refused():
     added.set_processor(AttnAddedKVProcessor2_0())
     with pytest.raises(NotImplementedError, match=r"run the model inside .*sdpa_override"):
         JVPFlashAttnProcessor()(added, torch.randn(1, 8, 2, 2), torch.randn(1, 3, 6))
+
+
+def value(x, dtype):
+    """What an input stands for."""
+    if isinstance(x, tuple) and all(isinstance(n, int) for n in x):
+        return torch.randn(x, dtype=dtype)
+    if isinstance(x, list):
+        return [value(y, dtype) for y in x] if isinstance(x[0], tuple) and len(x) > 1 else x
+    return x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_in_the_override_has_the_tangent_of_pytorchs_attention(name):
+    """The tangent of its first input, with every attention of the model counted."""
+    if not hasattr(diffusers, name):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
+    config, given = MODELS[name]
+    dtype = torch.float32 if name in FLOAT32 else torch.float64
+    torch.manual_seed(0)
+    model = getattr(diffusers, name)
+    net = model(**config).to(dtype).eval()
+    for p in net.parameters():  # layers that start at zero would hide the others
+        if not p.any():
+            nn.init.normal_(p, std=0.1)
+    inputs = {key: value(x, dtype) for key, x in given.items()}
+    key = next(iter(inputs))
+    x = inputs.pop(key)
+    if "return_dict" in inspect.signature(model.forward).parameters:
+        inputs["return_dict"] = False
+    wrap = (lambda y: [y]) if name.startswith("ZImage") else (lambda y: y)
+    f = lambda y: first_tensor(net(**{key: wrap(y)}, **inputs))  # noqa: E731
+    t = torch.randn_like(x)
+    exact, calls = math_jvp(f, x, t)
+    with sdpa_override() as o:
+        got = jvp(f, (x,), (t,))
+    assert o.jvp_calls == calls > 0
+    for g, e in zip(got, exact, strict=True):
+        assert e.norm() > 0
+        # norms and positions of many round to float32
+        assert relative(g, e) < (1e-5 if name in FLOAT32 else 1e-6)
+
+
+def test_every_model_of_the_tested_version_is_tried_or_has_a_reason():
+    if diffusers.__version__ != "0.42.1":
+        pytest.skip("the list is that of diffusers 0.42.1")
+    found = set()
+    for module in (diffusers.models.transformers, diffusers.models.unets):
+        for name, cls in inspect.getmembers(module, inspect.isclass):
+            if issubclass(cls, diffusers.ModelMixin):
+                found.add(name)
+    assert found - set(MODELS) <= set(NOT_HERE)
+    assert not set(MODELS) & set(NOT_HERE)
 
 
 def test_the_backend_is_passed_on():
