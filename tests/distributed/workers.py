@@ -218,7 +218,8 @@ def failures(mesh: DeviceMesh, pair: DeviceMesh) -> dict[str, str]:
             attempt()
             found[name] = "nothing"
         except Exception as error:
-            found[name] = f"{type(error).__name__}: {error}"
+            kind = next(t for t in type(error).__mro__ if t.__module__ == "builtins")
+            found[name] = f"{kind.__name__}: {error}"
     return found
 
 

@@ -347,7 +347,8 @@ def test_runs_beside_each_other_are_those_after_each_other(compared, tmp_path):
     assert errors_of(tmp_path / "out") == expected
 
 
-def test_a_run_that_fails_beside_others_is_named_when_they_are_done(tmp_path):
+def test_a_run_that_fails_beside_others_is_named_when_they_are_done(tmp_path, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # as a script's main leaves it
     jobs = []
     for name in ("fails", "other"):
         (tmp_path / name).mkdir()
