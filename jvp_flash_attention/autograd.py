@@ -40,6 +40,7 @@ from .functorch import (
     get_interpreter_stack,
     is_fwd_grad_enabled,
     is_legacy_batchedtensor,
+    is_wanted,
     nonzero,
     peek_interpreter_stack,
     pop_dynamic_layer_stack,
@@ -301,6 +302,8 @@ class AttentionGrad(_Folded):
             return (None,) * 10
         inputs = (q, k, v, bias, seed, dd_q, dd_k, dd_v, dd_bias)
         out, t_out, lse, mu = AttentionJvp.apply(*inputs, ctx.options)
+        if not any(is_wanted(ctx, at) for at in range(1, 4 + (bias is not None))):
+            return (t_out, *(None,) * 9)  # torch.autograd.functional.jvp: only the tangent counts
         grads = _jvp_grad(
             None, d_out, *inputs, out, t_out, lse, mu, ctx.options, ctx.needs_input_grad[4]
         )

@@ -98,6 +98,24 @@ def _without_memory(x: Tensor) -> bool:
 is_zerotensor: Callable[[Tensor], bool] = getattr(Tensor, "_is_zerotensor", _without_memory)
 
 
+_executes: Any = getattr(torch._C, "_will_engine_execute_node", None)
+
+
+def is_wanted(ctx: Any, at: int) -> bool:
+    """Whether the engine that runs this backward goes on to the Function's tensor input `at`.
+    `ctx.needs_input_grad` only says whether it could. Where that is not to be known, it does."""
+    edges = getattr(ctx, "next_functions", None)
+    if _executes is None or not isinstance(edges, tuple) or at >= len(edges):
+        return True
+    node = edges[at][0]
+    if node is None:
+        return False
+    try:
+        return _executes(node)
+    except RuntimeError:  # a leaf, of which PyTorch does not say
+        return True
+
+
 def inside_a_jvp() -> bool:
     """Whether dual numbers may be about: a `torch.func.jvp` or a `dual_level` lies around."""
     return getattr(forward_ad, "_current_level", -1) >= 0

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.functional import hessian, jacobian
+from torch.autograd.functional import jvp as functional_jvp
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from jvp_flash_attention import attention, attention_jvp
+from jvp_flash_attention import attention, attention_jvp, reference
 from tests.cases import close
 
 pytest.importorskip("expecttest")  # PyTorch's test helpers import it
@@ -203,6 +204,45 @@ def test_batched_cotangents_and_tangents_of_autograd_functional(strategy):
     close(jacobian(f, q, vectorize=True, strategy=strategy), jacobian(f, q))
     got = hessian(g, q, vectorize=True, outer_jacobian_strategy=strategy)
     close(got, torch.func.hessian(g)(q))
+
+
+def test_autograd_functional_jvp_runs_no_pass_that_it_throws_away(monkeypatch):
+    """Its double backward wants the tangent alone, and says so to nobody but the engine."""
+    passes = []
+
+    def spied(name):
+        run = getattr(reference, name)
+        return lambda *args: passes.append(name) or run(*args)
+
+    for name in ("forward", "forward_jvp", "backward", "backward_jvp"):
+        monkeypatch.setattr(reference, name, spied(name))
+    x, t, w = draw([(2, 2, 3, 4), (2, 2, 3, 4), (4, 4)])
+    w.requires_grad_()
+    mask = draw([(3, 3)])[0]
+    for f in (
+        lambda x: attention(x @ w, x.sin(), 2 * x),
+        lambda x: attention(x, x, x @ w, x.mean() * mask),
+    ):
+        passes.clear()
+        out, t_out = functional_jvp(f, x, t, create_graph=True)
+        assert passes == ["forward", "backward", "forward_jvp"]
+        want = torch.func.jvp(f, (x,), (t,))
+        close(t_out, want[1])
+        got, want = ((a.sin() + b.sin()).sum() for a, b in ((out, t_out), want))
+        close(*(torch.autograd.grad(y, w)[0] for y in (got, want)))
+
+
+@pytest.mark.parametrize("wanted", ["q", "v", "qk", "d"])
+def test_a_double_backward_has_every_gradient_that_is_wanted(wanted):
+    inputs = dict(zip("qkvd", draw([(2, 2, 3, 4)] * 4), strict=True))
+    found = []
+    for f in (attention, exact):
+        x = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+        q, k, v = (x[name] for name in "qkv")  # leaves, of which the engine does not say
+        dq = torch.autograd.grad(f(q, k * 1, v * 1), q, x["d"], create_graph=True)[0]
+        found.append(torch.autograd.grad(dq.sin().sum(), [x[name] for name in wanted]))
+    for got, want in zip(*found, strict=True):
+        close(got, want)
 
 
 def test_the_older_vmap_over_the_inputs():

@@ -398,7 +398,11 @@ def test_the_other_layout_is_named_where_shapes_give_it_away():
     x, y = torch.randn(1, 256, 8, 4), torch.randn(1, 77, 8, 4)
     with pytest.warns(UserWarning, match="flash_attn"):
         attention(x, x, x)
-    with pytest.raises(ValueError, match=r"transpose\(1, 2\)"):
+    with pytest.raises(ValueError, match=r"transpose\(1, 2\).*flash_attn_func") as raised:
         attention(x, y, y)
+    assert "enable_gqa" not in str(raised.value)
+    with pytest.raises(ValueError, match="flash_attn_func") as raised:
+        attention(x, y[:, :64], y[:, :64])  # grouping would be wrong too
+    assert "enable_gqa" not in str(raised.value)
     with pytest.raises(ValueError, match="pass enable_gqa=True"):
         attention(Q, K[:, :2, :4], V[:, :2, :4])

@@ -19,6 +19,7 @@ ATTRIBUTES = [
     ("torch", "_remove_batch_dim"),
     ("torch._C", "DisableTorchFunction"),
     ("torch._C", "_VariableFunctions"),
+    ("torch._C", "_will_engine_execute_node"),
     ("torch.autograd.forward_ad", "_current_level"),
     ("torch.autograd.forward_ad", "_set_fwd_grad_enabled"),
     ("torch._functorch.eager_transforms", "JVP_NESTING"),
