@@ -118,7 +118,8 @@ def attention(
     if t_q is t_k is t_v is t_bias is None:
         (out,) = _below(route.attention, q, k, v, bias, seed, options, tangent_grad)
     else:
-        args = (q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options, tangent_grad)
+        tangents = map(_as_primal, (t_q, t_k, t_v, t_bias), (q, k, v, bias))
+        args = (q, k, v, bias, seed, *tangents, options, tangent_grad)
         out, t_out = _below(route.attention_jvp, *args)
         out = _dual(out, t_out)
     if bare is not None:
@@ -254,6 +255,11 @@ def _tangent(t: Tensor | None, dtype: torch.dtype, fit: Callable, sizes: Sizes) 
     if t is None:
         return None
     return fit(t if t.dtype == dtype else t.to(dtype), sizes)
+
+
+def _as_primal(t: Tensor | None, x: Tensor | None) -> Tensor | None:
+    """A dual number's tangent in its primal's dtype, which PyTorch does not ask for."""
+    return t if t is None or x is None or t.dtype == x.dtype else t.to(x.dtype)
 
 
 def _seed(q: Tensor, dropout_p: float) -> Tensor | None:

@@ -5,6 +5,7 @@ import warnings
 from numbers import Real
 
 import torch
+import torch.fx
 from torch import Tensor
 
 from .broadcast import Sizes, together
@@ -17,7 +18,14 @@ def tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Types, ranks, dtypes and devices of the three inputs."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
-            raise ArgumentTypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+            traced = "; torch.fx keeps the call after torch.fx.wrap('attention')"
+            hint = traced if isinstance(x, torch.fx.Proxy) else ""
+            raise ArgumentTypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}{hint}")
+        if x.is_nested and x.layout == torch.strided:
+            raise NotImplementedError(
+                f"{name} must be a dense tensor, got a nested one; pad it and give a mask, or use"
+                " jvp_flash_attention.flash_attn.flash_attn_varlen_func"
+            )
         if x.layout != torch.strided:
             raise NotImplementedError(
                 f"{name} must be a dense strided tensor, got layout {x.layout}"

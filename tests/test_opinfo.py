@@ -4,7 +4,7 @@ against its MATH backend in float64, and against finite differences by `gradchec
 
 import pytest
 import torch
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.autograd.functional import hessian, jacobian
 from torch.autograd.functional import jvp as functional_jvp
 from torch.nn import functional as F
@@ -265,3 +265,15 @@ def test_broadcasting_compiles(shapes):
     step = torch.compile(lambda *x: torch.func.jvp(f, x, t), fullgraph=True, backend="aot_eager")
     for got, want in zip(step(*x), torch.func.jvp(f, x, t), strict=True):
         close(got, want)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.float32])
+def test_a_tangent_of_another_dtype_is_taken_in_its_primals(kind):
+    q, t = draw([(1, 2, 5, 4)] * 2, torch.float32)
+    t = t.half().float()  # exact in each
+    want = torch.func.jvp(lambda q: attention(q, q, q), (q,), (t,))[1]
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(q, t.to(kind))
+        got = forward_ad.unpack_dual(attention(x, x, x)).tangent
+    assert torch.equal(got, want)
+    assert torch.equal(torch.func.jvp(lambda q: attention(q, q, q), (q,), (t.to(kind),))[1], want)

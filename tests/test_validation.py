@@ -9,6 +9,16 @@ Q = torch.randn(2, 4, 5, 8)
 BAD = {
     "not a tensor": (TypeError, "query must be a torch.Tensor", lambda: attention([1.0], Q, Q)),
     "one dimension": (ValueError, "key must have shape", lambda: attention(Q, Q[0, 0, 0], Q)),
+    "nested": (
+        NotImplementedError,
+        "flash_attn_varlen_func",
+        lambda: attention(*[torch.nested.nested_tensor([Q[0], Q[0, :, :3]])] * 3),
+    ),
+    "torch.fx": (
+        TypeError,
+        "torch.fx.wrap",
+        lambda: torch.fx.symbolic_trace(lambda q: attention(q, q, q)),
+    ),
     "integer": (TypeError, "query must be float16", lambda: attention(Q.long(), Q, Q)),
     "dtypes differ": (
         TypeError,
