@@ -29,6 +29,7 @@ def rebased(link: re.Match, folder: str, uri: str, repository: str | None) -> st
     if ":" in target:
         return link[0]
     path = posixpath.normpath(posixpath.join(folder, target))
+    path = "docs/index.md" if path == "README.md" else path
     if path.startswith("docs/"):
         inside = posixpath.relpath(path, posixpath.join("docs", posixpath.dirname(uri)))
         return f"[{text}]({inside}{anchor})"
