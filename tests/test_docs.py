@@ -3,9 +3,12 @@
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
+
+from scripts import site_hooks
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -58,6 +61,28 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path):
     assert broken(page) == ["none.md", "#none", "page.md#no", "none.png"]
 
 
+@pytest.mark.parametrize(
+    ("repository", "text", "shown"),
+    [
+        (None, "[a](../../configs) [b](data.md#x)", "a [b](data.md#x)"),
+        ("https://x.org/y/", "[a](../../a.py#L1)", "[a](https://x.org/y/blob/main/a.py#L1)"),
+        (None, "![p](../results/p.png) [r](../../README.md#why)", None),
+        (None, "[o](https://o.org/a) <details>", '[o](https://o.org/a) <details markdown="1">'),
+    ],
+)
+def test_the_site_changes_links_that_leave_docs(repository, text, shown):
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="training/index.md"))
+    found = site_hooks.on_page_markdown(text, page, SimpleNamespace(repo_url=repository))
+    assert found == (shown or "![p](../results/p.png) [r](../index.md#why)")
+
+
+def test_the_home_page_of_the_site_is_the_readme():
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="index.md"))
+    found = site_hooks.on_page_markdown("", page, SimpleNamespace(repo_url=None))
+    assert "](results/headline_h100.png)" in found
+    assert "](docs/" not in found
+
+
 # Blocks of `python` are run by tests/test_readme.py, those of `py` and `bash` as they say.
 BLOCK = re.compile(r"(?:^<!-- (.*) -->\n)?^```(bash|py)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 IN_DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -70,11 +95,9 @@ def blocks() -> list[tuple[Path, str, str, str]]:
 
 def commands() -> list[list[str]]:
     """The words of each command that calls a script, from the script's name on."""
-    text = "\n".join(block for *_, language, block in blocks() if language == "bash").replace(
-        "\\\n", " "
-    )
+    text = "\n".join(block for *_, language, block in blocks() if language == "bash")
     found = []
-    for line in text.splitlines():
+    for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line.removesuffix("&"), comments=True)
         scripts = [i for i, word in enumerate(words) if word.startswith("scripts/")]
         found += [words[scripts[0] :]] if scripts else []
