@@ -137,6 +137,34 @@ def test_guidance_beyond_that_of_training_is_asked_for_by_name():
     assert published.sampler.guidance == 10.5
 
 
+def test_a_network_that_is_told_the_guidance_is_sampled_with_it():
+    config = composed("experiment=tvm_xl2")
+    check_guidance(config.sampler, config)
+    assert (config.sampler.guidance, config.objective.told) == (2.0, True)
+    for guidance, says in ((None, "or 1; got null"), (1.5, "=2, which the network .*; got 1.5")):
+        config.sampler.guidance = guidance
+        with pytest.raises(ValueError, match=says):
+            check_guidance(config.sampler, config)
+    config.sampler.guidance = 1
+    check_guidance(config.sampler, config)
+    config.model.guided = False
+    with pytest.raises(ValueError, match=r"objective\.told=true .* model\.guided=inverse"):
+        check_guidance(config.sampler, config)
+    told_nothing = composed("objective=tvm", "model.guided=inverse", "sampler.guidance=2")
+    with pytest.raises(ValueError, match="must be null for a network that is not told any"):
+        check_guidance(told_nothing.sampler, told_nothing)
+
+
+def test_every_recipe_stands_in_the_table_of_published_values():
+    page = (CONFIGS.parent / "docs" / "training" / "recipes.md").read_text()
+    table = page.split("## Published recipes")[1].split("\n## ")[0]
+    other = ("digits", "fashion_mnist", "openclipart", "loss_", "speed_", "long_")
+    recipes = [name for name in EXPERIMENTS if not name.startswith(other)]
+    assert len(recipes) > 20
+    for name in recipes:
+        assert f"`{name}`" in table, name
+
+
 def test_small_data_sets_bring_their_values_and_no_other_inherits_them():
     for objective, key, digits, published in (
         ("meanflow", "equal_share", 0.5, 0.75),
@@ -158,7 +186,9 @@ def test_small_data_sets_bring_their_values_and_no_other_inherits_them():
 
 @pytest.mark.parametrize("experiment", ["meanflow_xl2", "alphaflow_b2"])
 def test_a_recipe_is_not_mixed_with_another_objective(experiment):
-    settings.check(composed(f"experiment={experiment}"))
+    with pytest.raises(ValueError, match=r"published recipe of 1,200,.*data=latents data\.path="):
+        settings.check(composed(f"experiment={experiment}"))  # on digits
+    settings.check(composed(f"experiment={experiment}", "data=blobs"))
     config = composed(f"experiment={experiment}", "objective=shortcut")
     with pytest.raises(ValueError, match=f"recipe of objective={experiment.split('_')[0]}.*shortc"):
         settings.check(config)

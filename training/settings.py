@@ -19,6 +19,7 @@ SWITCHES = (
 # Not bf16-true and 16-true: a time in half precision has a useless derivative.
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 DDP, SHARDED = "lightning.pytorch.strategies.DDPStrategy", "training.strategies.Sharded"
+DIGITS = "training.data.digits.Digits"
 ALIASES = {"32": "32-true", "64": "64-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 
@@ -90,6 +91,12 @@ def _check_recipe(config: DictConfig) -> None:
             f" be mixed with those of {own}; choose an experiment of {own}, or none, or insist with"
             " recipe_of=null"
         )
+    if recipe is not None and config.data._target_ == DIGITS:
+        raise ValueError(
+            f"data: the experiment is a published recipe of {config.trainer.max_steps:,} steps, and"
+            " digits are not its data; name yours, as data=latents data.path=LATENTS, or insist"
+            " with recipe_of=null"
+        )
 
 
 def remark(config: DictConfig) -> str:
@@ -112,13 +119,26 @@ def check_guidance(sampler: DictConfig, config: DictConfig) -> None:
             "objective=imf needs a model that is told the guidance and has a second head; use"
             " model=imf_tiny (imf_b2, ...), or model.guided=true model.second_head=1"
         )
+    if config.objective.get("told"):
+        omega = config.objective.omega
+        if not config.model.get("guided"):
+            raise ValueError(
+                "objective.told=true needs a network that has the guidance as a condition; use"
+                " model.guided=inverse"
+            )
+        if guidance not in (1, omega):
+            raise ValueError(
+                f"sampler.guidance must be objective.omega={omega:g}, which the network is told in"
+                f" training, or 1; got {'null' if guidance is None else guidance}"
+            )
+        return
     if sampler._target_.endswith(".MeanFlowSampler") and guidance is not None:
         if most == 1:
             raise ValueError(
                 "sampler.guidance must be null where objective.guidance_max=1: the network is not"
                 f" told any then; got {guidance}; use sampler.guidance=null"
             )
-        if not config.model.get("guided"):
+        if not config.model.get("guided") or most is None:
             raise ValueError(
                 f"sampler.guidance must be null for a network that is not told any; got {guidance};"
                 " train with guidance in the target (objective.omega, objective.kappa), or with"

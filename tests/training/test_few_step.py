@@ -128,7 +128,7 @@ def test_imf_guidance_scales_have_a_density_proportional_to_their_inverse():
 def tvm_sample(net, v=None):
     z, t, s, y = points()
     v = net.velocity(z, t) if v is None else v
-    return TVMSample(z, t, s, z, t, v, y, y > 0, torch.tensor(NULL))
+    return TVMSample(z, t, s, z, t, v, y, y > 0, torch.tensor(NULL), torch.ones(len(z), 3))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -150,7 +150,7 @@ def test_tvm_differentiates_through_the_tangent(tiny, batch, draws, attention):
     objective = TVM()
     objective.attach(net)
     sample = doubled(objective.draw(*batch, NULL, draws))
-    z, t, s, *_, y, _, _ = sample
+    z, t, s, y = sample.z, sample.t, sample.s, sample.y
     with torch.no_grad():
         arrival = z + (s - t)[:, None, None, None] * net(z, t, s, y)
         target = objective.teacher(arrival, s, s, y)

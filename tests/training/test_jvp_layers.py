@@ -129,6 +129,7 @@ MODELS = {
     "t_r": {"conditioning": "t_r"},
     "h": {"conditioning": "h"},
     "t": {"conditioning": "t"},
+    "t_then_r": {"conditioning": "t_then_r", "late_blocks": 1},
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.functional import silu
 
 from training.attentions import sdpa
 from training.models.dit import SIZES, DiT
@@ -19,10 +20,19 @@ IMF = {
     "label_tokens": 8,
     "guided": True,
 }
-EVERY = {  # each option away from its default, in three networks
+EVERY = {  # each option away from its default, in a few networks
     "modern": {"norm": "rms", "mlp": "swiglu", "qk_norm": True, "positions": "rope"},
     "tokens": IMF | {"second_head": 1, "log_variance": True},
     "cross": {"cross_tokens": 3, "qk_norm": True, "guided": True, "second_head": 0},
+    "tvm": {
+        "norm": "rms",
+        "modulation_norm": True,
+        "initialisation": "spectral",
+        "guided": "inverse",
+        "log_variance": True,
+        "log_variance_times": 2,
+    },
+    "dmf": {"conditioning": "t_then_r", "late_blocks": 1},
 }
 
 
@@ -122,6 +132,77 @@ def test_guidance_is_a_condition_and_none_means_a_scale_of_one(tiny, batch):
     torch.testing.assert_close(told(1.0, 0.0, 1.0), base)
     for changed in ((2.0, 0.0, 1.0), (1.0, 0.2, 1.0), (1.0, 0.0, 0.7)):
         assert not torch.allclose(told(*changed), base, rtol=1e-4), changed
+
+
+def test_the_inverse_of_the_guidance_is_a_condition_and_scales_what_is_given(tiny, batch):
+    x, y = batch
+    net, t = tiny(guided="inverse"), torch.rand(len(x))
+    told = lambda *g: net(x, t, t / 2, y, torch.tensor([g]).expand(len(x), 3))  # noqa: E731
+    torch.testing.assert_close(told(1.0, 0.0, 1.0), net(x, t, t / 2, y))
+    torch.testing.assert_close(told(2.0, 0.1, 0.9), told(2.0, 0.0, 1.0))  # no interval
+    seen = net.guidance.inverse.register_forward_hook(
+        lambda _, given, out: out + net.time(torch.zeros(1)) * (given[0][0] - 0.5)
+    )
+    at_half = told(2.0, 0.0, 1.0)
+    seen.remove()
+    torch.testing.assert_close(at_half, told(2.0, 0.0, 1.0))  # it was told 1/2
+    net.guidance.inverse.outward.weight.data.zero_()
+    net.guidance.inverse.outward.bias.data.zero_()
+    torch.testing.assert_close(told(2.0, 0.0, 1.0), 2 * told(1.0, 0.0, 1.0))
+
+
+def test_late_blocks_see_the_second_time_in_place_of_the_first(tiny, batch):
+    """At r = t the network is one of t alone, with the same weights."""
+    x, y = batch
+    net, t = tiny(conditioning="t_then_r", late_blocks=1), torch.rand(len(x))
+    plain = tiny(conditioning="t")
+    plain.load_state_dict(net.state_dict())
+    torch.testing.assert_close(net(x, t, t, y), plain(x, t, t, y))
+    seen = []
+    for part in (*net.blocks, net.final):
+        part.register_forward_pre_hook(lambda _, given: seen.append(given[1]))
+    net(x, t, t / 2, y)
+    first, second = (silu(net.time(time) + net.label(y)) for time in (t, t / 2))
+    for condition, expected in zip(seen, (first, second, second), strict=True):
+        torch.testing.assert_close(condition, expected)
+
+
+def test_spectral_weights_have_the_norm_1(tiny):
+    net = tiny(awake=False, initialisation="spectral")
+    block = net.blocks[0]
+    times = (net.time.inward, net.time.outward, net.second_time.inward)
+    for layer in (block.attention.qkv, block.mlp.expand, net.patches.projection, *times):
+        norm = torch.linalg.matrix_norm(layer.weight.detach(), 2)
+        assert float(norm) == pytest.approx(1, rel=1e-5)
+        assert not layer.bias.any()
+    assert not block.modulation.linear.weight.any()
+    assert float(net.label.table.weight.detach().std()) == pytest.approx(0.02, rel=0.2)
+
+
+def test_a_log_variance_of_two_times_sees_each_at_half_of_the_frequencies(tiny):
+    net = tiny(log_variance=True, log_variance_times=2)
+    t, r = torch.rand(2, 5)
+    phase = lambda t: t[:, None] * 10_000 ** (-torch.arange(64) / 64)  # noqa: E731
+    waves = torch.cat([f(phase(time)) for time in (t, r) for f in (torch.cos, torch.sin)], dim=1)
+    torch.testing.assert_close(net.log_variance(t, r), net.variance.linear(waves)[:, 0])
+    torch.testing.assert_close(net.log_variance(t), net.log_variance(t, t))
+    with pytest.raises(ValueError, match=r"model\.log_variance_times=2"):
+        tiny(log_variance=True).log_variance(t, r)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"guided": "w"}, r"model\.guided must be true, false or inverse"),
+        ({"log_variance": True, "log_variance_times": 3}, r"log_variance_times must be 1 or 2"),
+        ({"conditioning": "t_then_r"}, r"model\.late_blocks must be 1 to 2"),
+        ({"late_blocks": 1}, r"0 with others; got 1 with t_h"),
+        ({"late_blocks": 1, "conditioning": "t_then_r", "second_head": 0}, "second_head; leave"),
+    ],
+)
+def test_wrong_options_of_published_networks_are_named(tiny, options, says):
+    with pytest.raises(ValueError, match=says):
+        tiny(**options)
 
 
 def test_what_the_network_was_not_built_for_raises_an_error_that_names_its_key(tiny, batch):

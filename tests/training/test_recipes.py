@@ -11,6 +11,7 @@ from torch import nn
 
 from training.callbacks.ema import EMA
 from training.objectives.alphaflow import AlphaFlow
+from training.objectives.dmf import DMF
 from training.objectives.flow_map import FlowMap
 from training.objectives.imf import IMF
 from training.objectives.meanflow import MeanFlow
@@ -21,6 +22,7 @@ from training.objectives.tvm import TVM
 from training.randomness import Draws
 
 SIZES = [1, 2, 5, 10]
+STEPS = [(0, 0, 1), (1, 0, 2), (1, 1, 2), (2, 0, 2)]  # number, rank, processes
 NULL = 10
 
 
@@ -45,8 +47,11 @@ class Field(nn.Module):
         v = torch.cos(x - t + r + g)
         return u.view_as(z), v.view_as(z)
 
-    def forward(self, z, t, r, y):
-        return self.heads(z, t, r, y)[0]
+    def forward(self, z, t, r, y, *told):
+        return self.heads(z, t, r, y, *told)[0]
+
+    def log_variance(self, t, r):
+        return torch.sin(2 * t - r) * self.w.sum()
 
 
 def batch(n, rank=0):
@@ -161,8 +166,8 @@ def test_dropped_labels_are_rows_with_r_equal_to_t(kind):
 def test_meanflow_is_its_formula(n, guided):
     options = {"omega": 0.2, "kappa": 0.92, "guidance_end": 0.8} if guided else {}
     objective, net = MeanFlow(equal_share=0.25, label_dropout=0.4, **options), Field()
-    for number, rank in ((0, 0), (0, 1), (1, 1)):
-        sample, expected = drawn(objective, n, number, rank, 2), []
+    for step in STEPS:
+        sample, expected = drawn(objective, n, *step), []
         for row in rows(sample):
             z, v, t, r, y = (row[name] for name in ("z", "v", "t", "r", "y"))
             v_g = v
@@ -197,8 +202,8 @@ def test_two_processes_have_the_loss_of_the_joint_rows(n):
 @pytest.mark.parametrize("n", SIZES)
 def test_imf_is_its_formula_and_its_tangent_uses_the_label_that_was_dropped(n):
     objective, net = IMF(equal_share=0.25, label_dropout=0.8), Field()  # more than have r = t
-    for number in range(3):
-        sample, expected = drawn(objective, n, number), []
+    for step in STEPS:
+        sample, expected = drawn(objective, n, *step), []
         for row in rows(sample):
             z, v, t, r, y = (row[name] for name in ("z", "v", "t", "r", "y"))
             w, start, end = row["guidance"][0]
@@ -215,22 +220,86 @@ def test_imf_is_its_formula_and_its_tangent_uses_the_label_that_was_dropped(n):
         agrees(objective, net, sample, expected)
 
 
+@pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("n", SIZES)
-def test_tvm_divides_only_labels_that_were_kept_by_omega_squared(n):
-    objective, net = TVM(omega=2.0, label_dropout=0.5), Field()
+def test_dmf_is_its_formula(n, learned):
+    options = {"omega": 0.6, "guidance_end": 0.7, "label_dropout": 0.4}
+    objective, net = DMF(learned_variance=learned, **options), Field()
+
+    def guided(z, v, t, y, dropped):
+        if t > 0.7 or dropped:
+            return v
+        null = torch.full_like(y, NULL)
+        return (v + 0.6 * (net(z, t, t, y) - net(z, t, t, null))).detach()
+
+    def cauchy(error, t, r):
+        s = net.log_variance(t, r)[0] if learned else error.new_zeros(())
+        return torch.log(error / s.exp() + 0.01) + s
+
+    for step in STEPS:
+        sample, expected = drawn(objective, n, *step), []
+        for row in rows(sample):
+            z, v, t, r, y, dropped = (row[k] for k in ("z", "v", "t", "r", "y", "dropped"))
+            target = guided(z, v, t, y, dropped)
+            u, dudt = dot(net, z, t, r, y, target)
+            error = cauchy((u + (t - r) * dudt - target).square().mean(), t, r)
+            z, v, t = (row[f"{name}_flow"] for name in ("z", "v", "t"))
+            flow = (net(z, t, t, y) - guided(z, v, t, y, dropped)).square().mean()
+            expected.append((error + cauchy(flow, t, t)) / 2)
+        agrees(objective, net, sample, expected)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("kind", ["lagrangian", "eulerian", "progressive"])
+@pytest.mark.parametrize("n", SIZES)
+def test_flow_maps_are_their_formulas(n, kind, learned):
+    objective = FlowMap(kind=kind, equal_share=0.25, learned_variance=learned, reduce="sum")
+    net = Field()
+    for step in STEPS:
+        sample, expected = drawn(objective, n, *step), []
+        for row in rows(sample):
+            z, v, t, r, split, y = (row[k] for k in ("z", "v", "t", "r", "split", "y"))
+            one, length = torch.ones_like(t), r - t
+            u = net(z, t, r, y)
+            if r == t:
+                residual = u - v
+            elif kind == "lagrangian":
+                dudr = torch.func.jvp(lambda r: net(z, t, r, y), (r,), (one,))[1]  # noqa: B023
+                residual = u + length * dudr - net(z + length * u, r, r, y).detach()
+            elif kind == "eulerian":
+                own = net(z, t, t, y).detach()
+                dudt = torch.func.jvp(lambda t: net(z, t, r, y), (t,), (one,))[1]  # noqa: B023
+                along = torch.func.jvp(lambda z: net(z, t, r, y), (z,), (own,))[1].detach()  # noqa: B023
+                residual = own - u + length * (dudt + along)
+            else:
+                s = t + split * length
+                first = net(z, t, s, y)
+                second = net(z + (s - t) * first, s, r, y)
+                residual = u - (split * first + (1 - split) * second).detach()
+            s = net.log_variance(t, r)[0] if learned else t.new_zeros(())
+            expected.append(residual.square().sum() / s.exp() + s)
+        agrees(objective, net, sample, expected)
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("n", SIZES)
+def test_tvm_divides_only_labels_that_were_kept_by_omega_squared(n, told):
+    objective, net = TVM(omega=2.0, told=told, label_dropout=0.5), Field()
     objective.attach(net)
     ema = objective.teacher.net
-    for number in range(3):
-        sample, expected = drawn(objective, n, number), []
+    for step in STEPS:
+        sample, expected = drawn(objective, n, *step), []
         for row in rows(sample):
             z, t, s, y, v = (row[name] for name in ("z", "t", "s", "y", "v"))
             omega = 1.0 if row["dropped"] else 2.0
-            u, duds = torch.func.jvp(lambda s: net(z, t, s, y), (s,), (torch.ones_like(s),))  # noqa: B023
+            one, w = (z.new_tensor([[x, 0.0, 1.0]]) for x in (1, omega))
+            one, w = ((one,), (w,)) if told else ((), ())
+            u, duds = torch.func.jvp(lambda s: net(z, t, s, y, *w), (s,), (torch.ones_like(s),))  # noqa: B023
             arrival = (z + (s - t) * u).detach()
-            terminal = (u + (s - t) * duds - ema(arrival, s, s, y).detach()).square().mean()
+            terminal = (u + (s - t) * duds - ema(arrival, s, s, y, *w).detach()).square().mean()
             s, z = row["s_flow"], row["z_flow"]
-            null = ema(z, s, s, torch.full_like(y, NULL)).detach()
-            flow = (net(z, s, s, y) - (omega * v + (1 - omega) * null)).square().mean()
+            null = ema(z, s, s, torch.full_like(y, NULL), *one).detach()
+            flow = (net(z, s, s, y, *w) - (omega * v + (1 - omega) * null)).square().mean()
             expected.append((terminal + flow) / omega**2)
         agrees(objective, net, sample, expected)
 
@@ -241,8 +310,8 @@ def test_alphaflow_is_its_formula(n, steps, alpha):
     options = {"omega": 0.2, "kappa": 0.92, "guidance_end": 0.75}
     objective = AlphaFlow(equal_share=0.5, label_dropout=0.5, clip=1.5, **options)
     objective.steps, net = steps, Field()
-    for number in range(3):
-        sample, expected = drawn(objective, n, number), []
+    for step in STEPS:
+        sample, expected = drawn(objective, n, *step), []
         alpha = float(sample.alpha) if alpha is None else alpha
         assert float(sample.alpha) == pytest.approx(alpha)
         pair = sample.pair
@@ -284,8 +353,8 @@ def test_shortcut_is_its_formula_with_what_is_clipped(n, clip):
     objective, net = Shortcut(consistency_share=0.25, clip=clip, label_dropout=0.5), Field()
     objective.attach(net)
     ema, jumped = objective.teacher.net, 0
-    for number in range(4):
-        sample, expected = drawn(objective, n, number), []
+    for number, rank in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        sample, expected = drawn(objective, n, number, rank, 2), []
         for i, row in enumerate(rows(sample)):
             z, v, t, r, y = (row[name] for name in ("z", "v", "t", "r", "y"))
             target = v
@@ -309,7 +378,7 @@ def test_scm_has_both_forms_of_the_warm_up(n, form):
     objective, net = SCM(label_dropout=0, **options), Field()
     for steps, w in ((0, 0.0), (4, 0.4), (10, 1.0)):
         objective.steps = steps
-        sample, expected = drawn(objective, n), []
+        sample, expected = drawn(objective, n, 0, 1, 2), []
         for row in rows(sample):
             x_t, dxdt, t, y = (row[name] for name in ("x_t", "dxdt", "t", "y"))
             cos, sin, sigma = t.cos(), t.sin(), 0.5

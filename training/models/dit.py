@@ -7,7 +7,7 @@ Some objectives ask for more, each switched on by its own option:
 
     net(z, t, r, y, guidance)      the guidance scale and interval as a condition       ``guided``
     net.heads(z, t, r, y, ...)     (u, v): a second head on the shared trunk       ``second_head``
-    net.log_variance(t)            of the objective's error                       ``log_variance``
+    net.log_variance(t, r)         of the objective's error                       ``log_variance``
 """
 
 import math
@@ -20,6 +20,7 @@ from torch import nn
 
 from training.models.embedders import (
     GuidanceEmbedder,
+    InverseGuidance,
     LabelContext,
     LabelEmbedder,
     LogVariance,
@@ -30,7 +31,16 @@ from training.models.embedders import (
     sequence_angles,
     sin_cos_positions,
 )
-from training.models.jvp_layers import Tensor, add, concatenate, linear_map, primal, silu, subtract
+from training.models.jvp_layers import (
+    Tensor,
+    add,
+    concatenate,
+    linear_map,
+    multiply,
+    primal,
+    silu,
+    subtract,
+)
 from training.models.layers import (
     MLPS,
     NORMS,
@@ -61,9 +71,9 @@ SIZES: dict[str, tuple[int, int, int, int]] = {
     "iMF-L/2": (2, 32, 1024, 16),  #   409 M
     "iMF-XL/2": (2, 48, 1024, 16),  #  610 M
 }
-CONDITIONINGS = ("t_h", "t_r", "h", "t")
+CONDITIONINGS = ("t_h", "t_r", "h", "t", "t_then_r")
 POSITIONS = ("sin_cos", "rope", "rope_1d")
-INITIALISATIONS = ("dit", "imf")
+INITIALISATIONS = ("dit", "imf", "spectral")
 
 
 class DiT(nn.Module):
@@ -76,7 +86,8 @@ class DiT(nn.Module):
         num_classes: labels are 0 ... num_classes - 1; ``null_label`` = num_classes means no
             condition.
         conditioning: which times are embedded: ``t_h`` is (t, t - r), ``t_r`` is (t, r), ``h`` is
-            t - r alone, ``t`` ignores r.
+            t - r alone, ``t`` ignores r, ``t_then_r`` is t and, in its place, r in the last
+            ``late_blocks`` and the final layer (arXiv 2510.24474).
         dropout: inside the perceptrons of the blocks.
         norm: ``layer`` or ``rms``, both without weights. mlp: ``gelu`` or ``swiglu``.
         qk_norm: RMS norm of queries and keys.
@@ -86,16 +97,18 @@ class DiT(nn.Module):
             the image's tokens by their place on the grid, ``rope_1d`` those of all tokens by their
             number in the sequence.
         initialisation: ``dit``, or ``imf``: normal of std 0.32 / sqrt(inputs) in the blocks and
-            1 / sqrt(inputs) in the embedders.
+            1 / sqrt(inputs) in the embedders; or ``spectral``: every linear layer has the spectral
+            norm 1 (arXiv 2511.19797).
         label_tokens, time_tokens, guidance_tokens, interval_tokens: where ``label_tokens`` > 0 the
             conditions are so many tokens each before the image's (of each time, and of each end of
             the interval), and do not modulate the blocks (arXiv 2512.02012); 0 is adaLN.
         cross_tokens: the blocks also attend to so many learned tokens of the label, as they would
             to a text; 0 is none.
-        guided: has guidance (w, t_min, t_max) as a condition.
+        guided: has guidance (w, t_min, t_max) as a condition; ``inverse``: 1/w alone, and what the
+            network gives is multiplied by w (arXiv 2511.19797).
         second_head: the last so many blocks are doubled, for a second output; null is no second
             head, 0 doubles the final layer alone.
-        log_variance: has ``log_variance(t)``.
+        log_variance: has ``log_variance(t)``, or of (t, r) where ``log_variance_times`` is 2.
     """
 
     takes_duals = True
@@ -115,6 +128,7 @@ class DiT(nn.Module):
         heads: int | None = None,
         mlp_ratio: float = 4.0,
         conditioning: str = "t_h",
+        late_blocks: int = 0,
         dropout: float = 0.0,
         norm: str = "layer",
         mlp: str = "gelu",
@@ -128,9 +142,10 @@ class DiT(nn.Module):
         guidance_tokens: int = 4,
         interval_tokens: int = 2,
         cross_tokens: int = 0,
-        guided: bool = False,
+        guided: bool | str = False,
         second_head: int | None = None,
         log_variance: bool = False,
+        log_variance_times: int = 1,
     ) -> None:
         super().__init__()
         one_of("model.size", size, tuple(SIZES))
@@ -139,6 +154,8 @@ class DiT(nn.Module):
         one_of("model.mlp", mlp, tuple(MLPS))
         one_of("model.positions", positions, POSITIONS)
         one_of("model.initialisation", initialisation, INITIALISATIONS)
+        if guided is not True and guided is not False and guided != "inverse":
+            raise ValueError(f"model.guided must be true, false or inverse; got {guided!r}")
         switch("model.bias", bias)
         switch("model.modulation_norm", modulation_norm)
         between("model.dropout", dropout, 0, 1)
@@ -167,6 +184,19 @@ class DiT(nn.Module):
             integer("model.second_head", second_head)
             between("model.second_head", second_head, 0, depth)
 
+        integer("model.late_blocks", late_blocks)
+        if (conditioning == "t_then_r") != (late_blocks > 0) or late_blocks > depth:
+            raise ValueError(
+                f"model.late_blocks must be 1 to {depth} with model.conditioning=t_then_r, and 0"
+                f" with others; got {late_blocks} with {conditioning}"
+            )
+        if late_blocks and (label_tokens or second_head is not None):
+            raise ValueError(
+                "model.conditioning=t_then_r goes with neither model.label_tokens nor"
+                " model.second_head; leave them out"
+            )
+        self.late_blocks = late_blocks
+
         self.conditioning, self.null_label, self.rows = (
             conditioning,
             num_classes,
@@ -178,11 +208,15 @@ class DiT(nn.Module):
         self.time = TimeEmbedder(width)
         self.second_time = TimeEmbedder(width) if conditioning in ("t_h", "t_r") else None
         self.label = LabelEmbedder(num_classes, width)
-        self.guidance = GuidanceEmbedder(width) if guided else None
+        self.guidance = GuidanceEmbedder(width) if guided is True else None
+        self.scaled = guided == "inverse"
+        if self.scaled:
+            self.guidance = InverseGuidance(width)
         self.context = LabelContext(num_classes, cross_tokens, width) if cross_tokens else None
         self.prefix, counts = None, []
         if label_tokens:  # in the order of self._conditions
             counts = [guidance_tokens, interval_tokens, interval_tokens] if guided else []
+            counts = counts[:1] if self.scaled else counts
             counts = [label_tokens, *counts, *[time_tokens] * (1 + (self.second_time is not None))]
             self.prefix = nn.ModuleList(PrefixTokens(n, width) for n in counts)
         self.tokens = self.rows**2 + sum(counts)
@@ -202,17 +236,22 @@ class DiT(nn.Module):
         if second_head is not None:
             self.second_blocks = nn.ModuleList(block() for _ in range(second_head))
             self.second_final = final()
-        self.variance = LogVariance() if log_variance else None
-        self._initialise(initialisation == "imf")
+        self.variance = LogVariance(log_variance_times) if log_variance else None
+        self._initialise(initialisation)
 
-    def _initialise(self, imf: bool) -> None:
+    def _initialise(self, kind: str) -> None:
         """Zero gates and zero output. DiT's: Xavier everywhere, 0.02 in the embedders. iMF's: a
-        normal distribution whose std falls with the root of the inputs; patches as DiT's.
+        normal distribution whose std falls with the root of the inputs; patches as DiT's. Spectral:
+        normal, then divided by the largest singular value, times too; labels as DiT's.
         """
+        imf = kind == "imf"
         normal = lambda w, c: nn.init.normal_(w, std=c / math.sqrt(w.shape[1]) if imf else 0.02)  # noqa: E731
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
+                if kind == "spectral":
+                    _spectral(module.weight)
+                else:
+                    nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for module in self.modules():
@@ -220,7 +259,7 @@ class DiT(nn.Module):
                 for layer in module.modules():
                     if isinstance(layer, nn.Linear):
                         normal(layer.weight, 0.32)
-            if isinstance(module, TimeEmbedder):
+            if isinstance(module, TimeEmbedder) and kind != "spectral":
                 normal(module.inward.weight, 1)
                 normal(module.outward.weight, 1)
             elif isinstance(module, LabelEmbedder | LabelContext):
@@ -244,8 +283,12 @@ class DiT(nn.Module):
         guidance: torch.Tensor | None = None,  # (B, 3): w, t_min, t_max; None is w = 1
     ) -> Any:  # (B, C, S, S), of z's dtype; Dual if z, t or r is
         x, condition, context = self._tokens(z, t, r, y, guidance)
-        x = self._run(self.blocks, x, condition, context)
-        return _as(self._output(x, condition, self.final), z)
+        blocks, first = list(self.blocks), len(self.blocks) - self.late_blocks
+        x = self._run(blocks[:first], x, condition, context)
+        if self.late_blocks:
+            condition = silu(reduce(add, self._conditions(r, r, y, guidance)))
+            x = self._run(blocks[first:], x, condition, context)
+        return self._scale(_as(self._output(x, condition, self.final), z), guidance)
 
     def heads(
         self, z: Tensor, t: Tensor, r: Tensor, y: torch.Tensor, guidance: torch.Tensor | None = None
@@ -263,13 +306,19 @@ class DiT(nn.Module):
         condition = None if condition is None else primal(condition)
         second = self._run(self.second_blocks, _primal(x), condition, context)
         second = self._output(second, condition, self.second_final)
-        return _as(first, z), primal(_as(second, z))
+        first, second = self._scale(_as(first, z), guidance), primal(_as(second, z))
+        return first, primal(self._scale(second, guidance))
 
-    def log_variance(self, t: torch.Tensor) -> torch.Tensor:
+    def _scale(self, x: Tensor, guidance: torch.Tensor | None) -> Tensor:
+        if not self.scaled or guidance is None:
+            return x
+        return multiply(x, guidance[:, 0].to(primal(x).dtype)[:, None, None, None])
+
+    def log_variance(self, t: torch.Tensor, r: torch.Tensor | None = None) -> torch.Tensor:
         """(B,) -> (B,)"""
         if self.variance is None:
             raise ValueError("the objective learns a log-variance; set model.log_variance=true")
-        return self.variance(t)
+        return self.variance(t, r)
 
     def _conditions(
         self, t: Tensor, r: Tensor, y: torch.Tensor, guidance: torch.Tensor | None
@@ -339,6 +388,14 @@ class DiT(nn.Module):
 
 def _primal(x: Stream) -> Stream:
     return Residual(*map(primal, x)) if isinstance(x, Residual) else primal(x)
+
+
+@torch.no_grad()
+def _spectral(weight: torch.Tensor) -> None:
+    nn.init.xavier_normal_(weight)
+    wide = weight.double()
+    gram = wide @ wide.T if len(wide) < wide.shape[1] else wide.T @ wide
+    weight.div_(torch.linalg.eigvalsh(gram)[-1].sqrt())
 
 
 def _as(x: Tensor, z: Tensor) -> Tensor:

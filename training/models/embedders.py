@@ -89,6 +89,20 @@ class GuidanceEmbedder(nn.Module):
         return self.scale(1 - 1 / w), self.start(start), self.end(end)
 
 
+class InverseGuidance(nn.Module):
+    """The guidance scale w as 1/w, in (0, 1] (TVM, arXiv 2511.19797); what the network then gives
+    is multiplied by w.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inverse = TimeEmbedder(width)
+
+    def forward(self, guidance: torch.Tensor) -> tuple[torch.Tensor]:
+        """(B, 3) of w, t_min, t_max, of which w counts -> one embedding (B, W)."""
+        return (self.inverse(1 / guidance[:, 0]),)
+
+
 class PrefixTokens(nn.Module):
     """A condition as ``n`` tokens: n learned vectors, each plus the embedding."""
 
@@ -101,16 +115,27 @@ class PrefixTokens(nn.Module):
 
 
 class LogVariance(nn.Module):
-    """The learned logarithm of the error's variance at a time (sCM, arXiv 2410.11081, adaptive
-    weighting); 0 at initialisation.
+    """The learned logarithm of the error's variance, 0 at initialisation: at a time (sCM, arXiv
+    2410.11081), or at two (DMF, arXiv 2510.24474), each then with half of the frequencies.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, times: int = 1) -> None:
         super().__init__()
-        self.linear = Linear(FREQUENCIES, 1)
+        if times not in (1, 2):
+            raise ValueError(f"model.log_variance_times must be 1 or 2; got {times!r}")
+        self.linear, self.times = Linear(FREQUENCIES, 1), times
 
-    def forward(self, t: torch.Tensor) -> torch.Tensor:
-        return self.linear(primal(sinusoids(t)).to(self.linear.weight.dtype))[:, 0]  # (B,) -> (B,)
+    def forward(self, t: torch.Tensor, r: torch.Tensor | None = None) -> torch.Tensor:
+        """(B,), of two times r too; not given it is t -> (B,)"""
+        waves = primal(sinusoids(t))
+        if self.times == 2:
+            other = waves if r is None else primal(sinusoids(r))
+            waves = torch.cat([waves[:, ::2], other[:, ::2]], dim=1)
+        elif r is not None:
+            raise ValueError(
+                "the objective learns a log-variance of two times; set model.log_variance_times=2"
+            )
+        return self.linear(waves.to(self.linear.weight.dtype))[:, 0]
 
 
 class PatchEmbedder(nn.Module):

@@ -107,7 +107,7 @@ class UNet(nn.Module):
         augmentation: numbers that describe how an image was augmented (``data.augment``), 0 is
             none. They come with the label, y (B, 1 + n); without them, all 0.
         dropout: inside the residual blocks.
-        log_variance: has ``log_variance(t)``.
+        log_variance: has ``log_variance(t)``, or of (t, r) where ``log_variance_times`` is 2.
     """
 
     def __init__(
@@ -125,6 +125,7 @@ class UNet(nn.Module):
         augmentation: int = 0,
         dropout: float = 0.2,
         log_variance: bool = False,
+        log_variance_times: int = 1,
     ) -> None:
         super().__init__()
         one_of("model.conditioning", conditioning, CONDITIONINGS)
@@ -149,7 +150,7 @@ class UNet(nn.Module):
         self.inward = nn.Linear(times * width, embedding)
         self.outward = nn.Linear(embedding, embedding)
         self.label = nn.Embedding(num_classes + 1, times * width) if labels else None
-        self.variance = LogVariance() if log_variance else None
+        self.variance = LogVariance(log_variance_times) if log_variance else None
 
         def block(inward: int, outward: int, attends: bool = False, scale: float = 1) -> nn.Module:
             chosen = attention if attends else None
@@ -222,11 +223,11 @@ class UNet(nn.Module):
             x = block(torch.cat([x, kept.pop()], dim=1) if twin else x, condition)
         return self.last(silu(self.norm(x))).to(z.dtype)
 
-    def log_variance(self, t: torch.Tensor) -> torch.Tensor:
+    def log_variance(self, t: torch.Tensor, r: torch.Tensor | None = None) -> torch.Tensor:
         """(B,) -> (B,)"""
         if self.variance is None:
             raise ValueError("the objective learns a log-variance; set model.log_variance=true")
-        return self.variance(t)
+        return self.variance(t, r)
 
     def _condition(self, t: torch.Tensor, r: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         times = {"t_h": (t, t - r), "t_r": (t, r), "t": (t,)}[self.conditioning]

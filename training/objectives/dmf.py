@@ -5,6 +5,8 @@
     map    = ‖u + (t - r) du/dt - v_g(z_t, t)‖²                    at t >= r
     loss   = ½ [log(flow + c) + log(map + c)]                      (a Cauchy loss of mean squares)
 
+With a learned log-variance s(t, r), as published, each part is log(error / e^s + c) + s instead.
+
     v_g    = v_∅ + w (v_y - v_∅) of a teacher inside the interval, v_y outside; or, without teacher,
              v + ω (u(z, t, t | y) - u(z, t, t | ∅)) inside, the sample's v outside
 
@@ -17,7 +19,7 @@ With a teacher the target is a function of (z, t) and the loss may differentiate
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -29,7 +31,7 @@ from training.objectives.teachers import FixedTeacher
 from training.objectives.times import Times
 from training.objectives.weighting import squared_error
 from training.randomness import Draws
-from training.validation import between
+from training.validation import between, switch
 
 
 class DMFSample(NamedTuple):
@@ -55,6 +57,7 @@ class DMF(FixedTeacher, Objective):
         omega: ω of the network's own guidance; 0 is none.
         guidance_start, guidance_end: either guidance acts for times in this interval.
         c: of the Cauchy loss.
+        learned_variance: s(t, r) is ``net.log_variance``; if false, 0.
         time_sampler: of all times, see ``times.Times``.
         flow_mean, flow_std, t_mean, t_std, r_mean, r_std: of τ and of the two other times.
         label_dropout: share of samples without label; their target is not guided.
@@ -79,6 +82,7 @@ class DMF(FixedTeacher, Objective):
         r_mean: float = -1.2,
         r_std: float = 1.0,
         label_dropout: float = 0.1,
+        learned_variance: bool = False,
     ) -> None:
         super().__init__()
         between("objective.teacher_guidance", teacher_guidance, 0)
@@ -100,7 +104,8 @@ class DMF(FixedTeacher, Objective):
         self.flow_times = Times(time_sampler, flow_mean, flow_std)
         self.t_times = Times(time_sampler, t_mean, t_std)
         self.r_times = Times(time_sampler, r_mean, r_std)
-        self.label_dropout = label_dropout
+        switch("objective.learned_variance", learned_variance)
+        self.label_dropout, self.learned_variance = label_dropout, learned_variance
 
     def draw(self, x: torch.Tensor, y: torch.Tensor, null_label: int, draws: Draws) -> DMFSample:
         n, times = len(x), draws("times")
@@ -112,7 +117,7 @@ class DMF(FixedTeacher, Objective):
         pair, flow = linear_path(x, e, t), linear_path(x, e_flow, t_flow)
         return DMFSample(*pair, t, r, *flow, t_flow, y, dropped, y.new_full((), null_label))
 
-    def loss(self, net: Net, sample: DMFSample) -> Terms:
+    def loss(self, net: Any, sample: DMFSample) -> Terms:
         z, v, t, r, z_flow, v_flow, t_flow, y, dropped, null_label = sample
         told = y, dropped, null_label
         prediction = net(z_flow, t_flow, t_flow, y)
@@ -122,7 +127,8 @@ class DMF(FixedTeacher, Objective):
         u, dudt = self.jvp(net, (z, t, r, y), (target, torch.ones_like(t), None, None))
         step = expand(t - r, z) * dudt
         error = squared_error(u + step, target, "mean")  # (B,)
-        loss = ((flow + self.c).log() + (error + self.c).log()) / 2
+        parts = self._cauchy(net, flow, t_flow, t_flow), self._cauchy(net, error, t, r)
+        loss = (parts[0] + parts[1]) / 2
         with torch.no_grad():
             metrics = {
                 "error": error.mean(),
@@ -132,6 +138,14 @@ class DMF(FixedTeacher, Objective):
                 "tangent_norm": step.flatten(1).norm(dim=1).mean(),
             }
         return Terms(loss.mean(), metrics, error.detach())
+
+    def _cauchy(
+        self, net: Any, error: torch.Tensor, t: torch.Tensor, r: torch.Tensor
+    ) -> torch.Tensor:
+        if not self.learned_variance:
+            return (error + self.c).log()
+        s = net.log_variance(t, r)
+        return (error * torch.exp(-s) + self.c).log() + s
 
     @torch.no_grad()
     def _guided_velocity(

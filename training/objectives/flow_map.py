@@ -14,9 +14,11 @@ All three vanish at the flow map and only there. The first two differentiate u, 
 differentiates **through** that derivative (``jvp.mode=tangent_grad``; the other modes leave it out,
 an ablation). The Eulerian residual has a spatial derivative; ``stop_gradient=full`` holds it
 constant, as the paper does for images, and ``convex`` holds only v constant.
+
+With a learned log-variance s(t, r), as published, the loss of a sample is error / e^s + s.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,7 +28,7 @@ from training.objectives.tangents import Jvp
 from training.objectives.times import Times
 from training.objectives.weighting import adaptive_weight, squared_error
 from training.randomness import Draws
-from training.validation import between, one_of
+from training.validation import between, one_of, switch
 
 KINDS = ("lagrangian", "eulerian", "progressive")
 
@@ -54,6 +56,7 @@ class FlowMap(Objective):
         p, c: of the adaptive weight; p = 0 is the plain squared error.
         time_sampler, time_mean, time_std: of both times, see ``times.Times``.
         label_dropout: share of samples without label.
+        learned_variance: s(t, r) is ``net.log_variance``; if false, 0. It replaces p and c.
     """
 
     teaches_velocity = True
@@ -72,6 +75,7 @@ class FlowMap(Objective):
         time_mean: float = 0.0,
         time_std: float = 1.0,
         label_dropout: float = 0.1,
+        learned_variance: bool = False,
     ) -> None:
         super().__init__()
         one_of("objective.kind", kind, KINDS)
@@ -86,7 +90,13 @@ class FlowMap(Objective):
         self.kind, self.stop_gradient, self.split = kind, stop_gradient, split
         self.times = Times(time_sampler, time_mean, time_std)
         self.equal_share, self.reduce, self.p, self.c = equal_share, reduce, p, c
-        self.label_dropout = label_dropout
+        switch("objective.learned_variance", learned_variance)
+        if learned_variance and p:
+            raise ValueError(
+                f"objective.p must be 0 with objective.learned_variance=true, which weighs already;"
+                f" got {p}"
+            )
+        self.label_dropout, self.learned_variance = label_dropout, learned_variance
 
     def draw(
         self, x: torch.Tensor, y: torch.Tensor, null_label: int, draws: Draws
@@ -103,8 +113,8 @@ class FlowMap(Objective):
         y, _ = drop_labels(y, self.label_dropout, null_label, draws("labels"))
         return FlowMapSample(z, v, t, r, split, y, n)
 
-    def loss(self, net: Net, sample: FlowMapSample) -> Terms:
-        z, v, t, _, _, y, n = sample
+    def loss(self, net: Any, sample: FlowMapSample) -> Terms:
+        z, v, t, r, _, y, n = sample
         parts, derivative = [], z.new_zeros(1)
         if n:
             parts.append(squared_error(net(z[:n], t[:n], t[:n], y[:n]), v[:n], self.reduce))
@@ -113,7 +123,11 @@ class FlowMap(Objective):
             residual, derivative = getattr(self, f"_{self.kind}")(net, rest)
             parts.append(squared_error(residual, torch.zeros_like(residual), self.reduce))
         error = torch.cat(parts)  # (B,)
-        weight = adaptive_weight(error, self.p, self.c)
+        if self.learned_variance:
+            s = net.log_variance(t, r)
+            weight, price = torch.exp(-s), s
+        else:
+            weight, price = adaptive_weight(error, self.p, self.c), torch.zeros_like(error)
         with torch.no_grad():
             metrics = {
                 "error": error.mean(),
@@ -122,7 +136,7 @@ class FlowMap(Objective):
                 "dudt_rms": derivative.square().mean().sqrt(),
                 "weight": weight.mean(),
             }
-        return Terms((weight * error).mean(), metrics, error.detach())
+        return Terms((weight * error + price).mean(), metrics, error.detach())
 
     def _lagrangian(self, net: Net, part: FlowMapSample) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual, and the derivative of u in it. Each (B, C, H, W)"""

@@ -12,6 +12,8 @@ of the network's weights.
 
 With guidance ω, where the label was kept: flow matching is towards
 ω v + (1 - ω) ū(z_s', s', s' | ∅), and both errors are divided by ω². Where it was dropped, ω is 1.
+As published, the network is told ω (``told``, with ``model.guided=inverse``: it sees 1/ω, and u is
+ω times what it gives); the unconditional velocity is asked with ω = 1.
 """
 
 from typing import NamedTuple
@@ -39,6 +41,7 @@ class TVMSample(NamedTuple):
     y: torch.Tensor  # (B,), dropped labels already replaced by the null label
     dropped: torch.Tensor  # (B,), which labels were dropped
     null_label: torch.Tensor  # ()
+    guidance: torch.Tensor  # (B, 3): ω, 0, 1, as a network is told
 
 
 class TVM(Objective):
@@ -52,6 +55,7 @@ class TVM(Objective):
         teacher_decay: of the average ū.
         teacher_warmup: the average begins short; if false, with this decay, as published.
         omega: guidance built into the target; 1 is none.
+        told: the network has ω as a condition (``model.guided``), and sampling must name it.
         label_dropout: share of samples without label.
     """
 
@@ -69,6 +73,7 @@ class TVM(Objective):
         gap_std: float = 1.0,
         teacher_decay: float = 0.99,
         omega: float = 1.0,
+        told: bool = False,
         label_dropout: float = 0.1,
         teacher_warmup: bool = False,
     ) -> None:
@@ -85,6 +90,8 @@ class TVM(Objective):
         self.gap = Times(gap_sampler, gap_mean, gap_std)
         self.teacher_decay, self.omega, self.label_dropout = teacher_decay, omega, label_dropout
         switch("objective.teacher_warmup", teacher_warmup)
+        switch("objective.told", told)
+        self.told = told
         self.teacher_warmup = teacher_warmup
         self.teacher: AveragedTeacher | None = None
 
@@ -101,16 +108,21 @@ class TVM(Objective):
         z, v = linear_path(x, e, t)
         z_flow, _ = linear_path(x, e, s_flow)
         y, dropped = drop_labels(y, self.label_dropout, null_label, draws("labels"))
-        return TVMSample(z, t, s, z_flow, s_flow, v, y, dropped, y.new_full((), null_label))
+        w = torch.where(dropped, 1.0, torch.full_like(t, self.omega))
+        guidance = torch.stack([w, torch.zeros_like(w), torch.ones_like(w)], dim=1)
+        null = y.new_full((), null_label)
+        return TVMSample(z, t, s, z_flow, s_flow, v, y, dropped, null, guidance)
 
     def loss(self, net: Net, sample: TVMSample) -> Terms:
         z, t, s, z_flow, s_flow, v, y, *_ = sample
         teacher = attached(self.teacher)
-        u, duds = self.jvp(net, (z, t, s, y), (None, None, torch.ones_like(s), None))
+        told = (sample.guidance,) if self.told else ()
+        along = (None, None, torch.ones_like(s), None, *(None for _ in told))
+        u, duds = self.jvp(net, (z, t, s, y, *told), along)
         step = expand(s - t, z)
         arrival = (z + step * u).detach()
-        terminal = squared_error(u + step * duds, teacher(arrival, s, s, y), self.reduce)
-        prediction = net(z_flow, s_flow, s_flow, y)
+        terminal = squared_error(u + step * duds, teacher(arrival, s, s, y, *told), self.reduce)
+        prediction = net(z_flow, s_flow, s_flow, y, *told)
         flow = squared_error(prediction, self._guided_velocity(sample), self.reduce)
         errors = terminal + flow  # (B,)
         with torch.no_grad():
@@ -127,8 +139,9 @@ class TVM(Objective):
     @torch.no_grad()
     def _guided_velocity(self, sample: TVMSample) -> torch.Tensor:
         """What flow matching is towards; dropped labels keep v."""
-        _, _, _, z, s, v, y, dropped, null_label = sample
+        _, _, _, z, s, v, y, dropped, null_label, guidance = sample
         if self.omega == 1:
             return v
-        null = attached(self.teacher)(z, s, s, null_label.expand_as(y))
+        told = (guidance.new_tensor([1, 0, 1]).expand_as(guidance),) if self.told else ()
+        null = attached(self.teacher)(z, s, s, null_label.expand_as(y), *told)
         return torch.where(expand(dropped, v), v, self.omega * v + (1 - self.omega) * null)
