@@ -29,7 +29,7 @@ from PIL import Image
 
 from training.cli import one_line_errors
 from training.data.packed import write_pack
-from training.data.pictures import read_picture
+from training.data.pictures import is_picture, read_picture
 from training.images import grid, write_png
 from training.validation import between, positive_integer
 
@@ -43,7 +43,6 @@ def classes_of(root: Path, least: int, join: Sequence[str], other: Sequence[str]
     for name in (*join, *other):
         if not (root / name).is_dir():
             raise FileNotFoundError(f"there is no folder {name} in {root}")
-    endings = set(Image.registered_extensions())
     found: Classes = {}
 
     def visit(folder: Path, whole: bool) -> list[Path]:
@@ -55,7 +54,7 @@ def classes_of(root: Path, least: int, join: Sequence[str], other: Sequence[str]
                 continue
             if path.is_dir():
                 mine += visit(path, whole or name in join)
-            elif path.suffix.lower() in endings:
+            elif is_picture(path):
                 mine.append(path)
         if folder == root:
             name = OTHER

@@ -19,7 +19,8 @@ class HuggingFace(Data):
             or folders of images.
         train_split, held_out_split: names of the splits. Without a second one (None), the share
             ``held_out`` of the first is held out.
-        image_column, label_column: their names; None for the labels means no classes.
+        image_column, label_column: their names; None for the labels means no classes. Labels are
+            whole numbers, or words, whose classes are those of the first split by the alphabet.
         image_size, channels, resize: see ``pictures.to_bytes``.
         in_memory: decode all images at the start; for small data sets.
     """
@@ -51,14 +52,16 @@ class HuggingFace(Data):
                 "data=hugging_face needs either data.name=NAME (of the hub) or data.path=DIRECTORY"
             )
         dataset = load_split(name, subset, train_split, path)
-        num_classes = count_classes(dataset, image_column, label_column)
+        check_columns(dataset, image_column, label_column)
+        num_classes, words = classes_of(dataset, label_column)
         if held_out_split is None:
             rest, kept = split(len(dataset), held_out)
             datasets = {"train": dataset.select(rest), "held_out": dataset.select(kept)}
         else:
-            other = load_split(name, subset, held_out_split, path)
+            other = load_split(name, subset, held_out_split, path, "held_out_split")
+            check_columns(other, image_column, label_column)
             datasets = {"train": dataset, "held_out": other}
-        columns = (image_column, label_column, image_size, channels, resize)
+        columns = (image_column, label_column, words, image_size, channels, resize)
         sources: dict[str, Any] = {key: Examples(d, *columns) for key, d in datasets.items()}
         if in_memory:
             sources = {key: source.decoded() for key, source in sources.items()}
@@ -76,11 +79,13 @@ class Examples:
         dataset: Any,
         image_column: str,
         label_column: str | None,
+        words: dict[Any, int] | None,
         image_size: int,
         channels: int,
         resize: str,
     ) -> None:
         self.dataset, self.image_column, self.label_column = dataset, image_column, label_column
+        self.words = words  # label -> its number, where it is none itself
         self.options = (image_size, channels, resize)
 
     def __len__(self) -> int:
@@ -94,17 +99,45 @@ class Examples:
                 f"data: an image among rows {min(indices)} ... {max(indices)} of the data set"
                 f" cannot be read ({error})"
             ) from error
-        images = torch.stack([to_bytes(image, *self.options) for image in rows[self.image_column]])
+        pairs = list(zip(indices, rows[self.image_column], strict=True))
+        images = torch.stack([self._image(row, image) for row, image in pairs])
         if self.label_column is None:
             return images, torch.zeros(len(indices), dtype=torch.int64)
-        return images, torch.tensor(rows[self.label_column], dtype=torch.int64)
+        labels = zip(indices, rows[self.label_column], strict=True)
+        return images, torch.tensor([self._label(row, label) for row, label in labels])
+
+    def _image(self, row: int, image: Any) -> torch.Tensor:
+        if image is None:
+            raise ValueError(
+                f"data: row {row} of the data set has no picture in {self.image_column!r}; leave"
+                " such rows out"
+            )
+        try:
+            return to_bytes(image, *self.options)
+        except ValueError as error:
+            raise ValueError(f"data: row {row} of the data set: {error}") from error
+
+    def _label(self, row: int, label: Any) -> int:
+        if label is None or (self.words is not None and label not in self.words):
+            known = "" if label is None else ", which the training split has not"
+            raise ValueError(
+                f"data: row {row} of the data set has the label {label!r}{known}; leave such rows"
+                " out, or train without classes with data.label_column=null"
+            )
+        return int(label) if self.words is None else self.words[label]
 
     def decoded(self) -> Tensors:
         return Tensors(*self.read(list(range(len(self))), Draws(0)))
 
 
-def load_split(name: str | None, subset: str | None, split: str, path: str | None = None) -> Any:
-    """One split as a ``datasets.Dataset``."""
+def load_split(
+    name: str | None,
+    subset: str | None,
+    split: str,
+    path: str | None = None,
+    key: str = "train_split",
+) -> Any:
+    """One split as a ``datasets.Dataset``; ``key`` is the option that names it."""
     import datasets  # takes a second to import, and digits need none of it
 
     if path is not None and not Path(path).is_dir():
@@ -120,20 +153,49 @@ def load_split(name: str | None, subset: str | None, split: str, path: str | Non
     except Exception as error:  # of the network, the hub, the format: the reason is in the text
         what = f"data.path={path}" if name is None else f"data.name={name}"
         reason = " ".join(str(error).split()) or type(error).__name__
+        remedy = "without a network, give a local copy with data.path=DIRECTORY"
+        if key == "held_out_split":  # the other one was loaded
+            remedy = "where there is none, data.held_out_split=null keeps a share of the other one"
         raise ValueError(
-            f"{what}: the split {split!r} cannot be loaded: {reason}; without a network, give a"
-            " local copy with data.path=DIRECTORY"
+            f"{what}: data.{key}: the split {split!r} cannot be loaded: {reason}; {remedy}"
         ) from error
 
 
-def count_classes(dataset: Any, image_column: str, label_column: str | None) -> int:
+def check_columns(dataset: Any, image_column: str, label_column: str | None) -> None:
     for key, column in (("image_column", image_column), ("label_column", label_column)):
         if column is not None and column not in dataset.column_names:
             raise ValueError(
                 f"data.{key} must be one of the columns {', '.join(dataset.column_names)}; got"
                 f" {column!r}"
             )
+    kind = type(dataset.features[image_column]).__name__
+    if kind != "Image":
+        raise ValueError(
+            f"data.image_column must be a column of pictures; {image_column!r} is of the kind"
+            f" {getattr(dataset.features[image_column], 'dtype', kind)}; cast it with"
+            " datasets.Image(), or name another one"
+        )
+
+
+def classes_of(dataset: Any, label_column: str | None) -> tuple[int, dict[Any, int] | None]:
+    """How many there are, and the number of each label that is none itself."""
     if label_column is None:
-        return 1
+        return 1, None
     names = getattr(dataset.features[label_column], "names", None)
-    return len(names) if names else 1 + max(dataset[label_column])
+    if names:
+        return len(names), None
+    labels = list(dataset.with_format(None).select_columns([label_column])[label_column])
+    words = [label for label in labels if isinstance(label, str)]
+    if words and len(words) == len(labels):
+        return len(set(words)), {label: i for i, label in enumerate(sorted(set(words)))}
+    wrong = [label for label in labels if not isinstance(label, str) and not _whole(label)]
+    if wrong or words or not labels:
+        raise ValueError(
+            f"data.label_column={label_column}: labels must be whole numbers >= 0, or all be words;"
+            f" got {[*wrong, *words, None][0]!r}; data.label_column=null trains without classes"
+        )
+    return 1 + int(max(labels)), None
+
+
+def _whole(label: Any) -> bool:
+    return isinstance(label, int | float) and float(label).is_integer() and label >= 0

@@ -4,16 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from training.data.module import Data, split
-from training.data.pictures import check_picture_options, read_picture, to_bytes
+from training.data.pictures import check_picture_options, is_picture, read_picture, to_bytes
 from training.randomness import Draws
 
 
 class ImageFolder(Data):
     """Images under ``path/CLASS/``, classes in alphabetical order; images directly in ``path`` (and
-    no subfolders) are a data set without classes.
+    in no subfolder) are a data set without classes. Hidden files and folders are left out.
 
     Args:
         held_out: share kept from training.
@@ -65,13 +64,28 @@ def find_images(folder: Path) -> tuple[list[Path], torch.Tensor, int]:
     """Files, their labels (n,) and the number of classes."""
     if not folder.is_dir():
         raise FileNotFoundError(f"data.path: there is no directory {folder}")
-    endings = set(Image.registered_extensions())
-    classes = sorted(p for p in folder.iterdir() if p.is_dir()) or [folder]
-    files, labels = [], []
-    for label, directory in enumerate(classes):
-        found = sorted(p for p in directory.rglob("*") if p.suffix.lower() in endings)
-        if not found:
+    loose = [path for path in sorted(folder.iterdir()) if path.is_file() and is_picture(path)]
+    found = {d: _pictures(d) for d in sorted(folder.iterdir()) if d.is_dir() and not _hidden(d)}
+    if loose and (classes := [d for d, pictures in found.items() if pictures]):
+        raise ValueError(
+            f"data.path: {folder} has {len(loose)} pictures (as {loose[0].name}) beside the folder"
+            f" {classes[0].name} of a class; move them into a class's folder, or away"
+        )
+    if loose or not found:
+        found = {folder: loose}
+    for directory, pictures in found.items():
+        if not pictures:
             raise ValueError(f"data.path: there is no image in {directory}")
-        files += found
-        labels += [label] * len(found)
-    return files, torch.tensor(labels), len(classes)
+    files = [path for pictures in found.values() for path in pictures]
+    labels = [i for i, pictures in enumerate(found.values()) for _ in pictures]
+    return files, torch.tensor(labels), len(found)
+
+
+def _pictures(folder: Path) -> list[Path]:
+    inside = (p for p in folder.rglob("*") if not any(map(_hidden, p.relative_to(folder).parents)))
+    return sorted(p for p in inside if is_picture(p))
+
+
+def _hidden(folder: Path) -> bool:
+    """What tools and systems leave behind: .ipynb_checkpoints, .git, __MACOSX, __pycache__."""
+    return folder.name.startswith((".", "__"))

@@ -1,15 +1,23 @@
-"""Pictures of any size and mode as square tensors of bytes."""
+"""Pictures of any size and mode as square tensors of bytes.
 
+A picture counts as it is shown: turned as its EXIF data say, black to white whatever its bits are,
+without its alpha channel. What cannot be shown with certainty is refused, never black or white.
+"""
+
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from training.validation import one_of
 
 MODES = {1: "L", 3: "RGB"}
 RESIZES = ("crop", "pad")
+SAMPLE_FORMAT = 339  # the tag of a TIFF file: 1 unsigned, 2 signed, 3 floats
+# Formats that Pillow names and does not decode by itself, or that are no pictures of pixels.
+NO_PICTURES = ("BUFR", "EPS", "FPX", "GRIB", "HDF5", "MIC", "MPEG", "PDF", "WMF")
 
 
 def check_picture_options(image_size: int, channels: int, resize: str) -> None:
@@ -20,13 +28,53 @@ def check_picture_options(image_size: int, channels: int, resize: str) -> None:
         raise ValueError(f"data.image_size must be an integer >= 1; got {image_size!r}")
 
 
+def is_picture(path: Path) -> bool:
+    """Whether the name says so, and it is not hidden."""
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    readable = kind in Image.OPEN and kind not in NO_PICTURES
+    return readable and not path.name.startswith(".")
+
+
+def as_shown(picture: Image.Image) -> Image.Image:
+    """Upright, and of 8 bits a channel.
+
+    Integers of 16 and 32 bits are black at 0 and white at the largest value of their type, floats
+    at 0 and 1. Raises ``ValueError`` where that leaves nothing to see, or a value beyond them.
+    """
+    mode, white = picture.mode, 2.0**16 - 1
+    if mode == "F":
+        white = 1.0
+    elif mode == "I" and picture.format not in ("PNG", "PPM"):  # those have 16 bits at most
+        signed = getattr(picture, "tag_v2", {}).get(SAMPLE_FORMAT, (1,))[0] == 2
+        white = 2.0**31 - 1 if signed else 2.0**32 - 1
+    with suppress(Exception):  # broken EXIF data turn nothing
+        picture = ImageOps.exif_transpose(picture)
+    if mode not in ("I", "F") and not mode.startswith("I;"):
+        return picture
+    values = np.asarray(picture).astype(np.float64)
+    if white == 2.0**32 - 1:
+        values = values % 2**32  # Pillow keeps them in signed numbers
+    low, high = float(values.min()), float(values.max())
+    shown = np.rint(np.clip(values / white, 0, 1) * 255).astype(np.uint8)
+    if not (low >= 0 and high <= white) or (high > 0 and not shown.any()):
+        raise ValueError(
+            f"its values are {low:g} to {high:g}, where black is 0 and white {white:g}; save it"
+            " with 8 or 16 bits"
+        )
+    return Image.fromarray(shown)
+
+
 def to_bytes(
     picture: Image.Image, image_size: int, channels: int, resize: str = "crop"
 ) -> torch.Tensor:
     """(C, S, S) bytes. ``crop`` scales the shorter side to S and keeps the middle, by the steps of
     ADM and DiT (halve with a box filter, then bicubic); ``pad`` keeps the pixels and adds black.
     """
-    picture = picture.convert(MODES[channels])
+    picture = as_shown(picture)
+    try:
+        picture = picture.convert(MODES[channels])
+    except ValueError:  # PA, RGBa and their like go by way of another mode
+        picture = picture.convert("RGBA").convert(MODES[channels])
     if resize == "crop":
         while min(picture.size) >= 2 * image_size:
             half = (picture.width // 2, picture.height // 2)
@@ -58,7 +106,7 @@ def read_picture(path: Path) -> Image.Image:
     try:
         with Image.open(path) as picture:
             picture.load()
-            return picture
+            return as_shown(picture)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"data.path: {path} is gone since the folder was read") from error
     except Exception as error:  # Pillow raises a dozen types for broken files
