@@ -46,6 +46,7 @@ class GenerativeModule(LightningModule):
         self.context = context
         objective.attach(net)
         self.step = Step(net, objective, compile, cuda_graphs)
+        self.batches: list[dict[str, torch.Tensor]] = []  # metrics of those since the last step
 
     def configure_model(self) -> None:
         """Each process keeps its part of the network, where they share one."""
@@ -82,9 +83,37 @@ class GenerativeModule(LightningModule):
         torch.manual_seed(key(*self._where(batch_idx), self.global_rank, "layers"))
         sample = self.draw(batch, batch_idx)
         loss, metrics, errors = self.step(sample)
-        self._log_means({"loss": loss.detach(), **metrics})
+        means = self._of_step({"loss": loss.detach(), **metrics}, batch_idx)
+        if means is not None:
+            self._log_means(means)
         times = getattr(sample, "t", None)
-        return {"loss": loss, "metrics": metrics, "errors": errors, "times": times}
+        # Lightning divides the loss by the number of accumulated batches; ``means`` has the step's.
+        return {
+            "loss": loss,
+            "metrics": metrics,
+            "means": means,
+            "errors": errors,
+            "times": times,
+        }
+
+    def _of_step(
+        self, metrics: dict[str, torch.Tensor], batch_idx: int
+    ) -> dict[str, torch.Tensor] | None:
+        """Loss and metrics of a step, means over the batches that it accumulates; None before its
+        last one.
+        """
+        self.batches.append(metrics)
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            return None
+        batches, self.batches = self.batches, []
+        if len(batches) == 1:
+            return metrics
+
+        def mean(name: str) -> torch.Tensor:
+            values = torch.stack([batch[name].detach().float() for batch in batches])
+            return values.nanmean() if name in OPTIONAL else values.mean()
+
+        return {name: mean(name) for name in metrics}
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         self.step.backward(loss)

@@ -85,7 +85,7 @@ def test_an_exploding_error_ends_the_run():
 
     def steps(*errors):
         for error in errors:
-            fake.end(divergence, {"metrics": {"error": torch.tensor(error)}})
+            fake.end(divergence, {"means": {"error": torch.tensor(error)}})
 
     steps(5.0, 5.0, 5.0, 5.0, 1.0, 1.0, 1.0, 1000.0)  # a single outlier is nothing
     steps(9.0, 9.0, 9.0, 9.0)

@@ -2,24 +2,31 @@
 
 import copy
 import csv
+import io
 import itertools
 import json
 import resource
 import signal
+import sys
+from types import SimpleNamespace
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning import Callback, Trainer
+from rich.console import Console
 
 from jvp_flash_attention import attention as jvp_attention
 from training.attentions import sdpa
 from training.callbacks.checkpoint import Interrupted, LastCheckpoint, interrupted_once, remedy
 from training.callbacks.ema import EMA, choose
 from training.callbacks.guard import Diverged, Guard
-from training.callbacks.summary import strict_json
+from training.callbacks.progress import RichProgress
+from training.callbacks.summary import Summary, strict_json
 from training.checkpoints import AtomicCheckpointIO, find_checkpoint, load_checkpoint, refuse_used
 from training.data.digits import Digits
+from training.loggers import wandb as loggers
 from training.loggers.csv import CSVFile
 from training.models.dit import DiT
 from training.module import GenerativeModule
@@ -53,7 +60,7 @@ def train(folder, steps, *callbacks, resume=None, max_steps=None, optimizer=None
         logger=options.pop("logger", False),
         callbacks=[losses, EMA(), *callbacks],
         plugins=[AtomicCheckpointIO()],
-        enable_progress_bar=False,
+        enable_progress_bar=any(isinstance(c, RichProgress) for c in callbacks),
         enable_model_summary=False,
         enable_checkpointing=any(isinstance(c, LastCheckpoint) for c in callbacks),
         default_root_dir=folder,
@@ -97,6 +104,61 @@ def test_a_run_resumed_from_the_middle_of_a_killed_one_continues_exactly(tmp_pat
     assert again == whole[3:]
 
 
+def test_a_step_of_several_batches_has_their_mean_loss(tmp_path):
+    class Batches(Callback):
+        """Loss and error of every batch, undivided."""
+
+        def __init__(self):
+            self.losses, self.errors = [], []
+
+        def on_train_batch_end(self, trainer, module, outputs, *_):
+            self.losses.append(4 * float(outputs["loss"]))
+            self.errors.append(float(outputs["metrics"]["error"]))
+
+    seen, logger = Batches(), CSVFile(tmp_path)
+    summary = Summary(tmp_path, window=2)
+    progress = RichProgress()
+    progress.console = Console(file=io.StringIO(), width=200)
+    options = {"logger": logger, "log_every_n_steps": 1, "accumulate_grad_batches": 4}
+    train(tmp_path, 3, seen, summary, progress, **options)
+    assert len(seen.losses) == 12
+    losses, errors = (np.array(v).reshape(3, 4).mean(1) for v in (seen.losses, seen.errors))
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["train/loss"]) for row in rows] == pytest.approx(losses, rel=1e-5)
+    assert [float(row["train/error"]) for row in rows] == pytest.approx(errors, rel=1e-5)
+    written = json.loads((tmp_path / "summary.json").read_text())
+    assert len(summary.history) == 2  # steps, not batches
+    assert written["loss"] == pytest.approx(losses[1:].mean(), rel=1e-5)
+    assert written["error"] == pytest.approx(errors[1:].mean(), rel=1e-5)
+    lines = [line for line in progress.console.file.getvalue().splitlines() if "/3 " in line]
+    assert [line.split()[0] for line in lines] == ["1/3", "2/3", "3/3"]
+    for line, loss in zip(lines, losses, strict=True):
+        assert f"loss {loss:.4f}" in line
+
+
+def test_a_resumed_run_is_the_same_wandb_run(tmp_path, monkeypatch):
+    started = []
+
+    def init(**given):
+        started.append(given)
+        return SimpleNamespace(define_metric=lambda *_, **__: None)
+
+    wandb = SimpleNamespace(
+        init=init,
+        Settings=lambda **_: None,
+        util=SimpleNamespace(generate_id=lambda: f"id{len(started)}"),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(loggers, "find_spec", lambda name: name)
+    monkeypatch.setattr(loggers, "WandbLogger", lambda experiment: experiment)
+    for offline in (True, True, False):
+        loggers.wandb_logger(str(tmp_path / "a"), offline)
+    loggers.wandb_logger(str(tmp_path / "b"), True)
+    assert [given["id"] for given in started] == ["id0", "id0", "id0", "id3"]
+    assert [given["resume"] for given in started] == [None, None, "allow", None]
+
+
 class Failing(Callback):
     """Raises where it is told to: at the first batch from step 5 on, or at the one after it."""
 
@@ -131,7 +193,7 @@ def test_an_error_leaves_a_checkpoint_of_the_last_finished_step(tmp_path, capsys
     path = find_checkpoint("last", tmp_path)
     assert load_checkpoint(path)["global_step"] == 5
     says = f"wrote last.ckpt after step 5; resume with ckpt_path=last hydra.run.dir={tmp_path}\n"
-    assert capsys.readouterr().out == says
+    assert capsys.readouterr().out == f"stopped: no\n{says}"
     rows[1].resume(5)
     again, _ = train(tmp_path, 8, resume=path, logger=rows[1], **options)
     assert again == whole[-len(again) :]

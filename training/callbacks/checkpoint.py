@@ -63,6 +63,8 @@ def remedy(path: Path) -> str:
     if HydraConfig.initialized() and HydraConfig.get().job.name == "train":
         own = ("ckpt_path=", "hydra.run.dir=")
         given = [o for o in HydraConfig.get().overrides.task if not o.lstrip("+").startswith(own)]
+    if any(o.startswith("resume=") for o in given):
+        return "resume with " + shlex.join(given)
     if not path.exists():  # before the first checkpoint
         return "start again with " + shlex.join(
             ["ckpt_path=auto", f"hydra.run.dir={folder}", *given]
@@ -186,6 +188,9 @@ class LastCheckpoint(Checkpoint):
         try:  # not trainer.save_checkpoint: it would wait for the other processes
             checkpoint = trainer._checkpoint_connector.dump_checkpoint()
             trainer.strategy.save_checkpoint(checkpoint, self.path)
+            from training.cli import message  # which reads this file
+
+            print(f"stopped: {message(exception)}")
             print(f"wrote last.ckpt after step {step}; {remedy(self.path)}")
         except Exception as error:  # the run's own error is told after this one
             print(f"error: {error}", file=sys.stderr)

@@ -34,7 +34,8 @@ class Divergence(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.errors.append(outputs["metrics"]["error"])
+        if outputs["means"] is not None:
+            self.errors.append(outputs["means"]["error"])
         if len(self.errors) < self.window:
             return
         errors = over_ranks(torch.stack(self.errors), "mean")

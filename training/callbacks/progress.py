@@ -60,12 +60,12 @@ class RichProgress(ProgressBar):
     ) -> None:
         step, last = trainer.global_step, trainer.max_steps
         every = 10 if self.bar else _lines(last)
-        if not self.enabled or (step % every and step != last):
+        if not self.enabled or (step % every and step != last) or outputs["means"] is None:
             return
         text = FIELDS.format(
             step=float(trainer.callback_metrics.get("perf/step_ms", float("nan"))),
-            loss=float(outputs["loss"]),
-            error=float(outputs["metrics"]["error"]),
+            loss=float(outputs["means"]["loss"]),
+            error=float(outputs["means"]["error"]),
         )
         if self.bar:
             self.bar.update(self.task, completed=step, text=text)

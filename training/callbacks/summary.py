@@ -74,7 +74,8 @@ class Summary(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.history.append({"loss": outputs["loss"].detach(), **outputs["metrics"]})
+        if outputs["means"] is not None:  # a step, not one of the batches that it accumulates
+            self.history.append(outputs["means"])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Whatever the logging interval, the last step is logged."""

@@ -1,6 +1,7 @@
 """Weights & Biases, imported only where it is configured."""
 
 from importlib.util import find_spec
+from pathlib import Path
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -18,6 +19,8 @@ def wandb_logger(
 ) -> Logger | None:
     """A W&B logger; ``offline`` needs neither account nor network and writes to
     ``directory/wandb``. Runs that are compared share a ``group``; ``job_type`` is their attention.
+    A run that is resumed in its directory goes on under the same id, which ``wandb/id`` keeps:
+    offline, `wandb sync --append` uploads its parts as one.
 
     None on other ranks than 0. Where the package is missing, offline logging is left out with a
     warning (metrics.csv has everything) and online logging raises.
@@ -31,12 +34,18 @@ def wandb_logger(
         raise ModuleNotFoundError("logger=wandb needs the package wandb: pip install wandb")
     import wandb
 
+    kept = Path(directory) / "wandb" / "id"
+    if not kept.is_file():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(wandb.util.generate_id() + "\n")
     run = wandb.init(
         project=project,
         name=name,
         group=group,
         job_type=job_type,
         dir=directory,
+        id=kept.read_text().strip(),
+        resume=None if offline else "allow",
         mode="offline" if offline else "online",
         reinit="finish_previous",
         settings=wandb.Settings(silent=True, console="off"),
