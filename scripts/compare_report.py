@@ -19,6 +19,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from scripts.fashion_mnist import table, write_block
+from training.cli import one_line_errors
 from training.comparison import lockstep, plots
 from training.comparison.arms import Run
 from training.comparison.crossover import crossings, verdict
@@ -44,6 +45,10 @@ SPEED = ("tokens", "head dim", "", "images", "arm", "images/s", "ms", "GiB", "MF
 
 def kept(output: Path, title: str, note: str | None) -> dict[str, Any]:
     """The result file of a comparison: its results.json, curves and errors, or cells."""
+    if not (output / "results.json").is_file():
+        raise FileNotFoundError(
+            f"OUTPUT: {output} has no results.json; give the hydra.run.dir of a finished comparison"
+        )
     result = json.loads((output / "results.json").read_text())
     measured_in_parts = not (output / "curves.csv").is_file()  # the arguments are the last part's
     dropped = (*PATHS, "comparison.") if measured_in_parts else PATHS
@@ -299,7 +304,14 @@ def main() -> None:
     parser.add_argument("--note", default=None, help="what else a reader must know of the runs")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     arguments = parser.parse_args()
+    with one_line_errors():
+        report(parser, arguments)
+
+
+def report(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     folder = arguments.docs / "results"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--docs: there is no directory {folder}")
     if arguments.output:
         if not (arguments.name and arguments.title):
             parser.error("OUTPUT needs --name and --title")

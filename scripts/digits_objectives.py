@@ -1,7 +1,10 @@
 """Collects runs on digits into one result file and prints them as a table.
 
-    python scripts/train.py objective=tvm attention=jvp hydra.run.dir=RUN
+    python scripts/digits_objectives.py RUNS --train --output docs/results/digits_objectives.json
     python scripts/digits_objectives.py RUN RUN ... --output docs/results/digits_objectives.json
+
+The first line trains every objective below RUNS, one after the other, and goes on where it was cut
+off; the second one reads runs that are there.
 
 For each run: steps and seconds of its summary.json, and, at several numbers of evaluations of the
 averaged network, the class accuracy of 1000 samples under the support vector machine, and their
@@ -10,6 +13,8 @@ energy distance to the training images, which sees a lack of diversity that the 
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -18,12 +23,17 @@ from omegaconf import DictConfig
 
 from scripts.environment import environment
 from training.build import build_data
+from training.cli import one_line_errors
 from training.metrics.energy import energy_distance
 from training.metrics.svm import SVM
 from training.samplers.generate import balanced_labels, generate
 from training.trained import load_trained
 
 N = 1000
+TEACHER = "flow_matching"
+DISTILLATIONS = ("scd", "meanflow_distillation", "dmf_distillation")
+OBJECTIVES = ("meanflow", "imf", "tvm", "alphaflow", "shortcut", "lsd", "esd", "psd", "dmf", "scm")
+OBJECTIVES += (*DISTILLATIONS, TEACHER)
 
 
 def name(config: DictConfig) -> str:
@@ -65,14 +75,52 @@ def row(run: Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Runs on digits as one table.")
     parser.add_argument("runs", nargs="+", type=Path, help="run directories of scripts/train.py")
+    parser.add_argument(
+        "--train",
+        nargs="*",
+        choices=OBJECTIVES,
+        default=None,
+        help="train these first (without names all of them) below the directory RUNS",
+    )
+    parser.add_argument("--set", dest="overrides", nargs="*", default=[], help="for train.py")
     parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
     arguments = parser.parse_args()
+    if arguments.train is not None:
+        arguments.train = arguments.train or list(OBJECTIVES)
+        if len(arguments.runs) != 1:
+            parser.error("--train needs one directory for all runs")
     torch.set_num_threads(1)
-    rows = [row(run) for run in arguments.runs]
-    if arguments.output:
-        result = {"environment": environment(), "samples": N, "rows": rows}
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(markdown(rows))
+    with one_line_errors():
+        if arguments.train:
+            train_all(arguments.train, arguments.runs[0], arguments.overrides)
+            arguments.runs = [arguments.runs[0] / name for name in arguments.train]
+        for run in arguments.runs:
+            if not (run / "summary.json").is_file():
+                raise FileNotFoundError(f"{run} has no summary.json; give runs that have ended")
+        rows = [row(run) for run in arguments.runs]
+        if arguments.output:
+            result = {"environment": environment(), "samples": N, "rows": rows}
+            arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        print(markdown(rows))
+
+
+def train_all(names: list[str], folder: Path, overrides: list[str]) -> None:
+    """One run after the other; a distillation has the run of flow matching beside it as teacher.
+    A run that has ended is left as it is, one that was cut off goes on.
+    """
+    script = Path(__file__).with_name("train.py")
+    for name in sorted(names, key=lambda name: name != TEACHER):
+        run = folder / name
+        if (run / "summary.json").is_file():
+            continue
+        given = [f"objective={name}", "attention=jvp", "ckpt_path=auto", f"hydra.run.dir={run}"]
+        if name in DISTILLATIONS:
+            teacher = folder / TEACHER / "checkpoints" / "last.ckpt"
+            if not teacher.is_file():
+                raise FileNotFoundError(f"{name} needs its teacher {teacher}; train {TEACHER} too")
+            given.append(f"objective.teacher.ckpt={teacher}")
+        print(f"{name} -> {run}", flush=True)
+        subprocess.run([sys.executable, str(script), *given, *overrides], check=True)
 
 
 def markdown(rows: list[dict]) -> str:

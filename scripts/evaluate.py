@@ -17,6 +17,7 @@ from rich.table import Table
 from scripts.environment import environment
 from training.build import build_data
 from training.cli import one_line_errors, run
+from training.metrics.classifier import FEATURES
 from training.metrics.judge import Options, judge_of
 from training.registry import trust
 from training.samplers.generate import balanced_labels, stream
@@ -98,6 +99,9 @@ def evaluate(config: DictConfig) -> None:
     about |= {"environment": environment()}
     output.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
     Console().print(table_of(rows))
+    few = min(len(data.sources["train"]) if not data.drawn else config.n, config.n)
+    if config.features == "classifier" and "frechet_distance" not in rows[-1] and data.images:
+        print(f"no Fréchet distance: {FEATURES} features need more than {few} images")
     print(output)
 
 

@@ -27,6 +27,8 @@ from scripts.digits_objectives import name
 from scripts.environment import environment
 from scripts.fashion_mnist_plots import TITLES, Strip, curves, sample_grid
 from training.build import build_data
+from training.checkpoints import load_rest
+from training.cli import one_line_errors
 from training.comparison.arms import Run, read_run
 from training.comparison.files import finite
 from training.comparison.plots import save
@@ -168,7 +170,8 @@ def write_block(document: Path, text: str, name: str = "fashion_mnist") -> None:
 
 
 def cells(columns: dict[str, tuple[str, str]], row: dict) -> list[str]:
-    return ["" if row[key] is None else form.format(row[key]) for key, (_, form) in columns.items()]
+    found = [(row.get(key), form) for key, (_, form) in columns.items()]
+    return ["" if value is None else form.format(value) for value, form in found]
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -188,6 +191,17 @@ def main() -> None:
     parser.add_argument("--classifier-steps", type=int, default=2000)
     parser.add_argument("--note", default=None, help="what else a reader must know of the runs")
     arguments = parser.parse_args()
+    with one_line_errors():
+        report(parser, arguments)
+
+
+def report(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    for path in () if arguments.runs else arguments.output:
+        if not path.is_file():
+            raise FileNotFoundError(f"--output: there is no file {path}; without runs it is read")
+    for run in arguments.runs:
+        read_run(run)  # before minutes are spent on the first ones
+        load_rest(run / "checkpoints" / "last.ckpt")
     results: dict[Path, dict] = {}
     if arguments.runs:
         if len(arguments.output) != 1:

@@ -36,9 +36,10 @@ from scripts.fashion_mnist import cells, table, thinned, write_block
 from scripts.fashion_mnist_plots import Strip
 from scripts.openclipart_plots import curves, sample_sheet
 from scripts.train import train
+from training.arguments import CONFIGS
 from training.build import build_data
 from training.callbacks.ema import with_weights
-from training.cli import CONFIGS, one_line_errors, run
+from training.cli import one_line_errors, run
 from training.comparison.arms import placed, read_run
 from training.comparison.files import finite
 from training.comparison.plots import save

@@ -26,21 +26,24 @@ from training.cli import one_line_errors, run
 from training.lock import run_lock
 from training.loggers.csv import CSVFile
 from training.registry import checked, trust, trust_own
+from training.resuming import directory, resumed
 from training.settings import check, remark, sharded
+from training.threads import choose_threads
 
 
 def train(config: DictConfig, run_dir: Path) -> None:
     check(config)
+    threads = choose_threads(config)
     settle_batch(config)
     trust(config.trusted)
     trust_own(config)
     # A job that was started again may meet the last moments of the one before.
     wait = config.lock_wait if config.ckpt_path == "auto" else 0
     with run_lock(run_dir, rank_zero_only.rank or 0, wait):
-        _train(config, run_dir)
+        _train(config, run_dir, threads)
 
 
-def _train(config: DictConfig, run_dir: Path) -> None:
+def _train(config: DictConfig, run_dir: Path, *remarks: str) -> None:
     resumed = find_checkpoint(config.ckpt_path, run_dir)
     checkpoint = load_rest(resumed) if resumed else None
     if resumed and checkpoint:
@@ -58,7 +61,7 @@ def _train(config: DictConfig, run_dir: Path) -> None:
     if rank_zero_only.rank == 0:
         refuse_used(run_dir, resumed, config.ckpt_path)
         changed = changes(config, checkpoint) if checkpoint else ""
-        for line in (changed, remark(config)):
+        for line in (*remarks, changed, remark(config)):
             if line:
                 print(line)
     data = build_data(config)
@@ -96,8 +99,11 @@ def main(config: DictConfig) -> None:
             raise ValueError(
                 f"{chosen} is scripts/compare.py's; run python scripts/compare.py {chosen}"
             )
-        train(config, Path(hydra_config.runtime.output_dir))
+        run_dir = Path(hydra_config.runtime.output_dir)
+        if config.resume:
+            config = resumed(config, hydra_config.overrides.task, run_dir)
+        train(config, run_dir)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, prepare=directory)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -308,7 +309,7 @@ def test_an_objective_goes_on_and_is_exported_evaluated_and_sampled(tmp_path, ca
         ),
         (
             "train.py",
-            ["experiment=meanflow_b2", "data.batch_size=32"],
+            ["experiment=meanflow_b2", "data=blobs", "data.batch_size=32"],
             "data.batch_size=32 with 1 process(es) x trainer.accumulate_grad_batches=1 is a step",
         ),
         ("encode_latents.py", ["data=blobs", "output=x"], "data: latents are encoded from colour"),
@@ -316,7 +317,21 @@ def test_an_objective_goes_on_and_is_exported_evaluated_and_sampled(tmp_path, ca
         ("sample.py", [], "ckpt must be given: ckpt=RUN/checkpoints/last.ckpt, or a file that"),
         ("sample.py", ["a/b.ckpt"], "a/b.ckpt: arguments are KEY=VALUE; write ckpt=a/b.ckpt"),
         ("train.py", ["jvp/sdpa"], "jvp/sdpa: arguments are KEY=VALUE; write KEY=jvp/sdpa"),
-        ("sample.py", ["ckpt=a=1/b.ckpt"], """give it in quotes: 'ckpt="a=1/b.ckpt"'"""),
+        ("sample.py", ["ckpt=a=1/[b].ckpt"], "no checkpoint a=1/[b].ckpt"),
+        ("sample.py", ["ckpt=~/no such.ckpt"], f"no checkpoint {Path.home()}/no such.ckpt"),
+        ("train.py", ["model.norm=a=1"], """give it in quotes: 'model.norm="a=1"'"""),
+        ("train.py", ["trainer.max_steps", "20"], "max_steps 20: write trainer.max_steps=20"),
+        ("train.py", ["--max_steps=20"], "keys have no dashes; write trainer.max_steps=20"),
+        ("train.py", ["--seed=2"], "keys have no dashes; write seed=2"),
+        ("train.py", ["model.hidden_size=64"], "'model.hidden_size'; model has attention, size, p"),
+        ("train.py", ["sampler.num=2"], "unknown configuration key 'sampler.num'; sampler has nfe"),
+        ("train.py", ["data.path=pictures"], "name the kind of yours too, as data=image_folder"),
+        ("train.py", ["trainer.limit_val=2"], "key 'trainer.limit_val'; trainer has accelerator"),
+        (
+            "train.py",
+            ["experiment=meanflow_b4"],
+            "the experiment is a published recipe of 400,320 steps, and digits are not its data",
+        ),
         ("encode_latents.py", [], "output must be given: output=VALUE"),
         ("evaluate.py", ["ckpt=nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
         ("evaluate.py", ["ckpt=x", "nfe=0"], "nfe must be an integer >= 1"),
@@ -400,7 +415,9 @@ def test_an_unreadable_image_met_late_leaves_a_checkpoint(tmp_path):
     assert (result.returncode, len(result.stderr.splitlines())) == (1, 1), result.stderr
     step = load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"]
     assert step in (3, 4)  # batches are read ahead
-    assert f"wrote last.ckpt after step {step}; resume with ckpt_path=last" in result.stdout
+    told = [line for line in result.stdout.splitlines() if line.startswith(("stopped", "wrote"))]
+    assert told[0].startswith(f"stopped: data.path: {picture} is not a readable image")
+    assert told[1].startswith(f"wrote last.ckpt after step {step}; resume with ckpt_path=last")
     picture.write_bytes(whole)
     in_process(*train, "trainer.max_steps=8", "ckpt_path=last")
     assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 8

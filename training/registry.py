@@ -127,6 +127,18 @@ def trust_own(config: DictConfig) -> None:
             _own.add((key, target))
 
 
+def stored(path: Path) -> DictConfig:
+    """The configuration in a run's config.yaml, ``checked``."""
+    try:
+        config = OmegaConf.load(path)
+    except Exception as error:  # of the YAML, which may ask for Python's objects
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is no readable configuration: {_short(reason)}") from error
+    if not isinstance(config, DictConfig):
+        raise ValueError(f"{path} holds no keys; give that of a run")
+    return checked(config, path)
+
+
 def checked(config: Any, path: Path | str, needed: Sequence[str] = NEEDED) -> DictConfig:
     """The configuration that the file at ``path`` holds, as data that is safe to instantiate.
 

@@ -20,7 +20,14 @@ from tests.commands import ROOT, call, succeed
 from training.attentions import sdpa, sdpa_fused
 from training.comparison import crossover as crossovers
 from training.comparison import dashboard, lockstep, speed
-from training.comparison.arms import Run, check_comparable, check_fingerprints, name_arms, placed
+from training.comparison.arms import (
+    Run,
+    check_arms,
+    check_comparable,
+    check_fingerprints,
+    name_arms,
+    placed,
+)
 from training.comparison.crossover import crossings, crossover, ratios
 from training.comparison.document import Heading, Judgement, Pictures, Table, Text, markdown, page
 from training.comparison.statistics import block_bootstrap, smooth, tost, verdict
@@ -215,6 +222,20 @@ def test_runs_that_differ_in_more_than_they_may_are_refused(tmp_path):
     check_comparable([run(tmp_path), run(tmp_path, "sdpa", 1)])
     with pytest.raises(ValueError, match=r"data\.batch_size is None in one and 8 in the other"):
         check_comparable([run(tmp_path), run(tmp_path, "sdpa", data={"batch_size": 8})])
+
+
+def test_arms_are_checked_before_any_is_trained():
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        compose = lambda more: placed(hydra.compose("compare", [*TINY, *more]), "unused")  # noqa: E731
+        good = [("jvp", ["attention=jvp"]), ("sdpa", ["attention=sdpa"])]
+        check_arms(compose, good)
+        for wrong, says in (
+            (["objective.jvp.mode=triple"], r"objective\.jvp\.mode must be one of"),
+            (["model.heads=5"], r"model\.heads must divide"),
+            (["trainer.precision=33"], r"trainer\.precision must be one of"),
+        ):
+            with pytest.raises(ValueError, match=rf"arm third \(.*\): {says}"):
+                check_arms(compose, [*good, ("third", wrong)])
 
 
 def test_other_weights_are_found_out(tmp_path):

@@ -109,6 +109,18 @@ def test_features_judge_digits_and_noise(tmp_path):
         load_classifier(tmp_path / "c.pt", data, 61, "cpu")
 
 
+def test_sixty_pictures_are_judged_by_what_they_can_say(tmp_path):
+    x, y = colours(60)
+    train, held_out = Tensors(x[:54], y[:54]), Tensors(x[54:], y[54:])
+    data = Data(0, 8, train, held_out, (3, 4, 4), 4)
+    judge = judge_of(data, Options("classifier", 2000, 3, tmp_path / "c.pt", 3, None, "cpu"))
+    few = judge.scores(data.parts("held_out", 6), 6)
+    assert few.keys() == {"precision", "recall", "accuracy"}
+    assert judge.scores([(x[:3], y[:3])], 3).keys() == {"accuracy"}
+    many = judge.scores([colours(100)], 100)  # 54 real ones have no covariance of 64 features
+    assert many.keys() == few.keys()
+
+
 def test_a_classifier_depends_on_the_data_alone():
     torch.manual_seed(1)
     first = train_classifier(Digits(seed=0), 3, "cpu")

@@ -196,6 +196,8 @@ READERS = {
         "train.py", *FAST, "objective=scd", f"objective.teacher.ckpt={path}", "trainer.max_steps=1"
     ),
     "resume": lambda path: in_process("train.py", *FAST, f"ckpt_path={path}"),
+    "resume_run": lambda path: in_process("train.py", f"resume={path}"),
+    "init_from": lambda path: in_process("train.py", *FAST, f"init_from={path}"),
     "compare": lambda path: in_process("compare.py", f"runs=[{path},{path}]"),
 }
 
@@ -245,19 +247,48 @@ def test_a_configuration_from_a_file_names_classes_of_this_project_only(
     assert left == {"file.ckpt", "file.safetensors", "run", "config.yaml", "metrics.csv"}
 
 
-@pytest.mark.parametrize("reader", list(READERS))
+@pytest.mark.parametrize("reader", [name for name in READERS if name != "init_from"])
 @pytest.mark.parametrize("gadget", ["process_in_attention", "log_file"])
 def test_every_script_refuses_a_hostile_file_in_one_line(
     plain, tmp_path, monkeypatch, capfd, reader, gadget
 ):
     config, data, state = plain
-    if reader == "resume":
+    if reader.startswith("resume"):
         config = settings()
     key, value, says = GADGETS[gadget]
     folder = tmp_path / "from_someone"
     folder.mkdir()
-    kind = "run" if reader == "compare" else "ckpt"
+    kind = "run" if reader in ("compare", "resume_run") else "ckpt"
     path = write(folder, kind, placed(config, key, value), data, state)
+    refused(path, reader, says, monkeypatch, capfd)
+
+
+class Pickled:
+    """Makes a file when it is unpickled."""
+
+    def __reduce__(self):
+        return open, ("pwned", "w")
+
+
+@pytest.mark.parametrize("reader", ["sample", "evaluate", "teacher", "resume", "init_from"])
+def test_no_script_runs_pickled_code(plain, tmp_path, monkeypatch, capfd, reader):
+    config, data, _ = plain
+    folder = tmp_path / "from_someone"
+    folder.mkdir()
+    path = folder / "file.ckpt"
+    content = {"config": config, "data": data, "state_dict": Pickled(), "global_step": 3}
+    torch.save(content, path)
+    says = "not readable as weights alone" if reader == "init_from" else "is not a readable check"
+    refused(path, reader, says, monkeypatch, capfd)
+
+
+@pytest.mark.parametrize("reader", ["compare", "resume_run"])
+def test_no_script_makes_the_objects_of_a_yaml_file(plain, tmp_path, monkeypatch, capfd, reader):
+    folder = tmp_path / "from_someone"
+    folder.mkdir()
+    path = write(folder, "run", *plain)
+    (path / "config.yaml").write_text("model: !!python/object/apply:os.mkdir [pwned]\n")
+    says = "config.yaml is no readable configuration: could not determine a constructor"
     refused(path, reader, says, monkeypatch, capfd)
 
 

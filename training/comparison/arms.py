@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from torch.utils._pytree import tree_leaves
 
-from training.build import build_data, build_module
+from training.build import build_data, build_module, settle_batch
 from training.callbacks.fingerprint import digest
 from training.randomness import Draws
-from training.registry import checked, trust_own
+from training.registry import stored, trust_own
+from training.settings import check
 
 Compose = Callable[[Sequence[str]], DictConfig]  # overrides -> configuration of a run
 RUN_DIR = "${hydra:runtime.output_dir}"
@@ -85,6 +87,27 @@ def plan(comparison: DictConfig, first_seed: int) -> list[tuple[str, int, list[s
     return runs + [(name, first_seed, arms[name]) for name in arms if name not in pair]
 
 
+def check_arms(compose: Compose, arms: Sequence[tuple[str, list[str]]]) -> None:
+    """Raise before anything is trained where an arm would fail later: all of them are composed,
+    checked and built, without memory for their weights.
+    """
+    data: dict[str, Any] = {}
+    for arm, overrides in {name: list(more) for name, more in arms}.items():
+        config = compose(overrides)
+        config.init_from = None  # read when it is trained
+        key = json.dumps(OmegaConf.to_container(config.data, resolve=True), default=str)
+        try:
+            check(config)
+            settle_batch(config)
+            if key not in data:
+                data[key] = build_data(config)
+            with torch.device("meta"):
+                build_module(config, data[key])
+        except (ValueError, TypeError, NotImplementedError, HydraException) as error:
+            cause = error.__cause__ if isinstance(error, InstantiationException) else None
+            raise ValueError(f"arm {arm} ({' '.join(overrides)}): {cause or error}") from error
+
+
 def placed(config: DictConfig, directory: Path) -> DictConfig:
     """The configuration with everything that it writes in ``directory``."""
     text = OmegaConf.to_yaml(config).replace(RUN_DIR, str(directory))
@@ -125,10 +148,7 @@ def read_run(directory: Path, arm: str | None = None) -> Run:
             raise FileNotFoundError(
                 f"runs: {directory} has no {name}; give run directories of scripts/train.py"
             )
-    config = OmegaConf.load(directory / "config.yaml")
-    if not isinstance(config, DictConfig):
-        raise ValueError(f"runs: {directory}/config.yaml holds no keys; give that of a run")
-    config = checked(config, directory / "config.yaml")
+    config = stored(directory / "config.yaml")
     with (directory / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     names = [name for name in (rows[0] if rows else {}) if name != "step"]

@@ -13,6 +13,7 @@ from training.comparison.arms import (
     REPEAT,
     Compose,
     Run,
+    check_arms,
     check_comparable,
     check_fingerprints,
     name_arms,
@@ -85,6 +86,7 @@ def _train_arms(
     arms, jobs, notes = [], [], []
     planned = plan(config.comparison, config.seed)
     pair_of_arms = (config.comparison.candidate, config.comparison.baseline)
+    check_arms(compose, [(arm, overrides) for arm, _, overrides in planned])
     base = compose(config.comparison.arms[config.comparison.baseline])
     for number, (arm, seed, overrides) in enumerate(planned, 1):
         composed = compose(overrides)

@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from training.build import build_data, build_module
-from training.comparison.arms import Compose
+from training.comparison.arms import Compose, check_arms
 from training.comparison.files import append_jsonl, read_jsonl
 from training.metrics.flops import peak_tflops, step_flops
 from training.randomness import Draws, generator, key
@@ -295,6 +295,7 @@ def largest_batch(
 def compare_cells(config: DictConfig, compose: Compose, output: Path) -> list[dict[str, Any]]:
     """Every cell that speed.jsonl does not hold yet; a comparison that was cut off goes on."""
     options, arms = config.comparison.speed, arms_of(config)
+    check_arms(compose, list(arms.items()))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = output / "speed.jsonl"
     settings, measured = settings_of(config), read_jsonl(path)

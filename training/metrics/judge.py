@@ -73,15 +73,18 @@ class Features:
         return frechet_distance(self._see(x)[0], self.real)
 
     def scores(self, parts: Parts, n: int) -> dict[str, float]:
+        """What so few images say: a covariance needs more of them than features, a neighbour more
+        than ``k``.
+        """
         x, y = joined(parts)
         features, classes = self._see(x)
-        precision, recall = precision_recall(self.real, features, self.k)
-        return {
-            "frechet_distance": frechet_distance(features, self.real),
-            "precision": precision,
-            "recall": recall,
-            "accuracy": float((classes == y).double().mean()),
-        }
+        least, found = min(len(features), len(self.real)), {}
+        if least > features.shape[1]:
+            found["frechet_distance"] = frechet_distance(features, self.real)
+        if least > self.k:
+            precision, recall = precision_recall(self.real, features, self.k)
+            found |= {"precision": precision, "recall": recall}
+        return found | {"accuracy": float((classes == y).double().mean())}
 
 
 @dataclass(frozen=True)
