@@ -15,6 +15,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -104,7 +105,7 @@ def main() -> None:
         print(markdown(rows))
 
 
-def train_all(names: list[str], folder: Path, overrides: list[str]) -> None:
+def train_all(names: Sequence[str], folder: Path, overrides: Sequence[str]) -> None:
     """One run after the other; a distillation has the run of flow matching beside it as teacher.
     A run that has ended is left as it is, one that was cut off goes on.
     """

@@ -61,7 +61,7 @@ class HuggingFace(Data):
             other = load_split(name, subset, held_out_split, path, "held_out_split")
             check_columns(other, image_column, label_column)
             datasets = {"train": dataset, "held_out": other}
-        columns = (image_column, label_column, words, image_size, channels, resize)
+        columns = (image_column, label_column, image_size, channels, resize, words)
         sources: dict[str, Any] = {key: Examples(d, *columns) for key, d in datasets.items()}
         if in_memory:
             sources = {key: source.decoded() for key, source in sources.items()}
@@ -79,10 +79,10 @@ class Examples:
         dataset: Any,
         image_column: str,
         label_column: str | None,
-        words: dict[Any, int] | None,
         image_size: int,
         channels: int,
         resize: str,
+        words: dict[Any, int] | None = None,
     ) -> None:
         self.dataset, self.image_column, self.label_column = dataset, image_column, label_column
         self.words = words  # label -> its number, where it is none itself

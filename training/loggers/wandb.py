@@ -1,5 +1,6 @@
 """Weights & Biases, imported only where it is configured."""
 
+import secrets
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def wandb_logger(
     kept = Path(directory) / "wandb" / "id"
     if not kept.is_file():
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(wandb.util.generate_id() + "\n")
+        kept.write_text(f"{secrets.token_hex(4)}\n")
     run = wandb.init(
         project=project,
         name=name,
