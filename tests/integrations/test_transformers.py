@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tests.integrations.derivative import check_tangent, relative
+from tests.integrations.derivative import check_tangent, first_tensor, math_jvp, relative
+from tests.integrations.transformers_models import FAMILIES
 
 transformers = pytest.importorskip("transformers", reason="needs the transformers library")
 
+from jvp_flash_attention import reference  # noqa: E402
 from jvp_flash_attention.integrations.transformers import register  # noqa: E402
 from jvp_flash_attention.override import sdpa_override  # noqa: E402
 
@@ -75,6 +78,42 @@ def test_output_and_tangent_are_those_of_plain_attention(name, padding):
         exact = jvp(f, (x,), (x.flip(0),))
     for got, e in zip(jvp(g, (x,), (x.flip(0),)), exact, strict=True):
         assert relative(got, e) < 1e-6
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_has_the_tangent_of_pytorchs_attention(name, monkeypatch):
+    """By name and in the override, with every attention of the model counted."""
+    if name not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    settings, draw = FAMILIES[name]
+    config = transformers.AutoConfig.for_model(name, **settings)
+    torch.manual_seed(0)
+    net = transformers.AutoModel.from_config(config, attn_implementation="sdpa").double().eval()
+    for p in net.parameters():  # attention is to matter, which it does not at the start
+        if p.dim() > 1:
+            nn.init.normal_(p, std=0.3)
+    inputs = draw()
+    key = next(iter(inputs))
+    x = inputs.pop(key)
+    f = lambda y: first_tensor(net(**{key: y}, **inputs, return_dict=False))  # noqa: E731
+    t = torch.randn_like(x)
+    exact, calls = math_jvp(f, x, t)
+    with sdpa_override() as o:
+        inside = jvp(f, (x,), (t,))
+    assert o.jvp_calls == calls > 0
+    passes = []
+
+    def spied(original):
+        return lambda *args: passes.append(args) or original(*args)
+
+    for one in ("forward", "forward_jvp"):  # a decoder's self-attention may have no tangent
+        monkeypatch.setattr(reference, one, spied(getattr(reference, one)))
+    net.set_attn_implementation("jvp")
+    by_name = jvp(f, (x,), (t,))
+    assert len(passes) == calls
+    for got in (inside, by_name):
+        for g, e in zip(got, exact, strict=True):
+            assert relative(g, e) < 1e-5  # norms of many round to float32
 
 
 def test_a_model_that_exists_can_be_switched():
