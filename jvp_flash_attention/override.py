@@ -63,6 +63,8 @@ class sdpa_override(TorchFunctionMode):
             return attention(*args, **kwargs, **how)
         if func is F.multi_head_attention_forward:
             return _MULTI_HEAD[self.backend, self.tangent_grad](*args, **kwargs)
+        if func is F.layer_norm and torch.compiler.is_compiling():
+            return _layer_norm(*args, **kwargs)
         if func is Tensor.unflatten and torch.compiler.is_compiling():
             func = torch.unflatten  # the method is Python with a `super()` that cannot be traced
         return func(*args, **kwargs)
@@ -88,6 +90,19 @@ NOTHING_CAME = (
     " have a flag of their own, as diffusers' processors (AttnProcessor2_0) and transformers'"
     " attn_implementation='sdpa', or write attention out: call jvp_flash_attention.attention there"
 )
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.layer_norm` taken apart: with weights it fails in PyTorch where a jvp is compiled."""
+    out = F.layer_norm(input, normalized_shape, eps=eps)
+    out = out if weight is None else out * weight
+    return out if bias is None else out + bias
 
 
 def _multi_head(backend: str | None, tangent_grad: bool) -> FunctionType:

@@ -316,6 +316,26 @@ def test_a_graph_break_keeps_the_override():
 
 
 @pytest.mark.compile
+def test_a_compiled_jvp_of_an_affine_layer_norm_has_the_gradients_of_eager():
+    layer = {"norm_first": True, "dropout": 0.0, "batch_first": True, "dtype": torch.float64}
+    model = nn.TransformerEncoderLayer(8, 2, 8, **layer)
+    nn.init.normal_(model.norm1.weight)
+    nn.init.normal_(model.norm2.bias)
+    x, t = (y.clone() for y in draw(2, 5, 8, dtype=torch.float64))
+
+    def step(x, t):
+        out, t_out = jvp(lambda x: model(x), (x,), (t,))
+        return (out * (out + t_out.detach())).mean()
+
+    with sdpa_kernel(SDPBackend.MATH):
+        exact = step(x, t)
+    got = around(compiled(step), x, t)
+    grads = (torch.autograd.grad(y, list(model.parameters())) for y in (got, exact))
+    for g, e in zip(*grads, strict=True):
+        assert relative(g, e) < 1e-11
+
+
+@pytest.mark.compile
 def test_jvp_of_a_compiled_function_raises_as_for_every_function():
     x, t = draw(2, 5, 8)
     with sdpa_override(), pytest.raises(torch._dynamo.exc.Unsupported, match="jvp"):
