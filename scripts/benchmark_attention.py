@@ -17,6 +17,7 @@ a case failed for another reason than memory or a missing feature.
 """
 
 import argparse
+import math
 import re
 import shlex
 import sys
@@ -31,9 +32,10 @@ from benchmarks.flops import PASSES
 from benchmarks.implementations import BUILT_IN, find
 from benchmarks.measure import FAILED, Case, Settings, measure
 from benchmarks.problem import DTYPES
-from environment import environment
 
 from jvp_flash_attention.workloads import MASKS, WORKLOADS, Workload
+from training.environment import environment
+from training.progress import tracked
 
 HOW = {"skip": [], "budget_ms": 100.0}
 SUITES = {  # suite -> the options that choose what it measures, and their defaults
@@ -169,11 +171,15 @@ def _run(options: argparse.Namespace, dtypes: list[str], command: str) -> int:
     print(report.heading(result), flush=True)
     if options.suite == "readme":
         rows = earlier_table.measure(dtypes[0], device, options.lengths)
+        table = (options.lengths, earlier_table.MASKS, earlier_table.METHODS)
+        total = math.prod(map(len, table))
     else:
         kept = {name: name not in skip for name in MEASURES if name != "host"}
-        rows = measure(_cases(options), measured, Settings(device, options.budget_ms, **kept))
+        cases = list(_cases(options))
+        rows = measure(cases, measured, Settings(device, options.budget_ms, **kept))
+        total = len(cases)
     try:
-        for row in rows:
+        for row in tracked(rows, "rows measured", total, lines=False):
             result["rows"].append(row)
             print(_progress(row), flush=True)
     finally:  # what was measured before an interrupt is kept

@@ -42,13 +42,13 @@ from unittest import mock
 
 import torch
 from benchmarks.timing import HostEvent, wait
-from environment import environment
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from jvp_flash_attention import attention_jvp, backends
 from jvp_flash_attention.distributed import context_parallel_attention
 from jvp_flash_attention.distributed.sharding import split
+from training.environment import environment
 
 KINDS, STEPS = ("alone", "ring", "ulysses"), ("detached", "both")
 NAMES = ("q", "k", "v", "t_q", "t_k", "t_v", "d_out", "d_t_out")

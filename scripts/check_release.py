@@ -123,7 +123,7 @@ def unexplained(found: list[Result]) -> list[str]:
                 f"{r.name}: {', '.join(r.unknown)} is not in the history; add it to REWRITTEN"
             )
         elif r.commit is None:
-            lines.append(f"{r.name}: names no commit; write scripts/environment.py's into it")
+            lines.append(f"{r.name}: names no commit; write training/environment.py's into it")
     return lines
 
 

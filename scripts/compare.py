@@ -9,13 +9,13 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from scripts.environment import environment
 from scripts.train import train
 from training.cli import one_line_errors, run
 from training.comparison.files import write_report
 from training.comparison.loss import compare_losses
 from training.comparison.speed_report import compare_speeds
 from training.comparison.wandb import log_comparison
+from training.environment import environment
 from training.registry import trust
 from training.validation import one_of
 

@@ -24,9 +24,9 @@ from training.comparison import lockstep, plots
 from training.comparison.arms import Run
 from training.comparison.crossover import crossings, verdict
 from training.comparison.curves import ERROR, curves
-from training.comparison.document import cell
 from training.comparison.files import finite, read_jsonl
 from training.comparison.statistics import in_words, paired_p
+from training.document import cell
 
 ROOT = Path(__file__).parents[1]
 PATHS = ("hydra.run.dir=", "data.path=", "runs=")  # arguments that say something of a machine only

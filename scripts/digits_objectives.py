@@ -22,9 +22,9 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from scripts.environment import environment
 from training.build import build_data
 from training.cli import one_line_errors
+from training.environment import environment
 from training.metrics.energy import energy_distance
 from training.metrics.svm import SVM
 from training.samplers.generate import balanced_labels, generate

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from scripts.environment import environment
 from training.callbacks.ema import with_weights
+from training.environment import environment
 from training.metrics.energy import energy_distance
 from training.objectives.alphaflow import AlphaFlow
 from training.objectives.flow_matching import FlowMatching

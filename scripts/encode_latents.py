@@ -14,13 +14,13 @@ import hydra
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from rich.progress import track
 
 from training.build import build_data
 from training.cli import one_line_errors, run
 from training.data.latents import VAES, load_vae
 from training.data.module import Data
 from training.data.stream import Batch
+from training.progress import tracked
 from training.validation import integer, positive_integer, switch
 
 Arrays = dict[str, np.ndarray]
@@ -56,7 +56,8 @@ def encode(config: DictConfig) -> None:
         row += length
     arrays: Arrays = {}
     done = shared(output / "done.npy", np.uint8, (len(batches),))
-    for i in track(range(rank, len(batches), world_size), "encoding", transient=True):
+    mine = range(rank, len(batches), world_size)
+    for i in tracked(mine, "batches encoded", len(mine)):
         if done[i]:
             continue
         first, part, mirrored, numbers = batches[i]

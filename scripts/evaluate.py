@@ -14,11 +14,12 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from scripts.environment import environment
 from training.build import build_data
 from training.cli import one_line_errors, run
+from training.environment import environment
 from training.metrics.classifier import FEATURES
 from training.metrics.judge import Options, judge_of
+from training.progress import tracked
 from training.registry import trust
 from training.samplers.generate import balanced_labels, stream
 from training.trained import load_trained, sampler_of
@@ -87,6 +88,8 @@ def evaluate(config: DictConfig) -> None:
         for nfe in counts:
             sampler.nfe = nfe
             parts = stream(net, instantiate(sampler), y, data.shape, config.seed)
+            what = f"samples of {name}, NFE {nfe}"
+            parts = tracked(parts, what, config.n, size=lambda part: len(part[1]))
             scores = judge.scores(parts, config.n)
             rows.append({"weights": name, "nfe": nfe, "n": config.n} | scores)
 

@@ -24,7 +24,6 @@ import torch
 from hydra.utils import instantiate
 
 from scripts.digits_objectives import name
-from scripts.environment import environment
 from scripts.fashion_mnist_plots import TITLES, Strip, curves, sample_grid
 from training.build import build_data
 from training.checkpoints import load_rest
@@ -32,6 +31,7 @@ from training.cli import one_line_errors
 from training.comparison.arms import Run, read_run
 from training.comparison.files import finite
 from training.comparison.plots import save
+from training.environment import environment
 from training.metrics.judge import Judge, Options, judge_of
 from training.samplers.generate import balanced_labels, generate
 from training.trained import load_trained

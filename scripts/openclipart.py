@@ -31,7 +31,6 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from scripts.environment import environment
 from scripts.fashion_mnist import cells, table, thinned, write_block
 from scripts.fashion_mnist_plots import Strip
 from scripts.openclipart_plots import curves, sample_sheet
@@ -44,6 +43,7 @@ from training.comparison.arms import placed, read_run
 from training.comparison.files import finite
 from training.comparison.plots import save
 from training.data.packed import Packed
+from training.environment import environment
 from training.metrics.classifier import load_classifier
 from training.metrics.frechet import frechet_distance
 from training.metrics.judge import Features

@@ -12,10 +12,10 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from scripts.environment import environment
 from training.build import build_data
 from training.cli import one_line_errors, run
 from training.comparison.speed import Cell
+from training.environment import environment
 from training.metrics.flops import peak_tflops
 from training.metrics.profile import profile_steps
 from training.settings import check, precision

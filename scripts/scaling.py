@@ -32,9 +32,9 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from scripts.environment import environment
 from training.arguments import CONFIGS
 from training.build import build_data, build_net
+from training.environment import environment
 from training.randomness import Draws, generator
 from training.sharding import shard
 from training.step import Step

@@ -29,7 +29,6 @@ from unittest import mock
 import torch
 from benchmarks.problem import DTYPES, Problem, draw
 from benchmarks.timing import median_ms
-from environment import environment
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -40,6 +39,7 @@ from jvp_flash_attention.kernels import configs, launch, plans, vendor
 from jvp_flash_attention.kernels.configs import Tile
 from jvp_flash_attention.options import Options
 from jvp_flash_attention.workloads import Workload
+from training.environment import environment
 
 PASSES = ("forward", "forward_jvp", "keys", "keys_jvp", "queries", "queries_jvp")
 SIZES = (16, 32, 64, 128)

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 # One thread: OpenMP's waiting threads must not fight with whatever else the machine does.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": "0"}
 FAST = ["trainer=cpu", "logger=csv", "data.batch_size=16", "model.depth=2", "model.width=48"]
+FAST += ["callbacks.page=null"]  # a second a run
 
 
 def command(script, *arguments):

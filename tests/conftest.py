@@ -42,7 +42,7 @@ class _Report:
     """Written after every test: what a run that is cut off has found is not lost."""
 
     def __init__(self, path: str):
-        from scripts.environment import environment
+        from training.environment import environment
 
         self.path, self.rows, self.environment = Path(path), [], environment()
 

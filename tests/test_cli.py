@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from tests.commands import FAST, ROOT, call, column, in_process, rows, succeed
+from tests.test_configs import composed
 from training.checkpoints import load_checkpoint
 from training.data.module import split
 from training.data.stream import Stream
@@ -483,6 +484,17 @@ def test_help_of_a_script_lists_its_own_keys_alone(script):
     for key in OmegaConf.load(ROOT / "configs" / f"{script}.yaml"):
         assert key in says or key in ("defaults", "hydra")
     assert "objective: alphaflow, dmf" in in_process("train.py", "--help")
+
+
+@pytest.mark.parametrize("script", ["train", "compare"])
+def test_help_begins_with_the_ten_keys_that_are_used_first_and_all_of_them_exist(script):
+    says = in_process(f"{script}.py", "--help")
+    shown = says.split("Choices for each group")[0]
+    keys = re.findall(r"^  (([a-z_.]+)=\S+) {2,}\S", shown, re.MULTILINE)
+    assert len(keys) == 10
+    for given, key in keys:
+        if key != "hydra.run.dir":
+            assert composed(given, name=script)
 
 
 def test_a_mistake_in_a_process_of_its_own_gives_one_line_too(tmp_path):

@@ -94,6 +94,8 @@ def test_the_training_command_trains(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "run" / "report.html")
+    assert (tmp_path / "run" / "report.html").is_file()
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=page_name)

@@ -85,6 +85,7 @@ _TARGETS: dict[str, set[str]] = {
         "training.callbacks.ema.EMA",
         "training.callbacks.fingerprint.Fingerprint",
         "training.callbacks.guard.Guard",
+        "training.callbacks.page.Page",
         "training.callbacks.progress.RichProgress",
         "training.callbacks.samples.Samples",
         "training.callbacks.summary.Summary",

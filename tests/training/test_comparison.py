@@ -29,9 +29,9 @@ from training.comparison.arms import (
     placed,
 )
 from training.comparison.crossover import crossings, crossover, ratios
-from training.comparison.document import Heading, Judgement, Pictures, Table, Text, markdown, page
 from training.comparison.statistics import block_bootstrap, smooth, tost, verdict
 from training.comparison.together import train_together
+from training.document import Heading, Judgement, Pictures, Table, Text, markdown, page
 from training.images import write_png
 from training.objectives.meanflow import MeanFlow
 

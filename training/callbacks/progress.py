@@ -5,7 +5,9 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TextColumn
+
+from training.progress import bar_of
 
 EVERY = 100  # steps between two lines of a run whose end is not a number of steps
 FIELDS = "step {step:.1f} ms  loss {loss:.4f}  error {error:.4f}"
@@ -42,15 +44,7 @@ class RichProgress(ProgressBar):
             end = f"{last} steps" if last > 0 else "until its time is over"
             self.console.print(f"training: {end}, a line every {_lines(last)}", highlight=False)
             return
-        self.bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
-            console=self.console,
-            transient=True,
-        )
+        self.bar = bar_of("training", self.console, TextColumn("{task.fields[text]}"))
         total = last if last > 0 else None
         self.task = self.bar.add_task("", total=total, completed=trainer.global_step, text="")
         self.bar.start()

@@ -100,12 +100,11 @@ class Summary(Callback):
         for name in FROM_THE_LOG:
             if name in now:
                 summary[name.split("/")[1]] = float(now[name])
-        last = ""
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Accuracy):
                 summary |= callback.result
             elif isinstance(callback, Throughput):
-                last = str(len(callback.durations))
+                summary["steps_timed"] = len(callback.durations)
         summary["seed"] = pl_module.seed
         summary["torch"] = torch.__version__
         summary["run_dir"] = str(self.directory)
@@ -113,14 +112,22 @@ class Summary(Callback):
         (self.directory / "summary.json").write_text(strict_json(summary))
 
         table = Table(show_header=False)
-        for name, title in ROWS.items():
-            if name in summary:
-                value = summary[name]
-                text = f"{value:.4g}" if isinstance(value, float) else str(value)
-                text = f"{value:.1%}" if name.endswith("_accuracy") else text
-                table.add_row(title.replace(LAST, last), text)
+        for row in rows(summary):
+            table.add_row(*row)
         Console().print(table)
         print(f"written to {self.directory}")  # whole, however narrow the terminal
+
+
+def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """(title, value) of what a summary has."""
+    found, last = [], str(summary.get("steps_timed", "steps"))
+    for name, title in ROWS.items():
+        value = summary.get(name)
+        if value is not None:
+            text = f"{value:.4g}" if isinstance(value, float) else str(value)
+            text = f"{value:.1%}" if name.endswith("_accuracy") else text
+            found.append((title.replace(LAST, last), text))
+    return found
 
 
 def strict_json(values: dict[str, Any]) -> str:

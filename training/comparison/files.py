@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from training.comparison.document import Block, Heading, Table, Text, markdown, page
+from training.document import Block, Heading, Table, Text, markdown, page
 
 ON_A_CPU = (
     "On a CPU: attention=jvp is this library's reference in plain PyTorch; no Triton kernel ran."

@@ -27,6 +27,7 @@ from training.attentions import sdpa
 from training.build import build_data, build_module
 from training.module import GenerativeModule
 from training.objectives.objective import Terms
+from training.progress import tracked
 from training.randomness import Draws, key
 from training.settings import precision
 from training.validation import one_of, positive_integer
@@ -191,7 +192,8 @@ def lockstep(
     module = driver.module
     optimizer, scheduler = module.optimizer(module.net.parameters(), config.trainer.max_steps)
     rows: list[dict[str, Any]] = []
-    for step, (x, y) in enumerate(islice(data.train_dataloader(), steps)):
+    batches = tracked(islice(data.train_dataloader(), steps), "lock-step", steps)
+    for step, (x, y) in enumerate(batches):
         x, y = x.to(device), y.to(device)
         draws = Draws(config.seed, step, device=device)
         sample = module.objective.draw(x, y, module.net.null_label, draws)  # type: ignore[arg-type]

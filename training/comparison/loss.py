@@ -24,9 +24,9 @@ from training.comparison.arms import (
     run_config,
 )
 from training.comparison.curves import TABLE, curves, final_rows, judge, write_csv
-from training.comparison.document import Block, Heading, Judgement, Pictures, Table, Text
 from training.comparison.files import Found, write_jsonl
 from training.comparison.together import Train, train_together
+from training.document import Block, Heading, Judgement, Pictures, Table, Text
 from training.settings import precision
 from training.validation import between, positive_integer
 

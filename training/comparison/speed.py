@@ -30,6 +30,7 @@ from training.build import build_data, build_module
 from training.comparison.arms import Compose, check_arms
 from training.comparison.files import append_jsonl, read_jsonl
 from training.metrics.flops import peak_tflops, step_flops
+from training.progress import tracked
 from training.randomness import Draws, generator, key
 from training.settings import check, compiled, no_cuda_graphs, precision
 from training.step import Step
@@ -311,7 +312,7 @@ def compare_cells(config: DictConfig, compose: Compose, output: Path) -> list[di
         {"tokens": n, "head_dim": int(dim), "mode": mode, "compiled": compiled, "batches": batches}
         for compiled, batches, mode, dim, n in grid
     ]
-    for number, cell in enumerate(cells, 1):
+    for number, cell in enumerate(tracked(cells, "cells", len(cells), lines=False), 1):
         if tuple(cell.values()) in done:
             continue
         named = ", ".join(f"{name} {value}" for name, value in cell.items())

@@ -9,9 +9,9 @@ from omegaconf import DictConfig
 from training.comparison import plots
 from training.comparison.arms import Compose, pair_id
 from training.comparison.crossover import crossings, ratios, verdict
-from training.comparison.document import Block, Heading, Judgement, Pictures, Table, Text
 from training.comparison.files import Found
 from training.comparison.speed import CELL, MEASURED, compare_cells
+from training.document import Block, Heading, Judgement, Pictures, Table, Text
 
 COLUMNS = {
     "tokens": "tokens",

@@ -7,8 +7,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from training.comparison.document import Judgement, Table
 from training.comparison.files import Found, finite
+from training.document import Judgement, Table
 
 
 def log_comparison(found: Found, config: DictConfig, output: Path) -> None:

@@ -37,13 +37,23 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Code:
+    """Text as it is, folded in on the page; ``language`` names it in Markdown."""
+
+    title: str
+    text: str
+    language: str = ""
+
+
+@dataclass(frozen=True)
 class Pictures:
     """PNG files side by side, each with a caption."""
 
     files: Sequence[tuple[Path, str]]
 
 
-Block = Heading | Text | Judgement | Table | Pictures
+Block = Heading | Text | Judgement | Table | Code | Pictures
+STACKED = 12  # rows of a table that a phone shows below each other, each cell with its title
 
 
 def cell(value: Any) -> str:
@@ -70,6 +80,8 @@ def markdown(title: str, blocks: Sequence[Block], folder: Path) -> str:
             lines.append("| " + " | ".join(block.columns) + " |")
             lines.append("|" + "---|" * len(block.columns))
             lines += ["| " + " | ".join(map(cell, row)) + " |" for row in block.rows]
+        elif isinstance(block, Code):
+            lines += [f"{block.title}:", "", f"```{block.language}", block.text.rstrip(), "```"]
         else:
             for path, caption in block.files:
                 relative = path.resolve().relative_to(folder.resolve())
@@ -102,14 +114,11 @@ def _render(block: Block) -> str:
             f"<p>{html.escape(block.text)}</p></div>"
         )
     if isinstance(block, Table):
-        head = "".join(f"<th>{html.escape(c)}</th>" for c in block.columns)
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell(v))}</td>" for v in row) + "</tr>"
-            for row in block.rows
-        )
+        return _table(block)
+    if isinstance(block, Code):
         return (
-            '<div class="wide"><table><thead><tr>'
-            f"{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+            f"<details><summary>{html.escape(block.title)}</summary>"
+            f"<pre>{html.escape(block.text)}</pre></details>"
         )
     pictures = "".join(
         f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{_base64(path)}">'
@@ -117,6 +126,26 @@ def _render(block: Block) -> str:
         for path, caption in block.files
     )
     return f'<div class="pictures">{pictures}</div>'
+
+
+def _table(block: Table) -> str:
+    """A phone shows a short table row below row and scrolls a long one, which it says."""
+    columns = [html.escape(c) for c in block.columns]
+    head = "".join(f"<th>{c}</th>" for c in columns)
+    rows = "".join(
+        "<tr>"
+        + "".join(
+            f'<td data-title="{c}">{html.escape(cell(v))}</td>'
+            for c, v in zip(columns, row, strict=True)
+        )
+        + "</tr>"
+        for row in block.rows
+    )
+    short = len(columns) <= 2 or len(block.rows) <= STACKED
+    kind = "pairs" if len(columns) <= 2 else "stacked" if short else "long"
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    hint = "" if short else '<p class="hint">Scroll sideways for all columns \u2192</p>'
+    return f'{hint}<div class="wide {kind}">{table}</div>'
 
 
 def _base64(path: Path) -> str:
@@ -144,14 +173,34 @@ a { color: #0b6e99; }
 .passed { border-color: #2da44e; }
 .failed { border-color: #cf222e; }
 .wide { overflow-x: auto; margin: 0.8rem 0; }
+.hint { display: none; margin: 0.8rem 0 -0.5rem; font-size: 0.85rem; color: #57606a; }
 table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.25rem 0.6rem; text-align: right; white-space: nowrap;
          border-bottom: 1px solid #e3e7eb; }
 th:first-child, td:first-child { text-align: left; }
 thead th { background: #f6f8fa; }
-.pictures { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
-figure { margin: 0.5rem 0; flex: 1 1 18rem; min-width: 0; }
+.pairs th, .pairs td { white-space: normal; overflow-wrap: break-word; }
+.long th:first-child, .long td:first-child { position: sticky; left: 0; background: #fff; }
+.long thead th:first-child { background: #f6f8fa; }
+@media (max-width: 40rem) {
+  .hint { display: block; }
+  .stacked thead { display: none; }
+  .stacked table, .stacked tbody, .stacked tr, .stacked td { display: block; width: 100%; }
+  .stacked tr { border-bottom: 2px solid #d0d7de; padding: 0.3rem 0; }
+  .stacked td, .stacked td:first-child { display: flex; justify-content: space-between; gap: 1rem;
+              white-space: normal; text-align: right; border: 0; padding: 0.1rem 0.3rem; }
+  .stacked td::before { content: attr(data-title); color: #57606a; text-align: left; }
+  .stacked td:first-child { font-weight: 600; }
+  .stacked td:empty { display: none; }
+}
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr));
+            gap: 1rem; align-items: start; }
+figure { margin: 0.5rem 0; min-width: 0; }
 img { width: 100%; max-width: 48rem; height: auto; }
+details { margin: 0.8rem 0; }
+summary { cursor: pointer; color: #0b6e99; }
+pre { font-size: 0.8rem; line-height: 1.4; background: #f6f8fa; padding: 0.6rem 0.9rem;
+      overflow-x: auto; white-space: pre-wrap; }
 figcaption { font-size: 0.85rem; color: #57606a; }
 </style>
 </head>
