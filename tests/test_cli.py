@@ -233,7 +233,7 @@ def test_an_objective_goes_on_and_is_exported_evaluated_and_sampled(tmp_path, ca
             "experiment=loss_matching_smoke is scripts/compare.py's; run python scripts/compare.py",
         ),
         ("train.py", ["attentoin=jvp"], "key 'attentoin'; did you mean attention?"),
-        ("train.py", ["objective.q=1"], "key 'objective.q'; --cfg job lists all"),
+        ("train.py", ["objective.q=1"], "key 'objective.q'; objective has jvp, equal_share"),
         ("train.py", ["trainer.max_step=1"], "did you mean trainer.max_steps?"),
         ("train.py", ["max_steps=1"], "did you mean trainer.max_steps?"),
         ("train.py", ["lr=1e-4", "traner=cpu"], "did you mean optimizer.lr?"),
