@@ -102,15 +102,17 @@ def work(rank, world, folder):
     distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[2, 4])
 def ranks(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     spawn(work, request.param, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 
-@pytest.mark.parametrize(("ranks", "name"), CASES, indirect=["ranks"])
+@pytest.mark.parametrize("name", list(OBJECTIVES))
 def test_gradients_are_those_of_one_process_on_all_batches(ranks, name):
+    if (len(ranks), name) not in CASES:
+        pytest.skip("with two processes")
     net, objective = build(name)
     losses = [objective.loss(net, sample).loss for sample in samples(name, len(ranks))]
     torch.stack(losses).mean().backward()
