@@ -85,7 +85,11 @@ def attend_jvp(
 def _explicit_form(attention: Callable[..., torch.Tensor]) -> Callable[..., Any] | None:
     if isinstance(attention, ContextParallelAttention):
         return attention.jvp
+    given = ours(attention)
+    return given and partial(jvp_flash_attention.attention_jvp, **given.keywords)
+
+
+def ours(attention: Callable[..., torch.Tensor]) -> partial[torch.Tensor] | None:
+    """This project's attention with the keywords that it was configured with; None: another one."""
     given = attention if isinstance(attention, partial) else partial(attention)
-    if given.func is not jvp_flash_attention.attention or given.args:
-        return None
-    return partial(jvp_flash_attention.attention_jvp, **given.keywords)
+    return given if given.func is jvp_flash_attention.attention and not given.args else None

@@ -20,15 +20,14 @@ Sampling does not use it: every process draws whole images (``whole_sequences``)
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-import jvp_flash_attention
 from jvp_flash_attention.distributed import context_parallel_attention, shard, unshard
+from training.attentions import ours
 from training.models.dit import DiT
 from training.models.jvp_layers import Tensor, linear_map
 from training.models.layers import SelfAttention
@@ -159,8 +158,8 @@ def _dit(net: nn.Module) -> DiT:
 
 def _backend(net: nn.Module) -> str | None:
     attention = next(m.attention for m in net.modules() if isinstance(m, SelfAttention))
-    given = attention if isinstance(attention, partial) else partial(attention)
-    if given.func is not jvp_flash_attention.attention:
+    given = ours(attention)
+    if given is None:
         raise NotImplementedError(
             "context_parallel needs this project's attention; use attention=jvp or"
             " attention=reference"
