@@ -22,6 +22,8 @@ from torch import Tensor, distributed
 from torch.autograd import forward_ad
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..functorch import inside_a_jvp
+
 LAYOUTS = ("contiguous", "zigzag")
 
 
@@ -135,7 +137,7 @@ def unshard(
         NotImplementedError: x has a tangent, or a gradient would be recorded.
         ValueError: this process does not hold the rows that `shard` would give it.
     """
-    tangent = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+    tangent = inside_a_jvp() and forward_ad.unpack_dual(x).tangent is not None
     if tangent or (torch.is_grad_enabled() and x.requires_grad):
         raise NotImplementedError(
             "unshard has no derivative; take the loss of the shards and add it over the processes,"
