@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import (
     autograd,
@@ -19,23 +18,10 @@ from . import (
     validation,
 )
 from .broadcast import Sizes
-from .functorch import (
-    SHORTCUTS,
-    CInterpreter,
-    FuncTorchInterpreter,
-    TransformType,
-    eager_transforms,
-    make_dual,
-    nonzero,
-    peek_interpreter_stack,
-    retrieve_current_functorch_interpreter,
-    unpack_dual,
-)
+from .functorch import SHORTCUTS, below_duals, pack, unpack, unpack_compiled
 from .options import Options
 
 shadowed.check()
-
-Pairs = list[tuple[Tensor | None, Tensor | None]]
 
 UNDETACHED = (
     "tangent_grad=False in a compiled torch.func.jvp must not lie inside another transform (grad,"
@@ -104,24 +90,24 @@ def attention(
         found = bare and bare.run()
         if found:
             out, t_out = found
-            return out if t_out is None else _dual(out, t_out)
+            return out if t_out is None else pack(out, t_out)
     q, k, v, bias, options, sizes = _prepare(query, key, value, attn_mask, *numbers)
     seed = _seed(q, dropout_p)
     if torch.compiler.is_compiling():
         route, pairs = (
             ops,
-            _unpack_compiled(q, k, v, bias, nested=None if tangent_grad else UNDETACHED),
+            unpack_compiled(q, k, v, bias, nested=None if tangent_grad else UNDETACHED),
         )
     else:
-        route, pairs = autograd, _unpack(q, k, v, bias)
+        route, pairs = autograd, unpack(q, k, v, bias)
     (q, t_q), (k, t_k), (v, t_v), (bias, t_bias) = pairs
     if t_q is t_k is t_v is t_bias is None:
-        (out,) = _below(route.attention, q, k, v, bias, seed, options, tangent_grad)
+        (out,) = below_duals(route.attention, q, k, v, bias, seed, options, tangent_grad)
     else:
         tangents = map(_as_primal, (t_q, t_k, t_v, t_bias), (q, k, v, bias))
         args = (q, k, v, bias, seed, *tangents, options, tangent_grad)
-        out, t_out = _below(route.attention_jvp, *args)
-        out = _dual(out, t_out)
+        out, t_out = below_duals(route.attention_jvp, *args)
+        out = pack(out, t_out)
     if bare is not None:
         bare.remember(options)
     return broadcast.result(out, sizes)
@@ -268,64 +254,3 @@ def _seed(q: Tensor, dropout_p: float) -> Tensor | None:
     if dropout_p == 0.0:
         return None
     return torch.randint(0, 2**62, (1,), device=q.device, dtype=torch.int64)
-
-
-def _unpack(*inputs: Tensor | None) -> Pairs:
-    """(primal, tangent) of each input at the current level of differentiation."""
-    if not SHORTCUTS:
-        return [(x, None) for x in inputs]
-    transform = peek_interpreter_stack()  # torch.func's innermost around this call
-    # a graph recorded from bare primals would forget the tangent of a gradient
-    recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    out_of_reach = transform is not None and not _is_jvp(transform)  # below vmap's, grad's wrapper
-    if recorded or out_of_reach:  # the Function's own jvp rule meets the duals
-        return [(x, None) for x in inputs]
-    if transform is None and forward_ad._current_level < 0:
-        return [(x, None) for x in inputs]
-    # names the level: `forward_ad` knows none where a compiled graph that holds the jvp is run
-    pairs = [(x, None) if x is None else unpack_dual(x, level=0) for x in inputs]
-    return [(x, nonzero(t)) for x, t in pairs]  # a symbolic zero costs no matrix products
-
-
-def _unpack_compiled(*inputs: Tensor | None, nested: str | None = None) -> Pairs:
-    """The same while a graph is traced: what is not unpacked meets its transforms in the operator
-    (`transforms`), or raises what `nested` says. Without a jvp nothing is: inference mode and vmap
-    have no unpacking."""
-    nesting = eager_transforms.JVP_NESTING
-    if nesting != 1 or not _is_jvp(retrieve_current_functorch_interpreter()):
-        if nesting > 0 and nested is not None:
-            raise NotImplementedError(nested)
-        return [(x, None) for x in inputs]
-    if not torch.compiler.is_dynamo_compiling():  # torch.export would record an empty unpacking
-        return [(x, None) if x is None else forward_ad.unpack_dual(x) for x in inputs]
-    # names the level: `forward_ad` reads a global that the compiler takes for a constant, "no
-    # level" for the whole graph when a plain call comes first
-    return [(x, None) if x is None else unpack_dual(x, level=0) for x in inputs]
-
-
-def _dual(out: Tensor, t_out: Tensor) -> Tensor:
-    return make_dual(out, t_out, level=0)
-
-
-def _below(attend, *args) -> tuple[Tensor, ...]:
-    """attend(*args), one level below that of the duals, which were unpacked.
-
-    That level has nothing to do any more, which PyTorch finds out by making a Function for every
-    call and, in a jvp, by recording a graph even under `torch.no_grad()`. Only tensors with a
-    gradient of their own, as made at that level by `nn.Parameter`, need it.
-    """
-    if not SHORTCUTS or torch.compiler.is_compiling():
-        return attend(*args)
-    if any(isinstance(x, Tensor) and x.requires_grad for x in args):
-        return attend(*args)
-    transform = peek_interpreter_stack()
-    if transform is None:
-        if forward_ad._current_level < 0:
-            return attend(*args)
-        with forward_ad._set_fwd_grad_enabled(False):
-            return attend(*args)
-    return autograd.below(transform, attend, *args) if _is_jvp(transform) else attend(*args)
-
-
-def _is_jvp(transform: CInterpreter | FuncTorchInterpreter) -> bool:
-    return transform.key() == TransformType.Jvp

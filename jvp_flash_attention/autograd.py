@@ -23,33 +23,25 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 from torch.func import vmap
 from torch.nn import Parameter
 
 from . import backends, ops
 from .functorch import (
     SHORTCUTS,
-    CGradInterpreterPtr,
-    CInterpreter,
-    CJvpInterpreterPtr,
-    TransformType,
     add_batch_dim,
-    eager_transforms,
-    get_current_dispatch_mode,
-    get_interpreter_stack,
-    is_fwd_grad_enabled,
+    below,
+    innermost,
+    is_grad,
     is_legacy_batchedtensor,
+    is_recorded,
     is_wanted,
+    is_watched,
     nonzero,
-    peek_interpreter_stack,
-    pop_dynamic_layer_stack,
-    push_dynamic_layer_stack,
-    set_fwd_grad_enabled,
+    stopped_level,
     unbatched,
     unwrap_dead_wrappers,
-    unwrap_for_grad,
-    wrap_for_grad,
 )
 from .options import Options
 
@@ -90,8 +82,7 @@ def attention_jvp(
 def _implementation(options: Options, *tensors: Tensor | None):
     """The backend itself; behind operators where a dispatch mode or a tensor subclass watches,
     which would see a kernel's outputs being allocated and not being written."""
-    watched = not SHORTCUTS or get_current_dispatch_mode() is not None
-    watched = watched or not _PLAIN.issuperset(map(type, tensors))
+    watched = is_watched() or not _PLAIN.issuperset(map(type, tensors))
     return ops if watched else backends.implementation(options.backend)
 
 
@@ -149,16 +140,16 @@ class _Folded(Function):
             return _mapped(cls.apply, *args)
         if not SHORTCUTS:
             return super().apply(*args)
-        transform = peek_interpreter_stack()  # torch.func's innermost around this call
+        transform = innermost()
         if transform is None:
             args = unwrap_dead_wrappers(args)  # of transforms that ended
             if _stop.level >= 0:
                 with torch.no_grad():
                     return cls.forward(*args)
-            return super().apply(*args) if _is_recorded(args) else cls.forward(*args)
+            return super().apply(*args) if is_recorded(args) else cls.forward(*args)
         # inside of torch.func.grad and jvp a Function enables gradients for every level below
-        before, level = _stop.level, max(_stop.level, _stopped_level(transform))
-        if transform.level() <= level and transform.key() == TransformType.Grad:
+        before, level = _stop.level, max(_stop.level, stopped_level(transform))
+        if transform.level() <= level and is_grad(transform):
             return below(transform, cls.apply, *unwrap_dead_wrappers(args))
         _stop.level = level
         try:
@@ -349,44 +340,6 @@ class AttentionJvpGrad(_Folded):
     @staticmethod
     def jvp(ctx, *_):
         raise NotImplementedError(THIRD_ORDER)
-
-
-def below(transform: CInterpreter, attend, *args) -> tuple[Tensor, ...]:
-    """attend(*args), one level below the innermost grad or jvp, which has nothing to do with it."""
-    level = transform.level()
-    inner = [unwrap_for_grad(x, level) if isinstance(x, Tensor) else x for x in args]
-    duals = is_fwd_grad_enabled()
-    if transform.key() == TransformType.Jvp and not CJvpInterpreterPtr(transform).prevFwdGradMode():
-        set_fwd_grad_enabled(False)  # torch.inference_mode() lies around the jvp
-    layer = pop_dynamic_layer_stack()
-    try:
-        outputs = attend(*inner)
-    finally:
-        push_dynamic_layer_stack(layer)
-        set_fwd_grad_enabled(duals)
-    return tuple(wrap_for_grad(x, level) for x in outputs)
-
-
-def _is_recorded(args) -> bool:
-    """Whether autograd may differentiate what is done to tensors outside of every transform."""
-    # the level inside of torch.func.jvp is its own: only tensors that it wraps have tangents
-    duals = forward_ad._current_level >= 0 and eager_transforms.JVP_NESTING == 0
-    duals = duals and is_fwd_grad_enabled()
-    grads = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
-    return duals or grads
-
-
-def _stopped_level(transform: CInterpreter) -> int:
-    """The highest level whose gradients `torch.no_grad()` stops, -1 where there is none;
-    `transform` is the innermost."""
-    if not torch.is_grad_enabled():
-        return transform.level()
-    stopped = (
-        x.level() - 1
-        for x in get_interpreter_stack() or ()
-        if x.key() == TransformType.Grad and not CGradInterpreterPtr(x).prevGradMode()
-    )
-    return max(stopped, default=-1)
 
 
 def _grad(d_out, q, k, v, bias, seed, out, lse, options, bias_grad):

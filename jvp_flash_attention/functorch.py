@@ -1,4 +1,5 @@
-"""Every private name of PyTorch that the library uses, in one guarded place.
+"""Every private name of PyTorch that the library uses, in one guarded place, and what is done with
+them: duals unpacked and packed, a call run below the transforms that it has nothing to do with.
 
 Most of them serve shortcuts: to see which transforms lie around a call, to run it below those that
 have nothing to do with it, to recognise a call of which only the value is wanted. Where a version
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+Pairs = list[tuple[Tensor | None, Tensor | None]]
 
 try:
     from torch._C import (
@@ -119,6 +122,132 @@ def is_wanted(ctx: Any, at: int) -> bool:
 def inside_a_jvp() -> bool:
     """Whether dual numbers may be about: a `torch.func.jvp` or a `dual_level` lies around."""
     return getattr(forward_ad, "_current_level", -1) >= 0
+
+
+def innermost() -> CInterpreter | None:
+    """The innermost of torch.func's transforms around this call."""
+    return peek_interpreter_stack()
+
+
+def is_jvp(transform: CInterpreter | FuncTorchInterpreter) -> bool:
+    return transform.key() == TransformType.Jvp
+
+
+def is_grad(transform: CInterpreter) -> bool:
+    return transform.key() == TransformType.Grad
+
+
+def unpack(*inputs: Tensor | None) -> Pairs:
+    """(primal, tangent) of each input at the current level of differentiation."""
+    if not SHORTCUTS:
+        return [(x, None) for x in inputs]
+    transform = peek_interpreter_stack()
+    # a graph recorded from bare primals would forget the tangent of a gradient
+    recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    out_of_reach = transform is not None and not is_jvp(transform)  # below vmap's, grad's wrapper
+    if recorded or out_of_reach:  # the Function's own jvp rule meets the duals
+        return [(x, None) for x in inputs]
+    if transform is None and forward_ad._current_level < 0:
+        return [(x, None) for x in inputs]
+    # names the level: `forward_ad` knows none where a compiled graph that holds the jvp is run
+    pairs = [(x, None) if x is None else unpack_dual(x, level=0) for x in inputs]
+    return [(x, nonzero(t)) for x, t in pairs]  # a symbolic zero costs no matrix products
+
+
+def unpack_compiled(*inputs: Tensor | None, nested: str | None = None) -> Pairs:
+    """The same while a graph is traced: what is not unpacked meets its transforms in the operator
+    (`transforms`), or raises what `nested` says. Without a jvp nothing is: inference mode and vmap
+    have no unpacking."""
+    nesting = eager_transforms.JVP_NESTING
+    if nesting != 1 or not is_jvp(retrieve_current_functorch_interpreter()):
+        if nesting > 0 and nested is not None:
+            raise NotImplementedError(nested)
+        return [(x, None) for x in inputs]
+    if not torch.compiler.is_dynamo_compiling():  # torch.export would record an empty unpacking
+        return [(x, None) if x is None else forward_ad.unpack_dual(x) for x in inputs]
+    # names the level: `forward_ad` reads a global that the compiler takes for a constant, "no
+    # level" for the whole graph when a plain call comes first
+    return [(x, None) if x is None else unpack_dual(x, level=0) for x in inputs]
+
+
+def tangent(x: Tensor) -> Tensor | None:
+    """The tangent of x at the current level of differentiation, in eager and in compiled code."""
+    if SHORTCUTS and torch.compiler.is_compiling():  # as in `unpack_compiled`
+        return unpack_dual(x, level=0)[1]
+    return forward_ad.unpack_dual(x).tangent
+
+
+def pack(out: Tensor, t_out: Tensor) -> Tensor:
+    """The dual number of both."""
+    return make_dual(out, t_out, level=0)
+
+
+def below_duals(attend: Callable, *args) -> tuple[Tensor, ...]:
+    """attend(*args), one level below that of the duals, which were unpacked.
+
+    That level has nothing to do any more, which PyTorch finds out by making a Function for every
+    call and, in a jvp, by recording a graph even under `torch.no_grad()`. Only tensors with a
+    gradient of their own, as made at that level by `nn.Parameter`, need it.
+    """
+    if not SHORTCUTS or torch.compiler.is_compiling():
+        return attend(*args)
+    if any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        return attend(*args)
+    transform = peek_interpreter_stack()
+    if transform is None:
+        if forward_ad._current_level < 0:
+            return attend(*args)
+        with forward_ad._set_fwd_grad_enabled(False):
+            return attend(*args)
+    return below(transform, attend, *args) if is_jvp(transform) else attend(*args)
+
+
+def below(transform: CInterpreter, attend: Callable, *args) -> tuple[Tensor, ...]:
+    """attend(*args), one level below the innermost grad or jvp, which has nothing to do with it."""
+    level = transform.level()
+    inner = [unwrap_for_grad(x, level) if isinstance(x, Tensor) else x for x in args]
+    duals = is_fwd_grad_enabled()
+    if is_jvp(transform) and not CJvpInterpreterPtr(transform).prevFwdGradMode():
+        set_fwd_grad_enabled(False)  # torch.inference_mode() lies around the jvp
+    layer = pop_dynamic_layer_stack()
+    try:
+        outputs = attend(*inner)
+    finally:
+        push_dynamic_layer_stack(layer)
+        set_fwd_grad_enabled(duals)
+    return tuple(wrap_for_grad(x, level) for x in outputs)
+
+
+def is_recorded(args) -> bool:
+    """Whether autograd may differentiate what is done to tensors outside of every transform."""
+    # the level inside of torch.func.jvp is its own: only tensors that it wraps have tangents
+    duals = forward_ad._current_level >= 0 and eager_transforms.JVP_NESTING == 0
+    duals = duals and is_fwd_grad_enabled()
+    grads = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+    return duals or grads
+
+
+def stopped_level(transform: CInterpreter) -> int:
+    """The highest level whose gradients `torch.no_grad()` stops, -1 where there is none;
+    `transform` is the innermost."""
+    if not torch.is_grad_enabled():
+        return transform.level()
+    stopped = (
+        x.level() - 1
+        for x in get_interpreter_stack() or ()
+        if is_grad(x) and not CGradInterpreterPtr(x).prevGradMode()
+    )
+    return max(stopped, default=-1)
+
+
+def is_watched() -> bool:
+    """Whether a dispatch mode sees the operators of this call, or that is not to be known."""
+    return not SHORTCUTS or get_current_dispatch_mode() is not None
+
+
+def may_be_dual() -> bool:
+    """Whether a tensor may carry a tangent here."""
+    return not SHORTCUTS or is_fwd_grad_enabled()
 
 
 def nonzero(x: Tensor | None) -> Tensor | None:

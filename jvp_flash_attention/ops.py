@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.library import Library, custom_op
 
 from .backends import implementation
-from .functorch import SHORTCUTS, is_fwd_grad_enabled, make_autograd_impl
+from .functorch import make_autograd_impl, may_be_dual
 from .options import Options, empty_rows
 
 # Another copy of this package in the same process, as `kernels` loads it, has another name and so
@@ -192,12 +191,12 @@ forward_op.register_autograd(_forward_backward, setup_context=_save)
 forward_jvp_op.register_autograd(_forward_jvp_backward, setup_context=_save)
 
 
-def _refuse_duals(op: Any, overload: OpOverload) -> None:
+def _refuse_duals(op: Any, overload: Any) -> None:
     """An operator drops a tangent without a sign of it; one that meets these raises."""
     differentiate = make_autograd_impl(overload, op)
 
     def run(keyset, *args, **kwargs):
-        if not SHORTCUTS or is_fwd_grad_enabled():
+        if may_be_dual():
             tensors = (x for x in args if isinstance(x, Tensor))
             if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
                 raise NotImplementedError(RECORDED)

@@ -224,7 +224,7 @@ def error(got: object, exact: object) -> float:
 
 
 def _compiled(step, inputs: Inputs, exact: Inputs) -> float:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     weight = inputs.weight.clone().requires_grad_()
     run = torch.compile(lambda w: step(inputs, ours, w), fullgraph=True)
     w_exact = exact.weight.clone().requires_grad_()

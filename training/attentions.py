@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import jvp_flash_attention
 from jvp_flash_attention.distributed.context_parallel import ContextParallelAttention
+from jvp_flash_attention.functorch import tangent
 
 
 def sdpa(
@@ -50,12 +51,7 @@ def sdpa_fused(
     it chooses. With ``objective.jvp.mode=double`` the forward that carries the gradient, and its
     backward, are then the vendor's.
     """
-    if torch.compiler.is_compiling():
-        # The level is named: the compiler takes the global that forward_ad reads for a constant.
-        tangents = [torch._VF._unpack_dual(x, level=0)[1] for x in (query, key, value)]
-    else:
-        tangents = [torch.autograd.forward_ad.unpack_dual(x)[1] for x in (query, key, value)]
-    if any(tangent is not None for tangent in tangents):
+    if any(tangent(x) is not None for x in (query, key, value)):
         return sdpa(query, key, value, *options, **named)
     return F.scaled_dot_product_attention(query, key, value, *options, **named)
 

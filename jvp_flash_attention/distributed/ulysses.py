@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.library import custom_op
 
-from .. import api, broadcast, validation
+from .. import api, broadcast, functorch, validation
 from ..ops import NAMESPACE
 from ..options import Options
 from . import rules
@@ -135,13 +135,13 @@ def attend(
     and the backend that serves the whole sequence."""
     q, k, v, bias, options, sizes = _prepare(query, key, value, attn_mask, numbers, who, lengths)
     if torch.compiler.is_compiling():
-        pairs = api._unpack_compiled(q, k, v, nested=NESTED)
+        pairs = functorch.unpack_compiled(q, k, v, nested=NESTED)
     else:
-        pairs = api._unpack(q, k, v)
+        pairs = functorch.unpack(q, k, v)
     primals, tangents = ([pair[i] for pair in pairs] for i in range(2))
     jvp = any(t is not None for t in tangents)
     outputs = _between(primals, tangents, bias, options, who, lengths, jvp, tangent_grad)
-    return broadcast.result(api._dual(*outputs) if jvp else outputs[0], sizes)
+    return broadcast.result(functorch.pack(*outputs) if jvp else outputs[0], sizes)
 
 
 def attend_jvp(
