@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,14 +11,13 @@ from . import (
     backends,
     broadcast,
     ops,
-    recall,
     shadowed,
     transforms,  # noqa: F401 (registers what transforms make of the operators)
     validation,
 )
 from .broadcast import Sizes
-from .functorch import SHORTCUTS, below_duals, pack, unpack, unpack_compiled
-from .options import Options
+from .call import Inputs, Spec, Tangents
+from .functorch import SHORTCUTS, Pairs, below_duals, pack, unpack, unpack_compiled
 
 shadowed.check()
 
@@ -79,37 +77,23 @@ def attention(
         NotImplementedError: the requested backend cannot serve the inputs, or a third derivative or
             a jvp of a jvp is asked for.
     """
-    numbers = (dropout_p, is_causal, scale, enable_gqa, backend)
-    bare = None
-    if torch.compiler.is_compiling():
-        if not SHORTCUTS:
-            args = (query, key, value, attn_mask, *numbers[:4])
-            return _uncompiled(attention)(*args, backend=backend, tangent_grad=tangent_grad)
+    compiling = torch.compiler.is_compiling()
+    numbers = (dropout_p, is_causal, scale, enable_gqa)
+    if compiling and not SHORTCUTS:
+        how = {"backend": backend, "tangent_grad": tangent_grad}
+        return _uncompiled(attention)(query, key, value, attn_mask, *numbers, **how)
+    x, spec, sizes = prepare(query, key, value, attn_mask, *numbers, backend)
+    if compiling:
+        x, t = paired(x, unpack_compiled(*x, nested=None if tangent_grad else UNDETACHED))
+        route = ops
     else:
-        bare = recall.attention(query, key, value, attn_mask, numbers)
-        found = bare and bare.run()
-        if found:
-            out, t_out = found
-            return out if t_out is None else pack(out, t_out)
-    q, k, v, bias, options, sizes = _prepare(query, key, value, attn_mask, *numbers)
-    seed = _seed(q, dropout_p)
-    if torch.compiler.is_compiling():
-        route, pairs = (
-            ops,
-            unpack_compiled(q, k, v, bias, nested=None if tangent_grad else UNDETACHED),
-        )
+        x, t = paired(x, unpack(*x))
+        route = autograd
+    if t is None:
+        (out,) = below_duals(route.attention, x, spec, tangent_grad)
     else:
-        route, pairs = autograd, unpack(q, k, v, bias)
-    (q, t_q), (k, t_k), (v, t_v), (bias, t_bias) = pairs
-    if t_q is t_k is t_v is t_bias is None:
-        (out,) = below_duals(route.attention, q, k, v, bias, seed, options, tangent_grad)
-    else:
-        tangents = map(_as_primal, (t_q, t_k, t_v, t_bias), (q, k, v, bias))
-        args = (q, k, v, bias, seed, *tangents, options, tangent_grad)
-        out, t_out = below_duals(route.attention_jvp, *args)
+        out, t_out = below_duals(route.attention_jvp, x, t, spec, tangent_grad)
         out = pack(out, t_out)
-    if bare is not None:
-        bare.remember(options)
     return broadcast.result(out, sizes)
 
 
@@ -145,20 +129,13 @@ def attention_jvp(
         (out, t_out), both (..., H, L, Dv) in query's dtype, both differentiable in every input and
         tangent; with `tangent_grad=False` only `out`, in the inputs.
     """
-    numbers = (dropout_p, is_causal, scale, enable_gqa, backend)
-    bare = None
-    if torch.compiler.is_compiling():
-        if not SHORTCUTS:
-            args = (query, key, value, t_query, t_key, t_value, attn_mask, *numbers[:4])
-            how = {"t_attn_mask": t_attn_mask, "backend": backend, "tangent_grad": tangent_grad}
-            return _uncompiled(attention_jvp)(*args, **how)
-    elif t_attn_mask is None:
-        given = (query, key, value, attn_mask, t_query, t_key, t_value)
-        bare = recall.attention_jvp(*given, numbers)
-        found: Any = bare and bare.run()
-        if found:
-            return found
-    q, k, v, bias, options, sizes = _prepare(query, key, value, attn_mask, *numbers)
+    compiling = torch.compiler.is_compiling()
+    numbers = (dropout_p, is_causal, scale, enable_gqa)
+    if compiling and not SHORTCUTS:
+        args = (query, key, value, t_query, t_key, t_value, attn_mask, *numbers)
+        how = {"t_attn_mask": t_attn_mask, "backend": backend, "tangent_grad": tangent_grad}
+        return _uncompiled(attention_jvp)(*args, **how)
+    x, spec, sizes = prepare(query, key, value, attn_mask, *numbers, backend)
     for name, t, primal in (
         ("t_query", t_query, query),
         ("t_key", t_key, key),
@@ -166,17 +143,9 @@ def attention_jvp(
         ("t_attn_mask", t_attn_mask, attn_mask),
     ):
         validation.tangent(name, t, primal)
-    t_q = _tangent(t_query, q.dtype, broadcast.queries, sizes)
-    t_k, t_v = (_tangent(t, q.dtype, broadcast.keys, sizes) for t in (t_key, t_value))
-    t_bias = None if t_attn_mask is None else broadcast.bias(t_attn_mask, sizes)
-    route = autograd
-    if torch.compiler.is_compiling():
-        route = ops
-    seed = _seed(q, dropout_p)
-    args = (q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options, tangent_grad)
-    out, t_out = route.attention_jvp(*args)
-    if bare is not None:
-        bare.remember(options)
+    t = broadcast.tangents(t_query, t_key, t_value, t_attn_mask, x.q.dtype, sizes)
+    route = ops if compiling else autograd
+    out, t_out = route.attention_jvp(x, t, spec, tangent_grad)
     return broadcast.result(out, sizes), broadcast.result(t_out, sizes)
 
 
@@ -185,27 +154,30 @@ def _uncompiled(function: Callable) -> Callable:
     return torch.compiler.disable(function, recursive=True)
 
 
-def _prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend):
-    """Checked inputs as q (B, H, L, D), k (B, Hk, S, D), v (B, Hk, S, Dv), bias (b, h, l, s) with
-    b, h, l, s full or 1."""
+def prepare(
+    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend
+) -> tuple[Inputs, Spec, Sizes]:
+    """The checked call: its tensors four-dimensional, its numbers, and what its batch and heads
+    broadcast to."""
     validation.scalars(dropout_p, is_causal, scale)
     query, key, value = _autocast(query, key, value)
     validation.tensors(query, key, value)
     sizes = validation.shapes(query, key, value, enable_gqa)
-    scores = (*sizes.lead, query.shape[-2], key.shape[-2])
-    if attn_mask is not None and type(attn_mask) is not Tensor:
-        attn_mask = _with_elements(attn_mask, query.device)
-    validation.mask(attn_mask, scores, query.device)
+    if attn_mask is not None:
+        if type(attn_mask) is not Tensor:
+            attn_mask = _with_elements(attn_mask, query.device)
+        scores = (*sizes.lead, query.shape[-2], key.shape[-2])
+        validation.mask(attn_mask, scores, query.device)
+        attn_mask = broadcast.mask(attn_mask, sizes)
     q = broadcast.queries(query, sizes)
     k, v = (broadcast.keys(x, sizes) for x in (key, value))
-    bias = None if attn_mask is None else broadcast.bias(attn_mask, sizes)
-    options = Options(
+    spec = Spec(
         scale=1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale),
         causal=bool(is_causal),
         dropout_p=float(dropout_p),
         backend=backends.choose(backend, q, v),
     )
-    return q, k, v, bias, options, sizes
+    return Inputs(q, k, v, attn_mask, _seed(q, dropout_p)), spec, sizes
 
 
 def _with_elements(mask: Tensor, device: torch.device) -> Tensor:
@@ -236,16 +208,18 @@ def _autocast(*tensors):
     ]
 
 
-def _tangent(t: Tensor | None, dtype: torch.dtype, fit: Callable, sizes: Sizes) -> Tensor | None:
-    """A tangent as its primal after `_prepare`: (B, H, L, D), cast by autocast."""
-    if t is None:
-        return None
-    return fit(t if t.dtype == dtype else t.to(dtype), sizes)
-
-
-def _as_primal(t: Tensor | None, x: Tensor | None) -> Tensor | None:
-    """A dual number's tangent in its primal's dtype, which PyTorch does not ask for."""
-    return t if t is None or x is None or t.dtype == x.dtype else t.to(x.dtype)
+def paired(x: Inputs, pairs: Pairs | None) -> tuple[Inputs, Tangents | None]:
+    """The inputs, and their tangents where one of them has one."""
+    if pairs is None:
+        return x, None
+    x = Inputs(*[y for y, _ in pairs])
+    tangents = [t for _, t in pairs[: len(Tangents._fields)]]
+    if all(t is None for t in tangents):
+        return x, None
+    for i, t in enumerate(tangents):  # in its primal's dtype, which PyTorch does not ask for
+        if t is not None and t.dtype != pairs[i][0].dtype:
+            tangents[i] = t.to(pairs[i][0].dtype)
+    return x, Tangents(*tangents)
 
 
 def _seed(q: Tensor, dropout_p: float) -> Tensor | None:

@@ -28,6 +28,7 @@ from torch.func import vmap
 from torch.nn import Parameter
 
 from . import backends, ops
+from .call import Inputs, Saved, Spec, Tangents, padded, split
 from .functorch import (
     SHORTCUTS,
     add_batch_dim,
@@ -43,7 +44,6 @@ from .functorch import (
     unbatched,
     unwrap_dead_wrappers,
 )
-from .options import Options
 
 THIRD_ORDER = (
     "attention is differentiable twice, this asks for a third derivative; detach the tangent or"
@@ -57,33 +57,32 @@ NESTED_JVP = (
 )
 
 
-def attention(q, k, v, bias, seed, options: Options, tangent_grad: bool = True) -> tuple[Tensor]:
-    """(O,), differentiable in q, k, v and a floating bias."""
+def attention(x: Inputs, spec: Spec, tangent_grad: bool = True) -> tuple[Tensor]:
+    """(O,), differentiable in q, k, v and a floating mask."""
     function = Attention if tangent_grad else AttentionDetached
-    return function.apply(q, k, v, bias, seed, options)[:1]
+    return function.apply(*x, spec)[:1]
 
 
 def attention_jvp(
-    q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options: Options, tangent_grad: bool = True
+    x: Inputs, t: Tangents, spec: Spec, tangent_grad: bool = True
 ) -> tuple[Tensor, Tensor]:
     """(O, tO); a tangent may be None. O is differentiable in the inputs, tO in inputs and tangents
     where `tangent_grad` says so."""
-    function, tangents = AttentionJvp, (t_q, t_k, t_v, t_bias)
+    function = AttentionJvp
     if not tangent_grad:
         function = AttentionJvpDetached
-        tangents = (None if t is None else t.detach() for t in tangents)
-    primals = (q, k, v, bias, seed)
-    out, t_out = function.apply(*primals, *tangents, options)[:2]
-    if _is_batched(out) and not any(map(_is_batched, primals)):  # only the tangents are many
+        t = Tangents(*(None if each is None else each.detach() for each in t))
+    out, _lse, t_out, _mu = function.apply(*x, *t, spec)
+    if _is_batched(out) and not any(map(_is_batched, x)):  # only the tangents are many
         out = unbatched(out)[0][0]
     return out, t_out
 
 
-def _implementation(options: Options, *tensors: Tensor | None):
+def _implementation(spec: Spec, *tensors: Tensor | None):
     """The backend itself; behind operators where a dispatch mode or a tensor subclass watches,
     which would see a kernel's outputs being allocated and not being written."""
     watched = is_watched() or not _PLAIN.issuperset(map(type, tensors))
-    return ops if watched else backends.implementation(options.backend)
+    return ops if watched else backends.implementation(spec.backend)
 
 
 _PLAIN = {Tensor, Parameter, type(None)}
@@ -136,7 +135,8 @@ class _Folded(Function):
     @classmethod
     def apply(cls, *args) -> Any:
         """`Function.apply`, or only the forward where nobody records a graph."""
-        if any(map(_is_batched, args)):
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        if any(map(is_legacy_batchedtensor, tensors)):
             return _mapped(cls.apply, *args)
         if not SHORTCUTS:
             return super().apply(*args)
@@ -146,7 +146,7 @@ class _Folded(Function):
             if _stop.level >= 0:
                 with torch.no_grad():
                     return cls.forward(*args)
-            return super().apply(*args) if is_recorded(args) else cls.forward(*args)
+            return super().apply(*args) if is_recorded(tensors) else cls.forward(*args)
         # inside of torch.func.grad and jvp a Function enables gradients for every level below
         before, level = _stop.level, max(_stop.level, stopped_level(transform))
         if transform.level() <= level and is_grad(transform):
@@ -160,26 +160,28 @@ class _Folded(Function):
     @classmethod
     def vmap(cls, info, in_dims, *args):
         V = info.batch_size
-        B = _batch(args[cls.query_index], in_dims[cls.query_index])
+        B = _batch(args[cls.query], in_dims[cls.query])
         outputs = cls.apply(*(_fold(x, dim, V, B) for x, dim in zip(args, in_dims, strict=True)))
         outputs = [x.unflatten(0, (V, B)) for x in outputs]
-        for i, j in cls.bias_grads.items():
-            if args[-1] and _batch(args[j], in_dims[j]) != B:
+        at = cls.query + Inputs._fields.index("mask")
+        for i in cls.mask_grads if args[-1] else ():
+            if _batch(args[at], in_dims[at]) != B:
                 outputs[i] = outputs[i].sum(1, keepdim=True)
         return tuple(outputs), (0,) * len(outputs)
 
-    query_index = 0
-    bias_grads: ClassVar[dict[int, int]] = {}  # output i is a gradient of the bias, argument j
+    query = 0  # which argument is q
+    mask_grads: ClassVar[tuple[int, ...]] = ()  # outputs, where the last argument wants them
 
 
 class Attention(_Folded):
     @staticmethod
-    def forward(q, k, v, bias, seed, options):
-        return _implementation(options, q, k, v, bias).forward(q, k, v, bias, seed, options)
+    def forward(*args):
+        x, spec = split(args, Inputs)
+        return _implementation(spec, *x).forward(x, None, spec)[:2]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.options = inputs
+        *tensors, ctx.spec = inputs
         out, lse = output
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
@@ -188,63 +190,59 @@ class Attention(_Folded):
 
     @staticmethod
     def backward(ctx: Any, d_out, _d_lse):
-        if d_out is None:
-            return (None,) * 6
-        q, k, v, bias, seed, out, lse = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        grads = _grad(d_out, q, k, v, bias, seed, out, lse, ctx.options, need[3])
-        return (*grads, None, None)
+        grads: Any = ()
+        if d_out is not None:
+            x, *saved = split(ctx.saved_tensors, Inputs)
+            mask_grad = ctx.needs_input_grad[Inputs._fields.index("mask")]
+            grads = _grad(d_out, x, Saved(*saved), ctx.spec, mask_grad)
+        return *padded(grads, Inputs), None
 
     @staticmethod
-    def jvp(ctx, t_q, t_k, t_v, t_bias, _t_seed, _t_options):
-        q, k, v, bias, seed, _out, _lse = ctx.saved_tensors
-        inputs = (q, k, v, bias, seed, t_q, t_k, t_v, t_bias, ctx.options)
-        return attention_jvp(*inputs, tangent_grad=True)[1], None
+    def jvp(ctx, *tangents):
+        x, *_ = split(ctx.saved_tensors, Inputs)
+        t, *_ = split(tangents, Tangents)
+        return attention_jvp(x, t, ctx.spec)[1], None
 
 
 class AttentionDetached(Attention):
     """`Attention` whose tangent is not differentiated."""
 
     @staticmethod
-    def jvp(ctx, t_q, t_k, t_v, t_bias, _t_seed, _t_options):
-        q, k, v, bias, seed, _out, _lse = ctx.saved_tensors
-        inputs = (q, k, v, bias, seed, t_q, t_k, t_v, t_bias, ctx.options)
+    def jvp(ctx, *tangents):
+        x, *_ = split(ctx.saved_tensors, Inputs)
+        t, *_ = split(tangents, Tangents)
         with torch.no_grad():
-            return attention_jvp(*inputs, tangent_grad=False)[1], None
+            return attention_jvp(x, t, ctx.spec, tangent_grad=False)[1], None
 
 
 class AttentionJvp(_Folded):
     @staticmethod
-    def forward(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options):
-        run = _implementation(options, q, k, v, bias, t_q, t_k, t_v, t_bias).forward_jvp
-        return run(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options)
+    def forward(*args):
+        x, t, spec = split(args, Inputs, Tangents)
+        return tuple(_implementation(spec, *x, *t).forward(x, t, spec))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.options = inputs
-        out, t_out, lse, mu = output
+        *tensors, ctx.spec = inputs
+        _out, lse, _t_out, mu = output
         ctx.mark_non_differentiable(lse, mu)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, out, t_out, lse, mu)
+        ctx.save_for_backward(*tensors, *output)
 
     @staticmethod
-    def backward(ctx: Any, d_out, d_t_out, _d_lse, _d_mu):
-        q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        bias_grad = need[3] or need[8]
+    def backward(ctx: Any, d_out, _d_lse, d_t_out, _d_mu):
+        x, t, saved = split(ctx.saved_tensors, Inputs, Tangents, Saved)
+        needs, needs_t, _ = split(ctx.needs_input_grad, Inputs, Tangents)
+        mask_grad = needs.mask or needs_t.mask
         d_out, d_t_out = nonzero(d_out), nonzero(d_t_out)
-        if d_t_out is None:  # the tangent was detached: an ordinary backward
-            if d_out is None:
-                return (None,) * 10
-            grads = _grad(d_out, q, k, v, bias, seed, out, lse, ctx.options, bias_grad)
-            return (*grads, None, None, None, None, None, None)
-        grads = _jvp_grad(
-            d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias,
-            out, t_out, lse, mu, ctx.options, bias_grad,
-        )  # fmt: skip
-        tangents = (t_q, t_k, t_v, t_bias)
-        t_grads = [g if t is not None else None for g, t in zip(grads[4:], tangents, strict=True)]
-        return (*grads[:4], None, *t_grads, None)
+        grads: Any = ()
+        t_grads = Tangents()
+        if d_t_out is not None:
+            grads, t_grads = _jvp_grad(d_out, d_t_out, x, t, saved, ctx.spec, mask_grad)
+            t_grads = [g if y is not None else None for g, y in zip(t_grads, t, strict=True)]
+        elif d_out is not None:  # the tangent was detached: an ordinary backward
+            grads = _grad(d_out, x, saved, ctx.spec, mask_grad)
+        return *padded(grads, Inputs), *t_grads, None
 
     @staticmethod
     def jvp(ctx, *_tangents):
@@ -257,77 +255,74 @@ class AttentionJvpDetached(AttentionJvp):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        out, t_out, lse, mu = output
-        ctx.options = inputs[-1]
-        ctx.mark_non_differentiable(t_out, lse, mu)
+        x, _t, ctx.spec = split(inputs, Inputs, Tangents)
+        out, lse, t_out, mu = output
+        ctx.mark_non_differentiable(lse, t_out, mu)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:5], out, lse)
+        ctx.save_for_backward(*x, out, lse)
 
     @staticmethod
     def backward(ctx: Any, d_out, *_):
-        return (*Attention.backward(ctx, d_out, None)[:5], *(None,) * 5)
+        *grads, _ = Attention.backward(ctx, d_out, None)
+        return *grads, *Tangents(), None
 
 
 class AttentionGrad(_Folded):
-    query_index = 1
-    bias_grads: ClassVar = {3: 4}
+    query = 1
+    mask_grads: ClassVar = (3,)
 
     @staticmethod
-    def forward(d_out, q, k, v, bias, seed, out, lse, options, bias_grad):
-        run = _implementation(options, d_out, q, k, v, bias).backward
-        grads = run(d_out, q, k, v, bias, seed, out, lse, options, bias_grad)
+    def forward(d_out, *args):
+        x, saved, spec, mask_grad = split(args, Inputs, Saved)
+        run = _implementation(spec, d_out, *x).backward
+        grads, _ = run(d_out, None, x, Tangents(), saved, spec, mask_grad)
         return tuple(g for g in grads if g is not None)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.options, ctx.bias_grad = inputs
+        *tensors, ctx.spec, ctx.mask_grad = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *dd):
-        d_out, q, k, v, bias, seed, _out, _lse = ctx.saved_tensors
-        dd_q, dd_k, dd_v, dd_bias = (*dd, None)[:4]
-        if all(g is None for g in dd):
-            return (None,) * 10
-        inputs = (q, k, v, bias, seed, dd_q, dd_k, dd_v, dd_bias)
-        out, t_out, lse, mu = AttentionJvp.apply(*inputs, ctx.options)
-        if not any(is_wanted(ctx, at) for at in range(1, 4 + (bias is not None))):
-            return (t_out, *(None,) * 9)  # torch.autograd.functional.jvp: only the tangent counts
-        grads = _jvp_grad(
-            None, d_out, *inputs, out, t_out, lse, mu, ctx.options, ctx.needs_input_grad[4]
-        )
-        return (t_out, *grads[:4], None, None, None, None, None)
+        d_out, *tensors = ctx.saved_tensors
+        x, _saved = split(tensors, Inputs, Saved)
+        t = Tangents(*dd)
+        t_out, grads = None, ()
+        if any(g is not None for g in dd):
+            out, lse, t_out, mu = AttentionJvp.apply(*x, *t, ctx.spec)
+            # torch.autograd.functional.jvp: only the tangent counts
+            if any(is_wanted(ctx, at) for at in range(1, 4 + (x.mask is not None))):
+                saved, mask_grad = Saved(out, lse, t_out, mu), ctx.needs_input_grad[4]
+                grads, _ = _jvp_grad(None, d_out, x, t, saved, ctx.spec, mask_grad)
+        return t_out, *padded(grads, Inputs), *padded((), Saved), None, None
 
     @staticmethod
-    def jvp(ctx, t_d_out, t_q, t_k, t_v, t_bias, *_):
-        d_out, q, k, v, bias, seed, out, lse = ctx.saved_tensors
-        options, bias_grad = ctx.options, ctx.bias_grad
-        if all(t is None for t in (t_q, t_k, t_v, t_bias)):  # linear in the cotangent
-            grads = _grad(t_d_out, q, k, v, bias, seed, out, lse, options, bias_grad)
+    def jvp(ctx, t_d_out, *tangents):
+        d_out, *tensors = ctx.saved_tensors
+        x, saved = split(tensors, Inputs, Saved)
+        t, *_ = split(tangents, Tangents)
+        how = (ctx.spec, ctx.mask_grad)
+        if all(each is None for each in t):  # linear in the cotangent
+            grads = _grad(t_d_out, x, saved, *how)
         else:
-            inputs = (q, k, v, bias, seed, t_q, t_k, t_v, t_bias)
-            saved = AttentionJvp.apply(*inputs, options)
-            grads = _jvp_grad(t_d_out, d_out, *inputs, *saved, options, bias_grad)[:4]
-        return tuple(grads[:4] if bias_grad else grads[:3])
+            saved = Saved(*AttentionJvp.apply(*x, *t, ctx.spec))
+            grads, _ = _jvp_grad(t_d_out, d_out, x, t, saved, *how)
+        return tuple(grads if ctx.mask_grad else grads[:3])
 
 
 class AttentionJvpGrad(_Folded):
-    query_index = 2
-    bias_grads: ClassVar = {3: 5, 7: 5}
+    query = 2
+    mask_grads: ClassVar = (3, 7)
 
     @staticmethod
-    def forward(
-        d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu,
-        options, bias_grad,
-    ):  # fmt: skip
-        run = _implementation(options, d_out, d_t_out, q, k, v, bias, t_q, t_k, t_v, t_bias)
-        grads = run.backward_jvp(
-            d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu,
-            options, bias_grad,
-        )  # fmt: skip
-        return tuple(g for g in grads if g is not None)
+    def forward(d_out, d_t_out, *args):
+        x, t, saved, spec, mask_grad = split(args, Inputs, Tangents, Saved)
+        run = _implementation(spec, d_out, d_t_out, *x, *t).backward
+        grads, t_grads = run(d_out, d_t_out, x, t, saved, spec, mask_grad)
+        return tuple(g for g in (*grads, *t_grads) if g is not None)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -342,17 +337,19 @@ class AttentionJvpGrad(_Folded):
         raise NotImplementedError(THIRD_ORDER)
 
 
-def _grad(d_out, q, k, v, bias, seed, out, lse, options, bias_grad):
-    """(dq, dk, dv, db) with db None unless `bias_grad`."""
-    grads = AttentionGrad.apply(d_out, q, k, v, bias, seed, out, lse, options, bias_grad)
-    return grads if bias_grad else (*grads, None)
+def _grad(d_out, x: Inputs, saved: Saved, spec: Spec, mask_grad: bool) -> Tangents:
+    """The gradients, that of the mask None unless `mask_grad`."""
+    plain = Saved(saved.out, saved.lse)
+    return Tangents(*AttentionGrad.apply(d_out, *x, *plain, spec, mask_grad))
 
 
-def _jvp_grad(*args):
-    """(dq, dk, dv, db, dtq, dtk, dtv, dtb) with db and dtb None unless the last argument,
-    `bias_grad`."""
-    grads = AttentionJvpGrad.apply(*args)
-    return grads if args[-1] else (*grads[:3], None, *grads[3:], None)
+def _jvp_grad(
+    d_out, d_t_out, x: Inputs, t: Tangents, saved: Saved, spec: Spec, mask_grad: bool
+) -> tuple[Tangents, Tangents]:
+    """The gradients of inputs and of tangents, those of the mask None unless `mask_grad`."""
+    grads = AttentionJvpGrad.apply(d_out, d_t_out, *x, *t, *saved, spec, mask_grad)
+    half = len(grads) // 2
+    return Tangents(*grads[:half]), Tangents(*grads[half:])
 
 
 def _batch(x: Tensor, dim: int | None) -> int:
@@ -364,6 +361,6 @@ def _fold(x, dim: int | None, V: int, B: int):
     if not isinstance(x, Tensor):
         return x
     x = x.unsqueeze(0).expand(V, *x.shape) if dim is None else x.movedim(dim, 0)
-    if x.dim() == 5 and x.shape[1] == 1:  # a bias broadcast over the batch
+    if x.dim() == 5 and x.shape[1] == 1:  # a mask broadcast over the batch
         x = x.expand(V, B, *x.shape[2:])
     return x.flatten(0, 1)

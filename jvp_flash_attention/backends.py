@@ -22,7 +22,8 @@ except ImportError:
     FOUND, INTERPRETED = "none", False
 TRITON_FLOOR = (3, 6)
 
-BACKENDS = ("triton", "reference")
+MODULES = {"triton": f"{__package__}.kernels", "reference": f"{__package__}.reference"}
+BACKENDS = tuple(MODULES)
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TRITON_MAX_HEAD_DIM = 256
 
@@ -79,7 +80,7 @@ def implementation(name: str) -> Any:
     Triton is not needed before."""
     if name in _registered:
         return _registered[name]
-    return import_module({"triton": ".kernels", "reference": ".reference"}[name], __package__)
+    return import_module(MODULES[name])
 
 
 def _triton_obstacle(q: Tensor, v: Tensor) -> str | None:

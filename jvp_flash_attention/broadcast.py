@@ -5,7 +5,10 @@ nothing is copied. A single key and value head needs not even that, since groupe
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from .call import Tangents
 
 
 class Sizes(NamedTuple):
@@ -44,12 +47,20 @@ def keys(x: Tensor, sizes: Sizes) -> Tensor:
     return _four(x, lead)
 
 
-def bias(mask: Tensor, sizes: Sizes) -> Tensor:
+def mask(mask: Tensor, sizes: Sizes) -> Tensor:
     """A mask that broadcasts to (..., H, L, S) as (b, h, l, s) with each of them full or 1."""
     mask = mask[(None,) * (max(len(sizes.lead) + 2, 4) - mask.dim())]
     if mask.dim() > 4:
         mask = mask.expand(*sizes.lead[:-1], *mask.shape[-3:]).flatten(0, -4)
     return mask
+
+
+def tangents(t_q, t_k, t_v, t_mask, dtype: torch.dtype, sizes: Sizes) -> Tangents:
+    """Each as its primal is: four-dimensional, and cast by autocast to `dtype`, which is q's."""
+    cast = (t if t is None or t.dtype == dtype else t.to(dtype) for t in (t_q, t_k, t_v))
+    fits = zip((queries, keys, keys), cast, strict=True)
+    t_q, t_k, t_v = [None if t is None else fit(t, sizes) for fit, t in fits]
+    return Tangents(t_q, t_k, t_v, None if t_mask is None else mask(t_mask, sizes))
 
 
 def result(out: Tensor, sizes: Sizes) -> Tensor:

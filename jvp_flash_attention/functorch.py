@@ -8,7 +8,10 @@ of PyTorch lacks one of these, `SHORTCUTS` is False: every derivative goes throu
 eager, because what lies around a call could not be known. What is used alone has its own guard.
 """
 
-from collections.abc import Callable
+# What a version of PyTorch lacks is `Any` below, and not used then.
+# pyright: reportCallIssue=false, reportInvalidTypeForm=false, reportAttributeAccessIssue=false
+
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,17 +19,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-Pairs = list[tuple[Tensor | None, Tensor | None]]
+Pairs = list[tuple[Any, Tensor | None]]
 
 try:
     from torch._C import (
-        _dispatch_keys as dispatch_keys,
-    )
-    from torch._C import (
         _is_fwd_grad_enabled as is_fwd_grad_enabled,
-    )
-    from torch._C import (
-        _len_torch_dispatch_stack as len_torch_dispatch_stack,
     )
     from torch._C import (
         _set_fwd_grad_enabled as set_fwd_grad_enabled,
@@ -58,17 +55,16 @@ try:
     # torch._VF looks its functions up anew, which takes longer than the calls
     unpack_dual: Callable = torch._C._VariableFunctions._unpack_dual  # type: ignore[attr-defined]
     make_dual: Callable = torch._C._VariableFunctions._make_dual  # type: ignore[attr-defined]
-    without_torch_function = torch._C.DisableTorchFunction
     _ = forward_ad._current_level, forward_ad._set_fwd_grad_enabled, eager_transforms.JVP_NESTING
     SHORTCUTS = True
 except (ImportError, AttributeError):
     SHORTCUTS = False
     CInterpreter = FuncTorchInterpreter = TransformType = CGradInterpreterPtr = Any
     CJvpInterpreterPtr = eager_transforms = retrieve_current_functorch_interpreter = Any
-    dispatch_keys = get_current_dispatch_mode = get_interpreter_stack = is_fwd_grad_enabled = Any
-    len_torch_dispatch_stack = make_dual = peek_interpreter_stack = pop_dynamic_layer_stack = Any
-    push_dynamic_layer_stack = set_fwd_grad_enabled = unpack_dual = unwrap_dead_wrappers = Any
-    unwrap_for_grad = without_torch_function = wrap_for_grad = Any
+    get_current_dispatch_mode = get_interpreter_stack = is_fwd_grad_enabled = make_dual = Any
+    peek_interpreter_stack = pop_dynamic_layer_stack = push_dynamic_layer_stack = Any
+    set_fwd_grad_enabled = unpack_dual = unwrap_dead_wrappers = Any
+    unwrap_for_grad = wrap_for_grad = Any
 
 try:
     from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore[reportAssignmentType]
@@ -85,6 +81,19 @@ try:
     from torch._library.autograd import make_autograd_impl
 except ImportError:  # recorded attention then drops a tangent, as every operator does
     make_autograd_impl = None
+
+
+# cuDNN's attention, which takes this library's own O and LSE backward
+cudnn_attention: Any = getattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", None)
+cudnn_attention_backward: Any = getattr(
+    torch.ops.aten, "_scaled_dot_product_cudnn_attention_backward", None
+)
+
+
+def destroy(library: Any) -> None:
+    """Takes back what a `torch.library.Library` registered; else it goes with its last
+    reference."""
+    getattr(library, "_destroy", lambda: None)()
 
 
 # inside of it tensors are what they are at the bottom of every transform
@@ -137,24 +146,26 @@ def is_grad(transform: CInterpreter) -> bool:
     return transform.key() == TransformType.Grad
 
 
-def unpack(*inputs: Tensor | None) -> Pairs:
-    """(primal, tangent) of each input at the current level of differentiation."""
+def unpack(*inputs: Tensor | None) -> Pairs | None:
+    """(primal, tangent) of each input at the current level of differentiation; None where they are
+    to be taken as they are."""
     if not SHORTCUTS:
-        return [(x, None) for x in inputs]
+        return None
     transform = peek_interpreter_stack()
+    if transform is None:
+        if forward_ad._current_level < 0:
+            return None
+    elif not is_jvp(transform):  # out of reach, below vmap's, grad's wrapper
+        return None
     # a graph recorded from bare primals would forget the tangent of a gradient
-    recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    out_of_reach = transform is not None and not is_jvp(transform)  # below vmap's, grad's wrapper
-    if recorded or out_of_reach:  # the Function's own jvp rule meets the duals
-        return [(x, None) for x in inputs]
-    if transform is None and forward_ad._current_level < 0:
-        return [(x, None) for x in inputs]
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        return None  # the Function's own jvp rule meets the duals
     # names the level: `forward_ad` knows none where a compiled graph that holds the jvp is run
     pairs = [(x, None) if x is None else unpack_dual(x, level=0) for x in inputs]
     return [(x, nonzero(t)) for x, t in pairs]  # a symbolic zero costs no matrix products
 
 
-def unpack_compiled(*inputs: Tensor | None, nested: str | None = None) -> Pairs:
+def unpack_compiled(*inputs: Tensor | None, nested: str | None = None) -> Pairs | None:
     """The same while a graph is traced: what is not unpacked meets its transforms in the operator
     (`transforms`), or raises what `nested` says. Without a jvp nothing is: inference mode and vmap
     have no unpacking."""
@@ -162,7 +173,7 @@ def unpack_compiled(*inputs: Tensor | None, nested: str | None = None) -> Pairs:
     if nesting != 1 or not is_jvp(retrieve_current_functorch_interpreter()):
         if nesting > 0 and nested is not None:
             raise NotImplementedError(nested)
-        return [(x, None) for x in inputs]
+        return None
     if not torch.compiler.is_dynamo_compiling():  # torch.export would record an empty unpacking
         return [(x, None) if x is None else forward_ad.unpack_dual(x) for x in inputs]
     # names the level: `forward_ad` reads a global that the compiler takes for a constant, "no
@@ -183,7 +194,8 @@ def pack(out: Tensor, t_out: Tensor) -> Tensor:
 
 
 def below_duals(attend: Callable, *args) -> tuple[Tensor, ...]:
-    """attend(*args), one level below that of the duals, which were unpacked.
+    """attend(*args), one level below that of the duals, which were unpacked; arguments are values
+    of `call`, and others.
 
     That level has nothing to do any more, which PyTorch finds out by making a Function for every
     call and, in a jvp, by recording a graph even under `torch.no_grad()`. Only tensors with a
@@ -191,21 +203,30 @@ def below_duals(attend: Callable, *args) -> tuple[Tensor, ...]:
     """
     if not SHORTCUTS or torch.compiler.is_compiling():
         return attend(*args)
-    if any(isinstance(x, Tensor) and x.requires_grad for x in args):
-        return attend(*args)
     transform = peek_interpreter_stack()
     if transform is None:
         if forward_ad._current_level < 0:
             return attend(*args)
-        with forward_ad._set_fwd_grad_enabled(False):
-            return attend(*args)
-    return below(transform, attend, *args) if is_jvp(transform) else attend(*args)
+    elif not is_jvp(transform):
+        return attend(*args)
+    if any(x.requires_grad for x in _tensors(args)):
+        return attend(*args)
+    if transform is not None:
+        return below(transform, attend, *args)
+    with forward_ad._set_fwd_grad_enabled(False):
+        return attend(*args)
 
 
 def below(transform: CInterpreter, attend: Callable, *args) -> tuple[Tensor, ...]:
     """attend(*args), one level below the innermost grad or jvp, which has nothing to do with it."""
     level = transform.level()
-    inner = [unwrap_for_grad(x, level) if isinstance(x, Tensor) else x for x in args]
+
+    def lower(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return unwrap_for_grad(x, level)
+        return x._make(map(lower, x)) if isinstance(x, tuple) else x
+
+    inner = [lower(x) for x in args]
     duals = is_fwd_grad_enabled()
     if is_jvp(transform) and not CJvpInterpreterPtr(transform).prevFwdGradMode():
         set_fwd_grad_enabled(False)  # torch.inference_mode() lies around the jvp
@@ -215,16 +236,24 @@ def below(transform: CInterpreter, attend: Callable, *args) -> tuple[Tensor, ...
     finally:
         push_dynamic_layer_stack(layer)
         set_fwd_grad_enabled(duals)
-    return tuple(wrap_for_grad(x, level) for x in outputs)
+    return tuple([wrap_for_grad(x, level) for x in outputs])
 
 
-def is_recorded(args) -> bool:
-    """Whether autograd may differentiate what is done to tensors outside of every transform."""
+def _tensors(args: Iterable) -> Iterator[Tensor]:
+    """Those among the arguments and in the named tuples among them."""
+    for x in args:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, tuple):
+            yield from _tensors(x)
+
+
+def is_recorded(tensors: list[Tensor]) -> bool:
+    """Whether autograd may differentiate what is done to them outside of every transform."""
     # the level inside of torch.func.jvp is its own: only tensors that it wraps have tangents
     duals = forward_ad._current_level >= 0 and eager_transforms.JVP_NESTING == 0
     duals = duals and is_fwd_grad_enabled()
-    grads = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
-    return duals or grads
+    return duals or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
 def stopped_level(transform: CInterpreter) -> int:

@@ -24,6 +24,7 @@ from torch.library import Library
 from .api import attention
 from .backends import BACKENDS
 from .errors import ArgumentValueError
+from .functorch import destroy
 from .validation import DTYPES
 
 NAME = "flash-jvp"
@@ -92,7 +93,8 @@ class Override:
 
     def remove(self) -> None:
         """Takes them back."""
-        self.library._destroy()
+        destroy(self.library)
+        del self.library
 
 
 def _attend(

@@ -2,13 +2,15 @@
 
 `torch.compile` cannot see a Function's jvp rule, and an operator has none, so neither is ever
 exposed: `api` unpacks the duals and calls `attention` or `attention_jvp` here, and every derivative
-below is reverse mode. The other four functions are an implementation like `reference` and
-`kernels`: they run the one that the options name behind an operator, for whoever watches operators
-and not memory (`make_fx`, fake tensors). An absent gradient is a tensor without elements, because
-an operator cannot return None.
+below is reverse mode. `forward` and `backward` are an implementation like `reference` and
+`kernels`: they run the one that the spec names behind an operator, for whoever watches operators
+and not memory (`make_fx`, fake tensors).
+
+An operator takes the fields of `call`'s values one after the other. An absent gradient is a tensor
+without elements, because an operator cannot return None.
 """
 
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -16,8 +18,8 @@ from torch.autograd import forward_ad
 from torch.library import Library, custom_op
 
 from .backends import implementation
+from .call import Inputs, Saved, Spec, Tangents, empty_rows, padded, split
 from .functorch import make_autograd_impl, may_be_dual
-from .options import Options, empty_rows
 
 # Another copy of this package in the same process, as `kernels` loads it, has another name and so
 # operators of its own.
@@ -30,96 +32,92 @@ RECORDED = (
 )
 
 
-def attention(q, k, v, bias, seed, options: Options, _tangent_grad: bool = True) -> tuple[Tensor]:
+def attention(x: Inputs, spec: Spec, _tangent_grad: bool = True) -> tuple[Tensor]:
     """As `autograd.attention`; a tangent never comes here."""
-    return forward(q, k, v, bias, seed, options)[:1]
+    return (forward(x, None, spec).out,)
 
 
 def attention_jvp(
-    q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options: Options, tangent_grad: bool = True
+    x: Inputs, t: Tangents, spec: Spec, tangent_grad: bool = True
 ) -> tuple[Tensor, Tensor]:
     """As `autograd.attention_jvp`; a graph saves what its backward uses and nothing else."""
-    tangents = [t_q, t_k, t_v, t_bias]
     if not tangent_grad:
-        tangents = [None if t is None else t.detach() for t in tangents]
-    out, t_out, _lse, _mu = forward_jvp(q, k, v, bias, seed, *tangents, options)
-    return out, t_out if tangent_grad else t_out.detach()
+        t = Tangents(*[None if each is None else each.detach() for each in t])
+    saved: Any = forward(x, t, spec)
+    return saved.out, saved.t_out if tangent_grad else saved.t_out.detach()
 
 
-def forward(q, k, v, bias, seed, options: Options):
+def forward(x: Inputs, t: Tangents | None, spec: Spec) -> Saved:
     """As `reference.forward`."""
-    return forward_op(q, k, v, bias, seed, *_static(options))
+    return Saved(*(forward_op(*x, *spec) if t is None else forward_jvp_op(*x, *t, *spec)))
 
 
-def forward_jvp(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options: Options):
-    """As `reference.forward_jvp`."""
-    return forward_jvp_op(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, *_static(options))
-
-
-def backward(d_out, q, k, v, bias, seed, out, lse, options: Options, bias_grad: bool):
+def backward(
+    d_out, d_t_out, x: Inputs, t: Tangents, saved: Saved, spec: Spec, mask_grad: bool
+) -> tuple[Tangents, Tangents]:
     """As `reference.backward`."""
-    grads = backward_op(d_out, q, k, v, bias, seed, out, lse, *_static(options), bias_grad)
-    return _empty_as_none(grads, bias_grad)
+    if d_t_out is None:
+        plain = Saved(saved.out, saved.lse)  # a graph need not keep the others
+        grads = backward_op(d_out, *x, *plain, *spec, mask_grad)
+    else:
+        grads = backward_jvp_op(d_out, d_t_out, *x, *t, *saved, *spec, mask_grad)
+    if not mask_grad:
+        grads = [*grads[:3], None, *grads[4:7], None]
+    return Tangents(*grads[:4]), Tangents(*grads[4:] if d_t_out is not None else ())
 
 
-def backward_jvp(
-    d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu,
-    options: Options, bias_grad: bool,
-):  # fmt: skip
-    """As `reference.backward_jvp`."""
-    grads = backward_jvp_op(
-        d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu,
-        *_static(options), bias_grad,
-    )  # fmt: skip
-    return *_empty_as_none(grads[:4], bias_grad), *_empty_as_none(grads[4:], bias_grad)
+TYPES = {
+    Tensor: "Tensor", Tensor | None: "Tensor?",
+    float: "float", bool: "bool", int: "int", str: "str",
+}  # fmt: skip
 
 
-@custom_op(f"{NAMESPACE}::flash_attn_forward", mutates_args=())
-def forward_op(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None,
-    scale: float, causal: bool, dropout_p: float, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    options = _options(scale, causal, dropout_p, backend)
-    return implementation(backend).forward(q, k, v, bias, seed, options)
+def _operator(name: str, results: int, *arguments: Any) -> Any:
+    """An operator of these arguments: a name and its type, or a kind of value for all its
+    fields."""
+    named: list[tuple[str, Any]] = []
+    for argument in arguments:
+        if isinstance(argument, tuple):
+            named.append(argument)
+            continue
+        prefix = "t_" if argument is Tangents else ""
+        named += [(prefix + field, kind) for field, kind in get_type_hints(argument).items()]
+    signature = ", ".join(f"{TYPES[kind]} {field}" for field, kind in named)
+    schema = f"({signature}) -> ({', '.join(['Tensor'] * results)})"
+    return custom_op(f"{NAMESPACE}::flash_attn_{name}", mutates_args=(), schema=schema)
 
 
-@custom_op(f"{NAMESPACE}::flash_attn_forward_jvp", mutates_args=())
-def forward_jvp_op(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None,
-    t_q: Tensor | None, t_k: Tensor | None, t_v: Tensor | None, t_bias: Tensor | None,
-    scale: float, causal: bool, dropout_p: float, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    options = _options(scale, causal, dropout_p, backend)
-    return implementation(backend).forward_jvp(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options)
+D_OUT, D_T_OUT, MASK_GRAD = ("d_out", Tensor), ("d_t_out", Tensor), ("mask_grad", bool)
 
 
-@custom_op(f"{NAMESPACE}::flash_attn_backward", mutates_args=())
-def backward_op(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None,
-    out: Tensor, lse: Tensor,
-    scale: float, causal: bool, dropout_p: float, backend: str, bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    options = _options(scale, causal, dropout_p, backend)
-    grads = implementation(backend).backward(
-        d_out, q, k, v, bias, seed, out, lse, options, bias_grad
-    )
-    return _absent_as_empty(grads, q)
+@_operator("forward", 2, Inputs, Spec)
+def forward_op(*args) -> Any:
+    x, spec = split(args, Inputs, Spec)
+    return implementation(spec.backend).forward(x, None, _inner(spec))[:2]
 
 
-@custom_op(f"{NAMESPACE}::flash_attn_backward_jvp", mutates_args=())
-def backward_jvp_op(
-    d_out: Tensor | None, d_t_out: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None,
-    t_q: Tensor | None, t_k: Tensor | None, t_v: Tensor | None, t_bias: Tensor | None,
-    out: Tensor, t_out: Tensor, lse: Tensor, mu: Tensor,
-    scale: float, causal: bool, dropout_p: float, backend: str, bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    options = _options(scale, causal, dropout_p, backend)
-    grads = implementation(backend).backward_jvp(
-        d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu,
-        options, bias_grad,
-    )  # fmt: skip
-    return _absent_as_empty(grads, q)
+@_operator("forward_jvp", 4, Inputs, Tangents, Spec)
+def forward_jvp_op(*args) -> Any:
+    x, t, spec = split(args, Inputs, Tangents, Spec)
+    return tuple(implementation(spec.backend).forward(x, t, _inner(spec)))
+
+
+@_operator("backward", 4, D_OUT, Inputs, Saved, Spec, MASK_GRAD)
+def backward_op(d_out, *args) -> Any:
+    x, saved, spec, mask_grad = split(args, Inputs, Saved, Spec)
+    run = implementation(spec.backend).backward
+    grads, _ = run(d_out, None, x, Tangents(), saved, _inner(spec), mask_grad)
+    return _absent_as_empty(grads, x.q)
+
+
+@_operator(
+    "backward_jvp", 8, ("d_out", Tensor | None), D_T_OUT, Inputs, Tangents, Saved, Spec, MASK_GRAD
+)
+def backward_jvp_op(d_out, d_t_out, *args) -> Any:
+    x, t, saved, spec, mask_grad = split(args, Inputs, Tangents, Saved, Spec)
+    run = implementation(spec.backend).backward
+    grads, t_grads = run(d_out, d_t_out, x, t, saved, _inner(spec), mask_grad)
+    return _absent_as_empty((*grads, *t_grads), x.q)
 
 
 # Fakes. Outputs lie as (B, L, H, D) whatever the inputs' strides are: the compiler does not always
@@ -127,64 +125,61 @@ def backward_jvp_op(
 
 
 @forward_op.register_fake
-def _(q, k, v, bias, seed, scale, causal, dropout_p, backend):
-    return _fake_out(q, v), _fake_lse(q, bias, backend)
+def _(*args):
+    x, spec = split(args, Inputs, Spec)
+    return _fake_out(x), _fake_lse(x, spec)
 
 
 @forward_jvp_op.register_fake
-def _(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, scale, causal, dropout_p, backend):
-    return _fake_out(q, v), _fake_out(q, v), _fake_lse(q, bias, backend), _fake_rows(q)
+def _(*args):
+    x, _t, spec = split(args, Inputs, Tangents, Spec)
+    return _fake_out(x), _fake_lse(x, spec), _fake_out(x), _fake_rows(x.q)
 
 
 @backward_op.register_fake
-def _(d_out, q, k, v, bias, seed, out, lse, scale, causal, dropout_p, backend, bias_grad):
-    return _fake_grads(q, k, v, bias, bias_grad)
+def _(_d_out, *args):
+    x, _saved, _spec, mask_grad = split(args, Inputs, Saved, Spec)
+    return _fake_grads(x, mask_grad)
 
 
 @backward_jvp_op.register_fake
-def _(
-    d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu,
-    scale, causal, dropout_p, backend, bias_grad,
-):  # fmt: skip
+def _(_d_out, _d_t_out, *args):
+    x, _t, _saved, _spec, mask_grad = split(args, Inputs, Tangents, Saved, Spec)
     # eight distinct tensors: the tracer tells outputs apart by identity
-    return *_fake_grads(q, k, v, bias, bias_grad), *_fake_grads(q, k, v, bias, bias_grad)
+    return *_fake_grads(x, mask_grad), *_fake_grads(x, mask_grad)
 
 
 # Gradients.
 
 
 def _save(ctx, inputs, output):
-    *tensors, scale, causal, dropout_p, backend = inputs
-    ctx.options = Options(scale, causal, dropout_p, backend)
-    ctx.mark_non_differentiable(*output[len(output) // 2 :])  # LSE and μ
+    tensors = inputs[: -len(Spec._fields)]
+    ctx.spec = Spec(*inputs[len(tensors) :])
+    ctx.mark_non_differentiable(*output[1::2])  # LSE and μ
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
 
 
 def _forward_backward(ctx, d_out, _d_lse):
-    if d_out is None:
-        return (None,) * 9
-    q, k, v, bias, seed, out, lse = ctx.saved_tensors
-    bias_grad = ctx.needs_input_grad[3]
-    grads = backward(d_out, q, k, v, bias, seed, out, lse, ctx.options, bias_grad)
-    return (*grads, *(None,) * 5)
+    grads: Any = ()
+    if d_out is not None:
+        x, *saved = split(ctx.saved_tensors, Inputs)
+        mask_grad = ctx.needs_input_grad[Inputs._fields.index("mask")]
+        how = (ctx.spec, mask_grad)
+        grads, _ = backward(d_out, None, x, Tangents(), Saved(*saved), *how)
+    return *padded(grads, Inputs), *padded((), Spec)
 
 
-def _forward_jvp_backward(ctx, d_out, d_t_out, _d_lse, _d_mu):
-    q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu = ctx.saved_tensors
-    bias_grad = ctx.needs_input_grad[3] or ctx.needs_input_grad[8]
-    if d_t_out is None:
-        if d_out is None:
-            return (None,) * 13
-        grads = backward(d_out, q, k, v, bias, seed, out, lse, ctx.options, bias_grad)
-        return (*grads, *(None,) * 9)
-    grads = backward_jvp(
-        d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu,
-        ctx.options, bias_grad,
-    )  # fmt: skip
-    tangents = (t_q, t_k, t_v, t_bias)
-    t_grads = [g if t is not None else None for g, t in zip(grads[4:], tangents, strict=True)]
-    return (*grads[:4], None, *t_grads, *(None,) * 4)
+def _forward_jvp_backward(ctx, d_out, _d_lse, d_t_out, _d_mu):
+    grads: Any = ()
+    t_grads = Tangents()
+    if d_out is not None or d_t_out is not None:
+        x, t, saved = split(ctx.saved_tensors, Inputs, Tangents, Saved)
+        needs, needs_t, *_ = split(ctx.needs_input_grad, Inputs, Tangents)
+        how = (ctx.spec, needs.mask or needs_t.mask)
+        grads, t_grads = backward(d_out, d_t_out, x, t, saved, *how)
+        t_grads = [g if each is not None else None for g, each in zip(t_grads, t, strict=True)]
+    return *padded(grads, Inputs), *t_grads, *padded((), Spec)
 
 
 forward_op.register_autograd(_forward_backward, setup_context=_save)
@@ -218,8 +213,13 @@ for _op, _overload in (
         _refuse_duals(_op, _overload)
 
 
-def _fake_out(q: Tensor, v: Tensor) -> Tensor:
-    return empty_rows(q, v.shape[3], _options(1.0))
+def _inner(spec: Spec) -> Spec:
+    """What runs below an operator."""
+    return spec._replace(rows_first=True)
+
+
+def _fake_out(x: Inputs) -> Tensor:
+    return empty_rows(x.q, x.v.shape[3], _inner(Spec(1.0)))
 
 
 def _fake_rows(q: Tensor, *more: int) -> Tensor:
@@ -227,33 +227,18 @@ def _fake_rows(q: Tensor, *more: int) -> Tensor:
     return q.new_empty(*q.shape[:3], *more, dtype=wide)
 
 
-def _fake_lse(q: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+def _fake_lse(x: Inputs, spec: Spec) -> Tensor:
     """The kernels keep m and log l apart beside a floating mask."""
-    split = backend == "triton" and bias is not None and bias.dtype != torch.bool
-    return _fake_rows(q, *[2] * split)
+    pair = spec.backend == "triton" and x.mask is not None and x.mask.dtype != torch.bool
+    return _fake_rows(x.q, *[2] * pair)
 
 
-def _fake_grads(q, k, v, bias, bias_grad: bool) -> tuple[Tensor, ...]:
-    d_bias = bias.new_empty(bias.shape) if bias_grad else q.new_empty(0)
-    return *(empty_rows(x, x.shape[3], _options(1.0)) for x in (q, k, v)), d_bias
+def _fake_grads(x: Inputs, mask_grad: bool) -> tuple[Tensor, ...]:
+    rows = (empty_rows(y, y.shape[3], _inner(Spec(1.0))) for y in x[:3])
+    if not mask_grad or x.mask is None:
+        return *rows, x.q.new_empty(0)
+    return *rows, x.mask.new_empty(x.mask.shape)
 
 
 def _absent_as_empty(grads, q: Tensor) -> Any:
     return tuple(q.new_empty(0) if g is None else g for g in grads)
-
-
-def _options(*static: Any) -> Options:
-    """What runs below an operator."""
-    return Options(*static, rows_first=True)
-
-
-def _static(options: Options) -> tuple[float, bool, float, str]:
-    """The options as an operator takes them. Shards of keys stay below the operators: a backend
-    that has them is itself one."""
-    if options.sharded:
-        raise NotImplementedError("an operator of attention knows no shards of keys")
-    return options.scale, options.causal, options.dropout_p, options.backend
-
-
-def _empty_as_none(grads, bias_grad: bool):
-    return (*grads[:3], grads[3] if bias_grad else None)

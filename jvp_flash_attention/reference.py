@@ -19,7 +19,7 @@ Queries are taken ROWS at a time against all keys, so memory is O(L + S) in the 
 arithmetic is float64 for float64 inputs and float32 for everything else. Each function has a twin
 of the same signature in `kernels`.
 
-Shapes: q (B, H, L, D), k (B, Hk, S, D), v (B, Hk, S, Dv), bias broadcastable to (B, H, L, S), LSE
+Shapes: q (B, H, L, D), k (B, Hk, S, D), v (B, Hk, S, Dv), mask b broadcastable to (B, H, L, S), LSE
 and μ (B, H, L).
 """
 
@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .options import Options, empty_rows
+from .call import Inputs, Saved, Spec, Tangents, empty_rows
 from .philox import keep_mask
 
 ROWS = 512
@@ -64,7 +64,8 @@ def _as_written(run: Callable) -> Callable:
 
     @wraps(run)
     def pass_(*args):
-        device = args[1].device.type
+        (x,) = (x for x in args if isinstance(x, Inputs))
+        device = x.q.device.type
         if device == "meta" or not torch.is_autocast_enabled(device):
             return run(*args)
         with torch.autocast(device, enabled=False):
@@ -74,41 +75,21 @@ def _as_written(run: Callable) -> Callable:
 
 
 @_as_written
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None, options: Options
-) -> tuple[Tensor, Tensor]:
-    """(O, LSE)."""
-    out, lse = _outputs(q, v, options)
-    q, k, v = _wide(q, k, v)
-    v_rows = _rows(v, bias, options)
-    for block in _blocks(q, k, bias, seed, options):
-        out[:, :, block.rows] = _values(_times(block.p, block.z), v_rows, block).to(out.dtype)
-        lse[:, :, block.rows] = block.lse
-    return out, lse
-
-
-@_as_written
-def forward_jvp(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    t_q: Tensor | None,
-    t_k: Tensor | None,
-    t_v: Tensor | None,
-    t_bias: Tensor | None,
-    options: Options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(O, tO, LSE, μ); an absent tangent is zero."""
-    out, lse = _outputs(q, v, options)
-    t_out, mu = torch.zeros_like(out), torch.zeros_like(lse)
+def forward(x: Inputs, t: Tangents | None, spec: Spec) -> Saved:
+    """O and LSE; with tangents, of which an absent one is zero, tO and μ too."""
+    q, k, v, mask, _seed = x
+    out, lse = _outputs(q, v, spec)
+    t_out, mu = (None, None) if t is None else (torch.zeros_like(out), torch.zeros_like(lse))
+    t_q, t_k, t_v, t_mask = Tangents() if t is None else t
     q, k, v, t_q, t_k, t_v = _wide(q, k, v, t_q, t_k, t_v)
-    v_rows = _rows(v, bias, options)
-    t_v_rows = None if t_v is None else _rows(t_v, bias, options)
-    for block in _blocks(q, k, bias, seed, options, (t_q, t_k, t_bias)):
+    v_rows = _rows(v, mask, spec)
+    t_v_rows = None if t_v is None else _rows(t_v, mask, spec)
+    for block in _blocks(x._replace(q=q, k=k), Tangents(t_q, t_k, None, t_mask), spec):
         p_z = _times(block.p, block.z)
         o = _values(p_z, v_rows, block)
+        out[:, :, block.rows], lse[:, :, block.rows] = o.to(out.dtype), block.lse
+        if t_out is None or mu is None:
+            continue
         t_o = torch.zeros_like(o)
         if block.t_s is not None:
             m = (block.p * block.t_s).sum(-1)
@@ -116,77 +97,64 @@ def forward_jvp(
             mu[:, :, block.rows] = m
         if t_v_rows is not None:
             t_o += _values(p_z, t_v_rows, block)
-        out[:, :, block.rows], t_out[:, :, block.rows] = o.to(out.dtype), t_o.to(out.dtype)
-        lse[:, :, block.rows] = block.lse
-    return out, t_out, lse, mu
+        t_out[:, :, block.rows] = t_o.to(out.dtype)
+    return Saved(out, lse, t_out, mu)
 
 
 @_as_written
 def backward(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    options: Options,
-    bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(dQ, dK, dV, db); db is None unless `bias_grad`."""
-    grads: Any = [_zeros(x, options) for x in (q, k, v)]
+    d_out: Tensor | None,
+    d_t_out: Tensor | None,
+    x: Inputs,
+    t: Tangents,
+    saved: Saved,
+    spec: Spec,
+    mask_grad: bool,
+) -> tuple[Tangents, Tangents]:
+    """(dQ, dK, dV, db) and, with dtO, (dtQ, dtK, dtV, dtb); db and dtb are None unless
+    `mask_grad`."""
+    run = _backward if d_t_out is None else _backward_jvp
+    inputs = x._replace(mask=x.mask if mask_grad else None)[:4]
+    grads = run(d_out, d_t_out, x, t, saved, spec, mask_grad)
+    pairs = zip(grads, (*inputs, *inputs), strict=False)
+    grads = [None if g is None or y is None else g.to(y.dtype) for g, y in pairs]
+    return Tangents(*grads[:4]), Tangents(*grads[4:])
+
+
+def _backward(d_out, _d_t_out, x: Inputs, _t, saved: Saved, spec: Spec, mask_grad: bool):
+    q, k, v, mask, _seed = x
+    grads: Any = [_zeros(y, spec) for y in (q, k, v)]
     d_q, d_k, d_v = grads
-    d_bias = _zeros(bias, options, bias=True) if bias is not None and bias_grad else None
-    dtypes = q.dtype, k.dtype, v.dtype
-    q, k, v, out, d_out = _wide(q, k, v, out, d_out)
-    q_rows, k_rows, d_out_rows = (_rows(x, bias, options) for x in (q, k, d_out))
-    for block in _blocks(q, k, bias, seed, options, lse=lse):
+    d_mask = _zeros(mask, spec, mask=True) if mask is not None and mask_grad else None
+    q, k, v, out, d_out = _wide(q, k, v, saved.out, d_out)
+    q_rows, k_rows, d_out_rows = (_rows(y, mask, spec) for y in (q, k, d_out))
+    for block in _blocks(x._replace(q=q, k=k), Tangents(), spec, saved.lse):
         rows = block.rows
         d_o = d_out[:, :, rows]
         w = (d_o * out[:, :, rows]).sum(-1, keepdim=True)
         d_s = _hide(block.p * (_times(_scores(d_o, v), block.z) - w), block)
-        d_q[:, :, rows] = options.scale * _values(d_s, k_rows, block)
-        d_k += options.scale * _keys(d_s, q_rows[:, :, rows], d_k, block)
+        d_q[:, :, rows] = spec.scale * _values(d_s, k_rows, block)
+        d_k += spec.scale * _keys(d_s, q_rows[:, :, rows], d_k, block)
         d_v += _keys(_times(block.p, block.z), d_out_rows[:, :, rows], d_v, block)
-        _accumulate(d_bias, d_s, rows)
-    d_q, d_k, d_v = (g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True))
-    return d_q, d_k, d_v, _like(d_bias, bias)
+        _accumulate(d_mask, d_s, rows)
+    return *grads, d_mask
 
 
-@_as_written
-def backward_jvp(
-    d_out: Tensor | None,
-    d_t_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    t_q: Tensor | None,
-    t_k: Tensor | None,
-    t_v: Tensor | None,
-    t_bias: Tensor | None,
-    out: Tensor,
-    t_out: Tensor,
-    lse: Tensor,
-    mu: Tensor,
-    options: Options,
-    bias_grad: bool,
-) -> tuple[Tensor | None, ...]:
-    """(dQ, dK, dV, db, dtQ, dtK, dtV, dtb); db and dtb are None unless `bias_grad`."""
-    inputs = (q, k, v, bias if bias_grad else None)
+def _backward_jvp(d_out, d_t_out, x: Inputs, t: Tangents, saved: Saved, spec: Spec, mask_grad):
+    q, k, v, mask, _seed = x
+    inputs = (q, k, v, mask if mask_grad else None)
     grads: Any = [
-        None if x is None else _zeros(x, options, bias=x is bias) for x in (*inputs, *inputs)
+        None if y is None else _zeros(y, spec, mask=y is mask) for y in (*inputs, *inputs)
     ]
-    d_q, d_k, d_v, d_bias, d_t_q, d_t_k, d_t_v, d_t_bias = grads
-    q, k, v, t_q, t_k, t_v, out, t_out = _wide(q, k, v, t_q, t_k, t_v, out, t_out)
-    d_out, d_t_out = _wide(d_out, d_t_out)
+    d_q, d_k, d_v, d_mask, d_t_q, d_t_k, d_t_v, d_t_mask = grads
+    q, k, v, t_q, t_k, t_v = _wide(q, k, v, *t[:3])
+    out, t_out, mu, d_out, d_t_out = _wide(saved.out, saved.t_out, saved.mu, d_out, d_t_out)
     operands = (q, k, t_q, t_k, d_out, d_t_out)
-    rows_of: Any = [None if x is None else _rows(x, bias, options) for x in operands]
+    rows_of: Any = [None if y is None else _rows(y, mask, spec) for y in operands]
     q_all, k_all, t_q_all, t_k_all, d_out_all, d_t_out_all = rows_of
-    scale = options.scale
-    for block in _blocks(q, k, bias, seed, options, (t_q, t_k, t_bias), lse):
+    scale = spec.scale
+    tangents = Tangents(t_q, t_k, None, t.mask)
+    for block in _blocks(x._replace(q=q, k=k), tangents, spec, saved.lse):
         rows, p, t_s = block.rows, block.p, block.t_s
         q_i, d_to_i = q_all[:, :, rows], d_t_out_all[:, :, rows]
         d_to, p_z = d_t_out[:, :, rows], _times(block.p, block.z)
@@ -215,37 +183,37 @@ def backward_jvp(
             d_k += scale * _keys(d_t_s, t_q_all[:, :, rows], d_k, block)
         d_t_q[:, :, rows] = scale * _values(d_t_s, k_all, block)
         d_t_k += scale * _keys(d_t_s, q_i, d_t_k, block)
-        _accumulate(d_bias, d_s, rows)
-        _accumulate(d_t_bias, d_t_s, rows)
-    return tuple(_like(g, x) for g, x in zip(grads, (*inputs, *inputs), strict=True))
+        _accumulate(d_mask, d_s, rows)
+        _accumulate(d_t_mask, d_t_s, rows)
+    return grads
 
 
-def _blocks(
-    q, k, bias, seed, options: Options, tangents=(None, None, None), lse: Tensor | None = None
-) -> Iterator[Block]:
+def _blocks(x: Inputs, t: Tangents, spec: Spec, lse: Tensor | None = None) -> Iterator[Block]:
     """`lse` is given in a backward pass; it may be of more keys than these, as in a shard."""
-    t_q, t_k, t_bias = tangents
+    q, k, _v, mask, _seed = x
+    seed: Any = x.seed
+    t_q, t_k, _t_v, t_mask = t
     B, H, L, _ = q.shape
     S = k.shape[2]
-    if bias is not None:
-        bias = bias.expand(B, H, L, S)
-    if t_bias is not None:
-        t_bias = t_bias.expand(B, H, L, S)
+    if mask is not None:
+        mask = mask.expand(B, H, L, S)
+    if t_mask is not None:
+        t_mask = t_mask.expand(B, H, L, S)
     for start in range(0, L, ROWS):
         rows = slice(start, min(start + ROWS, L))
-        s = _scores(q[:, :, rows], k) * options.scale
+        s = _scores(q[:, :, rows], k) * spec.scale
         t_s = _sum(
-            None if t_q is None else _scores(t_q[:, :, rows], k) * options.scale,
-            None if t_k is None else _scores(q[:, :, rows], t_k) * options.scale,
-            None if t_bias is None else t_bias[:, :, rows].to(s.dtype),
+            None if t_q is None else _scores(t_q[:, :, rows], k) * spec.scale,
+            None if t_k is None else _scores(q[:, :, rows], t_k) * spec.scale,
+            None if t_mask is None else t_mask[:, :, rows].to(s.dtype),
         )
         masked = None
-        if bias is not None and bias.dtype == torch.bool:
-            masked = ~bias[:, :, rows]
-        elif bias is not None:
-            s = s + bias[:, :, rows].to(s.dtype)
-            masked = bias[:, :, rows] == float("-inf")
-        if options.causal:
+        if mask is not None and mask.dtype == torch.bool:
+            masked = ~mask[:, :, rows]
+        elif mask is not None:
+            s = s + mask[:, :, rows].to(s.dtype)
+            masked = mask[:, :, rows] == float("-inf")
+        if spec.causal:
             i = torch.arange(start, rows.stop, device=q.device).unsqueeze(-1)
             future = torch.arange(S, device=q.device) > i
             masked = future if masked is None else masked | future
@@ -261,9 +229,9 @@ def _blocks(
             p = p * torch.exp(here - lse[:, :, rows]).unsqueeze(-1)
         p = p.masked_fill((here == float("-inf")).unsqueeze(-1), 0.0)  # attends nothing here
         z = None
-        if options.dropout_p > 0.0:
-            keep = keep_mask(seed, (B, H, L, S), rows, options.dropout_p)
-            z = keep.to(s.dtype) / (1.0 - options.dropout_p)
+        if spec.dropout_p > 0.0:
+            keep = keep_mask(seed, (B, H, L, S), rows, spec.dropout_p)
+            z = keep.to(s.dtype) / (1.0 - spec.dropout_p)
         yield Block(rows, p, t_s, z, here, masked)
 
 
@@ -297,8 +265,8 @@ def _group(H: int, Hk: int) -> int:
     return H // Hk if Hk else 1
 
 
-def _rows(x: Tensor, bias: Tensor | None, options: Options) -> Rows:
-    if bias is None and not options.causal:
+def _rows(x: Tensor, mask: Tensor | None, spec: Spec) -> Rows:
+    if mask is None and not spec.causal:
         return Rows(x)
     finite = x.isfinite()
     return Rows(x) if finite.all() else Rows(x.masked_fill(~finite, 0.0), (~finite).to(x.dtype))
@@ -330,28 +298,24 @@ def _wide(*tensors: Tensor | None) -> Any:
     return [x if x is None or x.dtype == torch.float64 else x.float() for x in tensors]
 
 
-def _zeros(x: Tensor, options: Options, bias: bool = False) -> Tensor:
+def _zeros(x: Tensor, spec: Spec, mask: bool = False) -> Tensor:
     """What the gradient of x is summed in."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if bias:
+    if mask:
         return torch.zeros(x.shape, dtype=dtype, device=x.device)
-    return empty_rows(x, x.shape[3], options, dtype).zero_()
+    return empty_rows(x, x.shape[3], spec, dtype).zero_()
 
 
-def _like(grad: Tensor | None, x: Tensor | None) -> Tensor | None:
-    return None if grad is None or x is None else grad.to(x.dtype)
-
-
-def _outputs(q: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+def _outputs(q: Tensor, v: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
     B, H, L, _ = q.shape
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return empty_rows(q, v.shape[3], options), q.new_empty(B, H, L, dtype=wide)
+    return empty_rows(q, v.shape[3], spec), q.new_empty(B, H, L, dtype=wide)
 
 
-def _accumulate(d_bias: Tensor | None, d_s: Tensor, rows: slice) -> None:
-    """Adds a block of dS to the gradient of the bias, summed over the dimensions in which the bias
+def _accumulate(d_mask: Tensor | None, d_s: Tensor, rows: slice) -> None:
+    """Adds a block of dS to the gradient of the mask, summed over the dimensions in which the mask
     was broadcast."""
-    if d_bias is None:
+    if d_mask is None:
         return
-    target = d_bias if d_bias.shape[2] == 1 else d_bias[:, :, rows]
+    target = d_mask if d_mask.shape[2] == 1 else d_mask[:, :, rows]
     target += d_s.sum_to_size(target.shape)

@@ -5,27 +5,25 @@ the two forward operators meet a transform as the Function that they stand for, 
 level by level and reaches the operator again below all of them.
 """
 
+from functools import partial
+
 import torch
 from torch.library import Library
 
 from . import autograd, ops
-from .options import Options
+from .call import Spec
 
 _library = Library(ops.NAMESPACE, "IMPL")
 
 
-def _forward(q, k, v, bias, seed, *options):
-    return autograd.Attention.apply(q, k, v, bias, seed, Options(*options))
-
-
-def _forward_jvp(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, *options):
-    inputs = (q, k, v, bias, seed, t_q, t_k, t_v, t_bias)
-    return autograd.AttentionJvp.apply(*inputs, Options(*options))
+def _as_function(function, *args):
+    tensors = args[: -len(Spec._fields)]
+    return function.apply(*tensors, Spec(*args[len(tensors) :]))
 
 
 _overloads = getattr(torch.ops, ops.NAMESPACE)
 for _op, _function in (
-    (_overloads.flash_attn_forward.default, _forward),
-    (_overloads.flash_attn_forward_jvp.default, _forward_jvp),
+    (_overloads.flash_attn_forward.default, autograd.Attention),
+    (_overloads.flash_attn_forward_jvp.default, autograd.AttentionJvp),
 ):
-    _library.impl(_op, _function, "FuncTorchDynamicLayerFrontMode")
+    _library.impl(_op, partial(_as_function, _function), "FuncTorchDynamicLayerFrontMode")

@@ -42,10 +42,11 @@ from unittest import mock
 
 import torch
 from benchmarks.timing import HostEvent, wait
-from torch import Tensor, distributed
+from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from jvp_flash_attention import attention_jvp, backends
+from jvp_flash_attention.call import Inputs, Saved, Spec, Tangents
 from jvp_flash_attention.distributed import context_parallel_attention
 from jvp_flash_attention.distributed.sharding import split
 from training.environment import environment
@@ -246,22 +247,20 @@ def without_kernels() -> Iterator[None]:
 
 
 class NoKernels:
-    """The four passes, doing nothing."""
+    """Both passes, doing nothing."""
 
     @staticmethod
-    def forward_jvp(q: Tensor, k: Tensor, v: Tensor, *_):
-        out = q.new_empty(*q.shape[:3], v.shape[3])
-        rows = q.new_zeros(q.shape[:3], dtype=torch.float32)
-        return out, torch.empty_like(out), rows, torch.zeros_like(rows)
+    def forward(x: Inputs, t: Tangents | None, _spec: Spec) -> Saved:
+        out = x.q.new_empty(*x.q.shape[:3], x.v.shape[3])
+        lse = x.q.new_zeros(x.q.shape[:3], dtype=torch.float32)
+        if t is None:
+            return Saved(out, lse)
+        return Saved(out, lse, torch.empty_like(out), torch.zeros_like(lse))
 
     @staticmethod
-    def backward(d_out, q: Tensor, k: Tensor, v: Tensor, *_):
-        return *map(torch.empty_like, (q, k, v)), None
-
-    @staticmethod
-    def backward_jvp(d_out, d_t_out, q: Tensor, k: Tensor, v: Tensor, *_):
-        grads = [*map(torch.empty_like, (q, k, v)), None]
-        return *grads, *map(torch.empty_like, (q, k, v)), None
+    def backward(_d_out, d_t_out, x: Inputs, *_) -> tuple[Tangents, Tangents]:
+        grads = Tangents(*map(torch.empty_like, x[:3]))
+        return grads, Tangents(*map(torch.empty_like, x[:3] if d_t_out is not None else ()))
 
 
 def together(work: Callable[[], dict]) -> dict:

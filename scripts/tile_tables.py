@@ -2,8 +2,8 @@
 jvp_flash_attention/kernels/configs.py with the fastest in.
 
     python scripts/tile_tables.py                                        # hours: everything
-    python scripts/tile_tables.py --passes forward_jvp --head-dims 64    # minutes
-    python scripts/tile_tables.py --tiles 64x64x4x2 128x64x8x2           # BM x BN x warps x stages
+    python scripts/tile_tables.py --passes fwd_jvp --head-dims 64        # minutes
+    python scripts/tile_tables.py --tiles 64x64x4x2 128x64x8x2           # M x N x warps x stages
 
 A tile is timed in the whole call that its kernel belongs to, beside the other kernels' own tiles,
 and its results are compared with the reference's: one that does not compile, does not fit or is
@@ -24,7 +24,6 @@ from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 from benchmarks.problem import DTYPES, Problem, draw
@@ -35,13 +34,14 @@ from torch import Tensor
 from triton import knobs
 
 from jvp_flash_attention import kernels, reference
-from jvp_flash_attention.kernels import configs, launch, plans, vendor
+from jvp_flash_attention.call import Inputs, Saved, Spec, Tangents
+from jvp_flash_attention.kernels import configs, launch_cache
 from jvp_flash_attention.kernels.configs import Tile
-from jvp_flash_attention.options import Options
+from jvp_flash_attention.kernels.problem import Call, problem
 from jvp_flash_attention.workloads import Workload
 from training.environment import environment
 
-PASSES = ("forward", "forward_jvp", "keys", "keys_jvp", "queries", "queries_jvp")
+PASSES = ("fwd", "fwd_jvp", "bwd_dkdv", "bwd_dkdv_jvp", "bwd_dq", "bwd_dq_jvp")
 SIZES = (16, 32, 64, 128)
 SAVES = 0.98  # of the call's time, at most, takes another tile in
 TOLERANCE = {torch.float32: 1e-5}  # against the reference, relative; 1e-2 in 16 bits
@@ -61,15 +61,15 @@ class Place(NamedTuple):
 
     @contextmanager
     def holding(self, tile: Tile) -> Iterator[None]:
-        """With another tile there, and no launch that was prepared with the one before."""
+        """With another tile there, and no launch that was cached with the one before."""
         before = self.table[self.row]
         self.put(tile)
-        plans.forget()
+        launch_cache.clear()
         try:
             yield
         finally:
             self.table[self.row] = before
-            plans.forget()
+            launch_cache.clear()
 
     def put(self, tile: Tile) -> None:
         tiles = list(self.table[self.row])
@@ -80,36 +80,34 @@ class Place(NamedTuple):
 def place(row: str, head_dim: int, dtype: torch.dtype, device: str) -> Place:
     """The tile of a pass on this device."""
     x = torch.empty(1, 1, 16, head_dim, dtype=dtype, device=device)
-    p = launch.problem(x, x, x, None, Options(1.0, False, 0.0, "triton"))
-    six = p.precision(row.removesuffix("_jvp")) == "bf16x6"
-    table = configs.table(p.itemsize, p.hopper, six)
-    (name,) = (n for n in ("HOPPER", "PORTABLE", "FLOAT32", "SIX") if getattr(configs, n) is table)
+    p = problem(Call(Inputs(x, x, x), Tangents(), Saved(x, x)), Spec(1.0))
+    table = p.table(row)
+    (name,) = (n for n, value in vars(configs).items() if value is table)
     return Place(name, table, row, configs.column(p.block_d))
 
 
 def candidates(name: str) -> list[Tile]:
-    """What may stand in a table: FLOAT32 stays on mma.sync, SIX needs a warpgroup's rows."""
+    """What may stand in a table: FLOAT32 stays on mma.sync, BF16X6 needs a warpgroup's rows."""
     sizes = (16, 32) if name == "FLOAT32" else SIZES
-    rows = (64, 128) if name == "SIX" else sizes
+    rows = (64, 128) if name == "BF16X6" else sizes
     tiles = product(rows, sizes, (4, 8), (1, 2, 3))
     return [Tile(*t) for t in tiles if not (t[2] == 8 and t[0] * t[1] < 512)]
 
 
 def call(row: str, p: Problem, implementation: ModuleType) -> Callable[[], tuple]:
-    """The call that the kernel of `row` belongs to, as far as implementations agree on it."""
-    options = Options(p.workload.head_dim**-0.5, False, 0.0, "triton")
-    absent = (None, None)  # mask and seed
-    forward = partial(implementation.forward, *p.primals, *absent, options)
-    jvp = partial(implementation.forward_jvp, *p.primals, *absent, *p.tangents, None, options)
-    if row == "forward":
-        return lambda: forward()[:1]
-    if row == "forward_jvp":
-        return lambda: jvp()[:2]
-    if not row.endswith("_jvp"):
-        given = (p.d_out, *p.primals, *absent, *forward(), options, False)
-        return lambda: implementation.backward(*given)[:3]
-    given = (p.d_out, p.d_t_out, *p.primals, *absent, *p.tangents, None, *jvp(), options, False)
-    return lambda: tuple(x for x in implementation.backward_jvp(*given) if x is not None)
+    """The call that the kernel of `row` belongs to, by the reference or by the portable kernels."""
+    spec = Spec(p.workload.head_dim**-0.5)
+    how = {} if implementation is reference else {"force": "portable"}
+    x, t = Inputs(*p.primals), Tangents(*p.tangents) if row.endswith("_jvp") else None
+    forward = partial(implementation.forward, x, t, spec, **how)
+    if row.startswith("fwd"):
+        return lambda: _present(forward()._replace(lse=None, mu=None))
+    given = (p.d_out, None if t is None else p.d_t_out, x, t or Tangents(), forward(), spec, False)
+    return lambda: _present(sum(implementation.backward(*given, **how), ()))
+
+
+def _present(tensors: tuple) -> tuple:
+    return tuple(x for x in tensors if x is not None)
 
 
 def measure(
@@ -158,29 +156,25 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("there is no GPU; TRITON_INTERPRET=1 runs the script, and times nothing real")
     found: dict[str, dict[str, tuple]] = {}
     rows: list[dict] = []
-    portable = mock.patch.object(kernels, "_hopper", return_value=None)
-    ours = mock.patch.object(vendor, "serves", return_value=False)
-    with portable, ours:
-        for name, head_dim, row in product(options.dtypes, options.head_dims, options.passes):
-            where = place(row, head_dim, DTYPES[name], device)
-            batch, heads, length = options.shape
-            problem = draw(Workload(batch, heads, length, head_dim), DTYPES[name], device)
-            tiles = options.tiles or candidates(where.name)
-            expected = call(row, problem, reference)()
-            steps = measure(where, tiles, call(row, problem, kernels), expected, device)
-            title = f"{where.name} {row}, {name}, head dim {head_dim}"
-            total = len({where.tile, *tiles})
-            measured = list(track(steps, title, total=total, console=console, transient=True))
-            rows += measured
-            fastest, out = best(measured), sum("why" in r for r in measured)
-            found.setdefault(where.name, dict(where.table))
-            Place(where.name, found[where.name], row, where.column).put(Tile(*fastest["tile"]))
-            console.print(
-                f"{title}: {_timed(measured[0])}; best {_timed(fastest)};"
-                f" {out} of {total} left out",
-                highlight=False,
-                soft_wrap=True,
-            )
+    for name, head_dim, row in product(options.dtypes, options.head_dims, options.passes):
+        where = place(row, head_dim, DTYPES[name], device)
+        batch, heads, length = options.shape
+        drawn = draw(Workload(batch, heads, length, head_dim), DTYPES[name], device)
+        tiles = options.tiles or candidates(where.name)
+        expected = call(row, drawn, reference)()
+        steps = measure(where, tiles, call(row, drawn, kernels), expected, device)
+        title = f"{where.name} {row}, {name}, head dim {head_dim}"
+        total = len({where.tile, *tiles})
+        measured = list(track(steps, title, total=total, console=console, transient=True))
+        rows += measured
+        fastest, out = best(measured), sum("why" in r for r in measured)
+        found.setdefault(where.name, dict(where.table))
+        Place(where.name, found[where.name], row, where.column).put(Tile(*fastest["tile"]))
+        console.print(
+            f"{title}: {_timed(measured[0])}; best {_timed(fastest)}; {out} of {total} left out",
+            highlight=False,
+            soft_wrap=True,
+        )
     for name, table in found.items():
         console.print(text(name, table), highlight=False, soft_wrap=True)
     about = environment()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from jvp_flash_attention import reference
-from jvp_flash_attention.options import Options
+from jvp_flash_attention.call import Inputs, Spec, Tangents
 from tests import tolerances
 
 
@@ -52,14 +52,22 @@ class Problem:
     seed: Tensor | None
     d_out: Tensor
     d_t_out: Tensor
-    options: Options
+    spec: Spec
     bias_grad: bool
+
+    @property
+    def x(self) -> Inputs:
+        return Inputs(*self.primals, self.seed)
+
+    @property
+    def t(self) -> Tangents:
+        return Tangents(*self.tangents)
 
     def double(self) -> "Problem":
         wide = lambda x: x.double() if x is not None and x.is_floating_point() else x  # noqa: E731
         return Problem(
             list(map(wide, self.primals)), list(map(wide, self.tangents)), self.seed,
-            wide(self.d_out), wide(self.d_t_out), self.options, self.bias_grad,
+            wide(self.d_out), wide(self.d_t_out), self.spec, self.bias_grad,
         )  # fmt: skip
 
 
@@ -99,9 +107,9 @@ def build(case: Case, dtype: torch.dtype, device="cpu", backend="triton") -> Pro
     tangents.append(draw(*bias.shape) if floating and "b" in case.tangents else None)
     seed = torch.tensor([2**40 + 7], device=device) if case.dropout_p else None
     scale = D**-0.5 if case.scale is None else case.scale
-    options = Options(scale, case.causal, case.dropout_p, backend)
+    spec = Spec(scale, case.causal, case.dropout_p, backend)
     return Problem(
-        [q, k, v, bias], tangents, seed, tile(B, H, L, Dv), tile(B, H, L, Dv), options, floating
+        [q, k, v, bias], tangents, seed, tile(B, H, L, Dv), tile(B, H, L, Dv), spec, floating
     )
 
 
@@ -124,26 +132,23 @@ def solve(implementation, p: Problem, stored: torch.dtype | None = None) -> dict
     """Every tensor that an implementation's four functions return, by name; the backward passes get
     O and tO through dtype `stored`."""
     keep = lambda x: x if stored is None else x.to(stored).to(x.dtype)  # noqa: E731
-    out, lse = implementation.forward(*p.primals, p.seed, p.options)
-    args = (p.d_out, *p.primals, p.seed, keep(out), lse, p.options, p.bias_grad)
-    first = implementation.backward(*args)
-    saved = implementation.forward_jvp(*p.primals, p.seed, *p.tangents, p.options)
-    saved = (*map(keep, saved[:2]), *saved[2:])
-    second = implementation.backward_jvp(
-        p.d_out, p.d_t_out, *p.primals, p.seed, *p.tangents, *saved, p.options, p.bias_grad
-    )
-    only_tangent = implementation.backward_jvp(
-        None, p.d_t_out, *p.primals, p.seed, *p.tangents, *saved, p.options, p.bias_grad
-    )
+    plain = implementation.forward(p.x, None, p.spec)
+    how = (p.spec, p.bias_grad)
+    kept = plain._replace(out=keep(plain.out))
+    first, _ = implementation.backward(p.d_out, None, p.x, Tangents(), kept, *how)
+    saved = implementation.forward(p.x, p.t, p.spec)
+    saved = saved._replace(out=keep(saved.out), t_out=keep(saved.t_out))
+    second = implementation.backward(p.d_out, p.d_t_out, p.x, p.t, saved, *how)
+    only_tangent, _ = implementation.backward(None, p.d_t_out, p.x, p.t, saved, *how)
     names = {
-        "out": out,
-        "out_of_jvp": saved[0],
-        "t_out": saved[1],
+        "out": plain.out,
+        "out_of_jvp": saved.out,
+        "t_out": saved.t_out,
         **dict(zip(("d_q", "d_k", "d_v", "d_bias"), first, strict=True)),
     }
     eight = ("q", "k", "v", "bias", "t_q", "t_k", "t_v", "t_bias")
-    names |= {f"dd_{name}": x for name, x in zip(eight, second, strict=True)}
-    names |= {f"dt_{name}": x for name, x in zip(eight[:4], only_tangent[:4], strict=True)}
+    names |= {f"dd_{name}": x for name, x in zip(eight, (*second[0], *second[1]), strict=True)}
+    names |= {f"dt_{name}": x for name, x in zip(eight[:4], only_tangent, strict=True)}
     return {name: x for name, x in names.items() if x is not None}
 
 

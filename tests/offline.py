@@ -1,27 +1,22 @@
 """Compiles kernels for a GPU that is not there and reads what the assembler says of them.
 
-The library's own launchers run on CPU tensors, but every launch is turned into a compilation for
-the given target, so what is compiled is exactly what a call on that GPU would compile.
+`kernels.launches` says what a call on that GPU would launch, and each launch is compiled for it.
 """
 
 import re
 import subprocess
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
-from jvp_flash_attention import kernels
-from jvp_flash_attention.kernels import launch, launch_hopper, plans
-from jvp_flash_attention.kernels.merge import merge
-from jvp_flash_attention.options import Options
+from jvp_flash_attention.call import Inputs, Saved, Spec, Tangents
+from jvp_flash_attention.kernels import launches
+from jvp_flash_attention.kernels.merge import merge_launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -63,41 +58,6 @@ class _Driver:
         return torch.device("cpu")
 
 
-@contextmanager
-def _compiling_for(name: str, tma: bool | None = None):
-    """Every launch inside compiles for target `name` and is appended to the list yielded."""
-    target, done = TARGETS[name], []
-    hopper = target.backend == "cuda" and int(target.arch) >= 90
-    run, problem = JITFunction.run, launch.problem
-
-    def compile_only(self, *args, grid, warmup, **kwargs):
-        # a full float32 check of "is this launchable" needs the device; compilation does not
-        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
-        done.append((self.fn.__name__, compiled))
-        return compiled
-
-    def there(*args):
-        p = problem(*args)
-        use = hopper and p.itemsize == 2 and all(map(launch.tma_can_read, args[:3]))
-        tma_used = use if tma is None else tma
-        return p._replace(hopper=hopper, tma=tma_used, warpgroups=name == "sm_90")
-
-    def launch_all(key, inputs, outputs, launches):
-        for kernel, grid, args, switches in launches():
-            kernel[grid](*args, **switches)
-
-    with (
-        mock.patch.object(driver, "_active", _Driver(target)),
-        mock.patch.object(torch.version, "hip", "" if target.backend == "cuda" else "0"),
-        mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(kernels, "problem", there),
-        mock.patch.object(kernels, "has_warpgroups", return_value=name == "sm_90"),
-        mock.patch.object(plans, "run", launch_all),
-        mock.patch.object(launch_hopper, "multiprocessors", return_value=132),
-    ):
-        yield done
-
-
 def compile_passes(
     target: str,
     head_dim: int,
@@ -113,26 +73,26 @@ def compile_passes(
     q, k, v, t_q, t_k, t_v, d, d_t = (
         torch.zeros(1, 2, length, head_dim, dtype=dtype) for _ in range(8)
     )
-    options = Options(head_dim**-0.5, causal, dropout_p, "triton")
+    spec = Spec(head_dim**-0.5, causal, dropout_p, "triton")
     seed = torch.zeros(1, dtype=torch.int64) if dropout_p else None
-    bias_grad = bias is not None and bias.is_floating_point()
-    t_bias = torch.zeros_like(bias) if bias_grad else None
+    mask_grad = bias is not None and bias.is_floating_point()
+    x = Inputs(q, k, v, bias, seed)
+    t = Tangents(t_q, t_k, t_v, torch.zeros_like(bias) if mask_grad else None)
     rows = torch.zeros(1, 2, length)
-    with _compiling_for(target, tma) as done:
-        if "forward" in passes:
-            kernels.forward(q, k, v, bias, seed, options)
-        if "forward_jvp" in passes:
-            kernels.forward_jvp(q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options)
-        if "backward" in passes:
-            kernels.backward(d, q, k, v, bias, seed, q, rows, options, bias_grad)
-        if "backward_jvp" in passes:
-            kernels.backward_jvp(
-                d, d_t, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, q, q, rows, rows,
-                options, bias_grad,
-            )  # fmt: skip
-        if "merge" in passes:
-            merge((q, t_q, rows, rows.clone()), (k, t_k, rows, rows), 0, torch.float32)
-    return [_inspect(name, compiled) for name, compiled in done]
+    saved = Saved(q, rows, q, rows)
+    where = {"arch": target.replace("_", ""), "tma": tma}
+    calls = {
+        "forward": lambda: launches(x, None, spec, **where),
+        "forward_jvp": lambda: launches(x, t, spec, **where),
+        "backward": lambda: launches(
+            x, None, spec, Saved(q, rows), d, mask_grad=mask_grad, **where
+        ),
+        "backward_jvp": lambda: launches(x, t, spec, saved, d, d_t, mask_grad, **where),
+        "merge": lambda: [merge_launch(saved, saved, 0, torch.float32)[0]],
+    }
+    driver.set_active(_Driver(TARGETS[target]))  # and stays: this process has no other
+    found = [launch for name in passes for launch in calls[name]()]
+    return [_inspect(launch.kernel.fn.__name__, launch.compile()) for launch in found]
 
 
 def _inspect(name: str, compiled) -> Compiled:

@@ -47,8 +47,9 @@ def test_the_library_imports_torch_triton_and_the_standard_library_only():
 @pytest.mark.parametrize(
     ("who", "whom"),
     [
-        ("kernels", ("api", "autograd", "ops", "recall", "reference", "validation", "backends")),
-        ("recall.py", ("api", "autograd", "ops", "kernels", "reference", "validation")),
+        ("kernels", ("api", "autograd", "ops", "reference", "validation", "backends")),
+        ("call.py", ("api", "autograd", "ops", "kernels", "reference", "validation", "backends")),
+        ("functorch.py", ("api", "autograd", "ops", "kernels", "reference", "call", "backends")),
         ("reference.py", ("api", "autograd", "ops", "kernels", "validation", "backends")),
         ("autograd.py", ("api", "kernels", "reference", "validation")),
         ("ops.py", ("api", "autograd", "kernels", "reference", "validation")),

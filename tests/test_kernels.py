@@ -7,7 +7,8 @@ import torch
 from torch.func import jvp
 
 from jvp_flash_attention import attention, attention_jvp, kernels, reference
-from jvp_flash_attention.options import tf32_allowed
+from jvp_flash_attention.call import tf32_allowed
+from jvp_flash_attention.kernels.problem import problem
 from tests.cases import Case, build, check, errors, solve
 
 CASES = (
@@ -49,8 +50,7 @@ def test_every_output_in_float16(case, device):
 @pytest.mark.parametrize("causal", [False, True])
 def test_tiles_through_tma_descriptors_equal_tiles_through_pointers(causal, device, monkeypatch):
     """The descriptors of Hopper and later, on the CPU through the interpreter."""
-    problem = kernels.problem
-    monkeypatch.setattr(kernels, "problem", lambda *args: problem(*args)._replace(tma=True))
+    monkeypatch.setattr(kernels.dispatch, "problem", lambda *args: problem(*args[:3], tma=True))
     case = Case(L=33, S=64, D=24, H=4, Hk=2, causal=causal)
     check(errors(kernels, case, torch.float16, device), torch.float16)
 

@@ -7,7 +7,7 @@ import torch
 from torch.func import grad, jvp
 
 from jvp_flash_attention import attention, attention_jvp, reference
-from jvp_flash_attention.options import Options
+from jvp_flash_attention.call import Inputs, Spec, Tangents
 from jvp_flash_attention.selfcheck import dense
 from tests.cases import Case, build, close, solve
 
@@ -90,15 +90,12 @@ def test_gradcheck_and_gradgradcheck_pass_in_forward_and_reverse():
 def test_rows_are_taken_in_blocks_without_changing_anything(monkeypatch):
     case = Case(L=23, S=9, bias="full", causal=True)
     p = build(case, torch.float64)
-    whole = reference.forward_jvp(*p.primals, None, *p.tangents, p.options)
-    whole_grads = reference.backward_jvp(
-        p.d_out, p.d_t_out, *p.primals, None, *p.tangents, *whole, p.options, True
-    )
+    cotangents = (p.d_out, p.d_t_out)
+    whole = reference.forward(p.x, p.t, p.spec)
+    whole_grads = sum(reference.backward(*cotangents, p.x, p.t, whole, p.spec, True), ())
     monkeypatch.setattr(reference, "ROWS", 5)
-    blocks = reference.forward_jvp(*p.primals, None, *p.tangents, p.options)
-    grads = reference.backward_jvp(
-        p.d_out, p.d_t_out, *p.primals, None, *p.tangents, *blocks, p.options, True
-    )
+    blocks = reference.forward(p.x, p.t, p.spec)
+    grads = sum(reference.backward(*cotangents, p.x, p.t, blocks, p.spec, True), ())
     for got, exact in zip((*blocks, *grads), (*whole, *whole_grads), strict=True):
         close(got, exact)
 
@@ -140,10 +137,10 @@ def test_dropout_follows_manual_seed():
 
 def test_half_precision_inputs_are_computed_in_float32():
     q = torch.randn(1, 2, 16, 8).bfloat16()
-    out, lse = reference.forward(q, q, q, None, None, Options(8**-0.5))
+    out, lse, *_ = reference.forward(Inputs(q, q, q), None, Spec(8**-0.5))
     assert out.dtype == torch.bfloat16
     assert lse.dtype == torch.float32
-    exact = reference.forward(q.double(), q.double(), q.double(), None, None, Options(8**-0.5))[0]
+    exact = reference.forward(Inputs(*[q.double()] * 3), None, Spec(8**-0.5)).out
     assert (out.double() - exact).norm() / exact.norm() < 3e-3
 
 
@@ -167,9 +164,7 @@ def test_products_of_a_rounded_p_leave_the_error_that_the_documents_state():
     rounded = lambda x: x.bfloat16().double()  # noqa: E731
     draw = lambda rows: rounded(torch.randn(2, 3, rows, 64, generator=rng))  # noqa: E731
     q, t_q, k, v, t_k, t_v = (draw(rows) for rows in (256, 256, *[2048] * 4))
-    out, t_out, lse, mu = reference.forward_jvp(
-        q, k, v, None, None, t_q, t_k, t_v, None, Options(0.125)
-    )
+    out, lse, t_out, mu = reference.forward(Inputs(q, k, v), Tangents(t_q, t_k, t_v), Spec(0.125))
     s = 0.125 * q @ k.mT
     t_s = 0.125 * (t_q @ k.mT + q @ t_k.mT)
     top = s.amax(-1, keepdim=True)
@@ -198,9 +193,10 @@ def test_products_of_a_rounded_ds_leave_the_error_that_the_documents_state(causa
     rounded = lambda x: x.bfloat16().double()  # noqa: E731
     draw = lambda rows: rounded(torch.randn(20, 3, rows, 64, generator=rng))  # noqa: E731
     q, d_out, k, v = draw(17), draw(17), draw(196), draw(196)
-    options = Options(0.125, causal)
-    out, lse = reference.forward(q, k, v, None, None, options)
-    exact = reference.backward(d_out, q, k, v, None, None, out, lse, options, False)
+    x, spec = Inputs(q, k, v), Spec(0.125, causal)
+    saved = reference.forward(x, None, spec)
+    exact, _ = reference.backward(d_out, None, x, Tangents(), saved, spec, False)
+    out, lse, *_ = saved
     s = 0.125 * q @ k.mT
     p = (s - lse[..., None]).exp()
     if causal:

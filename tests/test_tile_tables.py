@@ -10,10 +10,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from jvp_flash_attention.kernels import configs, plans
+from jvp_flash_attention.kernels import configs, launch_cache
 from jvp_flash_attention.kernels.configs import Tile
 
-PASSES = ("forward", "forward_jvp", "keys", "keys_jvp", "queries", "queries_jvp")
+PASSES = ("fwd", "fwd_jvp", "bwd_dkdv", "bwd_dkdv_jvp", "bwd_dq", "bwd_dq_jvp")
 
 
 @pytest.fixture
@@ -26,34 +26,34 @@ def tile_tables(monkeypatch):
 @pytest.fixture
 def where(tile_tables):
     """The tile of O at head dim 16 in float32, which the interpreter runs."""
-    return tile_tables.place("forward", 16, torch.float32, "cpu")
+    return tile_tables.place("fwd", 16, torch.float32, "cpu")
 
 
 def test_a_place_is_the_tile_that_a_call_takes(where):
     assert where.table is configs.FLOAT32
     other = Tile(16, 16, 8, 1)
-    assert configs.tile("forward", 16, 4, False, False) == where.tile != other
-    plans._plans["old"] = None
+    assert configs.tile(configs.FLOAT32, "fwd", 16, False) == where.tile != other
+    launch_cache._entries["old"] = []
 
     def fail():
         with where.holding(other):
-            assert configs.tile("forward", 16, 4, False, False) == other
-            assert "old" not in plans._plans
-            plans._plans["of the other"] = None
+            assert configs.tile(configs.FLOAT32, "fwd", 16, False) == other
+            assert "old" not in launch_cache._entries
+            launch_cache._entries["of the other"] = []
             raise KeyError
 
     with pytest.raises(KeyError):
         fail()
-    assert configs.tile("forward", 16, 4, False, False) == where.tile
-    assert not plans._plans
+    assert configs.tile(configs.FLOAT32, "fwd", 16, False) == where.tile
+    assert not launch_cache._entries
 
 
 def test_candidates_keep_to_what_a_table_may_hold(tile_tables, where):
     tiles = tile_tables.candidates("FLOAT32")
     assert where.tile in tiles
-    assert max(max(t.BM, t.BN) for t in tiles) == 32
-    assert min(t.BM for t in tile_tables.candidates("SIX")) == 64
-    assert {Tile(*row[0]) for row in configs.HOPPER.values()} <= {*tile_tables.candidates("HOPPER")}
+    assert max(max(t.BLOCK_M, t.BLOCK_N) for t in tiles) == 32
+    assert min(t.BLOCK_M for t in tile_tables.candidates("BF16X6")) == 64
+    assert {Tile(*row[0]) for row in configs.SM90.values()} <= {*tile_tables.candidates("SM90")}
 
 
 def test_tiles_that_fail_or_err_are_left_out_and_say_why(tile_tables, where, monkeypatch):

@@ -17,7 +17,6 @@ FUNCTORCH = Path(__file__).parents[1] / "jvp_flash_attention" / "functorch.py"
 ATTRIBUTES = [
     ("torch", "_add_batch_dim"),
     ("torch", "_remove_batch_dim"),
-    ("torch._C", "DisableTorchFunction"),
     ("torch._C", "_VariableFunctions"),
     ("torch._C", "_will_engine_execute_node"),
     ("torch.autograd.forward_ad", "_current_level"),

@@ -14,19 +14,10 @@ A row that sees nothing of a shard has LSEᵢ = −inf there, hence w = 0; one t
 before has w = 1; one that sees nothing at all keeps O = tO = μ = 0 and LSE = −inf.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-
-class Partial(NamedTuple):
-    """Attention over a part of the keys; without a tangent tO and μ are None."""
-
-    out: Tensor  # (B, H, L, Dv)
-    t_out: Tensor | None
-    lse: Tensor  # (B, H, L)
-    mu: Tensor | None
+from ..call import Saved
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -34,24 +25,24 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def nothing(q: Tensor, v: Tensor, jvp: bool) -> Partial:
+def nothing(q: Tensor, v: Tensor, jvp: bool) -> Saved:
     """Attention over no key at all."""
     dtype = wide(q.dtype)
     out = q.new_zeros(*q.shape[:3], v.shape[3], dtype=dtype)
     lse = q.new_full(q.shape[:3], float("-inf"), dtype=dtype)
     if not jvp:
-        return Partial(out, None, lse, None)
-    return Partial(out, torch.zeros_like(out), lse, torch.zeros_like(lse))
+        return Saved(out, lse)
+    return Saved(out, lse, torch.zeros_like(out), torch.zeros_like(lse))
 
 
-def merge(total: Partial, part: Partial, rows: slice, dtype: torch.dtype, backend: str) -> Partial:
+def merge(total: Saved, part: Saved, rows: slice, dtype: torch.dtype, backend: str) -> Saved:
     """`total`, which may be overwritten, with `part`, which is of its rows from `rows.start` on and
     of other keys. O and tO are in `dtype`; on the way they are `wide`."""
     if backend == "triton":
         from ..kernels.merge import merge as fused
 
-        return Partial(*fused(total, part, rows.start or 0, dtype))
-    out, t_out, lse, mu = total
+        return fused(total, part, rows.start or 0, dtype)
+    out, lse, t_out, mu = total
     out = out.to(wide(out.dtype))
     t_out = None if t_out is None else t_out.to(out.dtype)
     before, after = lse[:, :, rows], part.lse
@@ -65,4 +56,4 @@ def merge(total: Partial, part: Partial, rows: slice, dtype: torch.dtype, backen
         t_out[:, :, rows] += w.unsqueeze(-1) * (part.t_out - t_out[:, :, rows]) + c * d_out
         t_out = t_out.to(dtype)
     out[:, :, rows] += w.unsqueeze(-1) * d_out
-    return Partial(out.to(dtype), t_out, lse, mu)
+    return Saved(out.to(dtype), lse, t_out, mu)

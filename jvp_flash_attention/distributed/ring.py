@@ -22,10 +22,10 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import api, backends
-from ..options import Options
+from ..call import Inputs, Saved, Spec, Tangents, is_default
 from . import rules
 from .exchange import Packed, agree, pass_on, rotate
-from .merge import Partial, merge, nothing, wide
+from .merge import merge, nothing, wide
 from .sharding import Block, block, shard_lengths
 
 
@@ -122,66 +122,54 @@ class Ring(NamedTuple):
     lengths: tuple[int, int] | None
     backend: str | None  # of a shard
 
-    def forward(self, q, k, v, bias, seed, options: Options):
-        total = self._forward(q, k, v, bias, None, None, None, options, jvp=False)
-        return _laid_out(total.out, options), total.lse
-
-    def forward_jvp(self, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, options: Options):
-        out, t_out, *rows = self._forward(q, k, v, bias, t_q, t_k, t_v, options, jvp=True)
-        return _laid_out(out, options), _laid_out(t_out, options), *rows
-
-    def backward(self, d_out, q, k, v, bias, seed, out, lse, options: Options, bias_grad: bool):
-        saved = Partial(out, None, lse, None)
-        return self._backward(d_out, None, q, k, v, bias, None, None, None, saved, options)[:4]
-
-    def backward_jvp(
-        self, d_out, d_t_out, q, k, v, bias, seed, t_q, t_k, t_v, t_bias, out, t_out, lse, mu,
-        options: Options, bias_grad: bool,
-    ):  # fmt: skip
-        saved = Partial(out, t_out, lse, mu)
-        return self._backward(d_out, d_t_out, q, k, v, bias, t_q, t_k, t_v, saved, options)
-
-    def _forward(self, q, k, v, bias, t_q, t_k, t_v, options, jvp: bool) -> Partial:
-        lengths = self._agree("forward", q, k, v, bias, (t_q, t_k, t_v, jvp or None), options)
-        held = shard_lengths(lengths[1], self.group.size(), self.layout)
+    def forward(self, x: Inputs, t: Tangents | None, spec: Spec) -> Saved:
+        jvp = t is not None
+        t = t or Tangents()
+        q, k, v, mask, _seed = x
+        lengths = self._agree("forward", x, (*t[:3], jvp or None), spec)
         size, rank = self.group.size(), self.group.rank()
-        found = [self._block((rank - step) % size, lengths, options) for step in range(size)]
-        last = max((step for step, x in enumerate(found) if x is not None), default=-1)
+        held = shard_lengths(lengths[1], size, self.layout)
+        found = [self._block((rank - step) % size, lengths, spec) for step in range(size)]
+        last = max((step for step, here in enumerate(found) if here is not None), default=-1)
         total = None
-        turns = rotate(self.group, (k, v, _column(bias), t_k, t_v), held)
+        turns = rotate(self.group, (k, v, _column(mask), t.k, t.v), held)
         for here, (step, (_source, shards)) in zip(found, enumerate(turns), strict=True):
             if here is None:
                 continue
-            local = self._options(options, q, v, here)
-            part = attend(here, q, t_q, shards, local, jvp)
+            local = self._local(spec, q, v, here)
+            part = attend(here, q, t.q, shards, local, jvp)
             if total is None and here.rows == slice(None):
                 total = part
                 continue
             total = nothing(q, v, jvp) if total is None else total
             dtype = q.dtype if step == last else wide(q.dtype)
             total = merge(total, part, here.rows, dtype, local.backend)
-        if total is not None:
-            return total
-        out, t_out, lse, mu = nothing(q, v, jvp)
-        return Partial(out.to(q.dtype), None if t_out is None else t_out.to(q.dtype), lse, mu)
+        if total is None:
+            total = nothing(q, v, jvp)
+            out, t_out = (y if y is None else y.to(q.dtype) for y in (total.out, total.t_out))
+            total = total._replace(out=out, t_out=t_out)
+        out, t_out = (_laid_out(y, spec) for y in (total.out, total.t_out))
+        return total._replace(out=out, t_out=t_out)
 
-    def _backward(self, d_out, d_t_out, q, k, v, bias, t_q, t_k, t_v, saved: Partial, options):
+    def backward(
+        self, d_out, d_t_out, x: Inputs, t: Tangents, saved: Saved, spec: Spec, mask_grad: bool
+    ) -> tuple[Tangents, Tangents]:
         jvp = d_t_out is not None
-        given = (t_q, t_k, t_v, d_out, d_t_out)
-        lengths = self._agree("backward", q, k, v, bias, given, options)
+        q, k, v, mask, _seed = x
+        lengths = self._agree("backward", x, (*t[:3], d_out, d_t_out), spec)
         size, rank = self.group.size(), self.group.rank()
         held = shard_lengths(lengths[1], size, self.layout)
         sums: list[Tensor | None] = [None, None]  # dQ, dtQ
         present: Any = None  # dK, dV, dtK, dtV of the shard at hand; they follow it
-        turns = rotate(self.group, (k, v, _column(bias), t_k, t_v), held)
+        turns = rotate(self.group, (k, v, _column(mask), t.k, t.v), held)
         for source, shards in turns:
             transfer = None
             if present is not None:
                 transfer = pass_on(self.group, present, present.like(held[source]))
-            found, grads = self._block(source, lengths, options), (None,) * 6
+            found, grads = self._block(source, lengths, spec), ()
             if found is not None:
-                local = self._options(options, q, v, found)
-                grads = differentiate(found, d_out, d_t_out, q, t_q, shards, saved, local)
+                local = self._local(spec, q, v, found)
+                grads = differentiate(found, d_out, d_t_out, q, t.q, shards, saved, local)
                 sums = [_sum(sums[i], grads[i], found.rows, q) for i in range(2)]
             if transfer is not None:
                 present = transfer.wait()
@@ -195,77 +183,70 @@ class Ring(NamedTuple):
         last = Packed.of(present.tensors, k.dtype)
         if size > 1:  # they are with the process before their own
             last = pass_on(self.group, last, last.like(held[rank])).wait()
-        d_k, d_v, d_t_k, d_t_v = (None if x is None else x.clone() for x in last.tensors)
-        d_q, d_t_q = (q.new_zeros(q.shape) if x is None else x.to(q.dtype) for x in sums)
-        grads = (d_q, d_k, d_v, None, d_t_q if jvp else None, d_t_k, d_t_v, None)
-        return tuple(_laid_out(x, options) for x in grads)
+        of_keys = [None if y is None else _laid_out(y.clone(), spec) for y in last.tensors]
+        d_k, d_v, d_t_k, d_t_v = of_keys
+        of_queries = (q.new_zeros(q.shape) if y is None else y.to(q.dtype) for y in sums)
+        d_q, d_t_q = (_laid_out(y, spec) for y in of_queries)
+        return Tangents(d_q, d_k, d_v), Tangents(d_t_q if jvp else None, d_t_k, d_t_v)
 
-    def _agree(self, name, q, k, v, bias, given, options: Options) -> tuple[int, int]:
+    def _agree(self, name, x: Inputs, given, spec: Spec) -> tuple[int, int]:
         """(L, S) of the whole sequences, once all processes have said that they make this call."""
+        if not is_default(spec, but=("causal", "backend", "rows_first")):
+            raise NotImplementedError(f"ring_attention serves scale and is_causal, got {spec}")
+        q, k, v, mask, _seed = x
         size, rank = self.group.size(), self.group.rank()
         lengths = self.lengths or (size * q.shape[2], size * k.shape[2])
         call = (
             *(("lengths", lengths), ("layout", self.layout), ("dtype", q.dtype)),
             ("batch, heads, head dim", (*q.shape[:2], q.shape[3], k.shape[1], v.shape[3])),
-            ("causal, scale", (options.causal, options.scale)),
-            ("mask", None if bias is None else tuple(bias.shape[:2])),
-            ("tangents and cotangents", tuple(x is not None for x in given)),
+            ("causal, scale", (spec.causal, spec.scale)),
+            ("mask", None if mask is None else tuple(mask.shape[:2])),
+            ("tangents and cotangents", tuple(y is not None for y in given)),
         )
         fault = None
-        for what, x, length in (("query", q, lengths[0]), ("key", k, lengths[1])):
+        for what, y, length in (("query", q, lengths[0]), ("key", k, lengths[1])):
             mine = shard_lengths(length, size, self.layout)[rank]
-            if x.shape[2] != mine:
+            if y.shape[2] != mine:
                 fault = (
                     f"{what} must hold {mine} of {length} rows in the layout {self.layout!r}, got"
-                    f" {x.shape[2]}; shard with `shard`, and pass lengths= where they differ"
+                    f" {y.shape[2]}; shard with `shard`, and pass lengths= where they differ"
                 )
-        if options.causal and lengths[0] != lengths[1]:
+        if spec.causal and lengths[0] != lengths[1]:
             fault = f"is_causal needs queries and keys of one length, got {lengths}"
         agree(self.group, f"ring_attention ({name})", call, fault)
         return lengths
 
-    def _block(self, source: int, lengths: tuple[int, int], options: Options) -> Block | None:
+    def _block(self, source: int, lengths: tuple[int, int], spec: Spec) -> Block | None:
         rank, size = self.group.rank(), self.group.size()
-        return block(rank, source, size, lengths, options.causal, self.layout)
+        return block(rank, source, size, lengths, spec.causal, self.layout)
 
-    def _options(self, options: Options, q: Tensor, v: Tensor, found: Block) -> Options:
+    def _local(self, spec: Spec, q: Tensor, v: Tensor, found: Block) -> Spec:
         backend = backends.choose(self.backend, q, v)
-        return options._replace(causal=found.causal, backend=backend, sharded=self.group.size() > 1)
+        return spec._replace(causal=found.causal, backend=backend, sharded=self.group.size() > 1)
 
 
 def attend(
-    found: Block, q: Tensor, t_q: Tensor | None, shards: Shards, options: Options, jvp: bool
-) -> Partial:
+    found: Block, q: Tensor, t_q: Tensor | None, shards: Shards, spec: Spec, jvp: bool
+) -> Saved:
     """Attention of a block of scores on its own."""
-    passes: Any = backends.implementation(options.backend)
-    q, t_q = (_part(x, found.rows) for x in (q, t_q))
-    k, v, mask, t_k, t_v = (_part(x, found.keys) for x in shards)
-    mask = _column(mask)
-    if jvp:
-        return Partial(*passes.forward_jvp(q, k, v, mask, None, t_q, t_k, t_v, None, options))
-    out, lse = passes.forward(q, k, v, mask, None, options)
-    return Partial(out, None, lse, None)
+    q, t_q = (_part(y, found.rows) for y in (q, t_q))
+    k, v, mask, t_k, t_v = (_part(y, found.keys) for y in shards)
+    t = Tangents(t_q, t_k, t_v) if jvp else None
+    return backends.implementation(spec.backend).forward(Inputs(q, k, v, _column(mask)), t, spec)
 
 
 def differentiate(
-    found: Block, d_out, d_t_out, q, t_q, shards: Shards, saved: Partial, options: Options
+    found: Block, d_out, d_t_out, q, t_q, shards: Shards, saved: Saved, spec: Spec
 ) -> tuple[Tensor | None, ...]:
     """(dQ, dtQ, dK, dV, dtK, dtV) of a block of scores, from what all keys gave; without dtO the
     gradients of tangents are None."""
-    passes: Any = backends.implementation(options.backend)
-    q, t_q, d_out, d_t_out = (_part(x, found.rows) for x in (q, t_q, d_out, d_t_out))
-    out, t_out, lse, mu = (_part(x, found.rows) for x in saved)
-    k, v, mask, t_k, t_v = (_part(x, found.keys) for x in shards)
-    mask = _column(mask)
-    if d_t_out is None:
-        grads = (d_out, q, k, v, mask, None, out, lse, options, False)
-        d_q, d_k, d_v, _ = passes.backward(*grads)
-        return d_q, None, d_k, d_v, None, None
-    d_q, d_k, d_v, _, d_t_q, d_t_k, d_t_v, _ = passes.backward_jvp(
-        d_out, d_t_out, q, k, v, mask, None, t_q, t_k, t_v, None, out, t_out, lse, mu,
-        options, False,
-    )  # fmt: skip
-    return d_q, d_t_q, d_k, d_v, d_t_k, d_t_v
+    q, t_q, d_out, d_t_out = (_part(y, found.rows) for y in (q, t_q, d_out, d_t_out))
+    k, v, mask, t_k, t_v = (_part(y, found.keys) for y in shards)
+    x, t = Inputs(q, k, v, _column(mask)), Tangents(t_q, t_k, t_v)
+    saved = Saved(*(_part(y, found.rows) for y in saved))
+    run = backends.implementation(spec.backend).backward
+    d, d_t = run(d_out, d_t_out, x, t, saved, spec, False)
+    return d.q, d_t.q, d.k, d.v, d_t.k, d_t.v
 
 
 def _call(mesh, layout, lengths, backend, query, key, value, attn_mask, dropout_p) -> str:
@@ -298,12 +279,10 @@ def _part(x: Tensor | None, rows: slice) -> Any:
     return x if x is None or rows == slice(None) else x[:, :, rows].contiguous()
 
 
-def _laid_out(x: Tensor | None, options: Options) -> Any:
+def _laid_out(x: Tensor | None, spec: Spec) -> Any:
     """(B, L, H, D) in memory where an operator promises that."""
     return (
-        x.transpose(1, 2).contiguous().transpose(1, 2)
-        if options.rows_first and x is not None
-        else x
+        x.transpose(1, 2).contiguous().transpose(1, 2) if spec.rows_first and x is not None else x
     )
 
 

@@ -23,8 +23,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.library import custom_op
 
 from .. import api, broadcast, functorch, validation
+from ..call import Inputs, Spec, Tangents
 from ..ops import NAMESPACE
-from ..options import Options
 from . import rules
 from .exchange import agree, all_to_all
 from .sharding import split
@@ -133,15 +133,16 @@ def attend(
 ) -> Tensor:
     """`ulysses_attention` among the members; `numbers` are dropout_p, is_causal, scale, enable_gqa
     and the backend that serves the whole sequence."""
-    q, k, v, bias, options, sizes = _prepare(query, key, value, attn_mask, numbers, who, lengths)
+    x, spec, sizes = _prepare(query, key, value, attn_mask, numbers, who, lengths)
     if torch.compiler.is_compiling():
-        pairs = functorch.unpack_compiled(q, k, v, nested=NESTED)
+        pairs = functorch.unpack_compiled(*x, nested=NESTED)
     else:
-        pairs = functorch.unpack(q, k, v)
-    primals, tangents = ([pair[i] for pair in pairs] for i in range(2))
-    jvp = any(t is not None for t in tangents)
-    outputs = _between(primals, tangents, bias, options, who, lengths, jvp, tangent_grad)
-    return broadcast.result(functorch.pack(*outputs) if jvp else outputs[0], sizes)
+        pairs = functorch.unpack(*x)
+    x, t = api.paired(x, pairs)
+    if t is None:
+        return broadcast.result(_between(x, t, spec, who, lengths, tangent_grad)[0], sizes)
+    out, t_out = _between(x, t, spec, who, lengths, tangent_grad)
+    return broadcast.result(functorch.pack(out, t_out), sizes)
 
 
 def attend_jvp(
@@ -156,71 +157,72 @@ def attend_jvp(
     tangent_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`ulysses_attention_jvp` among the members."""
-    q, k, v, bias, options, sizes = _prepare(query, key, value, attn_mask, numbers, who, lengths)
+    x, spec, sizes = _prepare(query, key, value, attn_mask, numbers, who, lengths)
     names = ("t_query", "t_key", "t_value")
     for each in zip(names, tangents, (query, key, value), strict=True):
         validation.tangent(*each)
-    fits = (broadcast.queries, broadcast.keys, broadcast.keys)
-    tangents = [api._tangent(t, q.dtype, f, sizes) for t, f in zip(tangents, fits, strict=True)]
-    args = ([q, k, v], tangents, bias, options, who, lengths, True, tangent_grad)
-    out, t_out = _between(*args)
+    t_q, t_k, t_v = tangents
+    t = broadcast.tangents(t_q, t_k, t_v, None, x.q.dtype, sizes)
+    out, t_out = _between(x, t, spec, who, lengths, tangent_grad)
     return broadcast.result(out, sizes), broadcast.result(t_out, sizes)
 
 
 def _prepare(query, key, value, attn_mask, numbers, who: Members, lengths):
     rules.arguments(NAME, query, key, attn_mask, numbers[0])
     rules.whole(NAME, lengths)
-    q, k, v, bias, options, sizes = api._prepare(query, key, value, attn_mask, *numbers)
-    rules.heads(NAME, q.shape[1], who.size)
-    return q, k, v, bias, options, sizes
+    x, spec, sizes = api.prepare(query, key, value, attn_mask, *numbers)
+    rules.heads(NAME, x.q.shape[1], who.size)
+    return x, spec, sizes
 
 
 def _between(
-    primals, tangents, bias, options: Options, who: Members, lengths, jvp: bool, tangent_grad: bool
+    x: Inputs, t: Tangents | None, spec: Spec, who: Members, lengths, tangent_grad: bool
 ) -> list[Tensor]:
-    """[O] or, with `jvp`, [O, tO]: rows to heads, attention, heads to rows."""
-    q, k, v = primals
+    """[O] or, with tangents, [O, tO]: rows to heads, attention, heads to rows."""
+    jvp = t is not None
+    t = t or Tangents()
     if not tangent_grad:
-        tangents = [None if t is None else t.detach() for t in tangents]
-    L, S = lengths or (who.size * q.shape[2], who.size * k.shape[2])
+        t = Tangents(*[None if y is None else y.detach() for y in t])
+    L, S = lengths or (who.size * x.q.shape[2], who.size * x.k.shape[2])
     if not torch.compiler.is_compiling():  # the graphs must be the same anyway
-        _agree(who, q, k, v, bias, (*tangents, jvp or None), options, (L, S))
-    repeats = who.size // gcd(k.shape[1], who.size)
-    k, v, t_k, t_v = (_repeat(x, repeats) for x in (k, v, *tangents[1:]))
-    mask = None if bias is None else bias.transpose(2, 3)
-    given, rows = (q, k, v, tangents[0], t_k, t_v, mask), (L, S, S, L, S, S, S)
-    there = [(i, x) for i, x in enumerate(given) if x is not None]
-    heads = tuple(x.shape[1] for _, x in there)
+        _agree(who, x, (*t[:3], jvp or None), spec, (L, S))
+    repeats = who.size // gcd(x.k.shape[1], who.size)
+    k, v, t_k, t_v = (_repeat(y, repeats) for y in (x.k, x.v, t.k, t.v))
+    mask = None if x.mask is None else x.mask.transpose(2, 3)
+    given, rows = (x.q, k, v, t.q, t_k, t_v, mask), (L, S, S, L, S, S, S)
+    there = [(i, y) for i, y in enumerate(given) if y is not None]
+    heads = tuple(y.shape[1] for _, y in there)
     plan = Deal(*who, True, tuple(rows[i] for i, _ in there), heads)
-    dealt = exchange(plan, [x for _, x in there])
+    dealt = exchange(plan, [y for _, y in there])
     whole: Any = dict(zip((i for i, _ in there), dealt, strict=True))
     q_, k_, v_, t_q, t_k, t_v, mask = (whole.get(i) for i in range(7))
     mask = None if mask is None else mask.transpose(2, 3)
-    numbers = (mask, 0.0, options.causal, options.scale, True)
-    how: Any = {"backend": options.backend, "tangent_grad": tangent_grad}
+    numbers = (mask, 0.0, spec.causal, spec.scale, True)
+    how: Any = {"backend": spec.backend, "tangent_grad": tangent_grad}
     if jvp:
         results = list(api.attention_jvp(q_, k_, v_, t_q, t_k, t_v, *numbers, **how))
     else:
         results = [api.attention(q_, k_, v_, *numbers, **how)]
     count = len(results)
-    back = exchange(Deal(*who, False, (L,) * count, (q.shape[1],) * count), results)
-    return [back[0], *(x if tangent_grad else x.detach() for x in back[1:])]
+    back = exchange(Deal(*who, False, (L,) * count, (x.q.shape[1],) * count), results)
+    return [back[0], *(y if tangent_grad else y.detach() for y in back[1:])]
 
 
-def _agree(who: Members, q, k, v, bias, given, options: Options, lengths: tuple[int, int]) -> None:
+def _agree(who: Members, x: Inputs, given, spec: Spec, lengths: tuple[int, int]) -> None:
+    q, k, v, mask, _seed = x
     call = (
         *(("lengths", lengths), ("dtype", q.dtype)),
         ("batch, heads, head dim", (*q.shape[:2], q.shape[3], k.shape[1], v.shape[3])),
-        ("causal, scale", (options.causal, options.scale)),
-        ("mask", None if bias is None else tuple(bias.shape[:2])),
-        ("tangents", tuple(x is not None for x in given)),
+        ("causal, scale", (spec.causal, spec.scale)),
+        ("mask", None if mask is None else tuple(mask.shape[:2])),
+        ("tangents", tuple(y is not None for y in given)),
     )
     fault = None
-    for what, x, length in (("query", q, lengths[0]), ("key", k, lengths[1])):
+    for what, y, length in (("query", q, lengths[0]), ("key", k, lengths[1])):
         mine = split(length, who.size)[who.rank]
-        if x.shape[2] != mine:
+        if y.shape[2] != mine:
             fault = (
-                f"{what} must hold {mine} of {length} rows, got {x.shape[2]}; shard with `shard`,"
+                f"{what} must hold {mine} of {length} rows, got {y.shape[2]}; shard with `shard`,"
                 " and pass lengths= where they differ"
             )
     agree(_groups[who.group], NAME, call, fault)

@@ -19,7 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import cdiv, packed
+from ..call import Saved
+from .launch_cache import Launch
+from .problem import cdiv, maybe_contiguous
 
 ROWS = 16  # of a program
 
@@ -27,12 +29,12 @@ ROWS = 16  # of a program
 @triton.jit(do_not_specialize=["L", "start", "tiles", "skipped"])
 def merge_kernel(
     OUT, T_OUT, O, T_O, LSE, MU, O_I, T_O_I, LSE_I, MU_I, L, start, tiles, skipped,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """One program: BM rows of one head. Row `start` of the total is the first one of the part."""
+    """One program: BLOCK_M rows of one head. Row `start` of the total is the part's first."""
     pid = tl.program_id(0)
     bh = (pid // tiles).to(tl.int64)
-    i = (pid % tiles + skipped) * BM + tl.arange(0, BM)
+    i = (pid % tiles + skipped) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_DV)
     inside, there = i < L, (i < L) & (i >= start)
     row, row_i = bh * L + i, bh * (L - start) + i - start
@@ -63,11 +65,21 @@ def merge_kernel(
         tl.store(T_OUT + at, t_out.to(T_OUT.dtype.element_ty), mask=inside[:, None] & column)
 
 
-def merge(total: tuple, part: tuple, start: int, dtype: torch.dtype) -> tuple:
-    """(O, tO, LSE, μ) of both; LSE and μ of the total are overwritten, O and tO where they have
-    `dtype`. tO and μ may be None. Row `start` is the first one of the part."""
-    given: Any = map(packed, total)
-    out, t_out, lse, mu = given
+def merge(total: Saved, part: Saved, start: int, dtype: torch.dtype) -> Saved:
+    """Both together; LSE and μ of the total are overwritten, O and tO where they have `dtype`. Row
+    `start` is the first one of the part."""
+    launch, merged = merge_launch(total, part, start, dtype)
+    if launch.grid[0] > 0:
+        with torch.cuda.device(merged.out.device) if merged.out.is_cuda else nullcontext():
+            launch.run()
+    return merged
+
+
+def merge_launch(total: Saved, part: Saved, start: int, dtype: torch.dtype) -> tuple[Launch, Saved]:
+    """What `merge` launches, and where the result will be."""
+    given: Any = map(maybe_contiguous, total)
+    out, lse, t_out, mu = given
+    o_i, lse_i, t_o_i, mu_i = map(maybe_contiguous, part)
     B, H, L, DV = out.shape
     in_place = out.dtype == dtype
     new = out if in_place else torch.empty_like(out, dtype=dtype)
@@ -76,10 +88,8 @@ def merge(total: tuple, part: tuple, start: int, dtype: torch.dtype) -> tuple:
         t_new = torch.empty_like(t_out, dtype=dtype)
     skipped = start // ROWS if in_place else 0
     tiles = cdiv(L, ROWS) - skipped
-    if tiles * B * H > 0:
-        with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
-            merge_kernel[(tiles * B * H,)](
-                *(new, t_new, out, t_out, lse, mu, *map(packed, part), L, start, tiles, skipped),
-                DV=DV, BLOCK_DV=triton.next_power_of_2(DV), BM=ROWS, num_warps=4,
-            )  # fmt: skip
-    return new, t_new, lse, mu
+    tensors = (new, t_new, out, t_out, lse, mu, o_i, t_o_i, lse_i, mu_i)
+    constexprs = {"DV": DV, "BLOCK_DV": triton.next_power_of_2(DV), "BLOCK_M": ROWS}
+    constexprs["num_warps"] = 4
+    args = (*tensors, L, start, tiles, skipped)
+    return Launch(merge_kernel, (tiles * B * H,), args, constexprs), Saved(new, lse, t_new, mu)

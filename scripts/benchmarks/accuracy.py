@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jvp_flash_attention import reference
-from jvp_flash_attention.options import Options
+from jvp_flash_attention.call import Inputs, Spec, Tangents
 
 from .problem import Problem
 
@@ -68,22 +68,19 @@ class Sample:
             if p.causal:  # of these rows
                 keys = torch.arange(p.workload.length, device=q.device)
                 mask = (keys <= self.rows.unsqueeze(1))[None, None]
-            exact = reference.forward_jvp(q, k, v, mask, None, t_q, t_k, t_v, None, Options(scale))
-            return exact[:1] if name == "forward" else exact[:2]
+            t = Tangents(t_q, t_k, t_v)
+            exact = reference.forward(Inputs(q, k, v, mask), t, Spec(scale))
+            return (exact.out,) if name == "forward" else (exact.out, exact.t_out)
         q, k, v, t_q, t_k, t_v, d_out, d_t_out = (
             self._heads(x).double() for x in (*p.primals, *p.tangents, p.d_out, p.d_t_out)
         )
         mask = None if p.mask is None else self._heads(p.mask)
-        options = Options(scale, p.causal)
+        x, t, spec = Inputs(q, k, v, mask), Tangents(t_q, t_k, t_v), Spec(scale, p.causal)
         if name == "backward":
-            out, lse = reference.forward(q, k, v, mask, None, options)
-            return reference.backward(d_out, q, k, v, mask, None, out, lse, options, False)[:3]
-        out, t_out, lse, mu = reference.forward_jvp(
-            q, k, v, mask, None, t_q, t_k, t_v, None, options
-        )
-        inputs = (q, k, v, mask, None, t_q, t_k, t_v, None)
-        found = reference.backward_jvp(d_out, d_t_out, *inputs, out, t_out, lse, mu, options, False)
-        return tuple(x for x in found if x is not None)
+            t, d_t_out = None, None
+        saved = reference.forward(x, t, spec)
+        grads = reference.backward(d_out, d_t_out, x, t or Tangents(), saved, spec, False)
+        return tuple(g for some in grads for g in some if g is not None)
 
 
 def tolerance(result: str, dtype: str, queries: int = SHORT) -> float:

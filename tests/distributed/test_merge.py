@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from jvp_flash_attention import kernels, reference
-from jvp_flash_attention.distributed.merge import Partial, merge, nothing
+from jvp_flash_attention.call import Saved, Tangents
+from jvp_flash_attention.distributed.merge import merge, nothing
 from jvp_flash_attention.distributed.ring import attend, differentiate
 from jvp_flash_attention.distributed.sharding import block, pieces
 from tests import tolerances
@@ -49,20 +50,19 @@ def sharded(p, layout, size, jvp):
         q_r, t_q_r, d_out, d_t_out = (cut(x, rows) for x in (q, t_q, p.d_out, p.d_t_out))
         total, calls = nothing(q_r, v, jvp), []
         for source in range(size):
-            found = block(rank, source, size, (L, S), p.options.causal, layout)
+            found = block(rank, source, size, (L, S), p.spec.causal, layout)
             keys = rows_of(S, size, source, layout)
             if found is not None:
-                options = p.options._replace(causal=found.causal, sharded=True)
+                spec = p.spec._replace(causal=found.causal, sharded=True)
                 shards = [cut(x, keys) for x in (k, v, mask, t_k, t_v)]
-                part = attend(found, q_r, t_q_r if jvp else None, shards, options, jvp)
-                total = merge(total, part, found.rows, torch.float32, options.backend)
-                calls.append((found, keys, shards, options))
+                part = attend(found, q_r, t_q_r if jvp else None, shards, spec, jvp)
+                total = merge(total, part, found.rows, torch.float32, spec.backend)
+                calls.append((found, keys, shards, spec))
         out["out"][:, :, rows] = total.out
         if jvp:
             out["t_out"][:, :, rows] = total.t_out
-        saved = Partial(*total)
-        for found, keys, shards, options in calls:
-            args = (q_r, t_q_r, shards, saved, options)
+        for found, keys, shards, spec in calls:
+            args = (q_r, t_q_r, shards, total, spec)
             grads = differentiate(found, d_out, d_t_out if jvp else None, *args)
             for i, (name, grad) in enumerate(zip(GRADS, grads, strict=True)):
                 if grad is not None:
@@ -74,14 +74,13 @@ def sharded(p, layout, size, jvp):
 def whole(p, jvp):
     p = p.double()
     if not jvp:
-        o, lse = reference.forward(*p.primals, None, p.options)
-        g = reference.backward(p.d_out, *p.primals, None, o, lse, p.options, False)
-        return {"out": o, "d_q": g[0], "d_k": g[1], "d_v": g[2]}
-    saved = reference.forward_jvp(*p.primals, None, *p.tangents, p.options)
-    args = (*p.primals, None, *p.tangents, *saved, p.options, False)
-    g = reference.backward_jvp(p.d_out, p.d_t_out, *args)
-    named = zip(GRADS, (g[0], g[4], g[1], g[2], g[5], g[6]), strict=True)
-    return {"out": saved[0], "t_out": saved[1], **dict(named)}
+        saved = reference.forward(p.x, None, p.spec)
+        d, _ = reference.backward(p.d_out, None, p.x, Tangents(), saved, p.spec, False)
+        return {"out": saved.out, "d_q": d.q, "d_k": d.k, "d_v": d.v}
+    saved = reference.forward(p.x, p.t, p.spec)
+    d, d_t = reference.backward(p.d_out, p.d_t_out, p.x, p.t, saved, p.spec, False)
+    named = zip(GRADS, (d.q, d_t.q, d.k, d.v, d_t.k, d_t.v), strict=True)
+    return {"out": saved.out, "t_out": saved.t_out, **dict(named)}
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
@@ -91,7 +90,7 @@ def test_blocks_of_keys_merge_to_the_whole(case, layout, jvp, backend):
     if not jvp and backend == "triton" and layout == "contiguous":
         pytest.skip("the interpreter takes its time; zigzag has every kind of block")
     p = problem(case)
-    p.options = p.options._replace(backend=backend)
+    p.spec = p.spec._replace(backend=backend)
     got, exact = sharded(p, layout, 2, jvp), whole(p, jvp)
     for name, x in exact.items():
         square, norm = relative(got[name], x, case.L)
@@ -103,14 +102,12 @@ def test_blocks_of_keys_merge_to_the_whole(case, layout, jvp, backend):
 def test_the_lse_that_is_handed_in_is_the_one_used(implementation):
     """As if the keys were there twice: P is half of what these keys alone give."""
     p = build(Case(L=9, S=20, tangents=""), torch.float32)
-    out, lse = implementation.forward(*p.primals, None, p.options)
-    options = p.options._replace(sharded=True)
-    twice = lse + torch.tensor(2.0).log()
-    args = (p.d_out, *p.primals, None, out)
-    halves = implementation.backward(*args, twice, options, False)[:3]
-    for half, one in zip(
-        halves, implementation.backward(*args, lse, p.options, False)[:3], strict=True
-    ):
+    saved = implementation.forward(p.x, None, p.spec)
+    twice = saved._replace(lse=saved.lse + torch.tensor(2.0).log())
+    args = (p.d_out, None, p.x, Tangents())
+    halves, _ = implementation.backward(*args, twice, p.spec._replace(sharded=True), False)
+    wholes, _ = implementation.backward(*args, saved, p.spec, False)
+    for half, one in zip(halves[:3], wholes[:3], strict=True):
         torch.testing.assert_close(half, one / 2, rtol=1e-4, atol=1e-5)
 
 
@@ -119,8 +116,8 @@ def test_a_row_without_keys_in_one_shard_or_in_all(backend):
     rows, inf = slice(None), float("inf")
     one = lambda x: torch.full((1, 1, 1, 2), x)  # noqa: E731
     row = lambda x: torch.full((1, 1, 1), x)  # noqa: E731
-    empty = lambda: Partial(one(0.0), one(0.0), row(-inf), row(0.0))  # noqa: E731
-    full = lambda: Partial(one(3.0), one(4.0), row(7.0), row(5.0))  # noqa: E731
+    empty = lambda: Saved(one(0.0), row(-inf), one(0.0), row(0.0))  # noqa: E731
+    full = lambda: Saved(one(3.0), row(7.0), one(4.0), row(5.0))  # noqa: E731
     put = lambda a, b: merge(a, b, rows, torch.float32, backend)  # noqa: E731
     for got, exact in (
         (put(empty(), empty()), empty()),
@@ -129,7 +126,7 @@ def test_a_row_without_keys_in_one_shard_or_in_all(backend):
     ):
         for x, y in zip(got, exact, strict=True):
             assert torch.equal(x, y)
-    lost = Partial(one(inf - inf), one(inf - inf), row(inf - inf), row(inf - inf))
+    lost = Saved(*(f(inf - inf) for f in (one, row, one, row)))
     for got in (put(full(), lost), put(lost, full())):
         assert all(x.isnan().all() for x in got)
 
@@ -145,10 +142,10 @@ def test_the_kernel_merges_as_plain_pytorch(jvp, start, dtype):
         out, t_out = draw(rows, 24).half(), draw(rows, 24).half()
         lse = 3 * draw(rows)
         lse[:, :, 1] = float("-inf")
-        return Partial(out, t_out if jvp else None, lse, draw(rows) if jvp else None)
+        return Saved(out, lse, t_out if jvp else None, draw(rows) if jvp else None)
 
     total, part = drawn(37), drawn(37 - start)
-    copy = Partial(*(None if x is None else x.clone() for x in total))
+    copy = Saved(*(None if x is None else x.clone() for x in total))
     got = merge(total, part, slice(start, None), dtype, "triton")
     exact = merge(copy, part, slice(start, None), dtype, "reference")
     for x, y in zip(got, exact, strict=True):

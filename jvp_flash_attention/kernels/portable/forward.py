@@ -26,102 +26,101 @@ else.
 import triton
 import triton.language as tl
 
+from ..block_info import key_parts
 from .primitives import (
     LOG2E,
     OUTSIDE,
     UNSPECIALIZED,
-    add_bias,
+    add_mask,
     dot,
     dropout_factor,
     finite,
     head_of,
-    load_bias,
+    load_mask,
     load_tile,
     spoiled,
     store_row_statistics,
     store_tile,
-    visible,
+    valid_pairs,
 )
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def forward_kernel(
-    Q, K, V, T_Q, T_K, T_V, BIAS, T_BIAS, SEED, O, T_O, LSE, MU,
+    Q, K, V, T_Q, T_K, T_V, MASK, T_MASK, SEED, O, T_O, LSE, MU,
     scale, threshold, keep_scale, batch_per_seed, H, L, S,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    CAUSAL: tl.constexpr, BOOL: tl.constexpr, WHOLE: tl.constexpr, PRESCALE: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, BOOL: tl.constexpr, WHOLE: tl.constexpr,
+    PRESCALE: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: BM queries of one head. WHOLE: every tile of keys is full and needs no check.
-    PRESCALE: scores are scaled before their maximum is taken, as a bias or a scale <= 0
+    """One program: BLOCK_M queries of one head. WHOLE: every tile of keys is full and needs no
+    check. PRESCALE: scores are scaled before their maximum is taken, as a mask or a scale <= 0
     requires."""
-    T_S: tl.constexpr = T_Q is not None or T_K is not None or T_BIAS is not None
+    T_S: tl.constexpr = T_Q is not None or T_K is not None or T_MASK is not None
     JVP: tl.constexpr = T_O is not None
     DT: tl.constexpr = O[0].dtype.element_ty
 
-    b, h, tile = head_of(tl.program_id(0), tl.cdiv(L, BM), H, CAUSAL)
+    b, h, tile = head_of(tl.program_id(0), tl.cdiv(L, BLOCK_M), H, RIGHT is not None)
     hk = h // GROUP
-    m0 = tile * BM
-    i = m0 + tl.arange(0, BM)
-    q = load_tile(Q, b, h, m0, L, BM, D, BLOCK_D, True, TMA)
+    m0 = tile * BLOCK_M
+    i = m0 + tl.arange(0, BLOCK_M)
+    q = load_tile(Q, b, h, m0, L, BLOCK_M, D, BLOCK_D, True, TMA)
     if T_Q is not None:
-        t_q = load_tile(T_Q, b, h, m0, L, BM, D, BLOCK_D, True, TMA)
+        t_q = load_tile(T_Q, b, h, m0, L, BLOCK_M, D, BLOCK_D, True, TMA)
 
-    m = tl.full([BM], float("-inf"), tl.float32)
-    l = tl.zeros([BM], tl.float32)
-    r = tl.zeros([BM], tl.float32)
-    o = tl.zeros([BM, BLOCK_DV], tl.float32)
-    t = tl.zeros([BM, BLOCK_DV], tl.float32)
-    c = tl.zeros([BM], tl.float32)
-    spoil = tl.zeros([BM], tl.float32)  # 1 in rows that see a value which is not finite
-    t_spoil = tl.zeros([BM], tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    r = tl.zeros([BLOCK_M], tl.float32)
+    o = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    t = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    c = tl.zeros([BLOCK_M], tl.float32)
+    spoil = tl.zeros([BLOCK_M], tl.float32)  # 1 in rows that see a value which is not finite
+    t_spoil = tl.zeros([BLOCK_M], tl.float32)
     scale2 = scale * LOG2E
 
-    end = S
-    full = S // BN * BN
-    if CAUSAL:
-        end = tl.minimum(S, m0 + BM)
-        full = tl.minimum(S, m0 + 1) // BN * BN
-    # first the tiles that every query sees whole, then those that cross the end of the keys or the
-    # diagonal
-    for PHASE in tl.static_range(1 if WHOLE else 2):
-        for n0 in tl.range(0 if PHASE == 0 else full, full if PHASE == 0 else end, BN):
-            j = n0 + tl.arange(0, BN)
-            k = load_tile(K, b, hk, n0, S, BN, D, BLOCK_D, PHASE == 1, TMA)
-            zero = tl.zeros([BM, BN], tl.float32)
+    BANDED: tl.constexpr = LEFT is not None or RIGHT is not None
+    parts = key_parts(m0, S, BLOCK_M, BLOCK_N, LEFT, RIGHT)
+    for PHASE in tl.static_range(1 if WHOLE else 2 if LEFT is None else 3):
+        for n0 in tl.range(parts[2 * PHASE], parts[2 * PHASE + 1], BLOCK_N):
+            j = n0 + tl.arange(0, BLOCK_N)
+            k = load_tile(K, b, hk, n0, S, BLOCK_N, D, BLOCK_D, PHASE != 0, TMA)
+            zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             s = dot(q, k.T, zero, PRECISION)
             if T_S:
                 t_s = zero
                 if T_Q is not None:
                     t_s = dot(t_q, k.T, t_s, PRECISION)
                 if T_K is not None:
-                    t_k = load_tile(T_K, b, hk, n0, S, BN, D, BLOCK_D, PHASE == 1, TMA)
+                    t_k = load_tile(T_K, b, hk, n0, S, BLOCK_N, D, BLOCK_D, PHASE != 0, TMA)
                     t_s = dot(q, t_k.T, t_s, PRECISION)
                 t_s *= scale
-                if T_BIAS is not None:
-                    t_s += load_bias(T_BIAS, b, h, i[:, None], j[None, :], L, S, 0)
+                if T_MASK is not None:
+                    t_s += load_mask(T_MASK, b, h, i[:, None], j[None, :], L, S, 0)
             if PRESCALE:
                 s *= scale2
-            bias = zero
-            if BIAS is not None:
-                bias = load_bias(BIAS, b, h, i[:, None], j[None, :], L, S, 0 if BOOL else OUTSIDE)
+            mask = zero
+            if MASK is not None:
+                mask = load_mask(MASK, b, h, i[:, None], j[None, :], L, S, 0 if BOOL else OUTSIDE)
                 if not BOOL:
-                    s, hidden = add_bias(s, bias)
+                    s, hidden = add_mask(s, mask)
                     if T_S:
                         t_s = tl.where(hidden, 0.0, t_s)
-            if PHASE == 1 or BOOL:
-                see = visible(i[:, None], j[None, :], S, bias, CAUSAL and PHASE == 1, BOOL)
-                s = tl.where(see, s, float("-inf"))
+            if PHASE != 0 or BOOL:
+                valid = valid_pairs(i[:, None], j[None, :], S, mask, LEFT, RIGHT, PHASE, BOOL)
+                s = tl.where(valid, s, float("-inf"))
                 if T_S:
-                    t_s = tl.where(see, t_s, 0.0)
+                    t_s = tl.where(valid, t_s, 0.0)
 
             if PRESCALE:
                 m_new = tl.maximum(m, tl.max(s, 1))
             else:
                 m_new = tl.maximum(m, tl.max(s, 1) * scale2)
             base = m_new
-            if BIAS is not None:  # a row that has attended nothing yet: exp2(−inf − 0) = 0, not NaN
+            if (
+                MASK is not None or LEFT is not None
+            ):  # a row that has attended nothing yet: exp2(−inf − 0) = 0, not NaN
                 base = tl.where(m_new == float("-inf"), 0.0, m_new)
             if PRESCALE:
                 p = tl.math.exp2(s - base[:, None])
@@ -135,7 +134,7 @@ def forward_kernel(
             if T_S:
                 p_t_s = p * t_s
                 row_t_s = tl.sum(p_t_s, 1)
-                if n0 == 0:
+                if n0 == parts[0]:  # the first tile
                     c = row_t_s / tl.where(row_p == 0.0, 1.0, row_p)
                 p_t_s -= p * c[:, None]
                 r = r * alpha + (row_t_s - row_p * c)
@@ -149,33 +148,33 @@ def forward_kernel(
                 if T_S:
                     p_t_s = p_t_s * z
 
-            v = load_tile(V, b, hk, n0, S, BN, DV, BLOCK_DV, PHASE == 1, TMA)
-            if BIAS is not None or (CAUSAL and PHASE == 1):
+            v = load_tile(V, b, hk, n0, S, BLOCK_N, DV, BLOCK_DV, PHASE != 0, TMA)
+            if MASK is not None or (BANDED and PHASE != 0):
                 spoil = tl.maximum(spoil, spoiled(v, s))
                 v = finite(v)
             o = dot(p.to(DT), v, o, PRECISION)
             if T_S:
                 t = dot(p_t_s.to(DT), v, t, PRECISION)
             if T_V is not None:
-                t_v = load_tile(T_V, b, hk, n0, S, BN, DV, BLOCK_DV, PHASE == 1, TMA)
-                if BIAS is not None or (CAUSAL and PHASE == 1):
+                t_v = load_tile(T_V, b, hk, n0, S, BLOCK_N, DV, BLOCK_DV, PHASE != 0, TMA)
+                if MASK is not None or (BANDED and PHASE != 0):
                     t_spoil = tl.maximum(t_spoil, spoiled(t_v, s))
                     t_v = finite(t_v)
                 t = dot(p.to(DT), t_v, t, PRECISION)
 
     inverse = 1.0 / tl.where(l == 0.0, 1.0, l)  # a row that attends nothing gives 0
     o = o * inverse[:, None]
-    if BIAS is not None or CAUSAL:
+    if MASK is not None or BANDED:
         o = tl.where(spoil[:, None] > 0.0, float("nan"), o)
     row = (b * H + h).to(tl.int64) * L + i
-    store_tile(O, o, b, h, m0, L, BM, DV, BLOCK_DV)
-    store_row_statistics(LSE, row, m, l, i < L, BIAS is not None and not BOOL)
+    store_tile(O, o, b, h, m0, L, BLOCK_M, DV, BLOCK_DV)
+    store_row_statistics(LSE, row, m, l, i < L, MASK is not None and not BOOL)
     if JVP:
         t = t * inverse[:, None]
-        if BIAS is not None or CAUSAL:
+        if MASK is not None or BANDED:
             t = tl.where(tl.maximum(spoil, t_spoil)[:, None] > 0.0, float("nan"), t)
         r = r * inverse
         if T_S:
             t -= r[:, None] * o
-        store_tile(T_O, t, b, h, m0, L, BM, DV, BLOCK_DV)
+        store_tile(T_O, t, b, h, m0, L, BLOCK_M, DV, BLOCK_DV)
         tl.store(MU + row, r + c, mask=i < L)

@@ -12,6 +12,20 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 
+from .. import block_info
+
+# block_info's functions, as Gluon's
+_keys_end, _square_key_tiles, _square_first_query_tile, _in_band, _is_valid = (
+    gluon.jit(function.fn)
+    for function in (
+        block_info.keys_end,
+        block_info.square_key_tiles,
+        block_info.square_first_query_tile,
+        block_info.in_band,
+        block_info.is_valid,
+    )
+)
+
 ROWS = gl.constexpr(64)  # queries, or keys, of a warpgroup
 
 # renamed in Triton 3.9
@@ -27,7 +41,7 @@ def _asm(code: gl.constexpr):
 
 
 @gluon.jit
-def await_turn(WG: gl.constexpr):
+def warp_scheduler_barrier_sync(WG: gl.constexpr):
     """Until the other warpgroup gives the tensor cores away: a barrier of 256 threads for each of
     the two."""
     if WG == 0:
@@ -37,7 +51,7 @@ def await_turn(WG: gl.constexpr):
 
 
 @gluon.jit
-def give_turn(WG: gl.constexpr):
+def warp_scheduler_barrier_arrive(WG: gl.constexpr):
     """The tensor cores to the other warpgroup."""
     if WG == 0:
         _asm("bar.arrive 11, 256; mov.u32 $0, $1;")
@@ -46,14 +60,14 @@ def give_turn(WG: gl.constexpr):
 
 
 @gluon.jit
-def ring(like, COUNT: gl.constexpr):
+def allocate_stages(like, COUNT: gl.constexpr):
     """Buffers for COUNT tiles of a descriptor."""
     shape: gl.constexpr = [COUNT] + like.block_shape  # noqa: RUF005 (no star in a kernel)
     return gl.allocate_shared_memory(like.dtype, shape, like.layout)
 
 
 @gluon.jit
-def exchange(COLUMNS: gl.constexpr):
+def smem_tile(COLUMNS: gl.constexpr):
     """A tile (ROWS, COLUMNS) in float32 that passes from one warpgroup to the other."""
     layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
     return gl.allocate_shared_memory(gl.float32, [ROWS, COLUMNS], layout)
@@ -61,7 +75,7 @@ def exchange(COLUMNS: gl.constexpr):
 
 @gluon.jit
 def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    """A ring's barriers; a phase ends with ARRIVALS arrivals."""
+    """A pipeline's barriers; a phase ends with ARRIVALS arrivals."""
     bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
         mbarrier.init(bars.index(i), count=ARRIVALS)
@@ -70,7 +84,7 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 @gluon.jit
 def advance(slot, phase, STEP: gl.constexpr, COUNT: gl.constexpr):
-    """The next slot of a ring, and the phase of its barrier, which flips with every round."""
+    """The next slot of a pipeline, and the phase of its barrier, which flips with every round."""
     slot += STEP
     if slot == COUNT:
         slot = 0
@@ -86,9 +100,9 @@ def keep_alive(x):
 
 
 @gluon.jit
-def lane_sums(x, BN: gl.constexpr):
-    """Row sums over the registers of a lane: (64, BN) -> (64, 4)."""
-    return gl.sum(gl.sum(gl.reshape(x, [ROWS, BN // 8, 4, 2]), 3), 1)
+def lane_sums(x, BLOCK_N: gl.constexpr):
+    """Row sums over the registers of a lane: (64, BLOCK_N) -> (64, 4)."""
+    return gl.sum(gl.sum(gl.reshape(x, [ROWS, BLOCK_N // 8, 4, 2]), 3), 1)
 
 
 @gluon.jit
@@ -139,20 +153,20 @@ def work_item(e, tiles, H, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
-def matrix(ring, slot, N: gl.constexpr, D: gl.constexpr):
+def matrix(buffers, slot, N: gl.constexpr, D: gl.constexpr):
     """The tile in a slot as a matrix (N, D)."""
-    return ring.index(slot).reshape((N, D))
+    return buffers.index(slot).reshape((N, D))
 
 
 @gluon.jit
-def side_by_side(ring, pair, COUNT: gl.constexpr, N: gl.constexpr, D: gl.constexpr):
-    """Slots 2 pair and 2 pair + 1 of a ring of COUNT pairs as one matrix (N, 2 D): tiles as wide as
+def side_by_side(buffers, pair, COUNT: gl.constexpr, N: gl.constexpr, D: gl.constexpr):
+    """Slots 2 pair and 2 pair + 1 of COUNT pairs as one matrix (N, 2 D): tiles as wide as
     their swizzle lie one after the other, as the column blocks of a wider one do."""
     layout: gl.constexpr = gl.NVMMASharedLayout(2 * D, 16, 2)
     if RENAMED:
-        pairs = ring.reinterpret(ring.dtype, [COUNT, N, 2 * D], layout)
+        pairs = buffers.reinterpret(buffers.dtype, [COUNT, N, 2 * D], layout)
     else:
-        pairs = ring._reinterpret(ring.dtype, [COUNT, N, 2 * D], layout)
+        pairs = buffers._reinterpret(buffers.dtype, [COUNT, N, 2 * D], layout)
     return pairs.index(pair)
 
 
@@ -172,19 +186,39 @@ def rows_times(o, a, L_O: gl.constexpr):
 
 
 @gluon.jit
-def visible(m0, n0, S, BN: gl.constexpr, S_L: gl.constexpr, CAUSAL: gl.constexpr):
-    """Which pairs attend: inside the keys, not in the future."""
-    j = gl.expand_dims(n0 + gl.arange(0, BN, layout=gl.SliceLayout(0, S_L)), 0)
-    i = gl.expand_dims(m0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_L)), 1)
-    see = (j < S) & (i >= 0)
-    if CAUSAL:
-        see = see & (i >= j)
-    return see
+def keys_end(m0, rows: gl.constexpr, S, CAUSAL: gl.constexpr):
+    return _keys_end(m0, rows, S, 0 if CAUSAL else None)
 
 
 @gluon.jit
-def visible_tangent(
-    t_s, mask, m0, n0, S, edge, BN: gl.constexpr, S_L: gl.constexpr, CAUSAL: gl.constexpr,
+def key_tiles(tile, S, BLOCK: gl.constexpr, CAUSAL: gl.constexpr):
+    return _square_key_tiles(tile, S, BLOCK, 0 if CAUSAL else None)
+
+
+@gluon.jit
+def first_query_tile(tile, CAUSAL: gl.constexpr):
+    return _square_first_query_tile(tile, 0 if CAUSAL else None)
+
+
+@gluon.jit
+def is_valid(m0, n0, S, BLOCK_N: gl.constexpr, S_L: gl.constexpr, CAUSAL: gl.constexpr):
+    """Which pairs of a tile, queries by keys, count."""
+    j = gl.expand_dims(n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_L)), 0)
+    i = gl.expand_dims(m0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_L)), 1)
+    return _is_valid(i, j, S, None, 0 if CAUSAL else None)
+
+
+@gluon.jit
+def not_future(n0, m0, BLOCK_M: gl.constexpr, S_L: gl.constexpr):
+    """Which pairs of a tile, keys by queries, are not in the future."""
+    j = gl.expand_dims(n0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_L)), 1)
+    i = gl.expand_dims(m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, S_L)), 0)
+    return _in_band(i, j, None, 0)
+
+
+@gluon.jit
+def valid_tangent(
+    t_s, mask, m0, n0, S, edge, BLOCK_N: gl.constexpr, S_L: gl.constexpr, CAUSAL: gl.constexpr,
     EDGE: gl.constexpr, BOOL: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     """tS, 0 where a pair is masked: its P is 0, but 0 · NaN would not be."""
@@ -194,7 +228,7 @@ def visible_tangent(
         t_s = gl.where(mask == -float("inf"), 0.0, t_s)
     if EDGE:
         if edge:
-            t_s = gl.where(visible(m0, n0, S, BN, S_L, CAUSAL), t_s, 0.0)
+            t_s = gl.where(is_valid(m0, n0, S, BLOCK_N, S_L, CAUSAL), t_s, 0.0)
     return t_s
 
 

@@ -14,6 +14,8 @@ it is not compiled.
 import triton
 import triton.language as tl
 
+from ..block_info import is_valid
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 OUTSIDE = tl.constexpr(float("-inf"))  # of a floating mask: no pair outside of the tensors counts
@@ -58,19 +60,19 @@ def store_tile(X, x, b, h, row, rows, BLOCK: tl.constexpr, D: tl.constexpr, BLOC
 
 
 @triton.jit
-def load_bias(BIAS, b, h, i, j, L, S, OTHER: tl.constexpr):
+def load_mask(MASK, b, h, i, j, L, S, OTHER: tl.constexpr):
     """The mask at rows i (l, 1) and columns j (1, s), or the transposed: float32, OTHER outside; a
     bool mask reads 0 or 1."""
-    at = _head(BIAS, b, h) + tl.cast(i, tl.int64) * BIAS[3] + tl.cast(j, tl.int64) * BIAS[4]
+    at = _head(MASK, b, h) + tl.cast(i, tl.int64) * MASK[3] + tl.cast(j, tl.int64) * MASK[4]
     return tl.load(at, mask=(i < L) & (j < S), other=OTHER).to(tl.float32)
 
 
 @triton.jit
-def add_bias(s, bias):
-    """(S + b in base 2, which pairs −inf hides), for the loaded bias; a finite one stays finite."""
-    hidden = bias == float("-inf")
-    bias = tl.where(bias < -2e38, -3e38, tl.where(bias > 2e38, 3e38, bias * LOG2E))
-    return tl.where(hidden, float("-inf"), s + bias), hidden
+def add_mask(s, mask):
+    """(S + b in base 2, which pairs −inf hides), for the loaded mask; a finite one stays finite."""
+    hidden = mask == float("-inf")
+    mask = tl.where(mask < -2e38, -3e38, tl.where(mask > 2e38, 3e38, mask * LOG2E))
+    return tl.where(hidden, float("-inf"), s + mask), hidden
 
 
 @triton.jit
@@ -114,15 +116,16 @@ def probabilities(s, m, log_l, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def visible(i, j, S, bias, CAUSAL: tl.constexpr, BOOL: tl.constexpr):
-    """Which pairs of rows i and columns j attend: inside the keys, not in the future, selected by a
-    bool mask."""
-    see = (j < S) & (i >= 0)
-    if CAUSAL:
-        see = see & (i >= j)
+def valid_pairs(
+    i, j, S, mask, LEFT: tl.constexpr, RIGHT: tl.constexpr, PHASE: tl.constexpr, BOOL: tl.constexpr
+):
+    """Which pairs of rows i and columns j attend: inside the keys, in a tile at an edge inside the
+    band, selected by a bool mask."""
+    EDGE: tl.constexpr = PHASE != 0
+    valid = is_valid(i, j, S, LEFT if EDGE else None, RIGHT if EDGE else None)
     if BOOL:
-        see = see & (bias != 0)
-    return see
+        valid = valid & (mask != 0)
+    return valid
 
 
 @triton.jit
@@ -134,8 +137,8 @@ def finite(x):
 
 @triton.jit
 def spoiled(x, s):
-    """Which rows of scores S see a key or value of x (BN, D) that is not finite: 1, else 0. Hidden
-    pairs have the score −inf."""
+    """Which rows of scores S see a key or value of x (BLOCK_N, D) that is not finite: 1, else 0.
+    Hidden pairs have the score −inf."""
     bad = tl.max(tl.where(tl.abs(x) < float("inf"), 0.0, 1.0), 1)
     return tl.max(tl.where(s == float("-inf"), 0.0, bad[None, :]), 1)
 

@@ -19,7 +19,7 @@ without any order between them.
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 # pyright: reportOptionalMemberAccess=false, reportIndexIssue=false
 # pyright: reportPossiblyUnboundVariable=false
-# Each role unpacks all rings and barriers, by name, and uses its own.
+# Each role unpacks all buffers and barriers, by name, and uses its own.
 # ruff: noqa: RUF059
 
 from triton.experimental import gluon
@@ -32,28 +32,30 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_gradients import add_products, fetch, gradient_barriers, receive, send
-from .hopper_primitives import (
+from ..portable.primitives import LOG2E
+from .bwd_primitives import add_products, bwd_barriers, fetch, load_p, store_p
+from .primitives import (
     ROWS,
     advance,
-    exchange,
+    allocate_stages,
+    first_query_tile,
     keep_alive,
     matrix,
-    ring,
+    not_future,
+    smem_tile,
     store,
     work_item,
     work_items,
 )
-from .primitives import LOG2E
 
 
 @gluon.jit
 def _producer(
-    queries, keys, rings, bars, L, Hk, tiles, items,
-    BM: gl.constexpr, QS: gl.constexpr, GROUP: gl.constexpr, CAUSAL: gl.constexpr,
+    queries, keys, buffers, bars, L, Hk, tiles, items,
+    BLOCK_M: gl.constexpr, STAGES_Q: gl.constexpr, GROUP: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """The warp that fetches. queries: Q, tQ, dtO, dO; keys: K, tK, V, tV."""
-    q, t_q, d_o, d_t_o, k, t_k, v, t_v = rings
+    q, t_q, d_o, d_t_o, k, t_k, v, t_v = buffers
     q_ready, q_free, k_ready, k_free, p_ready, p_free = bars
     slot = 0
     phase = 1
@@ -63,36 +65,31 @@ def _producer(
         at = [b, hk, tile * ROWS, 0]
         fetch(keys, (k, t_k, v, t_v), k_ready, k_free, at, 0, k_phase)
         k_phase ^= 1
-        first = tile if CAUSAL else 0  # the first queries that see the keys
+        first = first_query_tile(tile, CAUSAL)
         for h in range(hk * GROUP, (hk + 1) * GROUP):
-            for j in range(first, (L + BM - 1) // BM):
-                at = [b, h, j * BM, 0]
+            for j in range(first, (L + BLOCK_M - 1) // BLOCK_M):
+                at = [b, h, j * BLOCK_M, 0]
                 fetch(queries, (q, t_q, d_t_o, d_o), q_ready, q_free, at, slot, phase)
-                slot, phase = advance(slot, phase, 1, QS)
-
-
-@gluon.jit
-def _visible(n0, m0, BM: gl.constexpr, S_L: gl.constexpr):
-    """Which pairs of a tile, keys by queries, are not in the future."""
-    j = gl.expand_dims(n0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_L)), 1)
-    i = gl.expand_dims(m0 + gl.arange(0, BM, layout=gl.SliceLayout(0, S_L)), 0)
-    return i >= j
+                slot, phase = advance(slot, phase, 1, STAGES_Q)
 
 
 @gluon.jit
 def _values(
-    D_V, D_T_V, STATISTICS, rings, bars, p_tile, r_tile, scale, L, Hk, tiles, items,
-    D: gl.constexpr, BM: gl.constexpr, QS: gl.constexpr, GROUP: gl.constexpr,
+    D_V, D_T_V, STATISTICS, buffers, bars, p_tile, r_tile, scale, L, Hk, tiles, items,
+    D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES_Q: gl.constexpr, GROUP: gl.constexpr,
     HAS_D_O: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """The warpgroup of S, tS, dV and dtV. STATISTICS: by head four rows, LSE in base 2, μ, h and w,
     padded with LSE = inf, hence P = 0."""
-    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
+    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     D_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P_L: gl.constexpr = gl.DotOperandLayout(0, D_L, 2)
     QUERY: gl.constexpr = gl.SliceLayout(0, S_L)
-    DT: gl.constexpr = rings[0].dtype
-    q_ring, t_q_ring, d_o_ring, d_t_o_ring, k_ring, t_k_ring, v_ring, t_v_ring = rings
+    DT: gl.constexpr = buffers[0].dtype
+    (
+        q_buffers, t_q_buffers, d_o_buffers, d_t_o_buffers,
+        k_buffers, t_k_buffers, v_buffers, t_v_buffers,
+    ) = buffers  # fmt: skip
     q_ready, q_free, k_ready, k_free, p_ready, p_free = bars
     scale2 = scale * LOG2E
     padded = (L + ROWS - 1) // ROWS * ROWS
@@ -104,19 +101,19 @@ def _values(
         b, hk, tile = work_item(e, tiles, Hk, CAUSAL)
         d_v = gl.zeros([ROWS, D], gl.float32, D_L)
         d_t_v = gl.zeros([ROWS, D], gl.float32, D_L)
-        k = matrix(k_ring, 0, ROWS, D)
-        t_k = matrix(t_k_ring, 0, ROWS, D)
+        k = matrix(k_buffers, 0, ROWS, D)
+        t_k = matrix(t_k_buffers, 0, ROWS, D)
         mbarrier.wait(k_ready.index(0), k_phase)
-        first = tile if CAUSAL else 0  # the first queries that see the keys
+        first = first_query_tile(tile, CAUSAL)
         for h in range(hk * GROUP, (hk + 1) * GROUP):
             row = STATISTICS + (b * Hk * GROUP + h).to(gl.int64) * 4 * padded
-            for j in range(first, (L + BM - 1) // BM):
-                i = j * BM + gl.arange(0, BM, layout=QUERY)
+            for j in range(first, (L + BLOCK_M - 1) // BLOCK_M):
+                i = j * BLOCK_M + gl.arange(0, BLOCK_M, layout=QUERY)
                 lse = gl.load(row + i)
-                q = matrix(q_ring, slot, BM, D)
-                t_q = matrix(t_q_ring, slot, BM, D)
-                d_t_o = matrix(d_t_o_ring, slot, BM, D)
-                zero = gl.zeros([ROWS, BM], gl.float32, S_L)
+                q = matrix(q_buffers, slot, BLOCK_M, D)
+                t_q = matrix(t_q_buffers, slot, BLOCK_M, D)
+                d_t_o = matrix(d_t_o_buffers, slot, BLOCK_M, D)
+                zero = gl.zeros([ROWS, BLOCK_M], gl.float32, S_L)
                 mbarrier.wait(q_ready.index(slot), phase)
                 s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
                 t_s = warpgroup_mma(k, t_q.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -127,30 +124,30 @@ def _values(
                 t_s = warpgroup_mma_wait(0, deps=[t_s])
                 r = p * (t_s * scale - gl.expand_dims(mu, 0))
                 if CAUSAL:
-                    see = _visible(tile * ROWS, j * BM, BM, S_L)
-                    p = gl.where(see, p, 0.0)
-                    r = gl.where(see, r, 0.0)
-                send(p, r, p_tile, r_tile, p_ready, p_free, p_phase)
+                    valid = not_future(tile * ROWS, j * BLOCK_M, BLOCK_M, S_L)
+                    p = gl.where(valid, p, 0.0)
+                    r = gl.where(valid, r, 0.0)
+                store_p(p, r, p_tile, r_tile, p_ready, p_free, p_phase)
                 p_phase ^= 1
                 p16 = gl.convert_layout(p.to(DT), P_L, assert_trivial=True)
                 r16 = gl.convert_layout(r.to(DT), P_L, assert_trivial=True)
                 d_t_v = warpgroup_mma(p16, d_t_o, d_t_v, is_async=True)
                 d_v = warpgroup_mma(r16, d_t_o, d_v, is_async=True)
                 if HAS_D_O:
-                    d_o = matrix(d_o_ring, slot, BM, D)
+                    d_o = matrix(d_o_buffers, slot, BLOCK_M, D)
                     d_v = warpgroup_mma(p16, d_o, d_v, is_async=True)
                 d_v, d_t_v = warpgroup_mma_wait(0, deps=[d_v, d_t_v])
                 p16 = keep_alive(p16)
                 r16 = keep_alive(r16)
                 mbarrier.arrive(q_free.index(slot), count=1)
-                slot, phase = advance(slot, phase, 1, QS)
+                slot, phase = advance(slot, phase, 1, STAGES_Q)
         # through the buffers of K and tK, which this warpgroup alone reads
         k.store(d_v.to(DT))
         t_k.store(d_t_v.to(DT))
         fence_async_shared()
         at = [b, hk, tile * ROWS, 0]
-        store(D_V, at, k_ring.index(0))
-        store(D_T_V, at, t_k_ring.index(0))
+        store(D_V, at, k_buffers.index(0))
+        store(D_T_V, at, t_k_buffers.index(0))
         tma.store_wait(0)
         mbarrier.arrive(k_free.index(0), count=1)
         k_phase ^= 1
@@ -158,17 +155,20 @@ def _values(
 
 @gluon.jit
 def _keys(
-    D_K, D_T_K, STATISTICS, rings, bars, p_tile, r_tile, scale, L, Hk, tiles, items,
-    D: gl.constexpr, BM: gl.constexpr, QS: gl.constexpr, GROUP: gl.constexpr,
+    D_K, D_T_K, STATISTICS, buffers, bars, p_tile, r_tile, scale, L, Hk, tiles, items,
+    D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES_Q: gl.constexpr, GROUP: gl.constexpr,
     HAS_D_O: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """The warpgroup of Hm, G, dK and dtK."""
-    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
+    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     D_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P_L: gl.constexpr = gl.DotOperandLayout(0, D_L, 2)
     QUERY: gl.constexpr = gl.SliceLayout(0, S_L)
-    DT: gl.constexpr = rings[0].dtype
-    q_ring, t_q_ring, d_o_ring, d_t_o_ring, k_ring, t_k_ring, v_ring, t_v_ring = rings
+    DT: gl.constexpr = buffers[0].dtype
+    (
+        q_buffers, t_q_buffers, d_o_buffers, d_t_o_buffers,
+        k_buffers, t_k_buffers, v_buffers, t_v_buffers,
+    ) = buffers  # fmt: skip
     q_ready, q_free, k_ready, k_free, p_ready, p_free = bars
     padded = (L + ROWS - 1) // ROWS * ROWS
     slot = 0
@@ -179,89 +179,90 @@ def _keys(
         b, hk, tile = work_item(e, tiles, Hk, CAUSAL)
         d_k = gl.zeros([ROWS, D], gl.float32, D_L)
         d_t_k = gl.zeros([ROWS, D], gl.float32, D_L)
-        v = matrix(v_ring, 0, ROWS, D)
-        t_v = matrix(t_v_ring, 0, ROWS, D)
+        v = matrix(v_buffers, 0, ROWS, D)
+        t_v = matrix(t_v_buffers, 0, ROWS, D)
         mbarrier.wait(k_ready.index(0), k_phase)
-        first = tile if CAUSAL else 0  # the first queries that see the keys
+        first = first_query_tile(tile, CAUSAL)
         for h in range(hk * GROUP, (hk + 1) * GROUP):
             row = STATISTICS + (b * Hk * GROUP + h).to(gl.int64) * 4 * padded
-            for j in range(first, (L + BM - 1) // BM):
-                i = j * BM + gl.arange(0, BM, layout=QUERY)
+            for j in range(first, (L + BLOCK_M - 1) // BLOCK_M):
+                i = j * BLOCK_M + gl.arange(0, BLOCK_M, layout=QUERY)
                 h_sum = gl.load(row + 2 * padded + i)
-                q = matrix(q_ring, slot, BM, D)
-                t_q = matrix(t_q_ring, slot, BM, D)
-                d_t_o = matrix(d_t_o_ring, slot, BM, D)
+                q = matrix(q_buffers, slot, BLOCK_M, D)
+                t_q = matrix(t_q_buffers, slot, BLOCK_M, D)
+                d_t_o = matrix(d_t_o_buffers, slot, BLOCK_M, D)
                 d_t_o_t = d_t_o.permute((1, 0))
-                zero = gl.zeros([ROWS, BM], gl.float32, S_L)
+                zero = gl.zeros([ROWS, BLOCK_M], gl.float32, S_L)
                 mbarrier.wait(q_ready.index(slot), phase)
                 h_m = warpgroup_mma(v, d_t_o_t, zero, use_acc=False, is_async=True)
                 g = warpgroup_mma(t_v, d_t_o_t, zero, use_acc=False, is_async=True)
                 if HAS_D_O:
-                    d_o = matrix(d_o_ring, slot, BM, D)
+                    d_o = matrix(d_o_buffers, slot, BLOCK_M, D)
                     g = warpgroup_mma(v, d_o.permute((1, 0)), g, is_async=True)
                 h_m = warpgroup_mma_wait(2 if HAS_D_O else 1, deps=[h_m])
                 h_m = h_m - gl.expand_dims(h_sum, 0)
                 w = gl.load(row + 3 * padded + i)
                 g = warpgroup_mma_wait(0, deps=[g])
                 g = g - gl.expand_dims(w, 0)
-                d_t_s, d_s = receive(h_m, g, p_tile, r_tile, p_ready, p_free, p_phase, S_L)
+                d_t_s, d_s = load_p(h_m, g, p_tile, r_tile, p_ready, p_free, p_phase, S_L)
                 p_phase ^= 1
                 if CAUSAL:
-                    see = _visible(tile * ROWS, j * BM, BM, S_L)
-                    d_t_s = gl.where(see, d_t_s, 0.0)
-                    d_s = gl.where(see, d_s, 0.0)
+                    valid = not_future(tile * ROWS, j * BLOCK_M, BLOCK_M, S_L)
+                    d_t_s = gl.where(valid, d_t_s, 0.0)
+                    d_s = gl.where(valid, d_s, 0.0)
                 d_k, d_t_k = add_products(d_s, d_t_s, q, t_q, d_k, d_t_k, P_L)
                 mbarrier.arrive(q_free.index(slot), count=1)
-                slot, phase = advance(slot, phase, 1, QS)
+                slot, phase = advance(slot, phase, 1, STAGES_Q)
         v.store((d_k * scale).to(DT))
         t_v.store((d_t_k * scale).to(DT))
         fence_async_shared()
         at = [b, hk, tile * ROWS, 0]
-        store(D_K, at, v_ring.index(0))
-        store(D_T_K, at, t_v_ring.index(0))
+        store(D_K, at, v_buffers.index(0))
+        store(D_T_K, at, t_v_buffers.index(0))
         tma.store_wait(0)
         mbarrier.arrive(k_free.index(0), count=1)
         k_phase ^= 1
 
 
 @gluon.jit(do_not_specialize=("L", "Hk", "tiles", "items"))
-def keys_jvp_kernel(
+def bwd_dkdv_jvp_kernel(
     Q, K, V, T_Q, T_K, T_V, D_O, D_T_O, STATISTICS, D_K, D_T_K, D_V, D_T_V,
     scale, L, Hk, tiles, items,
-    GROUP: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, QS: gl.constexpr, CAUSAL: gl.constexpr,
+    GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES_Q: gl.constexpr,
+    CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """A ring of QS tiles of queries, one set of keys; dO may be absent."""
+    """STAGES_Q tiles of queries in flight, one set of keys; dO may be absent."""
     HAS_D_O: gl.constexpr = D_O is not None
-    rings = (
-        ring(Q, QS),
-        ring(Q, QS),
-        ring(Q, QS) if HAS_D_O else None,
-        ring(Q, QS),
-        ring(K, 1),
-        ring(K, 1),
-        ring(V, 1),
-        ring(V, 1),
+    buffers = (
+        allocate_stages(Q, STAGES_Q),
+        allocate_stages(Q, STAGES_Q),
+        allocate_stages(Q, STAGES_Q) if HAS_D_O else None,
+        allocate_stages(Q, STAGES_Q),
+        allocate_stages(K, 1),
+        allocate_stages(K, 1),
+        allocate_stages(V, 1),
+        allocate_stages(V, 1),
     )
-    bars = gradient_barriers(QS, 1)
-    p_tile = exchange(BM)
-    r_tile = exchange(BM)
+    bars = bwd_barriers(STAGES_Q, 1)
+    p_tile = smem_tile(BLOCK_M)
+    r_tile = smem_tile(BLOCK_M)
     fence_async_shared()
     gl.warp_specialize(
         [
             (
                 _values,
-                (D_V, D_T_V, STATISTICS, rings, bars, p_tile, r_tile, scale, L, Hk, tiles, items,
-                 D, BM, QS, GROUP, HAS_D_O, CAUSAL),
+                (D_V, D_T_V, STATISTICS, buffers, bars, p_tile, r_tile, scale, L, Hk, tiles, items,
+                 D, BLOCK_M, STAGES_Q, GROUP, HAS_D_O, CAUSAL),
             ),
             (
                 _keys,
-                (D_K, D_T_K, STATISTICS, rings, bars, p_tile, r_tile, scale, L, Hk, tiles, items,
-                 D, BM, QS, GROUP, HAS_D_O, CAUSAL),
+                (D_K, D_T_K, STATISTICS, buffers, bars, p_tile, r_tile, scale, L, Hk, tiles, items,
+                 D, BLOCK_M, STAGES_Q, GROUP, HAS_D_O, CAUSAL),
             ),
             (
                 _producer,
-                ((Q, T_Q, D_T_O, D_O), (K, T_K, V, T_V), rings, bars, L, Hk, tiles, items,
-                 BM, QS, GROUP, CAUSAL),
+                ((Q, T_Q, D_T_O, D_O), (K, T_K, V, T_V), buffers, bars, L, Hk, tiles, items,
+                 BLOCK_M, STAGES_Q, GROUP, CAUSAL),
             ),
         ],
         [4, 1],

@@ -3,7 +3,7 @@ barriers, what their producers fetch, how P and R pass from one warpgroup to the
 second makes of them.
 
 A pass walks with a tile of one side, queries or keys, along the other; the side that stays has one
-slot, the other a ring of them.
+slot, the other several.
 """
 
 # Triton's annotations name what a kernel receives, not what its caller passes.
@@ -19,17 +19,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_primitives import barriers, keep_alive, load
+from .primitives import barriers, keep_alive, load
 
 
 @gluon.jit
-def gradient_barriers(QS: gl.constexpr, KS: gl.constexpr):
+def bwd_barriers(STAGES_Q: gl.constexpr, STAGES_K: gl.constexpr):
     """Ready and free: queries, keys, P and R. Both warpgroups free a tile, one frees P and R."""
     return (
-        barriers(QS, 1),
-        barriers(QS, 2),
-        barriers(KS, 1),
-        barriers(KS, 2),
+        barriers(STAGES_Q, 1),
+        barriers(STAGES_Q, 2),
+        barriers(STAGES_K, 1),
+        barriers(STAGES_K, 2),
         barriers(1, 1),
         barriers(1, 1),
     )
@@ -47,7 +47,7 @@ def fetch(x, buffers, ready, free, at, slot, phase):
 
 
 @gluon.jit
-def send(p, r, p_tile, r_tile, ready, free, phase):
+def store_p(p, r, p_tile, r_tile, ready, free, phase):
     """P and R to the other warpgroup, once it has read the last ones."""
     mbarrier.wait(free.index(0), phase)
     p_tile.store(p)
@@ -56,7 +56,7 @@ def send(p, r, p_tile, r_tile, ready, free, phase):
 
 
 @gluon.jit
-def receive(h_m, g, p_tile, r_tile, ready, free, phase, S_L: gl.constexpr):
+def load_p(h_m, g, p_tile, r_tile, ready, free, phase, S_L: gl.constexpr):
     """dtS = P ∘ Hm and dS = P ∘ G + R ∘ Hm, with P and R from the other warpgroup."""
     mbarrier.wait(ready.index(0), phase)
     p = p_tile.load(S_L)

@@ -17,7 +17,7 @@ kernel, whose warpgroups own queries of their own, is as fast.
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 # pyright: reportOptionalMemberAccess=false, reportIndexIssue=false
 # pyright: reportPossiblyUnboundVariable=false
-# Each role unpacks all rings and barriers, by name, and uses its own.
+# Each role unpacks all buffers and barriers, by name, and uses its own.
 # ruff: noqa: RUF059
 
 from triton.experimental import gluon
@@ -30,37 +30,29 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_gradients import add_products, fetch, gradient_barriers, receive, send
-from .hopper_primitives import (
+from ..portable.primitives import LOG2E
+from .bwd_primitives import add_products, bwd_barriers, fetch, load_p, store_p
+from .primitives import (
     ROWS,
     advance,
-    exchange,
+    allocate_stages,
+    is_valid,
+    key_tiles,
     matrix,
-    ring,
+    smem_tile,
     store,
-    visible,
     work_item,
     work_items,
 )
-from .primitives import LOG2E
-
-
-@gluon.jit
-def _tiles(tile, S, BN: gl.constexpr, CAUSAL: gl.constexpr):
-    """How many tiles of keys these queries see."""
-    n = (S + BN - 1) // BN
-    if CAUSAL:
-        n = gl.minimum(n, tile + 1)
-    return n
 
 
 @gluon.jit
 def _producer(
-    queries, keys, rings, bars, S, H, tiles, items,
-    BN: gl.constexpr, KS: gl.constexpr, GROUP: gl.constexpr, CAUSAL: gl.constexpr,
+    queries, keys, buffers, bars, S, H, tiles, items,
+    BLOCK_N: gl.constexpr, STAGES_K: gl.constexpr, GROUP: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """The warp that fetches. queries: Q, tQ, dtO, dO; keys: K, tK, V, tV."""
-    q, t_q, d_o, d_t_o, k, t_k, v, t_v = rings
+    q, t_q, d_o, d_t_o, k, t_k, v, t_v = buffers
     q_ready, q_free, k_ready, k_free, p_ready, p_free = bars
     slot = 0
     phase = 1
@@ -70,21 +62,25 @@ def _producer(
         at = [b, h, tile * ROWS, 0]
         fetch(queries, (q, t_q, d_t_o, d_o), q_ready, q_free, at, 0, q_phase)
         q_phase ^= 1
-        for j in range(_tiles(tile, S, BN, CAUSAL)):
-            at = [b, h // GROUP, j * BN, 0]
+        for j in range(key_tiles(tile, S, BLOCK_N, CAUSAL)):
+            at = [b, h // GROUP, j * BLOCK_N, 0]
             fetch(keys, (k, t_k, v, t_v), k_ready, k_free, at, slot, phase)
-            slot, phase = advance(slot, phase, 1, KS)
+            slot, phase = advance(slot, phase, 1, STAGES_K)
 
 
 @gluon.jit
 def _scores(
-    STATISTICS, rings, bars, p_tile, r_tile, scale, L, S, H, tiles, items,
-    D: gl.constexpr, BN: gl.constexpr, KS: gl.constexpr, CAUSAL: gl.constexpr, EDGE: gl.constexpr,
+    STATISTICS, buffers, bars, p_tile, r_tile, scale, L, S, H, tiles, items,
+    D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES_K: gl.constexpr, CAUSAL: gl.constexpr,
+    EDGE: gl.constexpr,
 ):  # fmt: skip
     """The warpgroup of S and tS."""
-    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, S_L)
-    q_ring, t_q_ring, d_o_ring, d_t_o_ring, k_ring, t_k_ring, v_ring, t_v_ring = rings
+    (
+        q_buffers, t_q_buffers, d_o_buffers, d_t_o_buffers,
+        k_buffers, t_k_buffers, v_buffers, t_v_buffers,
+    ) = buffers  # fmt: skip
     q_ready, q_free, k_ready, k_free, p_ready, p_free = bars
     scale2 = scale * LOG2E
     padded = (L + ROWS - 1) // ROWS * ROWS
@@ -98,13 +94,13 @@ def _scores(
         i = gl.arange(0, ROWS, layout=ROW)
         lse = gl.load(row + i)
         mu = gl.load(row + padded + i)
-        q = matrix(q_ring, 0, ROWS, D)
-        t_q = matrix(t_q_ring, 0, ROWS, D)
+        q = matrix(q_buffers, 0, ROWS, D)
+        t_q = matrix(t_q_buffers, 0, ROWS, D)
         mbarrier.wait(q_ready.index(0), q_phase)
-        for j in range(_tiles(tile, S, BN, CAUSAL)):
-            k = matrix(k_ring, slot, BN, D)
-            t_k = matrix(t_k_ring, slot, BN, D)
-            zero = gl.zeros([ROWS, BN], gl.float32, S_L)
+        for j in range(key_tiles(tile, S, BLOCK_N, CAUSAL)):
+            k = matrix(k_buffers, slot, BLOCK_N, D)
+            t_k = matrix(t_k_buffers, slot, BLOCK_N, D)
+            zero = gl.zeros([ROWS, BLOCK_N], gl.float32, S_L)
             mbarrier.wait(k_ready.index(slot), phase)
             s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
             t_s = warpgroup_mma(t_q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -115,29 +111,32 @@ def _scores(
             mbarrier.arrive(k_free.index(slot), count=1)
             r = p * (t_s * scale - gl.expand_dims(mu, 1))
             if EDGE:
-                see = visible(tile * ROWS, j * BN, S, BN, S_L, CAUSAL)
-                p = gl.where(see, p, 0.0)
-                r = gl.where(see, r, 0.0)
-            send(p, r, p_tile, r_tile, p_ready, p_free, p_phase)
+                valid = is_valid(tile * ROWS, j * BLOCK_N, S, BLOCK_N, S_L, CAUSAL)
+                p = gl.where(valid, p, 0.0)
+                r = gl.where(valid, r, 0.0)
+            store_p(p, r, p_tile, r_tile, p_ready, p_free, p_phase)
             p_phase ^= 1
-            slot, phase = advance(slot, phase, 1, KS)
+            slot, phase = advance(slot, phase, 1, STAGES_K)
         mbarrier.arrive(q_free.index(0), count=1)
         q_phase ^= 1
 
 
 @gluon.jit
 def _gradients(
-    D_Q, D_T_Q, STATISTICS, rings, bars, p_tile, r_tile, scale, L, S, H, tiles, items,
-    D: gl.constexpr, BN: gl.constexpr, KS: gl.constexpr, HAS_D_O: gl.constexpr,
+    D_Q, D_T_Q, STATISTICS, buffers, bars, p_tile, r_tile, scale, L, S, H, tiles, items,
+    D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES_K: gl.constexpr, HAS_D_O: gl.constexpr,
     CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """The warpgroup of Hm, G, dQ and dtQ."""
-    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     D_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P_L: gl.constexpr = gl.DotOperandLayout(0, D_L, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, S_L)
-    DT: gl.constexpr = rings[0].dtype
-    q_ring, t_q_ring, d_o_ring, d_t_o_ring, k_ring, t_k_ring, v_ring, t_v_ring = rings
+    DT: gl.constexpr = buffers[0].dtype
+    (
+        q_buffers, t_q_buffers, d_o_buffers, d_t_o_buffers,
+        k_buffers, t_k_buffers, v_buffers, t_v_buffers,
+    ) = buffers  # fmt: skip
     q_ready, q_free, k_ready, k_free, p_ready, p_free = bars
     padded = (L + ROWS - 1) // ROWS * ROWS
     slot = 0
@@ -153,15 +152,15 @@ def _gradients(
         d_q = gl.zeros([ROWS, D], gl.float32, D_L)
         d_t_q = gl.zeros([ROWS, D], gl.float32, D_L)
         if HAS_D_O:
-            d_o = matrix(d_o_ring, 0, ROWS, D)
-        d_t_o = matrix(d_t_o_ring, 0, ROWS, D)
+            d_o = matrix(d_o_buffers, 0, ROWS, D)
+        d_t_o = matrix(d_t_o_buffers, 0, ROWS, D)
         mbarrier.wait(q_ready.index(0), q_phase)
-        for j in range(_tiles(tile, S, BN, CAUSAL)):
-            k = matrix(k_ring, slot, BN, D)
-            t_k = matrix(t_k_ring, slot, BN, D)
-            v_t = matrix(v_ring, slot, BN, D).permute((1, 0))
-            t_v_t = matrix(t_v_ring, slot, BN, D).permute((1, 0))
-            zero = gl.zeros([ROWS, BN], gl.float32, S_L)
+        for j in range(key_tiles(tile, S, BLOCK_N, CAUSAL)):
+            k = matrix(k_buffers, slot, BLOCK_N, D)
+            t_k = matrix(t_k_buffers, slot, BLOCK_N, D)
+            v_t = matrix(v_buffers, slot, BLOCK_N, D).permute((1, 0))
+            t_v_t = matrix(t_v_buffers, slot, BLOCK_N, D).permute((1, 0))
+            zero = gl.zeros([ROWS, BLOCK_N], gl.float32, S_L)
             mbarrier.wait(k_ready.index(slot), phase)
             h_m = warpgroup_mma(d_t_o, v_t, zero, use_acc=False, is_async=True)
             g = warpgroup_mma(d_t_o, t_v_t, zero, use_acc=False, is_async=True)
@@ -170,68 +169,68 @@ def _gradients(
             h_m, g = warpgroup_mma_wait(0, deps=[h_m, g])
             h_m = h_m - gl.expand_dims(h_sum, 1)
             g = g - gl.expand_dims(w, 1)
-            d_t_s, d_s = receive(h_m, g, p_tile, r_tile, p_ready, p_free, p_phase, S_L)
+            d_t_s, d_s = load_p(h_m, g, p_tile, r_tile, p_ready, p_free, p_phase, S_L)
             p_phase ^= 1
             if CAUSAL:
-                see = visible(tile * ROWS, j * BN, S, BN, S_L, CAUSAL)
-                d_t_s = gl.where(see, d_t_s, 0.0)
-                d_s = gl.where(see, d_s, 0.0)
+                valid = is_valid(tile * ROWS, j * BLOCK_N, S, BLOCK_N, S_L, CAUSAL)
+                d_t_s = gl.where(valid, d_t_s, 0.0)
+                d_s = gl.where(valid, d_s, 0.0)
             d_q, d_t_q = add_products(d_s, d_t_s, k, t_k, d_q, d_t_q, P_L)
             mbarrier.arrive(k_free.index(slot), count=1)
-            slot, phase = advance(slot, phase, 1, KS)
+            slot, phase = advance(slot, phase, 1, STAGES_K)
         # through the buffer of dtO, which this warpgroup alone reads
         d_t_o.store((d_q * scale).to(DT))
         fence_async_shared()
         at = [b, h, tile * ROWS, 0]
-        store(D_Q, at, d_t_o_ring.index(0))
+        store(D_Q, at, d_t_o_buffers.index(0))
         tma.store_wait(0)
         d_t_o.store((d_t_q * scale).to(DT))
         fence_async_shared()
-        store(D_T_Q, at, d_t_o_ring.index(0))
+        store(D_T_Q, at, d_t_o_buffers.index(0))
         tma.store_wait(0)
         mbarrier.arrive(q_free.index(0), count=1)
         q_phase ^= 1
 
 
 @gluon.jit(do_not_specialize=("L", "S", "H", "tiles", "items"))
-def queries_jvp_kernel(
+def bwd_dq_jvp_kernel(
     Q, K, V, T_Q, T_K, T_V, D_O, D_T_O, STATISTICS, D_Q, D_T_Q,
     scale, L, S, H, tiles, items,
-    GROUP: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, KS: gl.constexpr,
+    GROUP: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES_K: gl.constexpr,
     CAUSAL: gl.constexpr, EDGE: gl.constexpr,
 ):  # fmt: skip
-    """A ring of KS tiles of keys, one set of queries; dO may be absent."""
+    """STAGES_K tiles of keys in flight, one set of queries; dO may be absent."""
     HAS_D_O: gl.constexpr = D_O is not None
-    rings = (
-        ring(Q, 1),
-        ring(Q, 1),
-        ring(Q, 1) if HAS_D_O else None,
-        ring(Q, 1),
-        ring(K, KS),
-        ring(K, KS),
-        ring(V, KS),
-        ring(V, KS),
+    buffers = (
+        allocate_stages(Q, 1),
+        allocate_stages(Q, 1),
+        allocate_stages(Q, 1) if HAS_D_O else None,
+        allocate_stages(Q, 1),
+        allocate_stages(K, STAGES_K),
+        allocate_stages(K, STAGES_K),
+        allocate_stages(V, STAGES_K),
+        allocate_stages(V, STAGES_K),
     )
-    bars = gradient_barriers(1, KS)
-    p_tile = exchange(BN)
-    r_tile = exchange(BN)
+    bars = bwd_barriers(1, STAGES_K)
+    p_tile = smem_tile(BLOCK_N)
+    r_tile = smem_tile(BLOCK_N)
     fence_async_shared()
     gl.warp_specialize(
         [
             (
                 _gradients,
-                (D_Q, D_T_Q, STATISTICS, rings, bars, p_tile, r_tile, scale, L, S, H, tiles, items,
-                 D, BN, KS, HAS_D_O, CAUSAL),
+                (D_Q, D_T_Q, STATISTICS, buffers, bars, p_tile, r_tile, scale, L, S, H, tiles,
+                 items, D, BLOCK_N, STAGES_K, HAS_D_O, CAUSAL),
             ),
             (
                 _scores,
-                (STATISTICS, rings, bars, p_tile, r_tile, scale, L, S, H, tiles, items,
-                 D, BN, KS, CAUSAL, EDGE),
+                (STATISTICS, buffers, bars, p_tile, r_tile, scale, L, S, H, tiles, items,
+                 D, BLOCK_N, STAGES_K, CAUSAL, EDGE),
             ),
             (
                 _producer,
-                ((Q, T_Q, D_T_O, D_O), (K, T_K, V, T_V), rings, bars, S, H, tiles, items,
-                 BN, KS, GROUP, CAUSAL),
+                ((Q, T_Q, D_T_O, D_O), (K, T_K, V, T_V), buffers, bars, S, H, tiles, items,
+                 BLOCK_N, STAGES_K, GROUP, CAUSAL),
             ),
         ],
         [4, 1],

@@ -3,7 +3,7 @@
 One block an SM. A producer warp fetches tiles by TMA; two consumer warpgroups own 64 queries each
 and take turns on the tensor cores, so that one's softmax runs under the other's products:
 
-    EARLY    S, tS │ turn over │ softmax │ P V, P tV │ H │ H V
+    OVERLAP_P    S, tS │ turn over │ softmax │ P V, P tV │ H │ H V
              the products of P start before tS is awaited (head dims above 64)
     else     S, tS │ softmax, H │ P V, P tV, H V
              the blocks [values of tile j, scores of tile j + 1] of the two warpgroups alternate; an
@@ -46,47 +46,46 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_primitives import (
+from ..portable.primitives import LN2, LOG2E
+from .primitives import (
     ROWS,
     advance,
+    allocate_stages,
     any_above,
-    await_turn,
     barriers,
     exponential,
-    give_turn,
+    is_valid,
     keep_alive,
+    keys_end,
     lane_sums,
     load,
     matrix,
-    ring,
     rows_times,
     scores,
     side_by_side,
     store,
-    visible,
-    visible_tangent,
+    valid_tangent,
+    warp_scheduler_barrier_arrive,
+    warp_scheduler_barrier_sync,
     weighted_mean,
     work_item,
     work_items,
 )
-from .primitives import LN2, LOG2E
 
 UNSPECIALIZED = ("H", "L", "S", "tiles", "items", "b_step", "h_step")
 
 
 @gluon.jit
-def _item(e, tiles, H, S, BN: gl.constexpr, CAUSAL: gl.constexpr):
+def _item(e, tiles, H, S, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
     """Batch entry, head, first query and number of key tiles of a work item."""
     b, h, tile = work_item(e, tiles, H, CAUSAL)
-    end = S
-    if CAUSAL:
-        end = gl.minimum(S, (tile + 1) * 2 * ROWS)
-    return b, h, tile * 2 * ROWS, (end + BN - 1) // BN
+    m0 = tile * 2 * ROWS
+    return b, h, m0, (keys_end(m0, 2 * ROWS, S, CAUSAL) + BLOCK_N - 1) // BLOCK_N
 
 
 @gluon.jit
 def _fetch(x, buffers, at: gl.constexpr, b, h, row, barrier, slot):
-    """Both pieces of one tile of operand number `at`; V2 and tV2 alternate in one ring."""
+    """Both pieces of one tile of operand number `at`; V2 and tV2 alternate."""
     load(x[at][0], [b, h, row, 0], barrier, buffers[at][0].index(slot))
     if x[at][1] is not None:
         slot2 = slot
@@ -99,7 +98,8 @@ def _fetch(x, buffers, at: gl.constexpr, b, h, row, barrier, slot):
 @gluon.jit
 def _producer(
     x, mask_tiles, b_step, h_step, buffers, bars, S, H, tiles, items,
-    BN: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr, QS: gl.constexpr, BS: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr,
+    STAGES_Q: gl.constexpr, STAGES_MASK: gl.constexpr,
     GROUP: gl.constexpr, CAUSAL: gl.constexpr, MASK: gl.constexpr, ROW_BYTES: gl.constexpr,
 ):  # fmt: skip
     """The warp that fetches. x: the operands Q, tQ, K, tK, V, tV, each in two pieces; ROW_BYTES: of
@@ -117,16 +117,16 @@ def _producer(
     q_phase = 1
     b_phase = 1
     for e in range(work_items(items, CAUSAL)):
-        b, h, m0, n = _item(e, tiles, H, S, BN, CAUSAL)
+        b, h, m0, n = _item(e, tiles, H, S, BLOCK_N, CAUSAL)
         hk = h // GROUP
         for j in range(n):
             mbarrier.wait(k_free.index(kj), k_phase)
             ready = k_ready.index(kj)
-            mbarrier.expect(ready, BN * ROW_BYTES * (2 if T_K else 1))
-            _fetch(x, buffers, 2, b, hk, j * BN, ready, kj)
+            mbarrier.expect(ready, BLOCK_N * ROW_BYTES * (2 if T_K else 1))
+            _fetch(x, buffers, 2, b, hk, j * BLOCK_N, ready, kj)
             if T_K:
-                _fetch(x, buffers, 3, b, hk, j * BN, ready, kj)
-            kj, k_phase = advance(kj, k_phase, 1, KS)
+                _fetch(x, buffers, 3, b, hk, j * BLOCK_N, ready, kj)
+            kj, k_phase = advance(kj, k_phase, 1, STAGES_K)
             if j == 0:  # after the first keys, which need not wait until the last item is stored
                 for g in gl.static_range(2):
                     mbarrier.wait(q_free.index(qj + g), q_phase)
@@ -135,35 +135,36 @@ def _producer(
                     _fetch(x, buffers, 0, b, h, m0 + g * ROWS, q_bar, qj + g)
                     if T_Q:
                         _fetch(x, buffers, 1, b, h, m0 + g * ROWS, q_bar, qj + g)
-                qj, q_phase = advance(qj, q_phase, 2, 2 * QS)
+                qj, q_phase = advance(qj, q_phase, 2, 2 * STAGES_Q)
             if MASK == "full":
                 mbarrier.wait(b_free.index(bj), b_phase)
                 b_bar = b_ready.index(bj)
                 mbarrier.expect(b_bar, 2 * mask_tiles.block_type.nbytes)
                 for g in gl.static_range(2):
-                    at = [b * b_step, h * h_step, m0 + g * ROWS, j * BN]
+                    at = [b * b_step, h * h_step, m0 + g * ROWS, j * BLOCK_N]
                     load(mask_tiles, at, b_bar, buffers[6].index(2 * bj + g))
-                bj, b_phase = advance(bj, b_phase, 1, BS)
+                bj, b_phase = advance(bj, b_phase, 1, STAGES_MASK)
             mbarrier.wait(v_free.index(vj), v_phase)
             v_bar = v_ready.index(vj)
-            mbarrier.expect(v_bar, BN * ROW_BYTES * (2 if T_V else 1))
-            _fetch(x, buffers, 4, b, hk, j * BN, v_bar, vj)
+            mbarrier.expect(v_bar, BLOCK_N * ROW_BYTES * (2 if T_V else 1))
+            _fetch(x, buffers, 4, b, hk, j * BLOCK_N, v_bar, vj)
             if T_V:
-                _fetch(x, buffers, 5, b, hk, j * BN, v_bar, vj)
-            vj, v_phase = advance(vj, v_phase, 1, VS)
+                _fetch(x, buffers, 5, b, hk, j * BLOCK_N, v_bar, vj)
+            vj, v_phase = advance(vj, v_phase, 1, STAGES_V)
 
 
 @gluon.jit
 def _consumer(
     WG: gl.constexpr, o_out, t_out, mask_row, b_step, h_step, LSE, MU, buffers, bars,
     scale, S, L, H, tiles, items,
-    D1: gl.constexpr, D2: gl.constexpr, BN: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr,
-    QS: gl.constexpr, BS: gl.constexpr, EARLY: gl.constexpr, CAUSAL: gl.constexpr,
+    D1: gl.constexpr, D2: gl.constexpr, BLOCK_N: gl.constexpr, STAGES_K: gl.constexpr,
+    STAGES_V: gl.constexpr, STAGES_Q: gl.constexpr, STAGES_MASK: gl.constexpr,
+    OVERLAP_P: gl.constexpr, CAUSAL: gl.constexpr,
     EDGE: gl.constexpr, MASK: gl.constexpr, BOOL: gl.constexpr, CENTER: gl.constexpr,
     THRESHOLD: gl.constexpr, T_Q: gl.constexpr, T_K: gl.constexpr, T_V: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup of the two: 64 queries of each work item against all keys they see."""
-    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     L1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D1, 16])
     PAIR: gl.constexpr = D2 == 16 and T_V  # 16 columns take the tensor cores as long as 32
     W2: gl.constexpr = 32 if PAIR else max(D2, 16)
@@ -197,13 +198,13 @@ def _consumer(
     declare: gl.constexpr = ".reg .b32 " + FLAG + "; mov.b32 " + FLAG + ", 0; mov.b32 $0, 0;"
     gl.inline_asm_elementwise(declare, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     if WG == 1:
-        give_turn(WG)
+        warp_scheduler_barrier_arrive(WG)
     for e in range(work_items(items, CAUSAL)):
-        b, h, m0, n = _item(e, tiles, H, S, BN, CAUSAL)
+        b, h, m0, n = _item(e, tiles, H, S, BLOCK_N, CAUSAL)
         m0 += WG * ROWS
         m = gl.full([ROWS], -float("inf"), gl.float32, ROW)
         c = gl.zeros([ROWS], gl.float32, ROW)
-        l = lane_sums(gl.zeros([ROWS, BN], gl.float32, S_L), BN)
+        l = lane_sums(gl.zeros([ROWS, BLOCK_N], gl.float32, S_L), BLOCK_N)
         r = l
         o = gl.zeros([ROWS, D1], gl.float32, L1)
         t = gl.zeros([ROWS, D1], gl.float32, L1)
@@ -214,29 +215,27 @@ def _consumer(
         t_q = matrix(buffers[1][0], qj + WG, ROWS, D1)
         t_q2 = matrix(buffers[1][1], qj + WG, ROWS, D2) if TWO else None
         # keys below `clear` are seen by all rows of this warpgroup
-        clear = S
-        if CAUSAL:
-            clear = gl.minimum(S, m0 + 1)
+        clear = keys_end(m0, 1, S, CAUSAL)
         mbarrier.wait(q_ready.index(qj + WG), q_phase)
-        if not EARLY:  # what the scores need comes before the turn
+        if not OVERLAP_P:  # what the scores need comes before the turn
             mbarrier.wait(k_ready.index(kj), k_phase)
-            await_turn(WG)
+            warp_scheduler_barrier_sync(WG)
         for j in range(n):
-            k = matrix(buffers[2][0], kj, BN, D1)
-            k2 = matrix(buffers[2][1], kj, BN, D2) if TWO else None
+            k = matrix(buffers[2][0], kj, BLOCK_N, D1)
+            k2 = matrix(buffers[2][1], kj, BLOCK_N, D2) if TWO else None
             mbarrier.wait(k_ready.index(kj), k_phase)
-            if EARLY:
-                await_turn(WG)
-            s = scores(q, k, q2, k2, gl.zeros([ROWS, BN], gl.float32, S_L), True)
-            t_s = gl.zeros([ROWS, BN], gl.float32, S_L)
+            if OVERLAP_P:
+                warp_scheduler_barrier_sync(WG)
+            s = scores(q, k, q2, k2, gl.zeros([ROWS, BLOCK_N], gl.float32, S_L), True)
+            t_s = gl.zeros([ROWS, BLOCK_N], gl.float32, S_L)
             if T_Q:
                 t_s = scores(t_q, k, t_q2, k2, t_s, True)
             if T_K:
-                t_k = matrix(buffers[3][0], kj, BN, D1)
-                t_k2 = matrix(buffers[3][1], kj, BN, D2) if TWO else None
+                t_k = matrix(buffers[3][0], kj, BLOCK_N, D1)
+                t_k2 = matrix(buffers[3][1], kj, BLOCK_N, D2) if TWO else None
                 t_s = scores(q, t_k, q2, t_k2, t_s, not T_Q)
-            give_turn(WG)
-            if EARLY:
+            warp_scheduler_barrier_arrive(WG)
+            if OVERLAP_P:
                 s = warpgroup_mma_wait(T_S_PRODUCTS, deps=[s])
             else:
                 if j > 0:  # the values before, whose release would have kept the scores waiting
@@ -246,7 +245,7 @@ def _consumer(
                 else:
                     s = warpgroup_mma_wait(0, deps=[s])
                 mbarrier.arrive(k_free.index(kj), count=1)
-            if QS > 1:
+            if STAGES_Q > 1:
                 if stored > 0:
                     tma.store_wait(0)
                     mbarrier.arrive(q_free.index(stored - 1), count=1)
@@ -254,12 +253,12 @@ def _consumer(
 
             if MASK == "full":
                 mbarrier.wait(b_ready.index(bj), b_phase)
-                mask = buffers[6].index(2 * bj + WG).reshape((ROWS, BN)).load(S_L)
+                mask = buffers[6].index(2 * bj + WG).reshape((ROWS, BLOCK_N)).load(S_L)
                 mbarrier.arrive(b_free.index(bj), count=1)
-                bj, b_phase = advance(bj, b_phase, 1, BS)
+                bj, b_phase = advance(bj, b_phase, 1, STAGES_MASK)
             elif MASK == "keys":
                 COLUMN: gl.constexpr = gl.SliceLayout(0, S_L)
-                at = j * BN + gl.arange(0, BN, layout=COLUMN)
+                at = j * BLOCK_N + gl.arange(0, BLOCK_N, layout=COLUMN)
                 at_b = b.to(gl.int64) * b_step + h.to(gl.int64) * h_step
                 mask = gl.expand_dims(gl.load(mask_row + at_b + at, mask=at < S, other=0), 0)
             else:
@@ -270,13 +269,15 @@ def _consumer(
                 mask = mask.to(gl.float32)
                 shift = gl.where(mask < -2e38, -3e38, mask * LOG2E)
                 s = gl.where(mask == -float("inf"), -float("inf"), s * scale2 + shift)
-            edge = (j + 1) * BN > clear
+            edge = (j + 1) * BLOCK_N > clear
             if EDGE:
                 if edge:
-                    s = gl.where(visible(m0, j * BN, S, BN, S_L, CAUSAL), s, -float("inf"))
-            if T_S and not EARLY:
-                t_s = visible_tangent(
-                    t_s, mask, m0, j * BN, S, edge, BN, S_L, CAUSAL, EDGE, BOOL, ADD
+                    s = gl.where(
+                        is_valid(m0, j * BLOCK_N, S, BLOCK_N, S_L, CAUSAL), s, -float("inf")
+                    )
+            if T_S and not OVERLAP_P:
+                t_s = valid_tangent(
+                    t_s, mask, m0, j * BLOCK_N, S, edge, BLOCK_N, S_L, CAUSAL, EDGE, BOOL, ADD
                 )
 
             m_new = gl.max(s, 1)
@@ -306,50 +307,50 @@ def _consumer(
             if MASK != "none":
                 base = gl.where(m == -float("inf"), 0.0, m)
             p = exponential(s, scale2, base, ADD)
-            l = l + lane_sums(p, BN)
+            l = l + lane_sums(p, BLOCK_N)
             p16 = gl.convert_layout(p.to(DT), P1, assert_trivial=True)
             if TWO:
                 p16_2 = gl.convert_layout(p16, PW2, assert_trivial=True)
 
-            v = matrix(buffers[4][0], vj, BN, D1)
-            v2 = matrix(buffers[4][1], V2_STEP * vj, BN, D2) if TWO else None
-            v_w2 = side_by_side(buffers[4][1], vj, VS, BN, D2) if PAIR else v2
-            if EARLY:
+            v = matrix(buffers[4][0], vj, BLOCK_N, D1)
+            v2 = matrix(buffers[4][1], V2_STEP * vj, BLOCK_N, D2) if TWO else None
+            v_w2 = side_by_side(buffers[4][1], vj, STAGES_V, BLOCK_N, D2) if PAIR else v2
+            if OVERLAP_P:
                 mbarrier.wait(v_ready.index(vj), v_phase)
                 o = warpgroup_mma(p16, v, o, is_async=True)
                 if TWO:
                     o2 = warpgroup_mma(p16_2, v_w2, o2, is_async=True)
                 if T_V:
-                    t = warpgroup_mma(p16, matrix(buffers[5][0], vj, BN, D1), t, is_async=True)
+                    t = warpgroup_mma(p16, matrix(buffers[5][0], vj, BLOCK_N, D1), t, is_async=True)
                     if TWO and not PAIR:
-                        t_v2 = matrix(buffers[5][1], 2 * vj + 1, BN, D2)
+                        t_v2 = matrix(buffers[5][1], 2 * vj + 1, BLOCK_N, D2)
                         t2 = warpgroup_mma(p16_2, t_v2, t2, is_async=True)
                 if T_S:
                     t_s = warpgroup_mma_wait(P_PRODUCTS, deps=[t_s])
                 mbarrier.arrive(k_free.index(kj), count=1)
             if T_S:
-                if EARLY:
-                    t_s = visible_tangent(
-                        t_s, mask, m0, j * BN, S, edge, BN, S_L, CAUSAL, EDGE, BOOL, ADD
+                if OVERLAP_P:
+                    t_s = valid_tangent(
+                        t_s, mask, m0, j * BLOCK_N, S, edge, BLOCK_N, S_L, CAUSAL, EDGE, BOOL, ADD
                     )
                 if CENTER:
                     if j == 0:
                         c = weighted_mean(p, t_s) * scale
                 p_t_s = p * (t_s * scale - gl.expand_dims(c, 1))
-                r = r + lane_sums(p_t_s, BN)
+                r = r + lane_sums(p_t_s, BLOCK_N)
                 p_t_s16 = gl.convert_layout(p_t_s.to(DT), P1, assert_trivial=True)
                 if TWO:
                     p_t_s16_2 = gl.convert_layout(p_t_s16, P2, assert_trivial=True)
-            if not EARLY:
+            if not OVERLAP_P:
                 mbarrier.wait(v_ready.index(vj), v_phase)
-                await_turn(WG)
+                warp_scheduler_barrier_sync(WG)
                 o = warpgroup_mma(p16, v, o, is_async=True)
                 if TWO:
                     o2 = warpgroup_mma(p16_2, v_w2, o2, is_async=True)
                 if T_V:
-                    t = warpgroup_mma(p16, matrix(buffers[5][0], vj, BN, D1), t, is_async=True)
+                    t = warpgroup_mma(p16, matrix(buffers[5][0], vj, BLOCK_N, D1), t, is_async=True)
                     if TWO and not PAIR:
-                        t_v2 = matrix(buffers[5][1], 2 * vj + 1, BN, D2)
+                        t_v2 = matrix(buffers[5][1], 2 * vj + 1, BLOCK_N, D2)
                         t2 = warpgroup_mma(p16_2, t_v2, t2, is_async=True)
             if T_S:
                 t = warpgroup_mma(p_t_s16, v, t, is_async=True)
@@ -362,14 +363,14 @@ def _consumer(
             p16 = keep_alive(p16)
             if T_S:
                 p_t_s16 = keep_alive(p_t_s16)
-            if EARLY:
+            if OVERLAP_P:
                 mbarrier.arrive(v_free.index(vj), count=1)
             v_last = vj
-            kj, k_phase = advance(kj, k_phase, 1, KS)
-            vj, v_phase = advance(vj, v_phase, 1, VS)
+            kj, k_phase = advance(kj, k_phase, 1, STAGES_K)
+            vj, v_phase = advance(vj, v_phase, 1, STAGES_V)
 
-        if not EARLY:
-            give_turn(WG)
+        if not OVERLAP_P:
+            warp_scheduler_barrier_arrive(WG)
             mbarrier.arrive(v_free.index(v_last), count=1)
         l_row = gl.convert_layout(gl.sum(l, 1), ROW)
         r_row = gl.convert_layout(gl.sum(r, 1), ROW)
@@ -397,16 +398,16 @@ def _consumer(
         else:
             gl.store(LSE + row, (m + gl.log2(l_row)) * LN2, mask=i < L)
         gl.store(MU + row, r_row + c, mask=i < L)
-        if QS > 1:
+        if STAGES_Q > 1:
             stored = qj + WG + 1
         else:
             tma.store_wait(0)
             mbarrier.arrive(q_free.index(qj + WG), count=1)
-        qj, q_phase = advance(qj, q_phase, 2, 2 * QS)
-    if QS > 1:
+        qj, q_phase = advance(qj, q_phase, 2, 2 * STAGES_Q)
+    if STAGES_Q > 1:
         tma.store_wait(0)
     if WG == 0:  # the named barriers end balanced
-        await_turn(WG)
+        warp_scheduler_barrier_sync(WG)
 
 
 @gluon.jit
@@ -424,38 +425,49 @@ def _finish(o, t, inverse, r, q, t_q, L_O: gl.constexpr, T_S: gl.constexpr):
 def forward_jvp_kernel(
     Q, K, V, T_Q, T_K, T_V, O, T_O, Q2, K2, V2, T_Q2, T_K2, T_V2, O2, T_O2,
     MASK_TILES, MASK_ROW, b_step, h_step, LSE, MU, scale, H, L, S, tiles, items,
-    GROUP: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr, BN: gl.constexpr,
-    KS: gl.constexpr, VS: gl.constexpr, QS: gl.constexpr, BS: gl.constexpr, EARLY: gl.constexpr,
+    GROUP: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES_K: gl.constexpr, STAGES_V: gl.constexpr, STAGES_Q: gl.constexpr,
+    STAGES_MASK: gl.constexpr, OVERLAP_P: gl.constexpr,
     CAUSAL: gl.constexpr, EDGE: gl.constexpr, MASK: gl.constexpr, BOOL: gl.constexpr,
     CENTER: gl.constexpr, THRESHOLD: gl.constexpr,
 ):  # fmt: skip
-    """D1 + D2 columns; rings of KS keys, VS values, QS pairs of query tiles, BS masks; EDGE: a key
-    tile may be cut by the end of the keys or the diagonal."""
+    """D1 + D2 columns; STAGES_K tiles of keys, STAGES_V of values, STAGES_Q pairs of query tiles
+    and STAGES_MASK masks in flight; EDGE: a key tile may be cut by the end of the keys or the
+    diagonal."""
     HAS_T_Q: gl.constexpr = T_Q is not None
     HAS_T_K: gl.constexpr = T_K is not None
     HAS_T_V: gl.constexpr = T_V is not None
     ROW_BYTES: gl.constexpr = (D1 + D2) * 2
     if D2 > 0:
-        values2 = ring(V2, 2 * VS if HAS_T_V else VS)  # V2, tV2, V2, tV2 ...
+        values2 = allocate_stages(V2, 2 * STAGES_V if HAS_T_V else STAGES_V)  # V2, tV2, V2, tV2 ...
     buffers = (
-        (ring(Q, 2 * QS), ring(Q2, 2 * QS) if D2 > 0 else None),
-        (ring(O, 2 * QS), ring(O2, 2 * QS) if D2 > 0 else None),  # tQ, and tO after it
-        (ring(K, KS), ring(K2, KS) if D2 > 0 else None),
-        (ring(K, KS) if HAS_T_K else None, ring(K2, KS) if HAS_T_K and D2 > 0 else None),
-        (ring(V, VS), values2 if D2 > 0 else None),
-        (ring(V, VS) if HAS_T_V else None, values2 if HAS_T_V and D2 > 0 else None),
-        ring(MASK_TILES, 2 * BS) if MASK_TILES is not None else None,
+        (allocate_stages(Q, 2 * STAGES_Q), allocate_stages(Q2, 2 * STAGES_Q) if D2 > 0 else None),
+        (
+            allocate_stages(O, 2 * STAGES_Q),
+            allocate_stages(O2, 2 * STAGES_Q) if D2 > 0 else None,
+        ),  # tQ, and tO after it
+        (allocate_stages(K, STAGES_K), allocate_stages(K2, STAGES_K) if D2 > 0 else None),
+        (
+            allocate_stages(K, STAGES_K) if HAS_T_K else None,
+            allocate_stages(K2, STAGES_K) if HAS_T_K and D2 > 0 else None,
+        ),
+        (allocate_stages(V, STAGES_V), values2 if D2 > 0 else None),
+        (
+            allocate_stages(V, STAGES_V) if HAS_T_V else None,
+            values2 if HAS_T_V and D2 > 0 else None,
+        ),
+        allocate_stages(MASK_TILES, 2 * STAGES_MASK) if MASK_TILES is not None else None,
     )
     x = ((Q, Q2), (T_Q, T_Q2), (K, K2), (T_K, T_K2), (V, V2), (T_V, T_V2))
     bars = (
-        barriers(2 * QS, 1),
-        barriers(2 * QS, 1),
-        barriers(KS, 1),
-        barriers(KS, 2),
-        barriers(VS, 1),
-        barriers(VS, 2),
-        barriers(BS, 1),
-        barriers(BS, 2),
+        barriers(2 * STAGES_Q, 1),
+        barriers(2 * STAGES_Q, 1),
+        barriers(STAGES_K, 1),
+        barriers(STAGES_K, 2),
+        barriers(STAGES_V, 1),
+        barriers(STAGES_V, 2),
+        barriers(STAGES_MASK, 1),
+        barriers(STAGES_MASK, 2),
     )
     fence_async_shared()
     gl.warp_specialize(
@@ -464,20 +476,23 @@ def forward_jvp_kernel(
                 _consumer,
                 (0, (O, O2), (T_O, T_O2), MASK_ROW, b_step, h_step, LSE, MU, buffers, bars, scale,
                  S, L, H, tiles, items,
-                 D1, D2, BN, KS, VS, QS, BS, EARLY, CAUSAL, EDGE, MASK, BOOL, CENTER, THRESHOLD,
+                 D1, D2, BLOCK_N, STAGES_K, STAGES_V, STAGES_Q, STAGES_MASK, OVERLAP_P,
+                 CAUSAL, EDGE, MASK, BOOL, CENTER, THRESHOLD,
                  HAS_T_Q, HAS_T_K, HAS_T_V),
             ),
             (
                 _consumer,
                 (1, (O, O2), (T_O, T_O2), MASK_ROW, b_step, h_step, LSE, MU, buffers, bars, scale,
                  S, L, H, tiles, items,
-                 D1, D2, BN, KS, VS, QS, BS, EARLY, CAUSAL, EDGE, MASK, BOOL, CENTER, THRESHOLD,
+                 D1, D2, BLOCK_N, STAGES_K, STAGES_V, STAGES_Q, STAGES_MASK, OVERLAP_P,
+                 CAUSAL, EDGE, MASK, BOOL, CENTER, THRESHOLD,
                  HAS_T_Q, HAS_T_K, HAS_T_V),
             ),
             (
                 _producer,
                 (x, MASK_TILES, b_step, h_step, buffers, bars, S, H, tiles, items,
-                 BN, KS, VS, QS, BS, GROUP, CAUSAL, MASK, ROW_BYTES),
+                 BLOCK_N, STAGES_K, STAGES_V, STAGES_Q, STAGES_MASK, GROUP, CAUSAL, MASK,
+                 ROW_BYTES),
             ),
         ],
         [4, 1],

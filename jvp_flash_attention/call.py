@@ -1,0 +1,98 @@
+"""What a call of attention is made of, as small named values.
+
+Below the public functions every signature, operator schema, fake and count follows from these
+fields: a new one is added here, and met where it is used.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Spec(NamedTuple):
+    """Not differentiable, hashable, known before a kernel is chosen. An operator takes the fields
+    as they are: float, bool, int or str."""
+
+    scale: float  # softmax scale s
+    causal: bool = False  # query i attends keys j <= i (top-left aligned when L != S)
+    dropout_p: float = 0.0  # probability with which an attention weight is dropped
+    backend: str = "reference"  # a name that `backends.implementation` knows
+    rows_first: bool = False  # results lie in memory as (B, L, H, D), whatever the inputs do
+    sharded: bool = False  # keys are a part of each row's; O, tO, LSE and μ handed in are of all
+
+
+def is_default(spec: Spec, but: tuple[str, ...]) -> bool:
+    """Whether every field but these has its default: who serves part of what a spec can say asks
+    this, and so refuses what he does not know."""
+    defaults = Spec._field_defaults.items()
+    return all(getattr(spec, field) == value for field, value in defaults if field not in but)
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call; those that have a derivative first."""
+
+    q: Tensor  # (B, H, L, D)
+    k: Tensor  # (B, Hk, S, D)
+    v: Tensor  # (B, Hk, S, Dv)
+    mask: Tensor | None = None  # broadcastable to (B, H, L, S); bool, or floating: added
+    seed: Tensor | None = None  # key of the dropout mask
+
+
+class Tangents(NamedTuple):
+    """One for each differentiable input; None is zero. Gradients have the same form."""
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    mask: Tensor | None = None
+
+
+class Saved(NamedTuple):
+    """What a forward pass returns, and its backward needs; tO and μ are None without tangents."""
+
+    out: Tensor  # O (B, H, L, Dv)
+    lse: Tensor  # (B, H, L), in the kernels beside a floating mask (B, H, L, 2)
+    t_out: Tensor | None = None  # tO
+    mu: Tensor | None = None  # μ (B, H, L)
+
+
+def split(flat: Sequence, *kinds: Any) -> list[Any]:
+    """A flat sequence, as Functions and operators take it, as values of these kinds and what comes
+    after them."""
+    values, at = [], 0
+    for kind in kinds:
+        values.append(kind._make(flat[at : at + len(kind._fields)]))
+        at += len(kind._fields)
+    return [*values, *flat[at:]]
+
+
+def padded(values: Sequence, kind: Any) -> tuple:
+    """One for each field of the kind: the values, then None."""
+    return *values, *(None,) * (len(kind._fields) - len(values))
+
+
+def tf32_allowed() -> bool:
+    """Whether float32 products may lose digits: PyTorch's switch, by its old or its new name, one
+    of which raises where the other was used."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def row_strides(x: Tensor, width: int, spec: Spec) -> tuple[int, int, int, int]:
+    """Strides of a result (B, H, L, width) beside x: dense, and in memory (B, L, H, width) where x
+    is a view of such a tensor or `rows_first` asks for it."""
+    _, H, L, _ = x.shape
+    if spec.rows_first or (H > 1 and L > 1 and 0 < x.stride(1) < x.stride(2)):
+        return L * H * width, width, H * width, 1
+    return H * L * width, L * width, width, 1
+
+
+def empty_rows(x: Tensor, width: int, spec: Spec, dtype: torch.dtype | None = None) -> Tensor:
+    """New (B, H, L, width) with `row_strides`. Every implementation, and the operators' fakes,
+    allocate O, tO and the gradients of q, k and v by it."""
+    strides = row_strides(x, width, spec)
+    return x.new_empty_strided((*x.shape[:3], width), strides, dtype=dtype or x.dtype)

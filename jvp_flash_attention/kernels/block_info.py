@@ -1,0 +1,120 @@
+"""Which keys a query tile sees, which queries see a key tile, and which pairs of both count.
+
+What is computed from positions is a band: query i sees key j where i − LEFT <= j <= i + RIGHT, None
+for no bound (top-left aligned where the lengths differ). Causal is LEFT = None, RIGHT = 0. Both
+bounds are known at compile time. A range of tiles has three parts, so that
+only tiles at an edge pay for a check; kernels take them in this order:
+
+    PHASE 0     every pair counts
+    PHASE 1     crossed by the right bound, or by the end of the keys
+    PHASE 2     crossed by the left bound
+
+The functions are Triton's; the Gluon kernels of sm90 compile the same ones
+(sm90/primitives.py).
+"""
+
+# Triton's annotations name what a kernel receives, not what its caller passes.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from ..call import Spec
+
+
+def band(spec: Spec) -> dict[str, Any]:
+    """The compile-time arguments of a kernel that say which pairs count."""
+    return {"LEFT": None, "RIGHT": 0 if spec.causal else None}
+
+
+@triton.jit
+def keys_end(m0, rows: tl.constexpr, S, RIGHT: tl.constexpr):
+    """The first key on the right of those that rows m0 ... m0 + rows see; of one row, how many keys
+    it and all after it see."""
+    end = S
+    if RIGHT is not None:
+        end = min(S, m0 + (rows + RIGHT))
+    return end
+
+
+@triton.jit
+def key_parts(
+    m0, S, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr
+):
+    """Where the keys that rows m0 ... m0 + BLOCK_M see begin and end, in phases 0, 1 and 2."""
+    end = keys_end(m0, BLOCK_M, S, RIGHT)
+    clear_end = keys_end(m0, 1, S, RIGHT) // BLOCK_N * BLOCK_N
+    begin = 0
+    clear = 0
+    if LEFT is not None:
+        begin = max(m0 - LEFT, 0) // BLOCK_N * BLOCK_N
+        clear = tl.cdiv(max(m0 + (BLOCK_M - 1 - LEFT), 0), BLOCK_N) * BLOCK_N
+        clear = max(min(clear, tl.cdiv(end, BLOCK_N) * BLOCK_N), begin)
+        clear_end = max(clear_end, clear)
+    return clear, clear_end, clear_end, end, begin, clear
+
+
+@triton.jit
+def query_parts(
+    n0, L, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr
+):
+    """Where the queries that see keys n0 ... n0 + BLOCK_N begin and end, in phases 0, 1 and 2."""
+    begin = 0
+    clear = 0
+    end = L
+    clear_end = L
+    if LEFT is not None:
+        end = min(L, n0 + (BLOCK_N + LEFT))
+    if RIGHT is not None:
+        begin = n0 // BLOCK_M * BLOCK_M
+        clear = n0 + BLOCK_N - 1
+        if RIGHT > 0:
+            begin = max(n0 - RIGHT, 0) // BLOCK_M * BLOCK_M
+            clear = max(clear - RIGHT, 0)
+        clear = min(tl.cdiv(clear, BLOCK_M) * BLOCK_M, tl.cdiv(end, BLOCK_M) * BLOCK_M)
+    if LEFT is not None:
+        clear = max(clear, begin)
+        clear_end = max(min(L, n0 + (LEFT + 1)) // BLOCK_M * BLOCK_M, clear)
+    return clear, clear_end, begin, clear, clear_end, end
+
+
+@triton.jit
+def in_band(i, j, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Which pairs of queries i and keys j lie in the band, which has a bound."""
+    if RIGHT is None:
+        inside = j + LEFT >= i
+    else:
+        inside = i + RIGHT >= j
+        if LEFT is not None:
+            inside = inside & (j + LEFT >= i)
+    return inside
+
+
+@triton.jit
+def is_valid(i, j, S, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Which pairs of queries i and keys j count: inside the keys and the band."""
+    valid = (j < S) & (i >= 0)
+    if LEFT is not None or RIGHT is not None:
+        valid = valid & in_band(i, j, LEFT, RIGHT)
+    return valid
+
+
+@triton.jit
+def square_key_tiles(tile, S, BLOCK: tl.constexpr, RIGHT: tl.constexpr):
+    """How many tiles of keys a tile of as many queries sees; RIGHT is 0 or None."""
+    n = (S + BLOCK - 1) // BLOCK
+    if RIGHT is not None:
+        n = min(n, tile + 1)
+    return n
+
+
+@triton.jit
+def square_first_query_tile(tile, RIGHT: tl.constexpr):
+    """The first tile of queries that sees a tile of as many keys; RIGHT is 0 or None."""
+    first = 0
+    if RIGHT is not None:
+        first = tile
+    return first

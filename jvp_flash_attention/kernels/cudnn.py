@@ -1,0 +1,73 @@
+"""The ordinary forward and backward by cuDNN, where it serves the case and is faster.
+
+Its backward takes this library's own O and LSE. It knows no second derivative and no tangent:
+whoever differentiates further comes back to the kernels here.
+"""
+
+import torch
+from torch import Tensor
+
+from ..call import Inputs, Saved, Spec, Tangents, empty_rows, is_default, row_strides
+from ..functorch import cudnn_attention, cudnn_attention_backward
+from .problem import architecture
+
+# from this many pairs of query and key on: a new shape costs cuDNN 0.05 to 1 s of planning, which a
+# few hundred larger calls win back
+PAIRS = 2**28
+
+
+def supports(x: Inputs, spec: Spec, *more: Tensor) -> bool:
+    """Whether cuDNN takes the call; `more` are the other tensors that it would read. It follows
+    PyTorch's own switch, `torch.backends.cuda.enable_cudnn_sdp`."""
+    B, H, L, D = x.q.shape
+    Hk, S, DV = x.v.shape[1:]
+    return (
+        B * H * L * S >= PAIRS
+        and architecture(x.q.device) == "sm90"
+        and x.q.element_size() == 2
+        and x.mask is None
+        and is_default(spec, but=("causal", "backend", "rows_first", "sharded"))
+        and Hk == H
+        and D == DV <= 128
+        and D % 8 == 0
+        and (L == S or not spec.causal)
+        and torch.backends.cuda.cudnn_sdp_enabled()
+        and torch.backends.cudnn.is_available()
+        and not torch.are_deterministic_algorithms_enabled()
+        and None not in (cudnn_attention, cudnn_attention_backward)
+        and all(map(_is_readable, (*x[:3], *more)))
+    )
+
+
+def _is_readable(x: Tensor) -> bool:
+    """Rows of D without gaps, each at an address that is a multiple of 16 bytes, as cuDNN asks; the
+    views of one projection have them."""
+    return (
+        x.stride(3) == 1
+        and x.data_ptr() % 16 == 0
+        and all(step > 0 and step % 8 == 0 for step in x.stride()[:3])
+    )
+
+
+def forward(x: Inputs, spec: Spec) -> Saved:
+    """O and LSE."""
+    out, lse, *_ = cudnn_attention(*x[:3], None, True, 0.0, spec.causal, False, scale=spec.scale)
+    return Saved(_laid_out(out, x.q, spec), lse.squeeze(-1))
+
+
+def backward(d_out: Tensor, x: Inputs, saved: Saved, spec: Spec) -> Tangents:
+    """(dQ, dK, dV)."""
+    q, k, v, *_ = x
+    unused = torch.empty((), dtype=torch.int64, device=q.device)  # the dropout's seed and offset
+    grads = cudnn_attention_backward(
+        d_out, q, k, v, saved.out, saved.lse.unsqueeze(-1), unused, unused, None, None, None,
+        q.shape[2], k.shape[2], 0.0, spec.causal, scale=spec.scale,
+    )  # fmt: skip
+    return Tangents(*map(_laid_out, grads, (q, k, v), (spec,) * 3))
+
+
+def _laid_out(result: Tensor, x: Tensor, spec: Spec) -> Tensor:
+    """A result with the strides that ours has beside x, which it has already as a rule."""
+    if result.stride() == row_strides(x, result.shape[3], spec):
+        return result
+    return empty_rows(x, result.shape[3], spec).copy_(result)

@@ -1,0 +1,230 @@
+"""Which kernels serve a call: the tables of implementations, results and launches.
+
+`forward` and `backward` are the twins of those in `reference`, for (B, H, L, D) tensors on one
+device.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..call import Inputs, Saved, Spec, Tangents, empty_rows, tf32_allowed
+from . import configs, cudnn, launch_cache
+from .launch_cache import Launch
+from .problem import (
+    Call,
+    Problem,
+    architecture,
+    cdiv,
+    maybe_contiguous,
+    problem,
+    readable,
+    readable_mask,
+)
+
+# The first that supports the problem. An implementation with an architecture's name is that
+# architecture's alone, and not imported elsewhere. Before the tables comes cuDNN, which takes an
+# ordinary forward or backward whole and allocates its results.
+PASSES: dict[str, tuple[str, ...]] = {
+    "fwd": ("portable",),
+    "fwd_jvp": ("sm90", "portable"),
+    "bwd_preprocess": ("portable",),
+    "bwd_dkdv": ("portable",),
+    "bwd_dkdv_jvp": ("sm90", "portable"),
+    "bwd_dq": ("portable",),
+    "bwd_dq_jvp": ("sm90", "portable"),
+}
+
+
+FORCED = (None, "cudnn", "sm90", "portable")
+NOTHING = Tangents()
+
+
+def forward(x: Inputs, t: Tangents | None, spec: Spec, *, force: str | None = None) -> Saved:
+    """O and LSE; with tangents, of which an absent one is zero, tO and μ too.
+
+    `force`, for tests and tuning, names the implementation that serves every pass that it has, or
+    raises.
+    """
+    x = _readable(x)
+    if t is None and force in (None, "cudnn") and cudnn.supports(x, spec):
+        return cudnn.forward(x, spec)
+    c = _forward_call(x, t, spec)
+    key = ("forward", t is None, spec, force, _tf32(x))
+    launch_cache.run(key, (*c.x, *c.t), c.saved, partial(_launches, c, spec, force))
+    return c.saved
+
+
+def backward(
+    d_out: Tensor | None,
+    d_t_out: Tensor | None,
+    x: Inputs,
+    t: Tangents,
+    saved: Saved,
+    spec: Spec,
+    mask_grad: bool,
+    *,
+    force: str | None = None,
+) -> tuple[Tangents, Tangents]:
+    """(dQ, dK, dV, db) and, with dtO, (dtQ, dtK, dtV, dtb); db and dtb are None unless
+    `mask_grad`. `force` as in `forward`."""
+    x = _readable(x)
+    given: Any = map(readable, (d_out, d_t_out, saved.out))
+    d_out, d_t_out, out = given
+    saved = saved._replace(out=out)
+    if d_t_out is None and d_out is not None and force in (None, "cudnn"):
+        if cudnn.supports(x, spec, out, d_out):
+            return cudnn.backward(d_out, x, saved, spec), Tangents()
+    c = _backward_call(d_out, d_t_out, x, t, saved, spec, mask_grad)
+    accumulator = None if c.grads.mask is None else c.grads.mask.shape
+    key = ("backward", spec, force, accumulator, _tf32(x))
+    inputs = (*c.x, *c.t, *c.saved, d_out, d_t_out)
+    outputs = (*c.grads, *c.t_grads, c.w_sum, c.h_sum, c.statistics)
+    launch_cache.run(key, inputs, outputs, partial(_launches, c, spec, force))
+    return (
+        c.grads._replace(mask=_mask_grad(c.grads.mask, x.mask)),
+        c.t_grads._replace(mask=_mask_grad(c.t_grads.mask, x.mask)),
+    )
+
+
+def launches(
+    x: Inputs,
+    t: Tangents | None,
+    spec: Spec,
+    saved: Saved | None = None,
+    d_out: Tensor | None = None,
+    d_t_out: Tensor | None = None,
+    mask_grad: bool = False,
+    *,
+    arch: str | None = None,
+    tma: bool | None = None,
+    force: str | None = None,
+) -> list[Launch]:
+    """What `forward`, or with `saved` `backward`, launches for such tensors, which may lie
+    anywhere, on an architecture of `configs.TABLES`; nothing is launched. `tma` says whether
+    operands are TMA descriptors, by default where they can be. cuDNN is left out."""
+    if saved is None:
+        c = _forward_call(x, t, spec)
+    else:
+        c = _backward_call(d_out, d_t_out, x, t or Tangents(), saved, spec, mask_grad, arch)
+    return list(_launches(c, spec, force, arch, tma))
+
+
+def _launches(
+    c: Call, spec: Spec, force: str | None, arch: str | None = None, tma: bool | None = None
+) -> Iterator[Launch]:
+    p = problem(c, spec, arch, tma)
+    jvp = "_jvp" if c.jvp else ""
+    names = (f"fwd{jvp}",)
+    if c.w_sum is not None:
+        names = ("bwd_preprocess", f"bwd_dkdv{jvp}", f"bwd_dq{jvp}")
+    for name in names:
+        yield from choose(name, p, c, force).launches(name, p, c)
+
+
+def choose(name: str, p: Problem, c: Call, force: str | None = None) -> Any:
+    """The implementation of a pass.
+
+    Raises:
+        NotImplementedError: the one that `force` names does not support the problem.
+    """
+    if force not in FORCED:
+        raise ValueError(f"force must be one of {FORCED}, got {force!r}")
+    if force == "cudnn":
+        raise NotImplementedError(f"cuDNN does not support this call, got {p}")
+    forced = force in PASSES[name]
+    for candidate in (force,) if forced else PASSES[name]:
+        if candidate in configs.TABLES and candidate != p.arch:
+            reason = f"is for {candidate}, got {p.arch}"
+        else:
+            module = import_module(f".{candidate}.launch", __package__)
+            reason = module.unsupported_reason(name, p, c)
+            if reason is None:
+                return module
+        if forced:
+            raise NotImplementedError(f"{name} of {candidate!r} {reason}")
+    raise NotImplementedError(f"{name}: none of {PASSES[name]} supports {p}")
+
+
+def _forward_call(x: Inputs, t: Tangents | None, spec: Spec) -> Call:
+    jvp = t is not None
+    pair = x.mask is not None and x.mask.dtype != torch.bool  # m and log l apart
+    out, lse = empty_rows(x.q, x.v.shape[3], spec), _row_vector(x.q, *[2] * pair)
+    mu = _row_vector(x.q) if jvp else None
+    saved = Saved(out, lse, torch.empty_like(out) if jvp else None, mu)
+    return Call(_inputs(x), _tangents(t) if t is not None else NOTHING, saved)
+
+
+def _backward_call(
+    d_out, d_t_out, x: Inputs, t: Tangents, saved: Saved, spec: Spec, mask_grad: bool, arch=None
+) -> Call:
+    q, k, v, mask, _seed = x
+    jvp = d_t_out is not None
+    d_mask, d_t_mask = (
+        _mask_accumulator(mask, q, k) if mask_grad and mask is not None and there else None
+        for there in (True, jvp)
+    )
+    d_q, d_k, d_v = (empty_rows(y, y.shape[3], spec) for y in (q, k, v))
+    d_t_q, d_t_k, d_t_v = (empty_rows(y, y.shape[3], spec) if jvp else None for y in (q, k, v))
+    out, lse, t_out, mu = saved
+    statistics = None
+    if jvp and mask is None and (arch or architecture(q.device)) == "sm90":
+        statistics = q.new_empty(*q.shape[:2], 4, cdiv(q.shape[2], 64) * 64, dtype=torch.float32)
+    return Call(
+        _inputs(x),
+        _tangents(t),
+        Saved(out, lse.contiguous(), readable(t_out), maybe_contiguous(mu)),
+        d_out,
+        d_t_out,
+        Tangents(d_q, d_k, d_v, d_mask),
+        Tangents(d_t_q, d_t_k, d_t_v, d_t_mask),
+        w_sum=_row_vector(q),
+        h_sum=_row_vector(q) if jvp else None,
+        statistics=statistics,
+    )
+
+
+def _readable(x: Inputs) -> Inputs:
+    """q, k and v as the kernels read them."""
+    q, k, v, *_ = x
+    ready: Any = readable(q), readable(k), readable(v)
+    if ready[0] is q and ready[1] is k and ready[2] is v:
+        return x
+    return Inputs(*ready, *x[3:])
+
+
+def _inputs(x: Inputs) -> Inputs:
+    """Mask and seed too; q, k and v are so already."""
+    if x.mask is None and x.seed is None:
+        return x
+    return x._replace(mask=readable_mask(x.mask), seed=maybe_contiguous(x.seed))
+
+
+def _tangents(t: Tangents) -> Tangents:
+    return Tangents(readable(t.q), readable(t.k), readable(t.v), readable_mask(t.mask))
+
+
+def _tf32(x: Inputs) -> bool:
+    return x.q.dtype == torch.float32 and tf32_allowed()
+
+
+def _row_vector(q: Tensor, *more: int) -> Tensor:
+    return q.new_empty(*q.shape[:3], *more, dtype=torch.float32)
+
+
+def _mask_accumulator(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """Where the atomic additions of a mask's gradient go: its own shape, in float32; the full shape
+    where PyTorch is told to be deterministic, so that no two additions meet."""
+    full = (*q.shape[:3], k.shape[2])
+    shape = full if torch.are_deterministic_algorithms_enabled() else mask.shape
+    return torch.zeros(shape, dtype=torch.float32, device=mask.device)
+
+
+def _mask_grad(accumulator: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    if accumulator is None or mask is None:
+        return None
+    return accumulator.sum_to_size(mask.shape).to(mask.dtype)

@@ -1,0 +1,200 @@
+"""Launches of earlier calls, for all later ones like them.
+
+Between a call and its kernels lie a choice of tiles, descriptors with their checks, and Triton's
+binder, which looks at every argument to find the kernel that was compiled for it: three quarters of
+a call's host time. All of it depends on the tensors' shapes, strides, dtypes, alignment and device
+alone, so the first call of a kind keeps the compiled kernels and the arguments, and later ones put
+their own tensors in.
+
+    launch_cache.enable(False)      every call of every kernel goes through Triton's binder
+    launch_cache.clear()            launches are prepared anew
+
+A cached launch starts a `CompiledKernel` as Triton itself does, which Triton does not promise: with
+a version that is not in `TRITONS`, or without one of the names, nothing is cached. Entries hold no
+tensors. Streams, CUDA graphs and devices: each launch goes to the current stream of its tensors'
+device. Threads: an entry is never changed once it is there. A forked process begins without any.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+TRITONS = ("3.6", "3.7", "3.8", "3.9")
+MOST = 4096  # kinds of calls; a program with more starts to collect anew
+
+try:
+    from triton import knobs
+    from triton.compiler import CompiledKernel
+    from triton.runtime import driver
+
+    _hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+    _ = [hook.calls for hook in _hooks]
+    KNOWN = triton.__version__.startswith(tuple(f"{version}." for version in TRITONS))
+except (ImportError, AttributeError):
+    KNOWN = False
+    CompiledKernel, driver = type(None), None  # type: ignore[assignment,misc]
+
+_enabled = KNOWN
+_entries: dict[tuple, list["CachedLaunch"]] = {}
+
+
+class Launch(NamedTuple):
+    """One launch: the kernel, its grid, its arguments in order, its compile-time arguments."""
+
+    kernel: Any
+    grid: tuple[int]
+    args: tuple
+    constexprs: dict[str, Any]
+
+    def run(self) -> Any:
+        """Through Triton's binder, which compiles where it must; gives the compiled kernel."""
+        return self.kernel[self.grid](*self.args, **self.constexprs)
+
+    def compile(self) -> Any:
+        """For Triton's active driver, which need have no device."""
+        return self.kernel.warmup(*self.args, grid=self.grid, **self.constexprs)
+
+
+class CachedLaunch(NamedTuple):
+    """A launch without its tensors."""
+
+    start: Callable[[list, int | None], None]  # arguments, stream
+    args: tuple  # of the first call; None where a tensor goes
+    varying: tuple[tuple[int, int, Callable], ...]  # argument, tensor, tensor -> argument
+
+
+def enable(on: bool = True) -> None:
+    """Switches the cache on or off, for the whole process; it is on where Triton is known."""
+    global _enabled
+    _enabled = on and KNOWN
+    clear()
+
+
+def clear() -> None:
+    """Forgets all entries, for instance because a table of tiles has changed."""
+    _entries.clear()
+
+
+os.register_at_fork(after_in_child=clear)
+
+
+def run(
+    key: tuple,
+    inputs: tuple[Tensor | None, ...],
+    outputs: tuple[Tensor | None, ...],
+    launches: Callable[[], Iterable[Launch]],
+) -> None:
+    """Makes the launches. `key` and the kind of the `inputs` must determine them up to the tensors
+    themselves; `outputs` are fresh tensors whose layout follows. An empty grid is skipped."""
+    first = next(x for x in inputs if x is not None)
+    if first.is_cuda and first.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(first.device):
+            return run(key, inputs, outputs, launches)
+    if not _enabled:
+        for launch in launches():
+            if launch.grid[0] > 0:
+                launch.run()
+        return None
+    key = (key, *map(tensor_key, inputs))
+    entry = _entries.get(key)
+    if entry is not None:
+        return _start(entry, (*inputs, *outputs), first)
+    return _store(key, (*inputs, *outputs), launches)
+
+
+def tensor_key(x: Tensor | None) -> tuple | None:
+    """What launches depend on, of a tensor. Its device too: a cached launch takes an address
+    without asking whose it is."""
+    if x is None:
+        return None
+    return x.shape, x.stride(), x.dtype, x.data_ptr() % 16, x.get_device()
+
+
+def _start(entry: list[CachedLaunch], tensors: tuple, first: Tensor) -> None:
+    active: Any = first.is_cuda and driver.active  # type: ignore[union-attr]
+    stream = active.get_current_stream(first.get_device()) if active else None
+    for start, fixed, varying in entry:
+        args = list(fixed)
+        for at, which, make in varying:
+            args[at] = make(tensors[which])
+        start(args, stream)
+
+
+def _store(key: tuple, tensors: tuple, launches: Callable[[], Iterable[Launch]]) -> None:
+    entry, instrumented = [], False
+    for launch in launches():
+        if launch.grid[0] > 0:
+            compiled = launch.run()
+            # a profiler's code wants its memory, and Triton takes another kernel once it has gone
+            instrumented |= getattr(getattr(compiled, "run", None), "profile_scratch_size", 0) > 0
+            entry.append(_cached(launch, compiled, tensors))
+    present = [id(x) for x in tensors if x is not None]
+    distinct = len(set(present)) == len(present)  # else one does not say which argument it is
+    if distinct and not instrumented and None not in entry:
+        if len(_entries) >= MOST:
+            _entries.clear()
+        _entries[key] = entry
+
+
+def _cached(launch: Launch, compiled: Any, tensors: tuple) -> CachedLaunch | None:
+    kernel, grid, args, constexprs = launch
+    which = {id(x): i for i, x in enumerate(tensors) if x is not None}
+    if isinstance(compiled, CompiledKernel):
+        try:
+            start = _starter(compiled, (grid[0], 1, 1))
+        except AttributeError:
+            return None
+        pointer, later = Tensor.data_ptr, [constexprs[n] for n in kernel.arg_names[len(args) :]]
+    else:  # Triton's interpreter compiles nothing, and reads the tensors themselves
+        start, pointer, later = partial(_interpret, kernel, grid, constexprs), lambda x: x, ()
+    varying = []
+    for at, argument in enumerate(args):
+        tensor, make = _maker(argument, pointer)
+        if tensor is not None:
+            varying.append((at, which[id(tensor)], make))
+    kept = {at for at, _, _ in varying}
+    fixed = (None if at in kept else x for at, x in enumerate(args))  # holds no tensor alive
+    return CachedLaunch(start, (*fixed, *later), tuple(varying))
+
+
+def _starter(compiled: Any, grid: tuple) -> Callable[[list, int | None], None]:
+    """Starts the kernel as `CompiledKernel.__getitem__` does, without asking for its metadata where
+    no profiler listens."""
+    enter, leave = _hooks
+    launcher, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+
+    def start(args: list, stream: int | None) -> None:
+        if enter.calls or leave.calls:
+            compiled[grid](*args, stream=stream)
+        else:
+            launcher(*grid, stream, function, metadata, None, None, None, *args)
+
+    return start
+
+
+def _interpret(kernel: Any, grid: tuple, constexprs: dict, args: list, _stream: int | None) -> None:
+    kernel[grid](*args, **constexprs)
+
+
+def _maker(argument: Any, pointer: Callable) -> tuple[Tensor | None, Callable]:
+    """The tensor in an argument, and how another one of its kind becomes the argument."""
+    if isinstance(argument, Tensor):
+        return argument, pointer
+    if isinstance(argument, tuple) and isinstance(argument[0], Tensor):  # problem.pointer's
+        strides = argument[1:]
+        return argument[0], lambda x: (pointer(x), *strides)
+    if hasattr(argument, "block_shape"):  # a descriptor, checked the first time
+        kind, fields = type(argument), {**vars(argument), "base": None}
+
+        def descriptor(x: Tensor):
+            other = object.__new__(kind)
+            other.__dict__.update(fields, base=x)
+            return other
+
+        return vars(argument)["base"], descriptor
+    return None, pointer

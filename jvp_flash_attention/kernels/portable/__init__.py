@@ -1,0 +1,1 @@
+"""Every pass in Triton, for any GPU and for Triton's interpreter."""

@@ -1,0 +1,186 @@
+"""Second launch of the backward of O, and of (O, tO): dK, dV and with dtO dtK, dtV.
+
+Tile by tile from the saved LSE and μ (no statistics pass), with the row sums h and w of
+`bwd_preprocess.py`, P = exp(S − LSE) and R = P ∘ (tS − μ):
+
+    Hm  = Z ∘ (dtO Vᵀ) − h                G  = Z ∘ (dO Vᵀ + dtO tVᵀ)
+    dtS = P ∘ Hm                          dS = P ∘ (G + Hm ∘ (tS − μ) − w)
+    dK  = s (dSᵀ Q + dtSᵀ tQ)             dV  = (P ∘ Z)ᵀ dO + (R ∘ Z)ᵀ dtO
+    dtK = s dtSᵀ Q                        dtV = (P ∘ Z)ᵀ dtO
+
+Without dtO it is the ordinary backward: dS = P ∘ (Z ∘ dO Vᵀ − w). Products of a tile: 4 + 3 with
+`bwd_dq.py` for the ordinary backward, 12 + 9 with every tangent; what is absent (None) removes its
+own. Tiles are transposed, keys by rows. Four accumulators of 128 columns leave no registers for the
+rest (a warp owns 16 rows of each: 256 registers a thread), so from that width on (dV, dtV) and (dK,
+dtK) are two launches, 6 + 9 products instead of 12 and still twice as fast.
+
+With few keys the rounding of O to 16 bits is felt in h and w, which are what it takes to make the
+rows of dtS and dS sum to zero. Where one tile holds every key (SINGLE) they are taken from the
+tile: h = rowsum(P ∘ Hm) and w = rowsum(P ∘ (G + Hm ∘ (tS − μ))). Where the keys of the call are a
+shard of each row's (`Spec.sharded`) they are not: a tile's sums are a part of the rows'.
+"""
+
+# Triton's annotations name what a kernel receives, not what its caller passes.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
+
+import triton
+import triton.language as tl
+
+from ..block_info import query_parts
+from .primitives import (
+    LOG2E,
+    OUTSIDE,
+    UNSPECIALIZED,
+    add_mask,
+    dot,
+    dropout_factor,
+    head_of,
+    load_mask,
+    load_row_statistics,
+    load_tile,
+    probabilities,
+    store_tile,
+    valid_pairs,
+)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def bwd_dkdv_kernel(
+    Q, K, V, T_Q, T_K, T_V, MASK, T_MASK, SEED, D_O, D_T_O, LSE, MU, H_SUM, W_SUM,
+    D_K, D_T_K, D_V, D_T_V,
+    scale, threshold, keep_scale, batch_per_seed, H, L, S,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, BOOL: tl.constexpr, WHOLE: tl.constexpr,
+    SINGLE: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_N keys of one key/value head, against the queries that see them, of every
+    head that reads it."""
+    T_S: tl.constexpr = T_Q is not None or T_K is not None or T_MASK is not None
+    JVP: tl.constexpr = D_T_O is not None
+    SPLIT: tl.constexpr = MASK is not None and not BOOL
+    EMPTY: tl.constexpr = MASK is not None or LEFT is not None  # rows may attend nothing
+
+    b, hk, tile = head_of(tl.program_id(0), tl.cdiv(S, BLOCK_N), H // GROUP, False)
+    n0 = tile * BLOCK_N
+    j = n0 + tl.arange(0, BLOCK_N)
+    k = load_tile(K, b, hk, n0, S, BLOCK_N, D, BLOCK_D, True, TMA)
+    if D_K is not None:
+        v = load_tile(V, b, hk, n0, S, BLOCK_N, DV, BLOCK_DV, True, TMA)
+    if T_K is not None:
+        t_k = load_tile(T_K, b, hk, n0, S, BLOCK_N, D, BLOCK_D, True, TMA)
+    if T_V is not None and D_K is not None:
+        t_v = load_tile(T_V, b, hk, n0, S, BLOCK_N, DV, BLOCK_DV, True, TMA)
+
+    d_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    d_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    d_t_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    d_t_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    scale2 = scale * LOG2E
+
+    parts = query_parts(n0, L, BLOCK_M, BLOCK_N, LEFT, RIGHT)
+    for g in range(GROUP):
+        h = hk * GROUP + g
+        row = (b * H + h).to(tl.int64) * L
+        for PHASE in tl.static_range(3 if LEFT is not None else 2 if RIGHT is not None else 1):
+            for m0 in tl.range(parts[2 * PHASE], parts[2 * PHASE + 1], BLOCK_M):
+                i = m0 + tl.arange(0, BLOCK_M)
+                q = load_tile(Q, b, h, m0, L, BLOCK_M, D, BLOCK_D, not WHOLE, TMA)
+                zero = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+                s = dot(k, q.T, zero, PRECISION) * scale2
+                if T_Q is not None:
+                    t_q = load_tile(T_Q, b, h, m0, L, BLOCK_M, D, BLOCK_D, not WHOLE, TMA)
+                if T_S:
+                    t_s = zero
+                    if T_Q is not None:
+                        t_s = dot(k, t_q.T, t_s, PRECISION)
+                    if T_K is not None:
+                        t_s = dot(t_k, q.T, t_s, PRECISION)
+                    t_s *= scale
+                    if T_MASK is not None:
+                        t_s += load_mask(T_MASK, b, h, i[None, :], j[:, None], L, S, 0)
+                mask = zero
+                if MASK is not None:
+                    mask = load_mask(
+                        MASK, b, h, i[None, :], j[:, None], L, S, 0 if BOOL else OUTSIDE
+                    )
+                    if not BOOL:
+                        s, hidden = add_mask(s, mask)
+                        if T_S:
+                            t_s = tl.where(hidden, 0.0, t_s)
+                m, log_l = load_row_statistics(LSE, row + i, i < L, EMPTY, SPLIT)
+                p = probabilities(s, m[None, :], log_l[None, :] if SPLIT else log_l, SPLIT)
+                if SPLIT:
+                    counted = hidden == 0
+                if PHASE != 0 or BOOL or SINGLE:
+                    valid = valid_pairs(i[None, :], j[:, None], S, mask, LEFT, RIGHT, PHASE, BOOL)
+                    if PHASE != 0:
+                        valid = valid & (i < L)[None, :]
+                    p = tl.where(valid, p, 0.0)
+                    if T_S:
+                        t_s = tl.where(valid, t_s, 0.0)
+                    counted = counted & valid if SPLIT else valid
+                p_z = p
+                if SEED is not None:
+                    z = dropout_factor(
+                        SEED, b, h, i[None, :], j[:, None], H, batch_per_seed, threshold, keep_scale
+                    )
+                    p_z = p * z
+
+                if D_O is not None:
+                    d_o = load_tile(D_O, b, h, m0, L, BLOCK_M, DV, BLOCK_DV, not WHOLE, TMA)
+                if JVP:
+                    d_t_o = load_tile(D_T_O, b, h, m0, L, BLOCK_M, DV, BLOCK_DV, not WHOLE, TMA)
+                    if T_S:
+                        t_s -= tl.load(MU + row + i, mask=i < L, other=0.0)[None, :]
+
+                if D_V is not None:
+                    if D_O is not None:
+                        d_v = dot(p_z.to(k.dtype), d_o, d_v, PRECISION)
+                    if JVP:
+                        d_t_v = dot(p_z.to(k.dtype), d_t_o, d_t_v, PRECISION)
+                        if T_S:
+                            d_v = dot((p_z * t_s).to(k.dtype), d_t_o, d_v, PRECISION)
+
+                if D_K is not None:
+                    d_p = zero
+                    if D_O is not None:
+                        d_p = dot(v, d_o.T, d_p, PRECISION)
+                    if JVP and T_V is not None:
+                        d_p = dot(t_v, d_t_o.T, d_p, PRECISION)
+                    if MASK is not None or PHASE != 0:
+                        d_p = tl.where(counted, d_p, 0.0)
+                    if SEED is not None:
+                        d_p *= z
+                    if JVP:
+                        h_m = dot(v, d_t_o.T, zero, PRECISION)
+                        if MASK is not None or PHASE != 0:
+                            h_m = tl.where(counted, h_m, 0.0)
+                        if SEED is not None:
+                            h_m *= z
+                        if SINGLE:
+                            h_m -= tl.sum(p * h_m, 0)[None, :]
+                        else:
+                            h_m -= tl.load(H_SUM + row + i, mask=i < L, other=0.0)[None, :]
+                        if T_S:
+                            d_p += h_m * t_s
+                        d_t_s = (p * h_m).to(k.dtype)
+                        d_t_k = dot(d_t_s, q, d_t_k, PRECISION)
+                        if T_Q is not None:
+                            d_k = dot(d_t_s, t_q, d_k, PRECISION)
+                    if SINGLE:
+                        d_p -= tl.sum(p * d_p, 0)[None, :]
+                    else:
+                        d_p -= tl.load(W_SUM + row + i, mask=i < L, other=0.0)[None, :]
+                    d_k = dot((p * d_p).to(k.dtype), q, d_k, PRECISION)
+
+    if D_K is not None:
+        store_tile(D_K, d_k * scale, b, hk, n0, S, BLOCK_N, D, BLOCK_D)
+        if JVP:
+            store_tile(D_T_K, d_t_k * scale, b, hk, n0, S, BLOCK_N, D, BLOCK_D)
+    if D_V is not None:
+        store_tile(D_V, d_v, b, hk, n0, S, BLOCK_N, DV, BLOCK_DV)
+        if JVP:
+            store_tile(D_T_V, d_t_v, b, hk, n0, S, BLOCK_N, DV, BLOCK_DV)

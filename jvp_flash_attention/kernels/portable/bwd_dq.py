@@ -1,0 +1,180 @@
+"""Third launch of the backward of O, and of (O, tO): dQ and with dtO dtQ; gradients of the mask.
+
+    dQ = s (dS K + dtS tK)        dtQ = s dtS K        db = dS        dtb = dtS
+
+with dS, dtS and SINGLE of `bwd_dkdv.py`.
+"""
+
+# Triton's annotations name what a kernel receives, not what its caller passes.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
+
+import triton
+import triton.language as tl
+
+from ..block_info import key_parts
+from .primitives import (
+    LOG2E,
+    OUTSIDE,
+    UNSPECIALIZED,
+    add_mask,
+    dot,
+    dropout_factor,
+    finite,
+    head_of,
+    load_mask,
+    load_row_statistics,
+    load_tile,
+    probabilities,
+    store_tile,
+    valid_pairs,
+)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def bwd_dq_kernel(
+    Q, K, V, T_Q, T_K, T_V, MASK, T_MASK, SEED, D_O, D_T_O, LSE, MU, H_SUM, W_SUM,
+    D_Q, D_T_Q, D_MASK, D_T_MASK,
+    scale, threshold, keep_scale, batch_per_seed, H, L, S,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, BOOL: tl.constexpr, WHOLE: tl.constexpr,
+    SINGLE: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M queries of one head, against the keys that they see."""
+    T_S: tl.constexpr = T_Q is not None or T_K is not None or T_MASK is not None
+    JVP: tl.constexpr = D_T_O is not None
+    SPLIT: tl.constexpr = MASK is not None and not BOOL
+    DT: tl.constexpr = D_Q[0].dtype.element_ty
+
+    b, h, tile = head_of(tl.program_id(0), tl.cdiv(L, BLOCK_M), H, RIGHT is not None)
+    hk = h // GROUP
+    m0 = tile * BLOCK_M
+    i = m0 + tl.arange(0, BLOCK_M)
+    row = (b * H + h).to(tl.int64) * L + i
+    q = load_tile(Q, b, h, m0, L, BLOCK_M, D, BLOCK_D, True, TMA)
+    if T_Q is not None:
+        t_q = load_tile(T_Q, b, h, m0, L, BLOCK_M, D, BLOCK_D, True, TMA)
+    if D_O is not None:
+        d_o = load_tile(D_O, b, h, m0, L, BLOCK_M, DV, BLOCK_DV, True, TMA)
+    if JVP:
+        d_t_o = load_tile(D_T_O, b, h, m0, L, BLOCK_M, DV, BLOCK_DV, True, TMA)
+        h_sum = tl.load(H_SUM + row, mask=i < L, other=0.0)
+        if T_S:
+            mu = tl.load(MU + row, mask=i < L, other=0.0)
+    w = tl.load(W_SUM + row, mask=i < L, other=0.0)
+    m, log_l = load_row_statistics(LSE, row, i < L, True, SPLIT)
+
+    d_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    d_t_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    scale2 = scale * LOG2E
+
+    BANDED: tl.constexpr = LEFT is not None or RIGHT is not None
+    parts = key_parts(m0, S, BLOCK_M, BLOCK_N, LEFT, RIGHT)
+    for PHASE in tl.static_range(1 if WHOLE else 2 if LEFT is None else 3):
+        for n0 in tl.range(parts[2 * PHASE], parts[2 * PHASE + 1], BLOCK_N):
+            j = n0 + tl.arange(0, BLOCK_N)
+            k = load_tile(K, b, hk, n0, S, BLOCK_N, D, BLOCK_D, PHASE != 0, TMA)
+            zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            s = dot(q, k.T, zero, PRECISION) * scale2
+            if T_K is not None:
+                t_k = load_tile(T_K, b, hk, n0, S, BLOCK_N, D, BLOCK_D, PHASE != 0, TMA)
+            if T_S:
+                t_s = zero
+                if T_Q is not None:
+                    t_s = dot(t_q, k.T, t_s, PRECISION)
+                if T_K is not None:
+                    t_s = dot(q, t_k.T, t_s, PRECISION)
+                t_s *= scale
+                if T_MASK is not None:
+                    t_s += load_mask(T_MASK, b, h, i[:, None], j[None, :], L, S, 0)
+            mask = zero
+            if MASK is not None:
+                mask = load_mask(MASK, b, h, i[:, None], j[None, :], L, S, 0 if BOOL else OUTSIDE)
+                if not BOOL:
+                    s, hidden = add_mask(s, mask)
+                    if T_S:
+                        t_s = tl.where(hidden, 0.0, t_s)
+            p = probabilities(s, m[:, None], log_l[:, None] if SPLIT else log_l, SPLIT)
+            if SPLIT:
+                counted = hidden == 0
+            if PHASE != 0 or BOOL:
+                valid = valid_pairs(i[:, None], j[None, :], S, mask, LEFT, RIGHT, PHASE, BOOL)
+                p = tl.where(valid, p, 0.0)
+                if T_S:
+                    t_s = tl.where(valid, t_s, 0.0)
+                counted = counted & valid if SPLIT else valid
+            if MASK is not None or (BANDED and PHASE != 0):
+                k = finite(k)
+                if T_K is not None:
+                    t_k = finite(t_k)
+
+            v = load_tile(V, b, hk, n0, S, BLOCK_N, DV, BLOCK_DV, PHASE != 0, TMA)
+            d_p = zero
+            if D_O is not None:
+                d_p = dot(d_o, v.T, d_p, PRECISION)
+            if JVP and T_V is not None:
+                t_v = load_tile(T_V, b, hk, n0, S, BLOCK_N, DV, BLOCK_DV, PHASE != 0, TMA)
+                d_p = dot(d_t_o, t_v.T, d_p, PRECISION)
+            if MASK is not None or (BANDED and PHASE != 0):
+                d_p = tl.where(counted, d_p, 0.0)
+            if SEED is not None:
+                z = dropout_factor(
+                    SEED, b, h, i[:, None], j[None, :], H, batch_per_seed, threshold, keep_scale
+                )
+                d_p *= z
+            if JVP:
+                h_m = dot(d_t_o, v.T, zero, PRECISION)
+                if MASK is not None or (BANDED and PHASE != 0):
+                    h_m = tl.where(counted, h_m, 0.0)
+                if SEED is not None:
+                    h_m *= z
+                if SINGLE:
+                    h_sum = tl.sum(p * h_m, 1)
+                h_m -= h_sum[:, None]
+                if T_S:
+                    d_p += h_m * (t_s - mu[:, None])
+                d_t_s = p * h_m
+                d_t_q = dot(d_t_s.to(DT), k, d_t_q, PRECISION)
+                if T_K is not None:
+                    d_q = dot(d_t_s.to(DT), t_k, d_q, PRECISION)
+                if D_T_MASK is not None:
+                    add_mask_grad(D_T_MASK, d_t_s, b, h, i, j, L, S, MASK_ROWS, MASK_COLUMNS)
+            if SINGLE:
+                w = tl.sum(p * d_p, 1)
+            d_s = p * (d_p - w[:, None])
+            d_q = dot(d_s.to(DT), k, d_q, PRECISION)
+            if D_MASK is not None:
+                add_mask_grad(D_MASK, d_s, b, h, i, j, L, S, MASK_ROWS, MASK_COLUMNS)
+
+    store_tile(D_Q, d_q * scale, b, h, m0, L, BLOCK_M, D, BLOCK_D)
+    if JVP:
+        store_tile(D_T_Q, d_t_q * scale, b, h, m0, L, BLOCK_M, D, BLOCK_D)
+
+
+@triton.jit
+def add_mask_grad(
+    D_MASK, d_s, b, h, i, j, L, S, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Adds a tile of dS to the mask's gradient; ROWS, COLUMNS: the mask has those dimensions, or
+    was broadcast."""
+    if ROWS and COLUMNS:
+        at = _mask_at(D_MASK, b, h, i[:, None], j[None, :])
+        tl.atomic_add(at, d_s, mask=(i < L)[:, None] & (j < S)[None, :], sem="relaxed")
+    elif COLUMNS:
+        tl.atomic_add(_mask_at(D_MASK, b, h, 0 * j, j), tl.sum(d_s, 0), mask=j < S, sem="relaxed")
+    elif ROWS:
+        tl.atomic_add(_mask_at(D_MASK, b, h, i, 0 * i), tl.sum(d_s, 1), mask=i < L, sem="relaxed")
+    else:
+        tl.atomic_add(
+            D_MASK[0] + tl.cast(b, tl.int64) * D_MASK[1] + tl.cast(h, tl.int64) * D_MASK[2],
+            tl.sum(d_s),
+        )
+
+
+@triton.jit
+def _mask_at(D_MASK, b, h, i, j):
+    head = D_MASK[0] + tl.cast(b, tl.int64) * D_MASK[1] + tl.cast(h, tl.int64) * D_MASK[2]
+    return head + tl.cast(i, tl.int64) * D_MASK[3] + tl.cast(j, tl.int64) * D_MASK[4]

@@ -1,0 +1,141 @@
+"""Launches of the portable kernels, which support every problem."""
+
+# Triton's annotations name what a kernel receives, not what its caller passes.
+# pyright: reportArgumentType=false
+
+from collections.abc import Iterator
+from typing import Any
+
+from .. import configs
+from ..block_info import band
+from ..launch_cache import Launch
+from ..problem import Call, Problem, cdiv, mask_pointer, operand, pointer
+from .bwd_dkdv import bwd_dkdv_kernel
+from .bwd_dq import bwd_dq_kernel
+from .bwd_preprocess import bwd_preprocess_kernel
+from .forward import forward_kernel
+
+
+def unsupported_reason(_name: str, _p: Problem, _c: Call) -> str | None:
+    return None
+
+
+def launches(name: str, p: Problem, c: Call) -> Iterator[Launch]:
+    """Those of a pass."""
+    return PASSES[name.removesuffix("_jvp")](name, p, c)
+
+
+def _fwd(name: str, p: Problem, c: Call) -> Iterator[Launch]:
+    tile = p.tile(name)
+    out, lse, t_out, mu = c.saved
+    args = (*_operands(p, c, tile), pointer(out), pointer(t_out), lse, mu, *p.scalars(c.x.seed))
+    constexprs = {
+        "PRESCALE": p.mask or p.spec.scale <= 0.0,
+        **_constexprs(name, p, tile),
+        "WHOLE": _keys_whole(p, tile),
+    }
+    yield Launch(forward_kernel, (cdiv(p.L, tile.BLOCK_M) * p.B * p.H,), args, constexprs)
+
+
+def _bwd_preprocess(_name: str, p: Problem, c: Call) -> Iterator[Launch]:
+    out, lse, t_out, mu = c.saved
+    args = (
+        *map(pointer, (c.d_out, c.d_t_out, out, t_out if c.jvp else None)),
+        *(lse, mu if c.jvp else None, c.h_sum, c.w_sum, c.statistics, p.H, p.L),
+    )
+    constexprs = {"DV": p.DV, "BLOCK_DV": p.block_dv, "BLOCK_M": 64}
+    constexprs["num_warps"] = 8 if p.block_dv > 64 else 4
+    yield Launch(bwd_preprocess_kernel, (cdiv(p.L, 64) * p.B * p.H,), args, constexprs)
+
+
+def _bwd_dkdv(name: str, p: Problem, c: Call) -> Iterator[Launch]:
+    tile = p.tile(name)
+    d, d_t = c.grads, c.t_grads
+    results = [(d.k, d_t.k, d.v, d_t.v)]
+    if c.jvp and p.widest >= configs.SPLIT_DKDV:
+        results = [(None, None, d.v, d_t.v), (d.k, d_t.k, None, None)]
+    constexprs = {
+        **_constexprs(name, p, tile),
+        "WHOLE": p.L % tile.BLOCK_M == 0,
+        "SINGLE": _single(p, tile),
+    }
+    for grads in results:
+        args = (*_given(p, c, tile), *map(pointer, grads), *p.scalars(c.x.seed))
+        grid = (cdiv(p.S, tile.BLOCK_N) * p.B * p.Hk,)
+        yield Launch(bwd_dkdv_kernel, grid, args, constexprs)
+
+
+def _bwd_dq(name: str, p: Problem, c: Call) -> Iterator[Launch]:
+    tile = p.tile(name)
+    d, d_t = c.grads, c.t_grads
+    args = (
+        *_given(p, c, tile),
+        *map(pointer, (d.q, d_t.q)),
+        *(mask_pointer(d.mask, p), mask_pointer(d_t.mask, p)),
+        *p.scalars(c.x.seed),
+    )
+    constexprs = {
+        **_constexprs(name, p, tile),
+        "WHOLE": _keys_whole(p, tile),
+        "SINGLE": _single(p, tile),
+        "MASK_ROWS": d.mask is not None and d.mask.shape[2] == p.L,
+        "MASK_COLUMNS": d.mask is not None and d.mask.shape[3] == p.S,
+    }
+    yield Launch(bwd_dq_kernel, (cdiv(p.L, tile.BLOCK_M) * p.B * p.H,), args, constexprs)
+
+
+PASSES = {
+    "fwd": _fwd,
+    "bwd_preprocess": _bwd_preprocess,
+    "bwd_dkdv": _bwd_dkdv,
+    "bwd_dq": _bwd_dq,
+}
+
+
+def _operands(p: Problem, c: Call, tile: configs.Tile) -> tuple:
+    """The arguments that every kernel but the first begins with."""
+    (q, k, v, mask, seed), (t_q, t_k, t_v, t_mask) = c.x, c.t
+    return (
+        operand(q, p, tile.BLOCK_M, p.block_d),
+        operand(k, p, tile.BLOCK_N, p.block_d),
+        operand(v, p, tile.BLOCK_N, p.block_dv),
+        operand(t_q, p, tile.BLOCK_M, p.block_d),
+        operand(t_k, p, tile.BLOCK_N, p.block_d),
+        operand(t_v, p, tile.BLOCK_N, p.block_dv),
+        *(mask_pointer(mask, p), mask_pointer(t_mask, p), seed),
+    )
+
+
+def _given(p: Problem, c: Call, tile: configs.Tile) -> tuple:
+    """The arguments that both gradient kernels begin with."""
+    return (
+        *_operands(p, c, tile),
+        operand(c.d_out, p, tile.BLOCK_M, p.block_dv),
+        operand(c.d_t_out, p, tile.BLOCK_M, p.block_dv),
+        *(c.saved.lse, c.saved.mu if c.jvp else None, c.h_sum, c.w_sum),
+    )
+
+
+def _constexprs(name: str, p: Problem, tile: configs.Tile) -> dict[str, Any]:
+    """Compile-time arguments that the kernels share."""
+    return {
+        "GROUP": p.H // p.Hk,
+        "D": p.D,
+        "DV": p.DV,
+        "BLOCK_D": p.block_d,
+        "BLOCK_DV": p.block_dv,
+        **band(p.spec),
+        "BOOL": p.bool_mask,
+        "PRECISION": p.precision(name),
+        "TMA": p.tma,
+        **tile._asdict(),
+    }
+
+
+def _keys_whole(p: Problem, tile: configs.Tile) -> bool:
+    """Whether every query sees every key of every tile, but for a mask."""
+    return p.S % tile.BLOCK_N == 0 and not any(x is not None for x in band(p.spec).values())
+
+
+def _single(p: Problem, tile: configs.Tile) -> bool:
+    return p.S <= tile.BLOCK_N and not p.spec.sharded

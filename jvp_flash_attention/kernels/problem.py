@@ -1,0 +1,199 @@
+"""A call as the kernels see it: its tensors, its sizes, and the tiles and operands that follow."""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..call import Inputs, Saved, Spec, Tangents, tf32_allowed
+from ..functorch import materialized
+from . import configs
+
+TMA = ("sm90", "sm100")  # architectures whose copies it makes
+
+
+class Call(NamedTuple):
+    """Every tensor of a forward or backward pass, as kernels read and write them; None is
+    absent."""
+
+    x: Inputs
+    t: Tangents
+    saved: Saved
+    d_out: Tensor | None = None
+    d_t_out: Tensor | None = None
+    grads: Tangents = Tangents()
+    t_grads: Tangents = Tangents()
+    w_sum: Tensor | None = None  # row sums: of `bwd_preprocess`, for the other two
+    h_sum: Tensor | None = None
+    statistics: Tensor | None = None  # LSE, μ, h and w once more, as sm90 reads them
+
+    @property
+    def jvp(self) -> bool:
+        """Whether tO is computed, or dtO given."""
+        return self.saved.t_out is not None if self.w_sum is None else self.d_t_out is not None
+
+
+class Problem(NamedTuple):
+    """Sizes and properties that the kernels of one call share."""
+
+    B: int
+    H: int
+    Hk: int
+    L: int
+    S: int
+    D: int
+    DV: int
+    arch: str  # a key of `configs.TABLES`
+    tma: bool
+    itemsize: int
+    spec: Spec
+    mask: bool
+    bool_mask: bool
+
+    @property
+    def block_d(self) -> int:
+        return _padded(self.D)
+
+    @property
+    def block_dv(self) -> int:
+        return _padded(self.DV)
+
+    @property
+    def widest(self) -> int:
+        return max(self.block_d, self.block_dv)
+
+    def tile(self, name: str) -> configs.Tile:
+        """The tile of a pass, by the wider of the two head dims."""
+        extras = self.mask or self.spec.dropout_p > 0.0
+        return configs.tile(self.table(name), name, self.widest, extras)
+
+    def table(self, name: str) -> dict[str, tuple]:
+        """The tiles of this architecture and arithmetic."""
+        arithmetic = "half"
+        if self.itemsize == 4:
+            arithmetic = "bf16x6" if self.precision(name) == "bf16x6" else "float32"
+        return configs.TABLES[self.arch][arithmetic]
+
+    def precision(self, name: str) -> str:
+        """How float32 products are computed: one TF32 product where the user allows it; otherwise
+        three, or forward on Hopper six bfloat16 products, which keep float32's accuracy, or plain
+        float32 at head dim 256, where the split operands outgrow shared memory, and on AMD, where
+        there is no TF32x3."""
+        if self.itemsize != 4 or self.arch.startswith("gfx"):
+            return "ieee"
+        if tf32_allowed():
+            return "tf32"
+        if self.widest >= 256:
+            return "ieee"
+        six = "bf16x6" in configs.TABLES[self.arch] and name.startswith("fwd")
+        return "bf16x6" if six else "tf32x3"
+
+    def scalars(self, seed: Tensor | None) -> tuple:
+        """scale, dropout threshold, 1 / keep probability, batch entries a seed, H, L, S."""
+        p = self.spec.dropout_p
+        group = 1 if seed is None else max(self.B // seed.numel(), 1)
+        return self.spec.scale, int(p * 2**32), 1.0 / (1.0 - p), group, self.H, self.L, self.S
+
+
+def problem(c: Call, spec: Spec, arch: str | None = None, tma: bool | None = None) -> Problem:
+    """Sizes and properties of a call, for its tensors' own architecture or the one that is
+    named."""
+    B, H, L, D = c.x.q.shape
+    Hk, S, DV = c.x.v.shape[1:]
+    itemsize = c.x.q.element_size()
+    arch = arch or architecture(c.x.q.device)
+    if tma is None:
+        read = (*c.x[:3], *c.t[:3], c.d_out, c.d_t_out)
+        tma = arch in TMA and itemsize == 2 and all(map(tma_can_read, read))
+    bool_mask = c.x.mask is not None and c.x.mask.dtype == torch.int8
+    sizes = (B, H, Hk, L, S, D, DV)
+    return Problem(*sizes, arch, tma, itemsize, spec, c.x.mask is not None, bool_mask)
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """Whose tables and kernels a device takes: its own, or those of the nearest older one. Triton's
+    interpreter, which has no wgmma and multiplies by no bfloat16 parts, takes the oldest."""
+    if device.type != "cuda" or knobs.runtime.interpret:
+        return "sm80"
+    if torch.version.hip:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major == 8:
+        return "sm80" if minor == 0 else "sm89"
+    return {9: "sm90", 10: "sm100"}.get(major, "sm80" if major < 8 else "sm120")
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many blocks run at once; an H100's where there is no device."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def maybe_contiguous(x: Tensor | None) -> Tensor | None:
+    """One that the kernels read without strides, contiguous: vmap may have expanded it."""
+    return None if x is None else x.contiguous()
+
+
+def readable(x: Tensor | None) -> Tensor | None:
+    """The tensor itself where the kernels can read it: unit stride in the last dimension, and rows
+    so close that 128 of them are counted in 32 bits; otherwise a copy."""
+    if x is None:
+        return None
+    x = materialized(x)
+    return x if x.stride(-1) == 1 and x.stride(-2) < 2**24 else x.contiguous()
+
+
+def readable_mask(mask: Tensor | None) -> Tensor | None:
+    """A mask as the kernels read it: a bool mask as int8."""
+    if mask is None:
+        return None
+    return mask.view(torch.int8) if mask.dtype == torch.bool else materialized(mask)
+
+
+def operand(x: Tensor | None, p: Problem, rows: int, block_d: int):
+    """A tensor (B, heads, rows, D) as the kernels take it: a TMA descriptor, or pointer and
+    strides."""
+    if x is None:
+        return None
+    if p.tma:
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, block_d])
+    return pointer(x)
+
+
+def pointer(x: Tensor | None):
+    """(pointer, stride_b, stride_h, stride_row)."""
+    return None if x is None else (x, *x.stride()[:3])
+
+
+def mask_pointer(mask: Tensor | None, p: Problem):
+    """(pointer, four strides) of a mask broadcast to (B, H, L, S)."""
+    return None if mask is None else (mask, *mask.expand(p.B, p.H, p.L, p.S).stride())
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def _padded(d: int) -> int:
+    """The head dim a tile is given: a power of two, at least what a matrix product takes."""
+    return max(16, 1 << (d - 1).bit_length())
+
+
+def tma_can_read(x: Tensor | None) -> bool:
+    """TMA wants elements, 16-byte aligned rows and real strides; anything else is read through
+    pointers."""
+    if x is None:
+        return True
+    unit = 16 // x.element_size()
+    return (
+        x.numel() > 0
+        and x.data_ptr() % 16 == 0
+        and all(s % unit == 0 and s > 0 for s in x.stride()[:3])
+    )

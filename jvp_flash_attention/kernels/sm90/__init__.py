@@ -1,0 +1,1 @@
+"""Warp-specialised passes for Hopper, in Gluon."""

@@ -1,0 +1,184 @@
+"""Which problems the warp-specialised passes support, and their launches, for operands that TMA
+reads."""
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ...call import is_default
+from .. import configs
+from ..launch_cache import Launch
+from ..problem import Call, Problem, cdiv, multiprocessors, tma_can_read
+from .bwd_dkdv import bwd_dkdv_jvp_kernel
+from .bwd_dq import bwd_dq_jvp_kernel
+from .forward import forward_jvp_kernel
+
+LAYOUT_TYPES = {
+    torch.float16: gl.float16,
+    torch.bfloat16: gl.bfloat16,
+    torch.float32: gl.float32,
+    torch.int8: gl.int8,
+}
+
+
+def unsupported_reason(name: str, p: Problem, c: Call) -> str | None:
+    """Why a pass cannot take the problem, or should not; None where it does."""
+    if not p.tma:
+        return "needs operands that TMA reads, in 16 bits"
+    if not (p.D == p.DV <= 128 and p.D % 8 == 0):  # rows of the results, which TMA writes
+        return f"needs D = Dv up to 128, a multiple of 8, got {p.D} and {p.DV}"
+    if not is_default(p.spec, but=("causal", "backend", "rows_first", "sharded")):
+        return f"supports scale and causal, got {p.spec}"
+    if min(p.B, p.H, p.L, p.S) == 0:
+        return "needs elements"
+    if name == "fwd_jvp":
+        if p.spec.scale <= 0.0 or c.t.mask is not None:
+            return "needs a scale > 0 and a mask without a tangent"
+        if c.x.mask is not None and _mask_kind(c.x.mask, p) == "":
+            return "needs a mask that TMA or a row of keys can hold"
+        return None
+    if p.mask or None in c.t[:3]:
+        return "needs every tangent and no mask but causal"
+    if p.S <= 64:
+        return "leaves few keys to the portable kernels, which take h and w from the tile"
+    if name == "bwd_dq_jvp" and p.D <= 64:
+        return "leaves head dims up to 64 to the portable kernel, which is as fast"
+    return None
+
+
+def launches(name: str, p: Problem, c: Call) -> Iterator[Launch]:
+    """Those of a pass."""
+    yield {"fwd_jvp": _fwd_jvp, "bwd_dkdv_jvp": _bwd_dkdv_jvp, "bwd_dq_jvp": _bwd_dq_jvp}[name](
+        p, c
+    )
+
+
+def _fwd_jvp(p: Problem, c: Call) -> Launch:
+    q, k, v, mask, _seed = c.x
+    kind = "none" if mask is None else _mask_kind(mask, p)
+    schedule = configs.schedule(p.D, 0 if mask is None else mask.element_size())
+    N, D1, D2 = schedule.BLOCK_N, schedule.D1, schedule.D2
+    tiles = cdiv(p.L, 128)
+    items = tiles * p.B * p.H
+
+    def pieces(x: Tensor | None, rows: int):
+        if x is None:
+            return None, None
+        return _descriptor(x, rows, D1), _descriptor(x, rows, D2) if D2 else None
+
+    operands = (
+        *(pieces(x, rows) for x, rows in ((q, 64), (k, N), (v, N))),
+        *(pieces(x, rows) for x, rows in ((c.t.q, 64), (c.t.k, N), (c.t.v, N))),
+        *(pieces(x, 64) for x in (c.saved.out, c.saved.t_out)),
+    )
+    args = (
+        *(first for first, _ in operands),
+        *(second for _, second in operands),
+        *_mask(mask, kind, p, N),
+        *(c.saved.lse, c.saved.mu, p.spec.scale, p.H, p.L, p.S, tiles, items),
+    )
+    constexprs = {
+        "GROUP": p.H // p.Hk,
+        **schedule._asdict(),
+        "CAUSAL": p.spec.causal,
+        "EDGE": p.spec.causal or p.S % N != 0,
+        "MASK": kind,
+        "BOOL": p.bool_mask,
+        "CENTER": p.spec.causal or p.S <= 128,  # c matters to rows that see few keys
+        # 8 and 2: p̃ times a tangent score must fit float16
+        "THRESHOLD": "0f41000000" if q.dtype == torch.bfloat16 else "0f40000000",
+        "num_warps": 4,
+    }
+    return Launch(forward_jvp_kernel, _grid(p, items, q), args, constexprs)
+
+
+def _bwd_dkdv_jvp(p: Problem, c: Call) -> Launch:
+    pipeline = configs.pipeline(p.D)
+    tiles = cdiv(p.S, 64)
+    items = tiles * p.B * p.Hk
+    d, d_t = c.grads, c.t_grads
+    args = (
+        *_given(c, pipeline.D),
+        *_squares(pipeline.D, d.k, d_t.k, d.v, d_t.v),
+        *(p.spec.scale, p.L, p.Hk, tiles, items),
+    )
+    constexprs = {"STAGES_Q": pipeline.stages, "BLOCK_M": 64, **_constexprs(p, pipeline)}
+    return Launch(bwd_dkdv_jvp_kernel, _grid(p, items, c.x.q), args, constexprs)
+
+
+def _bwd_dq_jvp(p: Problem, c: Call) -> Launch:
+    pipeline = configs.pipeline(p.D)
+    tiles = cdiv(p.L, 64)
+    items = tiles * p.B * p.H
+    args = (
+        *_given(c, pipeline.D),
+        *_squares(pipeline.D, c.grads.q, c.t_grads.q),
+        *(p.spec.scale, p.L, p.S, p.H, tiles, items),
+    )
+    edge = p.spec.causal or p.S % 64 != 0
+    constexprs = {"STAGES_K": pipeline.stages, "BLOCK_N": 64, "EDGE": edge}
+    constexprs |= _constexprs(p, pipeline)
+    return Launch(bwd_dq_jvp_kernel, _grid(p, items, c.x.q), args, constexprs)
+
+
+def _given(c: Call, columns: int) -> tuple:
+    """The arguments that both gradient kernels begin with."""
+    return (*_squares(columns, *c.x[:3], *c.t[:3], c.d_out, c.d_t_out), c.statistics)
+
+
+def _squares(columns: int, *tensors: Tensor | None) -> list:
+    """Descriptors of tiles of 64 rows."""
+    return [None if x is None else _descriptor(x, 64, columns) for x in tensors]
+
+
+def _constexprs(p: Problem, pipeline: configs.Pipeline) -> dict[str, Any]:
+    causal = p.spec.causal
+    return {"GROUP": p.H // p.Hk, "D": pipeline.D, "CAUSAL": causal, "num_warps": 4}
+
+
+def _grid(p: Problem, items: int, x: Tensor) -> tuple[int]:
+    blocks = cdiv(items, 2) if p.spec.causal else items  # which takes pairs
+    return (min(blocks, multiprocessors(x.device)),)
+
+
+def _mask_kind(mask: Tensor, p: Problem) -> str:
+    """full (L, S), keys (1, S), or nothing that the pass can read."""
+    if mask.shape[3] != p.S or mask.dtype not in LAYOUT_TYPES:
+        return ""
+    if mask.shape[2] == 1 and p.L > 1:
+        return "keys" if mask.stride(3) == 1 else ""
+    solid = mask.as_strided(mask.shape, _solid_strides(mask))
+    return "full" if mask.stride(3) == 1 and tma_can_read(solid) else ""
+
+
+def _mask(mask: Tensor | None, kind: str, p: Problem, BLOCK_N: int):
+    """Descriptor of tiles, pointer to rows, and how far a batch entry and a head move either."""
+    if mask is None:
+        return None, None, 0, 0
+    if kind == "full":
+        tiles = _descriptor(mask, 64, BLOCK_N, _solid_strides(mask))
+        return tiles, None, int(mask.shape[0] > 1), int(mask.shape[1] > 1)
+    b, h = (step if n > 1 else 0 for step, n in zip(mask.stride()[:2], mask.shape[:2], strict=True))
+    return None, mask, b, h
+
+
+def _solid_strides(x: Tensor) -> list[int]:
+    """Strides that TMA accepts, also for dimensions of length 1."""
+    step = x.stride(2) if x.shape[2] > 1 else 128
+    return [s if n > 1 else step for s, n in zip(x.stride()[:3], x.shape, strict=False)] + [1]
+
+
+def _descriptor(x: Tensor, rows: int, columns: int, strides: list[int] | None = None):
+    block = [1, 1, rows, columns]
+    layout: Any = _layout(rows, columns, x.dtype)
+    return TensorDescriptor(x, list(x.shape), strides or list(x.stride()), block, layout)
+
+
+@cache
+def _layout(rows: int, columns: int, dtype: torch.dtype):
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], LAYOUT_TYPES[dtype])

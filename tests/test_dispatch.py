@@ -1,0 +1,67 @@
+"""Who serves a pass, on GPUs that are not there; nothing is compiled."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from jvp_flash_attention import kernels
+from jvp_flash_attention.call import Spec
+from jvp_flash_attention.kernels import configs
+from tests.cases import Case, build
+
+NAMES = """
+import sys
+import torch
+from jvp_flash_attention.call import Inputs, Saved, Spec, Tangents
+from jvp_flash_attention.kernels import launches
+
+def names(arch, head_dim=128, length=256, **how):
+    x, t = ([torch.zeros(1, 2, length, head_dim, dtype=torch.bfloat16)] * 3 for _ in range(2))
+    rows = torch.zeros(1, 2, length)
+    x, t, saved, spec = Inputs(*x), Tangents(*t), Saved(x[0], rows, x[0], rows), Spec(0.1)
+    found = launches(x, t, spec, arch=arch, **how)
+    found += launches(x, t, spec, saved, x.q, x.q, arch=arch, **how)
+    return [launch.kernel.fn.__name__.removesuffix("_kernel") for launch in found]
+
+portable = ["forward", "bwd_preprocess", "bwd_dkdv", "bwd_dkdv", "bwd_dq"]
+for arch in ("sm80", "sm89", "sm100", "sm120", "gfx942"):
+    assert names(arch) == portable, arch
+assert not any("sm90" in module for module in sys.modules)
+special = ["forward_jvp", "bwd_preprocess", "bwd_dkdv_jvp", "bwd_dq_jvp"]
+assert names("sm90") == special
+assert names("sm90", 64) == [*special[:3], "bwd_dq"]
+assert names("sm90", 64, 64) == ["forward_jvp", "bwd_preprocess", "bwd_dkdv", "bwd_dq"]
+assert names("sm90", 256) == names("sm90", tma=False) == names("sm90", force="portable") == portable
+"""
+
+
+def test_each_architecture_has_its_kernels():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = [sys.executable, "-c", NAMES]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(run, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_every_architecture_has_every_table():
+    for tables in configs.TABLES.values():
+        for arithmetic in ("half", "float32"):
+            assert tables[arithmetic].keys() == configs.SM80.keys()
+            assert {len(row) for row in tables[arithmetic].values()} == {len(configs.HEAD_DIMS)}
+
+
+def test_an_implementation_that_is_named_serves_or_raises(device):
+    p = build(Case(B=1, L=5, S=6), torch.float32, device)
+    free, forced = (kernels.forward(p.x, p.t, p.spec, force=f) for f in (None, "portable"))
+    assert torch.equal(free.out, forced.out)
+    with pytest.raises(NotImplementedError, match="fwd_jvp of 'sm90'"):
+        kernels.forward(p.x, p.t, Spec(1.0), force="sm90")
+    with pytest.raises(NotImplementedError, match="cuDNN does not support"):
+        kernels.forward(p.x, None, Spec(1.0), force="cudnn")
+    with pytest.raises(ValueError, match="force must be one of"):
+        kernels.forward(p.x, p.t, Spec(1.0), force="hopper")
