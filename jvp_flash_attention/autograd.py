@@ -135,8 +135,7 @@ class _Folded(Function):
     @classmethod
     def apply(cls, *args) -> Any:
         """`Function.apply`, or only the forward where nobody records a graph."""
-        tensors = [x for x in args if isinstance(x, Tensor)]
-        if any(map(is_legacy_batchedtensor, tensors)):
+        if any(map(_is_batched, args)):
             return _mapped(cls.apply, *args)
         if not SHORTCUTS:
             return super().apply(*args)
@@ -146,7 +145,7 @@ class _Folded(Function):
             if _stop.level >= 0:
                 with torch.no_grad():
                     return cls.forward(*args)
-            return super().apply(*args) if is_recorded(tensors) else cls.forward(*args)
+            return super().apply(*args) if is_recorded(args) else cls.forward(*args)
         # inside of torch.func.grad and jvp a Function enables gradients for every level below
         before, level = _stop.level, max(_stop.level, stopped_level(transform))
         if transform.level() <= level and is_grad(transform):

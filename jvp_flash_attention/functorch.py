@@ -248,12 +248,15 @@ def _tensors(args: Iterable) -> Iterator[Tensor]:
             yield from _tensors(x)
 
 
-def is_recorded(tensors: list[Tensor]) -> bool:
-    """Whether autograd may differentiate what is done to them outside of every transform."""
+def is_recorded(args: tuple) -> bool:
+    """Whether autograd may differentiate what is done to the tensors among them outside of every
+    transform."""
     # the level inside of torch.func.jvp is its own: only tensors that it wraps have tangents
     duals = forward_ad._current_level >= 0 and eager_transforms.JVP_NESTING == 0
     duals = duals and is_fwd_grad_enabled()
-    return duals or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+    return duals or (
+        torch.is_grad_enabled() and any(x.requires_grad for x in args if isinstance(x, Tensor))
+    )
 
 
 def stopped_level(transform: CInterpreter) -> int:

@@ -76,9 +76,9 @@ def backward(
     given: Any = map(readable, (d_out, d_t_out, saved.out))
     d_out, d_t_out, out = given
     saved = saved._replace(out=out)
-    if d_t_out is None and d_out is not None and force in (None, "cudnn"):
-        if cudnn.supports(x, spec, out, d_out):
-            return cudnn.backward(d_out, x, saved, spec), Tangents()
+    plain = d_t_out is None and d_out is not None and force in (None, "cudnn")
+    if plain and cudnn.supports(x, spec, out, d_out):
+        return cudnn.backward(d_out, x, saved, spec), Tangents()
     c = _backward_call(d_out, d_t_out, x, t, saved, spec, mask_grad)
     accumulator = None if c.grads.mask is None else c.grads.mask.shape
     key = ("backward", spec, force, accumulator, _tf32(x))
