@@ -73,11 +73,11 @@ def backward(
     """(dQ, dK, dV, db) and, with dtO, (dtQ, dtK, dtV, dtb); db and dtb are None unless
     `mask_grad`. `force` as in `forward`."""
     x = _readable(x)
-    given: Any = map(readable, (d_out, d_t_out, saved.out))
-    d_out, d_t_out, out = given
+    d_out, d_t_out = readable(d_out), readable(d_t_out)
+    out: Any = readable(saved.out)
     saved = saved._replace(out=out)
-    plain = d_t_out is None and d_out is not None and force in (None, "cudnn")
-    if plain and cudnn.supports(x, spec, out, d_out):
+    plain = d_t_out is None and force in (None, "cudnn")
+    if plain and d_out is not None and cudnn.supports(x, spec, out, d_out):
         return cudnn.backward(d_out, x, saved, spec), Tangents()
     c = _backward_call(d_out, d_t_out, x, t, saved, spec, mask_grad)
     accumulator = None if c.grads.mask is None else c.grads.mask.shape
@@ -194,7 +194,7 @@ def _readable(x: Inputs) -> Inputs:
     ready: Any = readable(q), readable(k), readable(v)
     if ready[0] is q and ready[1] is k and ready[2] is v:
         return x
-    return Inputs(*ready, *x[3:])
+    return x._replace(q=ready[0], k=ready[1], v=ready[2])
 
 
 def _inputs(x: Inputs) -> Inputs:
