@@ -10,9 +10,10 @@ from torch import Tensor
 from ..options import Options
 from .launch import has_warpgroups
 
-# from this many pairs of query and key on: a new shape costs cuDNN 0.05 to 1 s of planning, which a
-# few hundred larger calls win back
-PAIRS = 2**28
+# From this many pairs of query and key on: a new shape costs cuDNN 0.05 to 1 s of planning, which a
+# few hundred larger calls win back. What runs below an operator is compiled: it returns to the same
+# shapes at every step, and smaller calls win it back too.
+PAIRS, PAIRS_COMPILED = 2**28, 2**24
 
 
 def serves(
@@ -23,7 +24,7 @@ def serves(
     B, H, L, D = q.shape
     Hk, S, DV = v.shape[1:]
     return (
-        B * H * L * S >= PAIRS
+        B * H * L * S >= (PAIRS_COMPILED if options.rows_first else PAIRS)
         and has_warpgroups(q)
         and q.element_size() == 2
         and bias is None
