@@ -9,6 +9,7 @@ The step is that of training: MeanFlow (equal share 0.75), bf16-mixed, blocks co
     one            each GPU trains a network of its own, without CUDA graphs
     one, graphs    as a CUDA graph (not on a CPU)
     ddp            all GPUs train one network, whole in each (DistributedDataParallel)
+    ddp, graphs    the same as a CUDA graph, which holds the exchange of gradients
     fsdp           in shards (FSDP2)
 
 A curve of ``one`` accumulates the gradients of all batches that ddp and fsdp have on their GPUs.
@@ -32,16 +33,18 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
+from training.activation_checkpointing import checkpoint_blocks
 from training.arguments import CONFIGS
 from training.build import build_data, build_net
 from training.environment import environment
 from training.randomness import Draws, generator
+from training.ranks import SummedGradients
 from training.sharding import shard
 from training.step import Step
 
 SEED = 0
-ARMS = ("one", "one, graphs", "ddp", "fsdp")
-CURVES = ("one", "ddp", "fsdp")
+ARMS = ("one", "one, graphs", "ddp", "ddp, graphs", "fsdp")
+CURVES = ("one", "ddp", "ddp, graphs", "fsdp")
 
 
 class Loss(nn.Module):
@@ -63,17 +66,21 @@ class Arm:
         self.device, self.world = device, distributed.get_world_size()
         self.data = build_data(config)
         torch.manual_seed(SEED)
-        net = build_net(config, self.data.shape, self.data.num_classes)
+        with device:
+            net = build_net(config, self.data.shape, self.data.num_classes)
         self.objective = instantiate(config.objective)
         self.objective.attach(net)
+        checkpoint_blocks(net, config.checkpointing)
         if kind == "fsdp":
             half = torch.bfloat16 if config.trainer.precision == "bf16-mixed" else None
             shard(net, init_device_mesh(device.type, (self.world,)), half)
         else:
             net.to(device)
         self.half = config.trainer.precision == "bf16-mixed"
-        self.step = Step(net, self.objective, bool(config.compile), kind == "one, graphs")
+        self.step = Step(net, self.objective, bool(config.compile), "graphs" in kind)
         self.step.prepare()
+        if kind == "ddp, graphs":
+            self.step.exchange = SummedGradients(net)
         self.loss: nn.Module = Loss(self.step)
         if kind == "ddp":
             self.loss = DistributedDataParallel(
@@ -184,20 +191,28 @@ def work(options: argparse.Namespace) -> None:
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+        if options.gib is not None:
+            whole = torch.cuda.get_device_properties(device).total_memory / 2**30
+            torch.cuda.set_per_process_memory_fraction(min(1.0, options.gib / whole))
     distributed.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     first = distributed.get_rank() == 0
     result: dict[str, Any] = {
         "environment": environment(),
         "gpus": distributed.get_world_size(),
         "compile": not options.eager,
+        "set": options.set,
+        "gib": options.gib,
         "arms": {},
         "curves": {},
     }
     for model, batch in options.models:
         config = configured(options, model)
-        kinds = [kind for kind in ARMS if cuda or kind != "one, graphs"]
+        kinds = [kind for kind in options.arms or ARMS if cuda or "graphs" not in kind]
         for kind in kinds:
-            row = measure(kind, config, device, batch, options.steps)
+            try:
+                row = measure(kind, config, device, batch, options.steps)
+            except torch.OutOfMemoryError:  # of all processes alike
+                row = {"batch": batch, "out_of_memory": True}
             free(device)
             result["arms"].setdefault(model, {})[kind] = row
             if first:
@@ -206,7 +221,7 @@ def work(options: argparse.Namespace) -> None:
         if options.curve and model == options.models[0][0]:
             result["curves"] = {"model": model, "batch": batch * distributed.get_world_size()}
             result["curves"] |= {"loss": {}, "error": {}}
-            for kind in CURVES:
+            for kind in [kind for kind in CURVES if kind in kinds]:
                 losses, errors = curve(kind, config, device, batch, options.curve)
                 free(device)
                 result["curves"]["loss"][kind] = losses
@@ -226,14 +241,18 @@ def write(path: Path, result: dict[str, Any]) -> None:
 def table(result: dict[str, Any]) -> str:
     lines = [f"{'model':10s} {'':12s} images/s a GPU   of one   MiB a GPU"]
     for model, arms in result["arms"].items():
-        alone = arms["one"]["images_per_s_per_gpu"]
+        speeds = [row["images_per_s_per_gpu"] for row in arms.values() if "step_ms" in row]
+        alone = speeds[0] if speeds else 1.0
         for kind, row in arms.items():
+            if "out_of_memory" in row:
+                lines.append(f"{model:10s} {kind:12s} out of memory")
+                continue
             speed = row["images_per_s_per_gpu"]
             lines.append(
                 f"{model:10s} {kind:12s} {speed:14.1f} {speed / alone:8.3f} {row['peak_mib']:11d}"
             )
     errors = result["curves"].get("error", {})  # the weighted loss is about 1 whatever happens
-    for kind in errors.keys() - {"one"}:
+    for kind in errors.keys() - {"one"} if "one" in errors else ():
         pairs = zip(errors[kind], errors["one"], strict=True)
         apart = max(abs(a - b) / abs(b) for a, b in pairs)
         steps = len(errors[kind])
@@ -253,8 +272,10 @@ def main() -> None:
     add = parser.add_argument
     add("--gpus", type=int, default=torch.cuda.device_count() or 2, help="processes")
     add("--models", nargs="+", type=model_and_batch, default=[("dit_b2", 128), ("dit_xl2", 64)])
+    add("--arms", nargs="+", choices=ARMS, default=None, help="some of them")
     add("--steps", type=int, default=15, help="that are timed")
     add("--curve", type=int, default=100, help="steps of the loss curves of the first model")
+    add("--gib", type=float, default=None, help="memory of a GPU that may be used")
     add("--eager", action="store_true", help="do not compile")
     add("--set", nargs="*", default=[], help="keys of train.py: model.depth=2 data.tokens=1024")
     add("--output", type=Path, default=Path("scaling.json"))

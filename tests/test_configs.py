@@ -178,7 +178,7 @@ def test_small_data_sets_bring_their_values_and_no_other_inherits_them():
         assert (small.objective[key], large.objective[key]) == (digits, published)
         assert (small.optimizer.lr, large.optimizer.lr) == (2e-3, 1e-4)
         assert (small.optimizer.schedule, large.optimizer.schedule) == ("cosine", "constant")
-        assert small.trainer.max_steps == 1300
+        assert small.trainer.max_steps == 1000
     assert OmegaConf.is_missing(composed("data=imagenet").trainer, "max_steps")
     recipe = composed("experiment=meanflow_xl2")  # on digits too, until data=... is given
     assert (recipe.objective.label_dropout, recipe.optimizer.schedule) == (0.1, "constant")

@@ -1,7 +1,9 @@
 """Numbers that all processes of a run agree on."""
 
+from typing import Any
+
 import torch
-from torch import distributed
+from torch import distributed, nn
 
 OPERATIONS = {"mean": distributed.ReduceOp.SUM, "max": distributed.ReduceOp.MAX}
 
@@ -13,6 +15,32 @@ def over_ranks(values: torch.Tensor, operation: str) -> torch.Tensor:
     values = values.clone()
     distributed.all_reduce(values, OPERATIONS[operation])
     return values / distributed.get_world_size() if operation == "mean" else values
+
+
+class SummedGradients:
+    """Gradients as sums over the processes, each one's exchange begun as soon as the backward pass
+    has it, under what is left of the pass. A loss divided by ``size`` then has the mean's.
+
+    What ``DistributedDataParallel`` does in buckets, without its state between steps: everything
+    lies between the first and the last operation of a backward pass, and a CUDA graph can hold it.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self.size = distributed.get_world_size()
+        self.begun: list[Any] = []
+        for parameter in net.parameters():
+            distributed.broadcast(parameter.detach(), 0)
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._begin)
+
+    def _begin(self, parameter: torch.Tensor) -> None:
+        self.begun.append(distributed.all_reduce(parameter.grad, async_op=True))
+
+    def wait(self) -> None:
+        """After the backward pass, before a gradient is read."""
+        for exchange in self.begun:
+            exchange.wait()
+        self.begun.clear()
 
 
 class Later:

@@ -76,7 +76,11 @@ _TARGETS: dict[str, set[str]] = {
     },
     "optimizer": {"training.optimizers.adamw", "training.optimizers.radam"},
     "trainer": {"lightning.Trainer"},
-    "strategy": {"lightning.pytorch.strategies.DDPStrategy", "training.strategies.Sharded"},
+    "strategy": {
+        "lightning.pytorch.strategies.DDPStrategy",
+        "training.strategies.Replicated",
+        "training.strategies.Sharded",
+    },
     "callback": {
         "training.callbacks.accuracy.Accuracy",
         "training.callbacks.buckets.TimeBuckets",

@@ -18,7 +18,8 @@ SWITCHES = (
 )
 # Not bf16-true and 16-true: a time in half precision has a useless derivative.
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
-DDP, SHARDED = "lightning.pytorch.strategies.DDPStrategy", "training.strategies.Sharded"
+REPLICATED, SHARDED = "training.strategies.Replicated", "training.strategies.Sharded"
+DDP = ("lightning.pytorch.strategies.DDPStrategy", REPLICATED)
 DIGITS = "training.data.digits.Digits"
 ALIASES = {"32": "32-true", "64": "64-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
@@ -72,7 +73,11 @@ def no_cuda_graphs(config: DictConfig) -> str:
     if not on_gpu(config.trainer):
         return "the step does not run on a GPU"
     if config.trainer.devices not in (1, "1", [0]) or config.trainer.num_nodes != 1:
-        return "the gradients of several processes are exchanged during the backward pass"
+        strategy: Any = config.trainer.strategy
+        if not OmegaConf.is_dict(strategy) or strategy.get("_target_") != REPLICATED:
+            return "only trainer=ddp exchanges gradients inside of a graph"
+        if config.get("context_parallel") is not None:
+            return "context_parallel exchanges tokens between the blocks"
     if precision(config.trainer) == "16-mixed":
         return "trainer.precision=16-mixed scales the loss after the step"
     if config.trainer.detect_anomaly:
@@ -198,7 +203,7 @@ def _check_strategy(trainer: DictConfig) -> None:
             )
         return
     if OmegaConf.is_dict(strategy):
-        strategy = "ddp" if strategy.get("_target_") == DDP else strategy.get("_target_")
+        strategy = "ddp" if strategy.get("_target_") in DDP else strategy.get("_target_")
     if not isinstance(strategy, str) or not (strategy == "auto" or strategy.startswith("ddp")):
         raise NotImplementedError(
             f"trainer.strategy={strategy}: only this project's own sharding knows the averages, the"

@@ -23,6 +23,7 @@ from training.models.dit import DiT
 from training.models.layers import Block, FinalLayer
 from training.objectives.objective import Objective, Terms
 from training.objectives.teachers import AveragedTeacher
+from training.ranks import SummedGradients
 from training.sharding import is_sharded
 
 KINDS = 4  # graphs kept; each has memory of its own
@@ -44,7 +45,10 @@ class Step:
         fused: residual, norm and modulation of a compiled block in one kernel
             (``kernels.residual_norm``) where the tangent is a constant.
         accumulate: of so many batches the gradients are averaged.
+        exchange: makes gradients the means over all processes, inside of the graph.
     """
+
+    exchange: SummedGradients | None = None
 
     def __init__(
         self,
@@ -96,7 +100,7 @@ class Step:
         """``loss``: that of the terms returned last, divided by ``accumulate``."""
         recorded, self.pending = self.pending, None
         if recorded is None:
-            loss.backward()
+            self._backward(loss)
             return
         for p, gradient in zip(self.net.parameters(), recorded.gradients, strict=True):
             if gradient is None:
@@ -105,6 +109,21 @@ class Step:
                 p.grad += gradient
             else:  # the next replay writes there again
                 p.grad = gradient if self.accumulate == 1 else gradient.clone()
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        if self.exchange is None:
+            loss.backward()
+            return
+        # Sums over the processes are of this batch alone: what is there already is a mean.
+        parameters = list(self.net.parameters())
+        before = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        (loss / self.exchange.size).backward()
+        self.exchange.wait()
+        for p, earlier in zip(parameters, before, strict=True):
+            if earlier is not None and p.grad is not None:
+                p.grad += earlier
 
     def _record(self, leaves: list[Any], spec: Any) -> Recorded:
         parameters = list(self.net.parameters())
@@ -118,7 +137,7 @@ class Step:
         # Other threads (loaders, loggers) may use the device meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             terms = self.objective.loss(self.net, tree_unflatten(static, spec))
-            (terms.loss / self.accumulate).backward()
+            self._backward(terms.loss / self.accumulate)
         terms = terms._replace(loss=terms.loss.detach())
         gradients = [p.grad for p in parameters]
         for p, gradient in zip(parameters, before, strict=True):

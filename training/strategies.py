@@ -1,21 +1,33 @@
-"""How the processes of a run share its work, for Lightning: ``trainer=fsdp``."""
+"""How the processes of a run share its work, for Lightning: ``trainer=ddp`` and ``fsdp``."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
 from training.checkpoints import load_checkpoint
+from training.ranks import SummedGradients
 from training.sharded_checkpoints import Key, Writer
 from training.sharding import is_sharded, shard
 from training.validation import positive_integer
 
 HALVES = {"bf16-mixed": torch.bfloat16}
+
+
+class Replicated(DDPStrategy):
+    """Lightning's DDP. Where the step is a CUDA graph, gradients are exchanged inside of it."""
+
+    def configure_ddp(self) -> None:
+        step = getattr(self.lightning_module, "step", None)
+        if getattr(step, "cuda_graphs", False):
+            step.exchange = SummedGradients(step.net)  # type: ignore[union-attr]
+        else:
+            super().configure_ddp()
 
 
 class Sharded(ModelParallelStrategy):

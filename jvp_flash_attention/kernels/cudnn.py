@@ -11,9 +11,10 @@ from ..call import Inputs, Saved, Spec, Tangents, empty_rows, is_default, row_st
 from ..functorch import cudnn_attention, cudnn_attention_backward
 from .problem import architecture
 
-# from this many pairs of query and key on: a new shape costs cuDNN 0.05 to 1 s of planning, which a
-# few hundred larger calls win back
-PAIRS = 2**28
+# From this many pairs of query and key on: a new shape costs cuDNN 0.05 to 1 s of planning, which a
+# few hundred larger calls win back. What runs below an operator is compiled: it returns to the same
+# shapes at every step, and smaller calls win it back too.
+PAIRS, PAIRS_COMPILED = 2**28, 2**24
 
 
 def supports(x: Inputs, spec: Spec, *more: Tensor) -> bool:
@@ -22,7 +23,7 @@ def supports(x: Inputs, spec: Spec, *more: Tensor) -> bool:
     B, H, L, D = x.q.shape
     Hk, S, DV = x.v.shape[1:]
     return (
-        B * H * L * S >= PAIRS
+        B * H * L * S >= (PAIRS_COMPILED if spec.rows_first else PAIRS)
         and architecture(x.q.device) == "sm90"
         and x.q.element_size() == 2
         and x.mask is None

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning import Callback, Trainer
 from torch import multiprocessing
+from torch.nn.parallel import DistributedDataParallel
 
 from training.activation_checkpointing import checkpoint_blocks
 from training.attentions import sdpa
@@ -18,18 +19,26 @@ from training.objectives.meanflow import MeanFlow
 from training.objectives.tangents import Jvp
 from training.optimizers import adamw
 from training.randomness import Draws
+from training.strategies import Replicated
 
 BATCH, SEED = 12, 3
-SETTINGS = {"single": False, "double": True}  # mode: are the blocks recomputed
+# name: mode, are the blocks recomputed, are gradients exchanged inside of the step's graph; that
+# step is its first one, which is not recorded yet
+SETTINGS = {
+    "single": ("single", False, False),
+    "double": ("double", True, False),
+    "recorded": ("single", False, True),
+}
 
 
-def build(mode):
+def build(name):
+    mode, recomputed, _ = SETTINGS[name]
     torch.manual_seed(SEED)
     net = DiT(sdpa, image_size=8, channels=1, num_classes=10, depth=2, width=32)
     for parameter in net.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
-    if SETTINGS[mode]:
+    if recomputed:
         checkpoint_blocks(net, "block")
     return net, MeanFlow(Jvp(mode), equal_share=0.5)
 
@@ -37,6 +46,7 @@ def build(mode):
 class KeepGradients(Callback):
     def on_before_optimizer_step(self, trainer, module, optimizer):
         self.gradients = [p.grad.clone() for p in module.net.parameters()]
+        self.wrapped = isinstance(trainer.strategy.model, DistributedDataParallel)
 
 
 def work(rank, port, folder):
@@ -45,11 +55,11 @@ def work(rank, port, folder):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_RUN_ID": "test"}
     results = {}
-    for mode in SETTINGS:
+    for name, (_, _, graphs) in SETTINGS.items():
         keep = KeepGradients()
         trainer = Trainer(
             accelerator="cpu",
-            strategy="ddp",
+            strategy=Replicated() if graphs else "ddp",
             devices=2,
             max_steps=1,
             max_epochs=-1,
@@ -61,11 +71,13 @@ def work(rank, port, folder):
             enable_model_summary=False,
             enable_checkpointing=False,
         )
-        net, objective = build(mode)
-        module = GenerativeModule(net, objective, functools.partial(adamw, lr=1e-3), SEED)
+        net, objective = build(name)
+        adam = functools.partial(adamw, lr=1e-3)
+        module = GenerativeModule(net, objective, adam, SEED, cuda_graphs=graphs)
         trainer.fit(module, datamodule=Digits(SEED, BATCH))
         weights = [p.detach() for p in net.parameters()]
-        results[mode] = keep.gradients, weights, float(trainer.callback_metrics["train/error"])
+        assert keep.wrapped != graphs
+        results[name] = keep.gradients, weights, float(trainer.callback_metrics["train/error"])
     torch.save(results, f"{folder}/{rank}.pt")
 
 
@@ -79,9 +91,9 @@ def ranks(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
-def alone(mode, rank):
+def alone(name, rank):
     """Gradients and error of one rank's batch without any other process."""
-    net, objective = build(mode)
+    net, objective = build(name)
     data = Digits(SEED, BATCH)
     batch = next(iter(data.order(0, rank, 2)))
     x, y = data.read("train", batch)
@@ -91,15 +103,15 @@ def alone(mode, rank):
     return [p.grad for p in net.parameters()], float(terms.metrics["error"])
 
 
-@pytest.mark.parametrize("mode", list(SETTINGS))
-def test_two_processes_have_the_gradients_of_one_on_the_joint_batch(ranks, mode):
-    (first, e0), (second, e1) = alone(mode, 0), alone(mode, 1)
+@pytest.mark.parametrize("name", list(SETTINGS))
+def test_two_processes_have_the_gradients_of_one_on_the_joint_batch(ranks, name):
+    (first, e0), (second, e1) = alone(name, 0), alone(name, 1)
     for rank in ranks:
-        gradients, _, error = rank[mode]
+        gradients, _, error = rank[name]
         for got, a, b in zip(gradients, first, second, strict=True):
             torch.testing.assert_close(got, (a + b) / 2, rtol=1e-4, atol=1e-6)
         assert error == pytest.approx((e0 + e1) / 2)
     apart = [float((a - b).norm() / (a + b).norm()) for a, b in zip(first, second, strict=True)]
     assert min(apart) > 1e-2  # unsynchronised gradients would be seen
-    for a, b in zip(*(rank[mode][1] for rank in ranks), strict=True):
+    for a, b in zip(*(rank[name][1] for rank in ranks), strict=True):
         assert torch.equal(a, b)

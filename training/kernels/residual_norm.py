@@ -27,7 +27,7 @@ from torch import Tensor
 EPSILON = tl.constexpr(1e-6)
 MAX_WIDTH = 4096
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ROWS = 16  # tokens of a program
+ROWS = 8  # tokens of a program
 
 
 @triton.jit
@@ -156,7 +156,7 @@ def _residual_norm_backward(
 
 def _launch(width: int) -> dict[str, Any]:
     block = triton.next_power_of_2(width)
-    return {"W": width, "BLOCK": block, "ROWS": ROWS, "num_warps": 4 if block <= 2048 else 8}
+    return {"W": width, "BLOCK": block, "ROWS": ROWS, "num_warps": max(1, block // 1024)}
 
 
 @torch.library.custom_op("flash_jvp_training::residual_norm", mutates_args=())

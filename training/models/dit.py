@@ -49,6 +49,7 @@ from training.models.layers import (
     FinalLayer,
     Residual,
     Stream,
+    autocast_dtype,
     begin,
     settled,
 )
@@ -109,6 +110,8 @@ class DiT(nn.Module):
         second_head: the last so many blocks are doubled, for a second output; null is no second
             head, 0 doubles the final layer alone.
         log_variance: has ``log_variance(t)``, or of (t, r) where ``log_variance_times`` is 2.
+        residual_in_fp32: the sum of the blocks' branches is float32 under autocast too; false: of
+            autocast's dtype, which halves what the norms read and write.
     """
 
     takes_duals = True
@@ -146,6 +149,7 @@ class DiT(nn.Module):
         second_head: int | None = None,
         log_variance: bool = False,
         log_variance_times: int = 1,
+        residual_in_fp32: bool = True,
     ) -> None:
         super().__init__()
         one_of("model.size", size, tuple(SIZES))
@@ -158,6 +162,7 @@ class DiT(nn.Module):
             raise ValueError(f"model.guided must be true, false or inverse; got {guided!r}")
         switch("model.bias", bias)
         switch("model.modulation_norm", modulation_norm)
+        switch("model.residual_in_fp32", residual_in_fp32)
         between("model.dropout", dropout, 0, 1)
         patch, depth, width, heads = (
             default if given is None else given
@@ -237,6 +242,7 @@ class DiT(nn.Module):
             self.second_blocks = nn.ModuleList(block() for _ in range(second_head))
             self.second_final = final()
         self.variance = LogVariance(log_variance_times) if log_variance else None
+        self.residual_in_fp32 = residual_in_fp32
         self._initialise(initialisation)
 
     def _initialise(self, kind: str) -> None:
@@ -362,8 +368,10 @@ class DiT(nn.Module):
         condition: Tensor | None,
         context: torch.Tensor | None,
     ) -> Stream:
-        if self.fused and not isinstance(x, Residual):
-            x = begin(x, 6)
+        if not isinstance(x, Residual):
+            if not self.residual_in_fp32:
+                x = linear_map(lambda x: x.to(autocast_dtype(x)), x)
+            x = begin(x, 6) if self.fused else x
         angles = self._angles()
         for block in blocks:
             x = block(x, condition, angles, context)  # (B, N, W)

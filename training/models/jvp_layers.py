@@ -222,7 +222,9 @@ def concatenate(parts: list[Tensor], dim: int) -> Tensor:
 def attend(attention: Callable[..., torch.Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention, a function with SDPA's signature, of values and their tangents. (B, H, N, D)
 
-    Examples without a tangent are attended to by an ordinary call.
+    Where the tangent is a constant of at most half of the examples, the values are one ordinary
+    call, so that their gradient is one backward of all examples, whichever have a tangent. The
+    values of some are then computed twice, which costs less than joining results and gradients.
     """
     inputs = (q, k, v)
     dual = next((x for x in inputs if isinstance(x, Dual)), None)
@@ -230,9 +232,13 @@ def attend(attention: Callable[..., torch.Tensor], q: Tensor, k: Tensor, v: Tens
         return attention(*inputs)
     values = [primal(x) for x in inputs]
     tangents = [x.tangent if isinstance(x, Dual) else None for x in inputs]
-    n = len(dual.tangent)
-    if n == len(values[0]):
+    B, n = len(values[0]), len(dual.tangent)
+    if n == B:
         return dual.follow(*attend_jvp(attention, values, tangents, dual.through))
-    first, rest = zip(*(x.split([len(x) - n, n]) for x in values), strict=True)
+    if not dual.through and 2 * n <= B:
+        with dual.rule():
+            _, t_out = attend_jvp(attention, [x[B - n :] for x in values], tangents, False)
+        return dual.follow(attention(*values), t_out)
+    first, rest = zip(*(x.split([B - n, n]) for x in values), strict=True)
     out, t_out = attend_jvp(attention, rest, tangents, dual.through)
     return dual.follow(torch.cat([attention(*first), out]), t_out)
