@@ -3,7 +3,7 @@
     CUDA_VISIBLE_DEVICES=0 python scripts/openclipart.py --arm jvp --pack PACK.npz --output OUT &
     CUDA_VISIBLE_DEVICES=1 python scripts/openclipart.py --arm sdpa --pack PACK.npz --output OUT
     python scripts/openclipart.py --report OUT/jvp.json OUT/sdpa.json \
-        --output docs/results/openclipart_h100.json --document docs/training/experiments.md
+        --output docs/results/openclipart_h200.json --document docs/training/experiments.md
 
 An arm is a run of ``experiment=openclipart`` with that attention, ended by its time; further
 arguments are its overrides (``compile=true``). Then its averaged network is judged in one and two

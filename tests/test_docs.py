@@ -79,7 +79,7 @@ def test_the_site_changes_links_that_leave_docs(repository, text, shown):
 def test_the_home_page_of_the_site_is_the_readme():
     page = SimpleNamespace(file=SimpleNamespace(src_uri="index.md"))
     found = site_hooks.on_page_markdown("", page, SimpleNamespace(repo_url=None))
-    assert "](results/headline_h100.png)" in found
+    assert "](results/headline.png)" in found
     assert "](docs/" not in found
 
 

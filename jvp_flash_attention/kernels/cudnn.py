@@ -23,7 +23,7 @@ def supports(x: Inputs, spec: Spec, *more: Tensor) -> bool:
     B, H, L, D = x.q.shape
     Hk, S, DV = x.v.shape[1:]
     return (
-        B * H * L * S >= (PAIRS_COMPILED if spec.rows_first else PAIRS)
+        (PAIRS_COMPILED if spec.rows_first else PAIRS) <= B * H * L * S
         and architecture(x.q.device) == "sm90"
         and x.q.element_size() == 2
         and x.mask is None

@@ -1,5 +1,5 @@
 """What a reader of README.md sees first: three lines and a picture of attention and of a training
-step, ours beside SDPA's, from targets_h100.json and step_h100.json."""
+step, ours beside SDPA's, from targets_h100.json and step_h200.json."""
 
 import json
 from functools import partial
@@ -10,8 +10,8 @@ from .measure import OUT_OF_MEMORY
 from .plots import COLOURS, Draw
 
 TARGETS = Path("docs/results/targets_h100.json")
-STEP = Path("docs/results/step_h100.json")
-PICTURE = Path("docs/results/headline_h100.png")
+STEP = Path("docs/results/step_h200.json")
+PICTURE = Path("docs/results/headline.png")
 WORKLOADS = ("long_4k_128", "long_8k_64", "long_16k_128")
 OURS, MATH = "ours", "sdpa-math"
 B2, XL2 = "DiT-B/2, 256 tokens", "DiT-XL/2, 256 tokens"
@@ -37,8 +37,8 @@ def lines(root: Path) -> list[str]:
     )
     return [
         f"![Time, memory and training throughput beside SDPA]({PICTURE})",
-        f"On one {targets['environment']['gpu']}, in bfloat16 ([{TARGETS.name}]({TARGETS}),"
-        f" [{STEP.name}]({STEP})):",
+        f"In bfloat16, on one {b2['environment']['gpu']} (the step, [{STEP.name}]({STEP})) and one"
+        f" {targets['environment']['gpu']} (attention, [{TARGETS.name}]({TARGETS})):",
         "\n".join(f"- {bullet}" for bullet in bullets),
         "SDPA is PyTorch's `MATH` backend, its only one with a forward derivative.",
     ]
@@ -61,8 +61,9 @@ def steps(root: Path) -> list[str]:
         return []
     rows = [row | {"name": name} for name, row in _load(root, STEP).items()]
     return [
-        "**A training step**, blocks compiled and the step a CUDA graph, forward, backward and"
-        f" optimizer. MFU counts the model's products alone ([{STEP.name}]({STEP})).",
+        f"**A training step** on one {rows[0]['environment']['gpu']}, blocks compiled and the step a"
+        " CUDA graph, forward, backward and optimizer. MFU counts the model's products alone"
+        f" ([{STEP.name}]({STEP})).",
         report.markdown(report.cells(STEP_COLUMNS, rows)),
     ]
 
