@@ -16,13 +16,19 @@ from .problem import architecture
 PAIRS = 2**28
 
 
+def pays(x: Inputs) -> bool:
+    """Whether the call is so large that cuDNN may be the faster one."""
+    B, H, L, _ = x.q.shape
+    return B * H * L * x.k.shape[2] >= PAIRS
+
+
 def supports(x: Inputs, spec: Spec, *more: Tensor) -> bool:
     """Whether cuDNN takes the call; `more` are the other tensors that it would read. It follows
     PyTorch's own switch, `torch.backends.cuda.enable_cudnn_sdp`."""
-    B, H, L, D = x.q.shape
+    _, H, L, D = x.q.shape
     Hk, S, DV = x.v.shape[1:]
     return (
-        B * H * L * S >= PAIRS
+        pays(x)
         and architecture(x.q.device) == "sm90"
         and x.q.element_size() == 2
         and x.mask is None
