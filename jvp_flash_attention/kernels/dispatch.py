@@ -80,9 +80,9 @@ def backward(
     `mask_grad`. `force` as in `forward`."""
     if d_t_out is None and force in (None, "cudnn") and cudnn.pays(x):
         x, saved = _readable(x), saved._replace(out=readable(saved.out))
-        d_out: Any = readable(d_out)
-        if cudnn.supports(x, spec, saved.out, d_out):
-            return cudnn.backward(d_out, x, saved, spec), NOTHING
+        d_o: Any = readable(d_out)
+        if cudnn.supports(x, spec, saved.out, d_o):
+            return cudnn.backward(d_o, x, saved, spec), NOTHING
     given = (*x, *t, *saved, d_out, d_t_out)
     fixed = mask_grad and torch.are_deterministic_algorithms_enabled()
     key = launch_cache.key(("backward", spec, force, mask_grad, fixed, _tf32(x)), given)
