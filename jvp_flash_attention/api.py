@@ -169,8 +169,9 @@ def prepare(
         scores = (*sizes.lead, query.shape[-2], key.shape[-2])
         validation.mask(attn_mask, scores, query.device)
         attn_mask = broadcast.mask(attn_mask, sizes)
-    q = broadcast.queries(query, sizes)
-    k, v = (broadcast.keys(x, sizes) for x in (key, value))
+    q, k, v = query, key, value
+    if not (len(q.shape) == 4 and q.shape == k.shape == v.shape):
+        q, k, v = broadcast.queries(q, sizes), broadcast.keys(k, sizes), broadcast.keys(v, sizes)
     spec = Spec(
         scale=1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale),
         causal=bool(is_causal),

@@ -25,15 +25,16 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.func import vmap
-from torch.nn import Parameter
 
 from . import backends, ops
 from .call import Inputs, Saved, Spec, Tangents, padded, split
 from .functorch import (
+    PLAIN,
     SHORTCUTS,
     add_batch_dim,
     below,
     innermost,
+    is_bare,
     is_grad,
     is_legacy_batchedtensor,
     is_recorded,
@@ -59,6 +60,8 @@ NESTED_JVP = (
 
 def attention(x: Inputs, spec: Spec, tangent_grad: bool = True) -> tuple[Tensor]:
     """(O,), differentiable in q, k, v and a floating mask."""
+    if is_bare(*x):
+        return (backends.implementation(spec.backend).forward(x, None, spec).out,)
     function = Attention if tangent_grad else AttentionDetached
     return function.apply(*x, spec)[:1]
 
@@ -68,6 +71,9 @@ def attention_jvp(
 ) -> tuple[Tensor, Tensor]:
     """(O, tO); a tangent may be None. O is differentiable in the inputs, tO in inputs and tangents
     where `tangent_grad` says so."""
+    if is_bare(*x, *t):
+        saved = backends.implementation(spec.backend).forward(x, t, spec)
+        return saved.out, saved.t_out
     function = AttentionJvp
     if not tangent_grad:
         function = AttentionJvpDetached
@@ -81,11 +87,8 @@ def attention_jvp(
 def _implementation(spec: Spec, *tensors: Tensor | None):
     """The backend itself; behind operators where a dispatch mode or a tensor subclass watches,
     which would see a kernel's outputs being allocated and not being written."""
-    watched = is_watched() or not _PLAIN.issuperset(map(type, tensors))
+    watched = is_watched() or not PLAIN.issuperset(map(type, tensors))
     return ops if watched else backends.implementation(spec.backend)
-
-
-_PLAIN = {Tensor, Parameter, type(None)}
 
 
 class _Stop(local):

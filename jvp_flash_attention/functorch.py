@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 Pairs = list[tuple[Any, Tensor | None]]
 
@@ -34,6 +35,7 @@ try:
         CJvpInterpreterPtr,
         TransformType,
         get_interpreter_stack,
+        is_functorch_wrapped_tensor,
         peek_interpreter_stack,
         pop_dynamic_layer_stack,
         push_dynamic_layer_stack,
@@ -64,7 +66,7 @@ except (ImportError, AttributeError):
     get_current_dispatch_mode = get_interpreter_stack = is_fwd_grad_enabled = make_dual = Any
     peek_interpreter_stack = pop_dynamic_layer_stack = push_dynamic_layer_stack = Any
     set_fwd_grad_enabled = unpack_dual = unwrap_dead_wrappers = Any
-    unwrap_for_grad = wrap_for_grad = Any
+    unwrap_for_grad = wrap_for_grad = is_functorch_wrapped_tensor = Any
 
 try:
     from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore[reportAssignmentType]
@@ -270,6 +272,27 @@ def stopped_level(transform: CInterpreter) -> int:
         if is_grad(x) and not CGradInterpreterPtr(x).prevGradMode()
     )
     return max(stopped, default=-1)
+
+
+PLAIN = {Tensor, Parameter, type(None)}
+
+
+def is_bare(*tensors: Tensor | None) -> bool:
+    """Whether nothing but values is asked of a call with these tensors: no transform, dual level,
+    graph or mode lies around it, and none is a wrapper or a subclass."""
+    if not SHORTCUTS or peek_interpreter_stack() is not None or is_watched():
+        return False
+    if forward_ad._current_level >= 0 and is_fwd_grad_enabled():
+        return False
+    recording = torch.is_grad_enabled()
+    for x in tensors:
+        if x is None:
+            continue
+        if type(x) not in PLAIN or (recording and x.requires_grad):
+            return False
+        if is_functorch_wrapped_tensor(x) or is_legacy_batchedtensor(x):
+            return False
+    return True
 
 
 def is_watched() -> bool:

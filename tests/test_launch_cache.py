@@ -64,7 +64,10 @@ def call(monkeypatch):
             yield launch_cache.Launch(kernel, (3,), args, {"SWITCH": True, "num_warps": 4})
             yield launch_cache.Launch(kernel, (0,), args, {})
 
-        launch_cache.run(key, (x, None, y), (), launches)
+        given = (x, None, y)
+        of = launch_cache.key(key, given)
+        if launch_cache.replay(of, given) is None:
+            launch_cache.record(of, given, given, (), launches)
         return kernel.log[-1]
 
     call.log = kernel.log
@@ -138,7 +141,7 @@ def test_no_tensor_is_held_alive_and_the_number_of_entries_is_bounded(call, monk
         call(torch.zeros(n, 16), torch.zeros(n, 16))
     assert len(launch_cache._entries) <= 2
     for kept in launch_cache._entries.values():
-        for plan in kept:
+        for plan in kept.launches:
             assert not any(
                 isinstance(x, (torch.Tensor, tuple, TensorDescriptor)) for x in plan.args
             )

@@ -1,4 +1,5 @@
-"""Which keys a query tile sees, which queries see a key tile, and which pairs of both count.
+"""Which keys a query tile sees, which queries see a key tile, which pairs of both count, and where
+rows lie in memory.
 
 What is computed from positions is a band: query i sees key j where i − LEFT <= j <= i + RIGHT, None
 for no bound (top-left aligned where the lengths differ). Causal is LEFT = None, RIGHT = 0. Both
@@ -28,6 +29,30 @@ from ..call import Spec
 def band(spec: Spec) -> dict[str, Any]:
     """The compile-time arguments of a kernel that say which pairs count."""
     return {"LEFT": None, "RIGHT": 0 if spec.causal else None}
+
+
+@triton.jit
+def first_row(b, h, H, L):
+    """Where the rows of a head begin in what is kept by row, (B, H, L): LSE, μ and row sums."""
+    return (b * H + h).to(tl.int64) * L
+
+
+@triton.jit
+def head_at(X, b, h):
+    """Where a head begins in a tensor (pointer, stride_b, stride_h, ...)."""
+    return X[0] + tl.cast(b, tl.int64) * X[1] + tl.cast(h, tl.int64) * X[2]
+
+
+@triton.jit
+def row_at(X, b, h, row):
+    """Where a row begins in a tensor (pointer, stride_b, stride_h, stride_row)."""
+    return head_at(X, b, h) + tl.cast(row, tl.int64) * X[3]
+
+
+@triton.jit
+def pair_at(X, b, h, i, j):
+    """Where the pairs of rows i and columns j lie in a mask (pointer, four strides)."""
+    return row_at(X, b, h, i) + tl.cast(j, tl.int64) * X[4]
 
 
 @triton.jit

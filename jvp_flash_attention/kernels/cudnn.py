@@ -17,13 +17,20 @@ from .problem import architecture
 PAIRS, PAIRS_COMPILED = 2**28, 2**24
 
 
+def pays(x: Inputs, spec: Spec) -> bool:
+    """Whether the call is so large that cuDNN may be the faster one."""
+    B, H, L, _ = x.q.shape
+    least = PAIRS_COMPILED if spec.rows_first else PAIRS
+    return B * H * L * x.k.shape[2] >= least
+
+
 def supports(x: Inputs, spec: Spec, *more: Tensor) -> bool:
     """Whether cuDNN takes the call; `more` are the other tensors that it would read. It follows
     PyTorch's own switch, `torch.backends.cuda.enable_cudnn_sdp`."""
-    B, H, L, D = x.q.shape
+    _, H, L, D = x.q.shape
     Hk, S, DV = x.v.shape[1:]
     return (
-        (PAIRS_COMPILED if spec.rows_first else PAIRS) <= B * H * L * S
+        pays(x, spec)
         and architecture(x.q.device) == "sm90"
         and x.q.element_size() == 2
         and x.mask is None

@@ -3,8 +3,8 @@
 Between a call and its kernels lie a choice of tiles, descriptors with their checks, and Triton's
 binder, which looks at every argument to find the kernel that was compiled for it: three quarters of
 a call's host time. All of it depends on the tensors' shapes, strides, dtypes, alignment and device
-alone, so the first call of a kind keeps the compiled kernels and the arguments, and later ones put
-their own tensors in.
+alone, so the first call of a kind keeps the compiled kernels, the arguments and what results look
+like, and later ones put their own tensors in.
 
     launch_cache.enable(False)      every call of every kernel goes through Triton's binder
     launch_cache.clear()            launches are prepared anew
@@ -24,6 +24,8 @@ import torch
 import triton
 from torch import Tensor
 
+from ..functorch import is_zerotensor
+
 TRITONS = ("3.6", "3.7", "3.8", "3.9")
 MOST = 4096  # kinds of calls; a program with more starts to collect anew
 
@@ -40,7 +42,7 @@ except (ImportError, AttributeError):
     CompiledKernel, driver = type(None), None  # type: ignore[assignment,misc]
 
 _enabled = KNOWN
-_entries: dict[tuple, list["CachedLaunch"]] = {}
+_entries: dict[tuple, "Entry"] = {}
 
 
 class Launch(NamedTuple):
@@ -68,6 +70,14 @@ class CachedLaunch(NamedTuple):
     varying: tuple[tuple[int, int, Callable], ...]  # argument, tensor, tensor -> argument
 
 
+class Entry(NamedTuple):
+    """A kind of call."""
+
+    launches: list[CachedLaunch]
+    results: tuple[Callable[[torch.device], Tensor] | None, ...]  # how each is allocated
+    bytes: tuple[int, ...]  # inputs that are read as int8: bool masks
+
+
 def enable(on: bool = True) -> None:
     """Switches the cache on or off, for the whole process; it is on where Triton is known."""
     global _enabled
@@ -83,28 +93,10 @@ def clear() -> None:
 os.register_at_fork(after_in_child=clear)
 
 
-def run(
-    key: tuple,
-    inputs: tuple[Tensor | None, ...],
-    outputs: tuple[Tensor | None, ...],
-    launches: Callable[[], Iterable[Launch]],
-) -> None:
-    """Makes the launches. `key` and the kind of the `inputs` must determine them up to the tensors
-    themselves; `outputs` are fresh tensors whose layout follows. An empty grid is skipped."""
-    first = next(x for x in inputs if x is not None)
-    if first.is_cuda and first.get_device() != torch.cuda.current_device():
-        with torch.cuda.device(first.device):
-            return run(key, inputs, outputs, launches)
-    if not _enabled:
-        for launch in launches():
-            if launch.grid[0] > 0:
-                launch.run()
-        return None
-    key = (key, *map(tensor_key, inputs))
-    entry = _entries.get(key)
-    if entry is not None:
-        return _start(entry, (*inputs, *outputs), first)
-    return _store(key, (*inputs, *outputs), launches)
+def key(what: tuple, inputs: tuple[Tensor | None, ...]) -> tuple:
+    """Of a kind of call; `what` and the kind of the tensors must determine the launches and results
+    up to the tensors themselves."""
+    return (what, *map(tensor_key, inputs))
 
 
 def tensor_key(x: Tensor | None) -> tuple | None:
@@ -112,33 +104,84 @@ def tensor_key(x: Tensor | None) -> tuple | None:
     without asking whose it is."""
     if x is None:
         return None
-    return x.shape, x.stride(), x.dtype, x.data_ptr() % 16, x.get_device()
+    return (
+        x.shape,
+        x.stride(),
+        x.dtype,
+        x.data_ptr() % 16,
+        x.get_device(),
+        x.is_neg(),
+        is_zerotensor(x),
+    )
 
 
-def _start(entry: list[CachedLaunch], tensors: tuple, first: Tensor) -> None:
-    active: Any = first.is_cuda and driver.active  # type: ignore[union-attr]
-    stream = active.get_current_stream(first.get_device()) if active else None
-    for start, fixed, varying in entry:
+def replay(key: tuple, inputs: tuple[Tensor | None, ...]) -> list[Any] | None:
+    """The results of a call by the launches of an earlier one of its kind; None where there was
+    none."""
+    entry = _entries.get(key)
+    if entry is None:
+        return None
+    q: Any = inputs[0]
+    if q.is_cuda and q.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(q.device):
+            return replay(key, inputs)
+    results: list[Any] = [None if make is None else make(q.device) for make in entry.results]
+    tensors = [*inputs, *results]
+    for at in entry.bytes:
+        tensors[at] = tensors[at].view(torch.int8)
+    active: Any = q.is_cuda and driver.active  # type: ignore[union-attr]
+    stream = active.get_current_stream(q.get_device()) if active else None
+    for start, fixed, varying in entry.launches:
         args = list(fixed)
         for at, which, make in varying:
             args[at] = make(tensors[which])
         start(args, stream)
+    return results
 
 
-def _store(key: tuple, tensors: tuple, launches: Callable[[], Iterable[Launch]]) -> None:
-    entry, instrumented = [], False
+def record(
+    key: tuple,
+    inputs: tuple[Tensor | None, ...],
+    read: tuple[Tensor | None, ...],
+    results: tuple[Tensor | None, ...],
+    launches: Callable[[], Iterable[Launch]],
+    zeroed: tuple[int, ...] = (),
+) -> None:
+    """Makes the launches, an empty grid aside, and keeps them. `read` are the inputs as the kernels
+    read them: where one had to be copied nothing is kept. `zeroed` are the results that begin as
+    zeros."""
+    q: Any = inputs[0]
+    if q.is_cuda and q.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(q.device):
+            return record(key, inputs, read, results, launches, zeroed)
+    tensors = (*read, *results)
+    made, instrumented = [], False
     for launch in launches():
         if launch.grid[0] > 0:
             compiled = launch.run()
-            # a profiler's code wants its memory, and Triton takes another kernel once it has gone
-            instrumented |= getattr(getattr(compiled, "run", None), "profile_scratch_size", 0) > 0
-            entry.append(_cached(launch, compiled, tensors))
+            if _enabled:
+                # a profiler's code wants its memory, and Triton takes another kernel without it
+                run = getattr(compiled, "run", None)
+                instrumented |= getattr(run, "profile_scratch_size", 0) > 0
+                made.append(_cached(launch, compiled, tensors))
     present = [id(x) for x in tensors if x is not None]
     distinct = len(set(present)) == len(present)  # else one does not say which argument it is
-    if distinct and not instrumented and None not in entry:
+    pairs = [(i, x, y) for i, (x, y) in enumerate(zip(inputs, read, strict=True)) if x is not y]
+    bool_masks = all(x.dtype == torch.bool and not x.is_neg() for _, x, _ in pairs if x is not None)
+    if _enabled and distinct and bool_masks and not instrumented and None not in made:
         if len(_entries) >= MOST:
             _entries.clear()
-        _entries[key] = entry
+        makers = tuple(_allocator(x, i in zeroed) for i, x in enumerate(results))
+        _entries[key] = Entry(made, makers, tuple(i for i, _, _ in pairs))
+
+
+def _allocator(x: Tensor | None, zeroed: bool) -> Callable[[torch.device], Tensor] | None:
+    if x is None:
+        return None
+    shape, stride, dtype = x.shape, x.stride(), x.dtype
+    if zeroed:
+        return lambda device: torch.zeros(shape, dtype=dtype, device=device)
+    return lambda device: torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
 def _cached(launch: Launch, compiled: Any, tensors: tuple) -> CachedLaunch | None:

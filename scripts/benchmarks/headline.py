@@ -61,8 +61,8 @@ def steps(root: Path) -> list[str]:
         return []
     rows = [row | {"name": name} for name, row in _load(root, STEP).items()]
     return [
-        f"**A training step** on one {rows[0]['environment']['gpu']}, blocks compiled and the step a"
-        " CUDA graph, forward, backward and optimizer. MFU counts the model's products alone"
+        f"**A training step** on one {rows[0]['environment']['gpu']}, blocks compiled and the step"
+        " a CUDA graph, forward, backward and optimizer. MFU counts the model's products alone"
         f" ([{STEP.name}]({STEP})).",
         report.markdown(report.cells(STEP_COLUMNS, rows)),
     ]

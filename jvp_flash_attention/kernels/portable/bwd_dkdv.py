@@ -27,7 +27,7 @@ shard of each row's (`Spec.sharded`) they are not: a tile's sums are a part of t
 import triton
 import triton.language as tl
 
-from ..block_info import query_parts
+from ..block_info import first_row, query_parts
 from .primitives import (
     LOG2E,
     OUTSIDE,
@@ -83,7 +83,7 @@ def bwd_dkdv_kernel(
     parts = query_parts(n0, L, BLOCK_M, BLOCK_N, LEFT, RIGHT)
     for g in range(GROUP):
         h = hk * GROUP + g
-        row = (b * H + h).to(tl.int64) * L
+        row = first_row(b, h, H, L)
         for PHASE in tl.static_range(3 if LEFT is not None else 2 if RIGHT is not None else 1):
             for m0 in tl.range(parts[2 * PHASE], parts[2 * PHASE + 1], BLOCK_M):
                 i = m0 + tl.arange(0, BLOCK_M)

@@ -12,7 +12,7 @@ with dS, dtS and SINGLE of `bwd_dkdv.py`.
 import triton
 import triton.language as tl
 
-from ..block_info import key_parts
+from ..block_info import first_row, head_at, key_parts, pair_at
 from .primitives import (
     LOG2E,
     OUTSIDE,
@@ -53,7 +53,7 @@ def bwd_dq_kernel(
     hk = h // GROUP
     m0 = tile * BLOCK_M
     i = m0 + tl.arange(0, BLOCK_M)
-    row = (b * H + h).to(tl.int64) * L + i
+    row = first_row(b, h, H, L) + i
     q = load_tile(Q, b, h, m0, L, BLOCK_M, D, BLOCK_D, True, TMA)
     if T_Q is not None:
         t_q = load_tile(T_Q, b, h, m0, L, BLOCK_M, D, BLOCK_D, True, TMA)
@@ -161,20 +161,11 @@ def add_mask_grad(
     """Adds a tile of dS to the mask's gradient; ROWS, COLUMNS: the mask has those dimensions, or
     was broadcast."""
     if ROWS and COLUMNS:
-        at = _mask_at(D_MASK, b, h, i[:, None], j[None, :])
+        at = pair_at(D_MASK, b, h, i[:, None], j[None, :])
         tl.atomic_add(at, d_s, mask=(i < L)[:, None] & (j < S)[None, :], sem="relaxed")
     elif COLUMNS:
-        tl.atomic_add(_mask_at(D_MASK, b, h, 0 * j, j), tl.sum(d_s, 0), mask=j < S, sem="relaxed")
+        tl.atomic_add(pair_at(D_MASK, b, h, 0 * j, j), tl.sum(d_s, 0), mask=j < S, sem="relaxed")
     elif ROWS:
-        tl.atomic_add(_mask_at(D_MASK, b, h, i, 0 * i), tl.sum(d_s, 1), mask=i < L, sem="relaxed")
+        tl.atomic_add(pair_at(D_MASK, b, h, i, 0 * i), tl.sum(d_s, 1), mask=i < L, sem="relaxed")
     else:
-        tl.atomic_add(
-            D_MASK[0] + tl.cast(b, tl.int64) * D_MASK[1] + tl.cast(h, tl.int64) * D_MASK[2],
-            tl.sum(d_s),
-        )
-
-
-@triton.jit
-def _mask_at(D_MASK, b, h, i, j):
-    head = D_MASK[0] + tl.cast(b, tl.int64) * D_MASK[1] + tl.cast(h, tl.int64) * D_MASK[2]
-    return head + tl.cast(i, tl.int64) * D_MASK[3] + tl.cast(j, tl.int64) * D_MASK[4]
+        tl.atomic_add(head_at(D_MASK, b, h), tl.sum(d_s))

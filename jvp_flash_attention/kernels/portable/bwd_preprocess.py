@@ -12,6 +12,7 @@ w is what FlashAttention calls delta.
 import triton
 import triton.language as tl
 
+from ..block_info import first_row
 from .primitives import (
     LOG2E,
     head_of,
@@ -29,7 +30,7 @@ def bwd_preprocess_kernel(
     b, h, tile = head_of(tl.program_id(0), tl.cdiv(L, BLOCK_M), H, False)
     m0 = tile * BLOCK_M
     i = m0 + tl.arange(0, BLOCK_M)
-    row = (b * H + h).to(tl.int64) * L + i
+    row = first_row(b, h, H, L) + i
     o = load_tile(O, b, h, m0, L, BLOCK_M, DV, BLOCK_DV, True, False).to(tl.float32)
     w = tl.zeros([BLOCK_M], tl.float32)
     if D_O is not None:
@@ -44,7 +45,7 @@ def bwd_preprocess_kernel(
     tl.store(W_SUM + row, w, mask=i < L)
     if STATISTICS is not None:
         padded = tl.cdiv(L, BLOCK_M) * BLOCK_M
-        at = STATISTICS + (b * H + h).to(tl.int64) * 4 * padded + i
+        at = STATISTICS + first_row(b, h, H, 4) * padded + i
         tl.store(at, tl.load(LSE + row, mask=i < L, other=float("inf")) * LOG2E)
         tl.store(at + padded, tl.load(MU + row, mask=i < L, other=0.0))
         tl.store(at + 2 * padded, h_sum)

@@ -26,7 +26,7 @@ else.
 import triton
 import triton.language as tl
 
-from ..block_info import key_parts
+from ..block_info import first_row, key_parts
 from .primitives import (
     LOG2E,
     OUTSIDE,
@@ -166,7 +166,7 @@ def forward_kernel(
     o = o * inverse[:, None]
     if MASK is not None or BANDED:
         o = tl.where(spoil[:, None] > 0.0, float("nan"), o)
-    row = (b * H + h).to(tl.int64) * L + i
+    row = first_row(b, h, H, L) + i
     store_tile(O, o, b, h, m0, L, BLOCK_M, DV, BLOCK_DV)
     store_row_statistics(LSE, row, m, l, i < L, MASK is not None and not BOOL)
     if JVP:

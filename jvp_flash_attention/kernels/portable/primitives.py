@@ -14,7 +14,7 @@ it is not compiled.
 import triton
 import triton.language as tl
 
-from ..block_info import is_valid
+from ..block_info import is_valid, pair_at, row_at
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -37,7 +37,7 @@ def load_tile(
     else:
         i = tl.arange(0, BLOCK)
         d = tl.arange(0, BLOCK_D)
-        at = _row(X, b, h, row) + i[:, None] * X[3] + d[None, :]
+        at = row_at(X, b, h, row) + i[:, None] * X[3] + d[None, :]
         if CHECK and D != BLOCK_D:
             x = tl.load(at, mask=(row + i < rows)[:, None] & (d < D)[None, :], other=0.0)
         elif CHECK:
@@ -54,7 +54,7 @@ def store_tile(X, x, b, h, row, rows, BLOCK: tl.constexpr, D: tl.constexpr, BLOC
     """Stores (BLOCK, BLOCK_D) into rows row ... row + BLOCK of head (b, h), where they exist."""
     i = tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)
-    at = _row(X, b, h, row) + i[:, None] * X[3] + d[None, :]
+    at = row_at(X, b, h, row) + i[:, None] * X[3] + d[None, :]
     inside = (row + i < rows)[:, None] & (d < D)[None, :]
     tl.store(at, x.to(X[0].dtype.element_ty), mask=inside)
 
@@ -63,7 +63,7 @@ def store_tile(X, x, b, h, row, rows, BLOCK: tl.constexpr, D: tl.constexpr, BLOC
 def load_mask(MASK, b, h, i, j, L, S, OTHER: tl.constexpr):
     """The mask at rows i (l, 1) and columns j (1, s), or the transposed: float32, OTHER outside; a
     bool mask reads 0 or 1."""
-    at = _head(MASK, b, h) + tl.cast(i, tl.int64) * MASK[3] + tl.cast(j, tl.int64) * MASK[4]
+    at = pair_at(MASK, b, h, i, j)
     return tl.load(at, mask=(i < L) & (j < S), other=OTHER).to(tl.float32)
 
 
@@ -170,13 +170,3 @@ def head_of(pid, tiles, H, REVERSED: tl.constexpr):
     if REVERSED:  # under a causal mask the last tile has the most work and starts first
         t = tiles - 1 - t
     return bh // H, bh % H, t
-
-
-@triton.jit
-def _head(X, b, h):
-    return X[0] + tl.cast(b, tl.int64) * X[1] + tl.cast(h, tl.int64) * X[2]
-
-
-@triton.jit
-def _row(X, b, h, row):
-    return _head(X, b, h) + tl.cast(row, tl.int64) * X[3]

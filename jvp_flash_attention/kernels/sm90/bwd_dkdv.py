@@ -39,6 +39,7 @@ from .primitives import (
     advance,
     allocate_stages,
     first_query_tile,
+    first_row,
     keep_alive,
     matrix,
     not_future,
@@ -106,7 +107,7 @@ def _values(
         mbarrier.wait(k_ready.index(0), k_phase)
         first = first_query_tile(tile, CAUSAL)
         for h in range(hk * GROUP, (hk + 1) * GROUP):
-            row = STATISTICS + (b * Hk * GROUP + h).to(gl.int64) * 4 * padded
+            row = STATISTICS + first_row(b, h, Hk * GROUP, 4) * padded
             for j in range(first, (L + BLOCK_M - 1) // BLOCK_M):
                 i = j * BLOCK_M + gl.arange(0, BLOCK_M, layout=QUERY)
                 lse = gl.load(row + i)
@@ -184,7 +185,7 @@ def _keys(
         mbarrier.wait(k_ready.index(0), k_phase)
         first = first_query_tile(tile, CAUSAL)
         for h in range(hk * GROUP, (hk + 1) * GROUP):
-            row = STATISTICS + (b * Hk * GROUP + h).to(gl.int64) * 4 * padded
+            row = STATISTICS + first_row(b, h, Hk * GROUP, 4) * padded
             for j in range(first, (L + BLOCK_M - 1) // BLOCK_M):
                 i = j * BLOCK_M + gl.arange(0, BLOCK_M, layout=QUERY)
                 h_sum = gl.load(row + 2 * padded + i)

@@ -36,6 +36,7 @@ from .primitives import (
     ROWS,
     advance,
     allocate_stages,
+    first_row,
     is_valid,
     key_tiles,
     matrix,
@@ -90,7 +91,7 @@ def _scores(
     p_phase = 1
     for e in range(work_items(items, CAUSAL)):
         b, h, tile = work_item(e, tiles, H, CAUSAL)
-        row = STATISTICS + (b * H + h).to(gl.int64) * 4 * padded + tile * ROWS
+        row = STATISTICS + first_row(b, h, H, 4) * padded + tile * ROWS
         i = gl.arange(0, ROWS, layout=ROW)
         lse = gl.load(row + i)
         mu = gl.load(row + padded + i)
@@ -145,7 +146,7 @@ def _gradients(
     p_phase = 0
     for e in range(work_items(items, CAUSAL)):
         b, h, tile = work_item(e, tiles, H, CAUSAL)
-        row = STATISTICS + (b * H + h).to(gl.int64) * 4 * padded + tile * ROWS
+        row = STATISTICS + first_row(b, h, H, 4) * padded + tile * ROWS
         i = gl.arange(0, ROWS, layout=ROW)
         h_sum = gl.load(row + 2 * padded + i)
         w = gl.load(row + 3 * padded + i)

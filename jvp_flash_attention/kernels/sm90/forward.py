@@ -54,6 +54,7 @@ from .primitives import (
     any_above,
     barriers,
     exponential,
+    first_row,
     is_valid,
     keep_alive,
     keys_end,
@@ -391,7 +392,7 @@ def _consumer(
             store(o_out[1], [b, h, m0, D1], buffers[0][1].index(qj + WG))
             store(t_out[1], [b, h, m0, D1], buffers[1][1].index(qj + WG))
         i = m0 + gl.arange(0, ROWS, layout=ROW)
-        row = (b * H + h).to(gl.int64) * L + i
+        row = first_row(b, h, H, L) + i
         if ADD:
             gl.store(LSE + 2 * row, m, mask=i < L)
             gl.store(LSE + 2 * row + 1, gl.log2(l_row), mask=i < L)

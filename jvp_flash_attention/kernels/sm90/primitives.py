@@ -15,9 +15,10 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from .. import block_info
 
 # block_info's functions, as Gluon's
-_keys_end, _square_key_tiles, _square_first_query_tile, _in_band, _is_valid = (
+first_row, _keys_end, _square_key_tiles, _square_first_query_tile, _in_band, _is_valid = (
     gluon.jit(function.fn)
     for function in (
+        block_info.first_row,
         block_info.keys_end,
         block_info.square_key_tiles,
         block_info.square_first_query_tile,

@@ -1,0 +1,113 @@
+"""Ranges and pairs of `block_info` against every pair written out, for bands with either bound."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import triton
+import triton.language as tl
+
+from jvp_flash_attention import kernels, reference
+from jvp_flash_attention.kernels import block_info, launch_cache
+from jvp_flash_attention.kernels.portable import launch
+from tests import tolerances
+from tests.cases import Case, build, relative, solve
+
+BANDS = [(None, None), (None, 0), (None, 3), (0, None), (5, None), (0, 0), (3, 0), (9, 2), (40, 40)]
+
+
+@triton.jit
+def parts_kernel(
+    OUT,
+    at,
+    n,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    QUERIES: tl.constexpr,
+):
+    if QUERIES:
+        parts = block_info.query_parts(at, n, M, N, LEFT, RIGHT)
+    else:
+        parts = block_info.key_parts(at, n, M, N, LEFT, RIGHT)
+    for i in tl.static_range(6):
+        tl.store(OUT + i, parts[i])
+
+
+@triton.jit
+def valid_kernel(OUT, S, LEFT: tl.constexpr, RIGHT: tl.constexpr, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)[:, None]
+    j = tl.arange(0, SIZE)[None, :]
+    valid = block_info.is_valid(i, j, S, LEFT, RIGHT)
+    tl.store(OUT + i * SIZE + j, valid.to(tl.int8))
+
+
+def band(L, S, left, right):
+    """Which pairs count, written out."""
+    i, j = torch.arange(L)[:, None], torch.arange(S)[None, :]
+    valid = torch.ones(L, S, dtype=torch.bool)
+    if left is not None:
+        valid &= j >= i - left
+    if right is not None:
+        valid &= j <= i + right
+    return valid
+
+
+@pytest.mark.parametrize(("left", "right"), BANDS)
+def test_pairs_that_count(left, right, device):
+    out = torch.empty(64, 64, dtype=torch.int8, device=device)
+    valid_kernel[(1,)](out, 41, left, right, 64)
+    exact = band(64, 64, left, right)
+    exact[:, 41:] = False
+    assert torch.equal(out.bool().cpu(), exact)
+
+
+@pytest.mark.parametrize(("left", "right"), BANDS)
+@pytest.mark.parametrize(("M", "N"), [(16, 32), (32, 16)])
+@pytest.mark.parametrize(("L", "S"), [(100, 90), (40, 130)])
+@pytest.mark.parametrize("queries", [False, True], ids=["keys", "queries"])
+def test_parts_hold_what_counts_once_and_skip_tiles_without(
+    queries, L, S, M, N, left, right, device
+):
+    out = torch.empty(6, dtype=torch.int32, device=device)
+    rows, length, step, other = (S, L, M, N) if queries else (L, S, N, M)
+    # the last tile is a whole one to the ranges
+    valid = band(L, S + N, left, right).T if queries else band(L + M, S, left, right)
+    for at in range(0, rows, other):
+        parts_kernel[(1,)](out, at, length, M, N, left, right, queries)
+        tile, seen = valid[at : at + other], []
+        for phase, (begin, end) in enumerate(out.view(3, 2).tolist()):
+            if phase == 1 and queries and right is None:
+                continue  # nothing: the kernel has no such phase
+            if phase == 2 and left is None:
+                continue
+            for start in range(begin, end, step):
+                assert start % step == 0
+                seen += range(start, min(start + step, length))
+                if phase == 0:
+                    assert tile[:, start : start + step].all()
+        assert len(seen) == len(set(seen))
+        mine = torch.zeros(length, dtype=torch.bool)
+        mine[seen] = True
+        assert (tile.any(0) <= mine).all()
+        tiles = {x // step for x in seen}
+        needed = {x // step for x in tile.any(0).nonzero().flatten().tolist()}
+        assert len(tiles - needed) <= (left is not None or right is not None)
+
+
+@pytest.mark.parametrize(
+    ("L", "S", "left", "right"), [(70, 75, 5, 0), (70, 75, 40, 3), (80, 33, 7, None)]
+)
+def test_the_portable_kernels_serve_any_band(L, S, left, right, device, monkeypatch):
+    """As the same band as a bool mask; some rows have no key at all."""
+    monkeypatch.setattr(launch, "band", lambda spec: {"LEFT": left, "RIGHT": right})
+    launch_cache.clear()
+    p = build(Case(B=1, H=2, Hk=1, L=L, S=S, D=16), torch.float32, device)
+    exact = p.double()
+    exact.primals[3] = band(L, S, left, right).to(device)[None, None]
+    got = solve(kernels, p)
+    launch_cache.clear()
+    for name, x in solve(reference, exact).items():
+        square, norm = relative(got[name], x, S)
+        assert (square / norm) ** 0.5 < tolerances.SECOND[torch.float32], name
