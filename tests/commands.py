@@ -42,7 +42,8 @@ def in_process(script, *arguments):
     given = mock.patch.object(sys, "argv", [script, *map(str, arguments)])
     once = mock.patch.object(Hydra, "get_mode", return_value=None)  # it composes to ask for a key
     beside = mock.patch.object(sys, "path", [str(path.parent), *sys.path])  # as Python has it
-    with given, once, beside, redirect_stdout(printed):
+    own = mock.patch.dict(os.environ)  # what it sets there ends with it
+    with given, once, beside, own, redirect_stdout(printed):
         try:
             runpy.run_path(str(path), run_name="__main__")
         except SystemExit as stopped:
