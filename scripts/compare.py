@@ -9,19 +9,21 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from scripts.train import train
 from training.cli import one_line_errors, run
-from training.comparison.files import write_report
-from training.comparison.loss import compare_losses
-from training.comparison.speed_report import compare_speeds
-from training.comparison.wandb import log_comparison
-from training.environment import environment
-from training.registry import trust
-from training.validation import one_of
 
 
 def compare(config: DictConfig, overrides: Sequence[str], output: Path) -> Path:
     """Returns the path of the page."""
+    # Torch, Lightning and Matplotlib take seconds: after the keys.
+    from training.comparison.files import write_report
+    from training.comparison.loss import compare_losses
+    from training.comparison.speed_report import compare_speeds
+    from training.comparison.wandb import log_comparison
+    from training.environment import environment
+    from training.fit import train
+    from training.registry import trust
+    from training.validation import one_of
+
     one_of("comparison.kind", config.comparison.kind, ("loss", "speed"))
     trust(config.trusted)
 

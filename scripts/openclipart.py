@@ -34,7 +34,6 @@ from omegaconf import DictConfig
 from scripts.fashion_mnist import cells, table, thinned, write_block
 from scripts.fashion_mnist_plots import Strip
 from scripts.openclipart_plots import curves, sample_sheet
-from scripts.train import train
 from training.arguments import CONFIGS
 from training.build import build_data
 from training.callbacks.ema import with_weights
@@ -44,6 +43,7 @@ from training.comparison.files import finite
 from training.comparison.plots import save
 from training.data.packed import Packed
 from training.environment import environment
+from training.fit import train
 from training.metrics.classifier import load_classifier
 from training.metrics.frechet import frechet_distance
 from training.metrics.judge import Features

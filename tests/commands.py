@@ -4,32 +4,30 @@ import csv
 import io
 import os
 import runpy
-import subprocess
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 from unittest import mock
 
+from hydra._internal.hydra import Hydra
+
+from tests import processes
+
 ROOT = Path(__file__).parents[1]
 # One thread: OpenMP's waiting threads must not fight with whatever else the machine does.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": "0"}
 FAST = ["trainer=cpu", "logger=csv", "data.batch_size=16", "model.depth=2", "model.width=48"]
-FAST += ["callbacks.page=null"]  # a second a run
+FAST += ["callbacks.page=null", "callbacks.throughput=null"]  # two seconds a run
 
 
-def command(script, *arguments):
-    return [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
+def start(script, *arguments, cwd, printed):
+    path, where = ROOT / "scripts" / script, {"cwd": cwd, "printed": printed}
+    return processes.start(path, *arguments, environment=ENVIRONMENT, **where)
 
 
 def call(script, *arguments, cwd):
-    return subprocess.run(
-        command(script, *arguments),
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=ENVIRONMENT,
-    )
+    path = ROOT / "scripts" / script
+    return processes.finish(path, *arguments, cwd=cwd, environment=ENVIRONMENT)
 
 
 def succeed(script, *arguments, cwd):
@@ -41,7 +39,11 @@ def succeed(script, *arguments, cwd):
 def in_process(script, *arguments):
     """What the script prints, where the process is not what is tested."""
     path, printed = ROOT / "scripts" / script, io.StringIO()
-    with mock.patch.object(sys, "argv", [script, *map(str, arguments)]), redirect_stdout(printed):
+    given = mock.patch.object(sys, "argv", [script, *map(str, arguments)])
+    once = mock.patch.object(Hydra, "get_mode", return_value=None)  # it composes to ask for a key
+    beside = mock.patch.object(sys, "path", [str(path.parent), *sys.path])  # as Python has it
+    own = mock.patch.dict(os.environ)  # what it sets there ends with it
+    with given, once, beside, own, redirect_stdout(printed):
         try:
             runpy.run_path(str(path), run_name="__main__")
         except SystemExit as stopped:

@@ -16,6 +16,10 @@ os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
 
+    from tests.interpreter import quicken
+
+    quicken()
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -58,5 +62,7 @@ class _Report:
 
 
 def pytest_configure(config):
+    # By the number of their tests the files whose few tests take long would come last.
+    config.option.loadscopereorder = False
     if config.getoption("--report") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Report(config.getoption("--report")))

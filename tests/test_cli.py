@@ -3,6 +3,8 @@
 import itertools
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,13 +13,15 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save
 
-from tests.commands import FAST, ROOT, call, column, in_process, rows, succeed
+from tests.commands import ENVIRONMENT, FAST, ROOT, call, column, in_process, rows, succeed
 from tests.test_configs import composed
 from training.checkpoints import load_checkpoint
 from training.data.module import split
 from training.data.stream import Stream
 from training.trained import load_trained
 
+SMALL = ["trainer=cpu", "model.depth=2", "model.width=48", "data.batch_size=32"]
+SMALL += ["callbacks.accuracy.n=100"]
 METRICS = {
     "train/loss",
     "train/error",
@@ -44,10 +48,9 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     outputs = {}
     for attention in ("jvp", "sdpa", "reference"):
-        arguments = ["trainer=cpu", "trainer.max_steps=30", "trainer.log_every_n_steps=1"]
+        arguments = [*SMALL, "trainer.max_steps=30", "trainer.log_every_n_steps=1"]
         arguments += ["logger=wandb_offline" if attention == "jvp" else "logger=csv"]
         arguments += [
-            "callbacks.accuracy.n=100",
             f"attention={attention}",
             f"hydra.run.dir={folder / attention}",
         ]
@@ -441,7 +444,7 @@ def test_distributions_train_and_are_judged(tmp_path, data):
 def test_a_run_that_has_made_its_steps_says_so(runs):
     run = runs[0] / "reference"
     written = (run / "metrics.csv").read_text()
-    arguments = ["trainer=cpu", "trainer.max_steps=30", "ckpt_path=last", f"hydra.run.dir={run}"]
+    arguments = [*SMALL, "trainer.max_steps=30", "ckpt_path=last", f"hydra.run.dir={run}"]
     says = "has made 30 steps; raise trainer.max_steps to go on"
     assert says in in_process("train.py", *arguments, "attention=reference")
     assert (run / "metrics.csv").read_text() == written
@@ -502,3 +505,24 @@ def test_a_mistake_in_a_process_of_its_own_gives_one_line_too(tmp_path):
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.startswith("error: ")
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("script", ["train.py", "compare.py"])
+def test_a_wrong_key_is_found_before_torch_and_lightning_are_imported(script, tmp_path):
+    code = f"""
+import runpy, sys
+sys.argv = [{script!r}, "attentoin=jvp"]
+try:
+    runpy.run_path({str(ROOT / "scripts" / script)!r}, run_name="__main__")
+except SystemExit as stopped:
+    print(stopped.code, {{"torch", "lightning", "matplotlib"}} & set(sys.modules))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.stdout == "1 set()\n", done.stderr
+    assert "key 'attentoin'; did you mean attention?" in done.stderr

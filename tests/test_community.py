@@ -60,5 +60,5 @@ def test_what_contributing_names_exists():
             found = (ROOT / name).exists() or any(ROOT.glob(f"*/**/{name.rstrip('/')}"))
             assert found, name
     code = "".join(p.read_text() for p in (ROOT / "jvp_flash_attention").rglob("*.py"))
-    for definition in ("def visible(", "def serves_forward(", "MASKS = "):
+    for definition in ("class Spec", "def is_default(", "MASKS = "):
         assert definition in code

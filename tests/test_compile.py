@@ -8,7 +8,7 @@ from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 from jvp_flash_attention import attention, attention_jvp, ops, reference
 from tests.cases import Case, build
 
-pytestmark = [pytest.mark.compile, pytest.mark.slow]
+pytestmark = pytest.mark.compile
 
 # before 2.11 the compiler put its own words in place of an exception's, and had no gradient through
 # a compiled jvp's tangent
@@ -53,7 +53,8 @@ def through_the_tangent(net, x, t, v):
     return (u - v + 0.3 * du).square().mean()
 
 
-STEPS = (plain, meanflow, meanflow_by_the_keyword, through_the_tangent)
+STEPS = [meanflow, through_the_tangent]
+STEPS += [pytest.param(f, marks=pytest.mark.slow) for f in (plain, meanflow_by_the_keyword)]
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda f: f.__name__)

@@ -1,5 +1,6 @@
 """Links of the documents lead somewhere; their commands are run by a test, or say why not."""
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -84,20 +85,24 @@ def test_the_home_page_of_the_site_is_the_readme():
 
 
 # Blocks of `python` are run by tests/test_readme.py, those of `py` and `bash` as they say.
-BLOCK = re.compile(r"(?:^<!-- (.*) -->\n)?^```(bash|py)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-IN_DOCS = sorted((ROOT / "docs").rglob("*.md"))
+BLOCK = re.compile(r"(?:^<!-- ([^\n]*) -->\n)?^```(bash|py)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+WITH_COMMANDS = [*PAGES, ROOT / "examples" / "README.md"]
 
 
 def blocks() -> list[tuple[Path, str, str, str]]:
-    """(page, the remark above, language, text) of every such block in docs/."""
-    return [(page, *found) for page in IN_DOCS for found in BLOCK.findall(page.read_text())]
+    """(page, the remark above, language, text) of every such block."""
+    return [(page, *found) for page in WITH_COMMANDS for found in BLOCK.findall(page.read_text())]
 
 
 def commands() -> list[list[str]]:
-    """The words of each command that calls a script, from the script's name on."""
-    text = "\n".join(block for *_, language, block in blocks() if language == "bash")
+    """The words of each command that calls a script, from the script's name on; those within a
+    line too.
+    """
+    lines = "\n".join(block for *_, language, block in blocks() if language == "bash")
+    spans = [re.findall(r"`([^`\n]+)`", page.read_text()) for page in WITH_COMMANDS]
+    within = [span for span in itertools.chain(*spans) if " scripts/" in span]
     found = []
-    for line in text.replace("\\\n", " ").splitlines():
+    for line in [*lines.replace("\\\n", " ").splitlines(), *within]:
         words = shlex.split(line.removesuffix("&"), comments=True)
         scripts = [i for i, word in enumerate(words) if word.startswith("scripts/")]
         found += [words[scripts[0] :]] if scripts else []
@@ -127,5 +132,6 @@ def test_every_key_and_option_of_a_command_exists(words):
         assert all(f'"{option}"' in text for option in options), options
         return
     single = [re.sub(r"(=[^\[,]*),.*", r"\1", word) for word in arguments if "=" in word]
+    single = [word for word in single if not re.fullmatch(r"(KEY|[a-z_]+)=[A-Z]+", word)]
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         compose(name, single, return_hydra_config=True)

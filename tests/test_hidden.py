@@ -30,7 +30,7 @@ def _poisoned(p, poison, places):
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-@pytest.mark.parametrize("S", [17, 70])  # one tile of keys, and several
+@pytest.mark.parametrize("S", [17, pytest.param(70, marks=pytest.mark.slow)])  # tiles: 1, several
 @pytest.mark.parametrize("bias", ["bool", "full", "key", None])
 def test_nothing_of_a_key_that_nobody_sees_is_felt(name, S, bias):
     implementation, dtype = IMPLEMENTATIONS[name]

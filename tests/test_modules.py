@@ -156,9 +156,12 @@ def test_autocast_keeps_the_tangent():
 
 
 @pytest.mark.compile
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["plain", "all"])
-def test_a_compiled_jvp_has_the_tangent_and_the_gradients_of_eager(name):
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [("plain", "aot_eager")]
+    + [pytest.param(name, "inductor", marks=pytest.mark.slow) for name in ("plain", "all")],
+)
+def test_a_compiled_jvp_has_the_tangent_and_the_gradients_of_eager(name, backend):
     torch._dynamo.reset()
     p = make(name, torch.float32)
     t = torch.randn_like(p.x)
@@ -169,7 +172,7 @@ def test_a_compiled_jvp_has_the_tangent_and_the_gradients_of_eager(name):
 
     exact = step(p.x, t)
     exact_grads = torch.autograd.grad(exact[2], list(p.module.parameters()))
-    got = torch.compile(step, fullgraph=True)(p.x, t)
+    got = torch.compile(step, fullgraph=True, backend=backend)(p.x, t)
     grads = torch.autograd.grad(got[2], list(p.module.parameters()))
     for g, e in zip(got, exact, strict=True):
         torch.testing.assert_close(g, e)

@@ -1,15 +1,16 @@
 """Runs that end early, in whatever way, and go on as if they had not."""
 
 import json
+import os
 import shlex
 import signal
-import subprocess
 import time
 
 import pytest
 import torch
 
-from tests.commands import ENVIRONMENT, FAST, column, command, in_process, rows, succeed
+from tests import commands
+from tests.commands import FAST, column, in_process, rows, succeed
 from training.checkpoints import load_checkpoint
 
 EXACT = ("train/loss", "train/error", "train/v_loss", "train/grad_norm", "train/lr")
@@ -19,19 +20,13 @@ ENDLESS += ["callbacks.accuracy=null", "callbacks.samples=null", "model.dropout=
 ENDLESS += ["callbacks.ema.decay=[0.9,0.99]", "callbacks.ema.power=[0.1]"]
 
 
-def start(run, *arguments):
+def start(run, printed, *arguments):
     """A run without end that has made at least eight steps."""
-    process = subprocess.Popen(
-        command("train.py", *ENDLESS, "trainer.max_steps=1000000", *arguments),
-        cwd=run,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
-    )
+    endless = [*ENDLESS, "trainer.max_steps=1000000", *arguments]
+    process = commands.start("train.py", *endless, cwd=run, printed=printed)
     deadline = time.monotonic() + 120
     while not (run / "metrics.csv").exists() or len(rows(run)) < 8:
-        assert process.poll() is None, process.communicate()[1]
+        assert process.is_alive(), (printed / "stderr").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return process
@@ -40,11 +35,11 @@ def start(run, *arguments):
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     killed.mkdir()
-    process = start(
-        killed, f"hydra.run.dir={killed}", "ckpt_path=auto", "callbacks.checkpoint.every_n_steps=3"
-    )
-    process.send_signal(signal.SIGKILL)
-    assert process.wait(timeout=60) == -signal.SIGKILL
+    often = ["ckpt_path=auto", "callbacks.checkpoint.every_n_steps=3"]
+    process = start(killed, tmp_path, f"hydra.run.dir={killed}", *often)
+    process.kill()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
     checkpoint = killed / "checkpoints" / "last.ckpt"
     assert 3 <= load_checkpoint(checkpoint)["global_step"] <= len(rows(killed))
 
@@ -99,12 +94,13 @@ def test_a_resumed_run_is_the_run_that_it_was(tmp_path, capfd):
 @pytest.mark.parametrize("numbers", [[signal.SIGINT, signal.SIGINT], [signal.SIGTERM]])
 def test_an_interrupted_run_leaves_a_checkpoint_that_resumes(tmp_path, numbers):
     """Two interrupts at once are one: whatever sends them, the checkpoint is written."""
-    process = start(tmp_path, f"hydra.run.dir={tmp_path}")
+    process = start(tmp_path, tmp_path, f"hydra.run.dir={tmp_path}")
     for number in numbers:
-        process.send_signal(number)
+        os.kill(process.pid, number)
         time.sleep(0.02)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 128 + numbers[0], stderr
+    process.join(120)
+    stderr = (tmp_path / "stderr").read_text()
+    assert process.exitcode == 128 + numbers[0], stderr
     assert stderr.strip().startswith("interrupted after step ")
     assert len(stderr.strip().splitlines()) == 1
     step = int(stderr.split()[3].rstrip(";"))

@@ -13,7 +13,6 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from lightning import Trainer
 from omegaconf import OmegaConf
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -73,7 +72,11 @@ def _lightnings(argument: str) -> str:
     if name == argument.partition("=")[0] or Path(sys.argv[0]).stem not in TRAINS:
         return argument
     listed: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "trainer" / "default.yaml"))
-    if name in listed or name in OURS or name not in inspect.signature(Trainer).parameters:
+    if name in listed or name in OURS:
+        return argument
+    from lightning import Trainer  # it takes seconds, and few need it
+
+    if name not in inspect.signature(Trainer).parameters:
         return argument
     return f"++{argument}"
 

@@ -6,17 +6,14 @@ import re
 import sys
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from training.arguments import prepared, unknown_key, unreadable
-from training.callbacks.checkpoint import Interrupted
-from training.callbacks.guard import Diverged
 
 USER_ERRORS = (
     ValueError,
@@ -24,10 +21,14 @@ USER_ERRORS = (
     NotImplementedError,
     OSError,
     ModuleNotFoundError,
-    MisconfigurationException,
     HydraException,
     OmegaConfBaseException,
-    Diverged,
+)
+# Errors of modules that take seconds to import; who has not imported them has not met them.
+INTERRUPTED = ("training.callbacks.checkpoint.Interrupted",)
+LATER = (
+    "lightning.fabric.utilities.exceptions.MisconfigurationException",
+    "training.callbacks.guard.Diverged",
 )
 NOISE = (
     "does not have many workers",
@@ -85,17 +86,23 @@ def one_line_errors() -> Iterator[None]:
     os.environ[FULL] = str(int(TRACEBACKS))
     try:
         yield
-    except Interrupted as interrupt:
+    except _imported(INTERRUPTED) as interrupt:
         print(interrupt, file=sys.stderr)
-        sys.exit(128 + interrupt.signal)
+        sys.exit(128 + interrupt.signal)  # type: ignore[attr-defined]
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except USER_ERRORS as error:
+    except (*USER_ERRORS, *_imported(LATER)) as error:
         if TRACEBACKS:
             raise
         print(f"error: {message(error)}", file=sys.stderr)
         sys.exit(1)
+
+
+def _imported(names: Sequence[str]) -> tuple[type[BaseException], ...]:
+    """The classes of these names whose modules are there already."""
+    places = (name.rpartition(".") for name in names)
+    return tuple(getattr(sys.modules[m], name) for m, _, name in places if m in sys.modules)
 
 
 def message(error: BaseException) -> str:

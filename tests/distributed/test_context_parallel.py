@@ -1,23 +1,19 @@
 """Four processes: value, tangent and all gradients of sharded sequences are dense attention's."""
 
 import re
-import socket
 
 import pytest
 import torch
-from torch import multiprocessing
 
 from tests.distributed import workers
+from tests.training import ranks
 
 EXACT = 1e-12  # float64, O(1) numbers
 
 
-def spawn(work, size, folder):
+def spawn(work, size, folder, *arguments):
     """What each of `size` processes found."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(work, (port, str(folder)), nprocs=size)
+    ranks.spawn(work, size, str(folder), *arguments)
     return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
 
 
@@ -72,10 +68,13 @@ def test_what_cannot_be_is_said_on_every_process(processes, name, message):
         assert re.match(message, found["failures"][name]), found["failures"][name]
 
 
-@pytest.mark.slow
 @pytest.mark.compile
-def test_compiled_steps_have_the_gradients_of_eager_ones(tmp_path):
-    for found in spawn(workers.work_compiled, 2, tmp_path):
+@pytest.mark.parametrize(
+    "backend",
+    ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)],  # this one checks strides
+)
+def test_compiled_steps_have_the_gradients_of_eager_ones(tmp_path, backend):
+    for found in spawn(workers.work_compiled, 2, tmp_path, backend):
         assert isinstance(found, dict), found
         for function in ("ring_attention", "ulysses_attention"):
             assert "context_parallel_attention(mesh, kind)" in found.pop(function)

@@ -1,6 +1,5 @@
 """What each of four processes does in the tests: every case on several meshes, once for all."""
 
-import os
 import traceback
 from functools import partial
 
@@ -132,7 +131,7 @@ def mapped(f, inputs, d_out):
 SECOND = {"double backward": double_backward, "jvp of grad": jvp_of_grad, "vmap": mapped}
 
 
-def compiled(mesh: DeviceMesh) -> dict[str, object]:
+def compiled(mesh: DeviceMesh, backend: str) -> dict[str, object]:
     """Gradients of compiled steps beside those of eager ones, and what a mesh inside is told."""
     rng = torch.Generator().manual_seed(distributed.get_rank())
     draw = lambda: torch.randn(1, 4, 8, 8, generator=rng, dtype=torch.float64)  # noqa: E731
@@ -151,7 +150,7 @@ def compiled(mesh: DeviceMesh) -> dict[str, object]:
         attend = context_parallel_attention(mesh, kind)
         for explicit in (False, True):
             grads = []
-            for run in (step, torch.compile(step, fullgraph=True)):  # inductor checks strides
+            for run in (step, torch.compile(step, fullgraph=True, backend=backend)):
                 leaf = x.clone().requires_grad_()
                 grads += torch.autograd.grad(run(attend, explicit, leaf), leaf)
             name = f"{kind} {'both' if explicit else 'meanflow'}"
@@ -165,11 +164,11 @@ def compiled(mesh: DeviceMesh) -> dict[str, object]:
     return found
 
 
-def work_compiled(rank: int, port: int, folder: str) -> None:
+def work_compiled(rank: int, size: int, folder: str, backend: str) -> None:
     """One of two processes."""
-    connect(rank, port, 2)
+    distributed.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
-    torch.save(_tried(compiled, mesh), f"{folder}/{rank}.pt")
+    torch.save(_tried(compiled, mesh, backend), f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -223,15 +222,9 @@ def failures(mesh: DeviceMesh, pair: DeviceMesh) -> dict[str, str]:
     return found
 
 
-def connect(rank: int, port: int, size: int) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    distributed.init_process_group("gloo", rank=rank, world_size=size)
-
-
-def work(rank: int, port: int, folder: str) -> None:
+def work(rank: int, size: int, folder: str) -> None:
     """One process. What it finds, or the error that it met, by name."""
-    connect(rank, port, SIZE)
+    distributed.init_process_group("gloo")
     found: dict[str, object] = {}
     on = meshes()
     for name, (mesh, case, mode) in calls().items():

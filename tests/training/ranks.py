@@ -7,13 +7,18 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import multiprocessing
 
+from tests import processes  # noqa: F401  what they find imported
+
 
 def spawn(work, world, *arguments, join=True):
     """``work(rank, world, *arguments)`` in so many processes; ``join``: until they end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return multiprocessing.spawn(_start, (work, world, port, arguments), nprocs=world, join=join)
+    arguments = (work, world, port, arguments)
+    return multiprocessing.start_processes(
+        _start, arguments, world, join, start_method="forkserver"
+    )
 
 
 def _start(rank, work, world, port, arguments):

@@ -16,10 +16,11 @@ from scipy import stats
 
 from scripts.compare import compare
 from scripts.dashboard import build
-from tests.commands import ROOT, call, succeed
+from tests import processes
+from tests.commands import ROOT, call, in_process, succeed
 from training.attentions import sdpa, sdpa_fused
 from training.comparison import crossover as crossovers
-from training.comparison import dashboard, lockstep, speed
+from training.comparison import dashboard, lockstep, speed, together
 from training.comparison.arms import (
     Run,
     check_arms,
@@ -356,18 +357,26 @@ def errors_of(output):
         return {(r["arm"], r["seed"], r["step"]): r["train/error"] for r in rows}
 
 
+@pytest.fixture
+def imported(monkeypatch):
+    """Processes of runs begin with everything imported."""
+    monkeypatch.setattr(together.multiprocessing, "get_context", lambda kind: processes.FORKS)
+
+
+@pytest.mark.usefixtures("imported")
 def test_runs_beside_each_other_are_those_after_each_other(compared, tmp_path):
     arms = [f"comparison.arms.{arm}=null" for arm in ("double", "float32")]
     arms += ["comparison.parallel=3", "comparison.seeds=1", "comparison.lockstep.steps=0"]
     arguments = ["experiment=loss_matching_smoke", *TINY, *arms]
-    done = succeed("compare.py", *arguments, f"hydra.run.dir={tmp_path / 'out'}", cwd=tmp_path)
-    assert "jvp_seed0: done" in done.stdout
-    assert "samples per second" not in done.stdout
+    printed = in_process("compare.py", *arguments, f"hydra.run.dir={tmp_path / 'out'}")
+    assert "jvp_seed0: done" in printed
+    assert "samples per second" not in printed
     assert "samples per second" in (tmp_path / "out/runs/jvp_seed0/log.txt").read_text()
     expected = {k: v for k, v in errors_of(compared[0]).items() if k[0] != "wrong"}
     assert errors_of(tmp_path / "out") == expected
 
 
+@pytest.mark.usefixtures("imported")
 def test_a_run_that_fails_beside_others_is_named_when_they_are_done(tmp_path, monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # as a script's main leaves it
     jobs = []

@@ -1,15 +1,13 @@
 """Two processes: gradients are those of one process on both batches together."""
 
 import functools
-import os
-import socket
 
 import pytest
 import torch
 from lightning import Callback, Trainer
-from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.training.ranks import spawn
 from training.activation_checkpointing import checkpoint_blocks
 from training.attentions import sdpa
 from training.data.digits import Digits
@@ -49,11 +47,7 @@ class KeepGradients(Callback):
         self.wrapped = isinstance(trainer.strategy.model, DistributedDataParallel)
 
 
-def work(rank, port, folder):
-    """One of two processes, as torchrun starts them."""
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_RUN_ID": "test"}
+def work(rank, world, folder):
     results = {}
     for name, (_, _, graphs) in SETTINGS.items():
         keep = KeepGradients()
@@ -84,10 +78,7 @@ def work(rank, port, folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(work, (port, str(folder)), nprocs=2)
+    spawn(work, 2, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

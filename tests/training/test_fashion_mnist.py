@@ -38,12 +38,12 @@ def runs(folder, tmp_path_factory):
         arguments = [f"experiment={experiment}", *TINY, f"data.path={folder}"]
         arguments += [f"hydra.run.dir={base / name}", "callbacks.ema.power=[0.1]", "sampler.nfe=1"]
         arguments += [f"objective.teacher.ckpt={teacher}"] if name == "scd" else []
-        in_process("train.py", *arguments, "trainer.max_time=00:00:00:02")
+        in_process("train.py", *arguments, "trainer.max_time=00:00:00:01")
         found.append(base / name)
         if name == "meanflow":
             steps = load_checkpoint(base / name / "checkpoints" / "last.ckpt")["global_step"]
             again = [*arguments, "ckpt_path=last"]
-            says = in_process("train.py", *again, "trainer.max_time=00:00:00:02")
+            says = in_process("train.py", *again, "trainer.max_time=00:00:00:01")
             assert "steps; raise trainer.max_time to go on" in says
             in_process(
                 "train.py", *again, "trainer.max_time=null", f"trainer.max_steps={steps + 3}"

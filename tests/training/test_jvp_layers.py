@@ -190,9 +190,10 @@ def test_checkpointed_blocks_give_the_same_gradients(keep, through):
     assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
 
 
-@pytest.mark.slow
 @pytest.mark.compile
-@pytest.mark.parametrize("through", [False, True], ids=["constant", "through"])
+@pytest.mark.parametrize(
+    "through", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["constant", "through"]
+)
 def test_blocks_are_compiled_once_whatever_their_number(through):
     net = network()
     eager = step(net, _by_blocks, 2, through)

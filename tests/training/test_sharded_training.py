@@ -10,7 +10,7 @@ from tests.commands import FAST, column, in_process, rows
 from tests.training.ranks import spawn
 from training.checkpoints import load_checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.timeout(1200)
 
 RUN = [*FAST, "trainer.devices=2", "data.batch_size=4", "attention=sdpa", "objective=tvm"]
 RUN += ["trainer.log_every_n_steps=1", "optimizer.schedule=constant", "model.dropout=0.1"]

@@ -32,7 +32,8 @@ OBJECTIVES = {
 
 # All with two processes; with four, where a hybrid mesh has two dimensions, the one with a teacher.
 CASES = [*((2, name) for name in OBJECTIVES), (4, "tvm")]
-VARIANTS = (("fsdp", "meanflow recomputed"), ("fsdp", "tvm compiled"))
+VARIANTS = (("fsdp", "meanflow recomputed"), ("fsdp", "scm compiled"))
+SLOW = ("fsdp", "tvm compiled")
 
 
 def build(name):
@@ -71,7 +72,7 @@ def gradients(net):
     return {n: whole(p.grad).clone() for n, p in net.named_parameters() if p.grad is not None}
 
 
-def work(rank, world, folder):
+def work(rank, world, folder, slow):
     distributed.init_process_group("gloo")
     meshes = {"fsdp": (world,), "hybrid": (world, 1) if world == 2 else (2, world // 2)}
     results = {}
@@ -85,7 +86,8 @@ def work(rank, world, folder):
             names = ("replicate", "shard")[-len(shape) :]
             mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
             for variant in ("", " recomputed", " compiled"):
-                if variant and (kind, name + variant) not in VARIANTS:
+                chosen = (SLOW,) if slow else VARIANTS
+                if variant and (world > 2 or (kind, name + variant) not in chosen):
                     continue
                 net, objective = build(name)
                 if variant == " recomputed":
@@ -102,11 +104,12 @@ def work(rank, world, folder):
     distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, 4, pytest.param("slow", marks=pytest.mark.slow)])
 def ranks(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    spawn(work, request.param, str(folder))
-    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+    folder, slow = tmp_path_factory.mktemp("ranks"), request.param == "slow"
+    world = 2 if slow else request.param
+    spawn(work, world, str(folder), slow)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))

@@ -1,0 +1,33 @@
+"""Triton's interpreter at twice its speed.
+
+At every call of a device function it patches the whole language anew, and it asks of each sum of
+integers whether it overflows. In kernels as small as those of the tests that is most of the time.
+"""
+
+from dataclasses import replace
+from functools import cache
+from types import SimpleNamespace
+
+import numpy as np
+from triton import language as tl
+from triton.runtime import interpreter
+
+_EVERY = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+
+
+def quicken() -> None:
+    """For good, in this process. A launch patches the language once, and sums wrap as on a GPU."""
+    patch, of_scalar = interpreter._patch_lang, cache(interpreter._get_np_dtype)
+    pointer = np.dtype(np.uint64)
+
+    def dtype(kind):
+        return pointer if kind.scalar.is_ptr() else of_scalar(kind.scalar)
+
+    def call(function, *args, **kwargs):
+        return function.rewrite()(*args, **kwargs)
+
+    interpreter._patch_lang = lambda fn: patch(_EVERY)
+    interpreter.InterpretedFunction.__call__ = call
+    interpreter._get_np_dtype = dtype
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)

@@ -1,0 +1,89 @@
+"""One run of scripts/train.py, from its configuration to the last file."""
+
+import logging
+from datetime import timedelta
+from pathlib import Path
+
+from hydra.utils import instantiate
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from training.build import build_data, build_module, settle_batch
+from training.callbacks.checkpoint import interrupted_once
+from training.callbacks.finish import Finish, finished, over
+from training.checkpoints import (
+    AtomicCheckpointIO,
+    changes,
+    find_checkpoint,
+    load_checkpoint,
+    load_rest,
+    load_weights,
+    refuse_changed,
+    refuse_used,
+)
+from training.lock import run_lock
+from training.loggers.csv import CSVFile
+from training.registry import checked, trust, trust_own
+from training.settings import check, remark, sharded
+from training.threads import choose_threads
+
+
+def train(config: DictConfig, run_dir: Path) -> None:
+    # Lightning's import has set its own level, after ``cli.run``.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    check(config)
+    threads = choose_threads(config)
+    settle_batch(config)
+    trust(config.trusted)
+    trust_own(config)
+    # A job that was started again may meet the last moments of the one before.
+    wait = config.lock_wait if config.ckpt_path == "auto" else 0
+    with run_lock(run_dir, rank_zero_only.rank or 0, wait):
+        _train(config, run_dir, threads)
+
+
+def _train(config: DictConfig, run_dir: Path, *remarks: str) -> None:
+    resumed = find_checkpoint(config.ckpt_path, run_dir)
+    checkpoint = load_rest(resumed) if resumed else None
+    if resumed and checkpoint:
+        checked(checkpoint["config"], resumed)
+        refuse_changed(config, checkpoint, resumed)
+    ending, limits = [], {}
+    if resumed and checkpoint and (limit := over(config.trainer, checkpoint)):
+        step = checkpoint["global_step"]
+        own = run_dir.resolve() in resumed.resolve().parents
+        if not own or finished(config.callbacks, run_dir, step):
+            print(f"nothing to do: {resumed} has made {step} steps; raise trainer.{limit} to go on")
+            return
+        print(f"the {step} steps are made; what follows them is missing and is made now")
+        ending, limits = [Finish()], {"max_steps": step + 1, "max_time": timedelta.max}
+    if rank_zero_only.rank == 0:
+        refuse_used(run_dir, resumed, config.ckpt_path)
+        changed = changes(config, checkpoint) if checkpoint else ""
+        for line in (*remarks, changed, remark(config)):
+            if line:
+                print(line)
+    data = build_data(config)
+    module = build_module(config, data, resumed is not None)
+    module.objective.prepare(data.shape, data.num_classes)
+    callbacks = [instantiate(c) for c in config.callbacks.values() if c]
+    loggers = [logger for c in config.logger.values() if c and (logger := instantiate(c))]
+    trainer = instantiate(
+        config.trainer,
+        callbacks=callbacks + ending,
+        logger=loggers,
+        plugins=[AtomicCheckpointIO()],
+        **limits,
+    )
+    if resumed and checkpoint:
+        if not sharded(config.trainer):
+            load_weights(module, load_checkpoint(resumed), resumed)  # says clearly whether they fit
+        for logger in loggers:
+            if isinstance(logger, CSVFile):
+                logger.resume(checkpoint["global_step"])
+    if trainer.is_global_zero:
+        OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
+    for logger in loggers:
+        logger.log_hyperparams(module.config)
+    with interrupted_once(callbacks):
+        trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
