@@ -1,6 +1,4 @@
-"""Which implementation serves a call.  Both have the functions forward, forward_jvp, backward and
-backward_jvp.
-"""
+"""Which implementation a call takes. All have the functions forward and backward."""
 
 import re
 import warnings
@@ -62,14 +60,14 @@ def choose(backend: str | None, q: Tensor, v: Tensor) -> str:
     they can serve."""
     if backend in _registered:
         return str(backend)
-    obstacle = _triton_obstacle(q, v)
+    reason = _unsupported_reason(q, v)
     if backend is None:
-        return "reference" if obstacle or not q.is_cuda else "triton"
+        return "reference" if reason or not q.is_cuda else "triton"
     if backend not in BACKENDS:
         raise ArgumentValueError(f"backend must be one of {BACKENDS} or None, got {backend!r}")
-    if backend == "triton" and obstacle:
+    if backend == "triton" and reason:
         raise NotImplementedError(
-            f"backend='triton' {obstacle}; leave backend=None to choose automatically, or use"
+            f"backend='triton' {reason}; leave backend=None to choose automatically, or use"
             " backend='reference'"
         )
     return backend
@@ -83,7 +81,7 @@ def implementation(name: str) -> Any:
     return import_module(MODULES[name])
 
 
-def _triton_obstacle(q: Tensor, v: Tensor) -> str | None:
+def _unsupported_reason(q: Tensor, v: Tensor) -> str | None:
     if NO_TRITON:
         return NO_TRITON
     if not q.is_cuda and not INTERPRETED:
@@ -93,9 +91,11 @@ def _triton_obstacle(q: Tensor, v: Tensor) -> str | None:
     if INTERPRETED and q.dtype == torch.bfloat16:
         return "cannot serve bfloat16 in Triton's interpreter, whose products of it are wrong"
     if q.dtype not in TRITON_DTYPES:
-        return f"serves float16, bfloat16 and float32, got {q.dtype}"
+        return f"supports float16, bfloat16 and float32, got {q.dtype}"
     if max(q.shape[-1], v.shape[-1]) > TRITON_MAX_HEAD_DIM:
-        return f"serves head dims up to {TRITON_MAX_HEAD_DIM}, got {q.shape[-1]} and {v.shape[-1]}"
+        return (
+            f"supports head dims up to {TRITON_MAX_HEAD_DIM}, got {q.shape[-1]} and {v.shape[-1]}"
+        )
     if min(q.shape[-1], v.shape[-1], q.shape[1]) == 0:
-        return f"serves at least 1 head and head dim 1, got {tuple(q.shape)} and {tuple(v.shape)}"
+        return f"supports at least 1 head and head dim 1, got {tuple(q.shape)} and {tuple(v.shape)}"
     return None

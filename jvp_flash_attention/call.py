@@ -24,8 +24,8 @@ class Spec(NamedTuple):
 
 
 def is_default(spec: Spec, but: tuple[str, ...]) -> bool:
-    """Whether every field but these has its default: who serves part of what a spec can say asks
-    this, and so refuses what he does not know."""
+    """Whether every field but these has its default: an implementation that supports some fields
+    asks this, and so refuses those that it does not know."""
     defaults = Spec._field_defaults.items()
     return all(getattr(spec, field) == value for field, value in defaults if field not in but)
 

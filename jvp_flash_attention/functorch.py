@@ -8,11 +8,9 @@ of PyTorch lacks one of these, `SHORTCUTS` is False: every derivative goes throu
 eager, because what lies around a call could not be known. What is used alone has its own guard.
 """
 
-# What a version of PyTorch lacks is `Any` below, and not used then.
-# pyright: reportCallIssue=false, reportInvalidTypeForm=false, reportAttributeAccessIssue=false
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -21,69 +19,54 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 Pairs = list[tuple[Any, Tensor | None]]
-
-try:
-    from torch._C import (
-        _is_fwd_grad_enabled as is_fwd_grad_enabled,
-    )
-    from torch._C import (
-        _set_fwd_grad_enabled as set_fwd_grad_enabled,
-    )
-    from torch._C._functorch import (
-        CGradInterpreterPtr,
-        CInterpreter,
-        CJvpInterpreterPtr,
-        TransformType,
-        get_interpreter_stack,
-        is_functorch_wrapped_tensor,
-        peek_interpreter_stack,
-        pop_dynamic_layer_stack,
-        push_dynamic_layer_stack,
-    )
-    from torch._C._functorch import (
-        _unwrap_for_grad as unwrap_for_grad,
-    )
-    from torch._C._functorch import (
-        _wrap_for_grad as wrap_for_grad,
-    )
-    from torch._functorch import eager_transforms
-    from torch._functorch.pyfunctorch import (
-        FuncTorchInterpreter,
-        retrieve_current_functorch_interpreter,
-    )
-    from torch._functorch.utils import unwrap_dead_wrappers
-    from torch.utils._python_dispatch import _get_current_dispatch_mode as get_current_dispatch_mode
-
-    # torch._VF looks its functions up anew, which takes longer than the calls
-    unpack_dual: Callable = torch._C._VariableFunctions._unpack_dual  # type: ignore[attr-defined]
-    make_dual: Callable = torch._C._VariableFunctions._make_dual  # type: ignore[attr-defined]
-    _ = forward_ad._current_level, forward_ad._set_fwd_grad_enabled, eager_transforms.JVP_NESTING
-    SHORTCUTS = True
-except (ImportError, AttributeError):
-    SHORTCUTS = False
-    CInterpreter = FuncTorchInterpreter = TransformType = CGradInterpreterPtr = Any
-    CJvpInterpreterPtr = eager_transforms = retrieve_current_functorch_interpreter = Any
-    get_current_dispatch_mode = get_interpreter_stack = is_fwd_grad_enabled = make_dual = Any
-    peek_interpreter_stack = pop_dynamic_layer_stack = push_dynamic_layer_stack = Any
-    set_fwd_grad_enabled = unpack_dual = unwrap_dead_wrappers = Any
-    unwrap_for_grad = wrap_for_grad = is_functorch_wrapped_tensor = Any
-
-try:
-    from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore[reportAssignmentType]
-except ImportError:  # PyTorch's older vmap has gone, or is not to be recognized
-
-    def is_legacy_batchedtensor(_x: Tensor) -> bool:
-        return False
+SHORTCUTS = True
 
 
-add_batch_dim: Any = getattr(torch, "_add_batch_dim", None)
-remove_batch_dim: Any = getattr(torch, "_remove_batch_dim", None)
+def _private(name: str, alone: bool = False) -> Any:
+    """What has this name; None where this version of PyTorch does not have it. `alone`: the
+    shortcuts need it not."""
+    global SHORTCUTS
+    try:
+        return resolve_name(name)
+    except (ImportError, AttributeError):
+        SHORTCUTS = SHORTCUTS and alone
+        return None
 
-try:
-    from torch._library.autograd import make_autograd_impl
-except ImportError:  # recorded attention then drops a tangent, as every operator does
-    make_autograd_impl = None
 
+is_fwd_grad_enabled = _private("torch._C:_is_fwd_grad_enabled")
+set_fwd_grad_enabled = _private("torch._C:_set_fwd_grad_enabled")
+# torch._VF looks its functions up anew, which takes longer than the calls
+unpack_dual = _private("torch._C:_VariableFunctions._unpack_dual")
+make_dual = _private("torch._C:_VariableFunctions._make_dual")
+CGradInterpreterPtr = _private("torch._C._functorch:CGradInterpreterPtr")
+CJvpInterpreterPtr = _private("torch._C._functorch:CJvpInterpreterPtr")
+TransformType = _private("torch._C._functorch:TransformType")
+get_interpreter_stack = _private("torch._C._functorch:get_interpreter_stack")
+innermost = _private("torch._C._functorch:peek_interpreter_stack")  # transform around this call
+is_functorch_wrapped_tensor = _private("torch._C._functorch:is_functorch_wrapped_tensor")
+pop_dynamic_layer_stack = _private("torch._C._functorch:pop_dynamic_layer_stack")
+push_dynamic_layer_stack = _private("torch._C._functorch:push_dynamic_layer_stack")
+unwrap_for_grad = _private("torch._C._functorch:_unwrap_for_grad")
+wrap_for_grad = _private("torch._C._functorch:_wrap_for_grad")
+eager_transforms = _private("torch._functorch.eager_transforms")
+current_interpreter = _private(
+    "torch._functorch.pyfunctorch:retrieve_current_functorch_interpreter"
+)
+unwrap_dead_wrappers = _private("torch._functorch.utils:unwrap_dead_wrappers")
+get_current_dispatch_mode = _private("torch.utils._python_dispatch:_get_current_dispatch_mode")
+_private("torch.autograd.forward_ad:_current_level")
+_private("torch.autograd.forward_ad:_set_fwd_grad_enabled")
+_private("torch._functorch.eager_transforms:JVP_NESTING")
+
+# PyTorch's older vmap, which may go
+is_legacy_batchedtensor: Callable[[Tensor], bool] = _private(
+    "torch._C._functorch:is_legacy_batchedtensor", alone=True
+) or (lambda _: False)
+add_batch_dim = _private("torch:_add_batch_dim", alone=True)
+remove_batch_dim = _private("torch:_remove_batch_dim", alone=True)
+# without it recorded attention drops a tangent, as every operator does
+make_autograd_impl = _private("torch._library.autograd:make_autograd_impl", alone=True)
+_executes = _private("torch._C:_will_engine_execute_node", alone=True)
 
 # cuDNN's attention, which takes this library's own O and LSE backward
 cudnn_attention: Any = getattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", None)
@@ -112,9 +95,6 @@ def _without_memory(x: Tensor) -> bool:
 is_zerotensor: Callable[[Tensor], bool] = getattr(Tensor, "_is_zerotensor", _without_memory)
 
 
-_executes: Any = getattr(torch._C, "_will_engine_execute_node", None)
-
-
 def is_wanted(ctx: Any, at: int) -> bool:
     """Whether the engine that runs this backward goes on to the Function's tensor input `at`.
     `ctx.needs_input_grad` only says whether it could. Where that is not to be known, it does."""
@@ -135,16 +115,11 @@ def inside_a_jvp() -> bool:
     return getattr(forward_ad, "_current_level", -1) >= 0
 
 
-def innermost() -> CInterpreter | None:
-    """The innermost of torch.func's transforms around this call."""
-    return peek_interpreter_stack()
-
-
-def is_jvp(transform: CInterpreter | FuncTorchInterpreter) -> bool:
+def is_jvp(transform: Any) -> bool:
     return transform.key() == TransformType.Jvp
 
 
-def is_grad(transform: CInterpreter) -> bool:
+def is_grad(transform: Any) -> bool:
     return transform.key() == TransformType.Grad
 
 
@@ -153,7 +128,7 @@ def unpack(*inputs: Tensor | None) -> Pairs | None:
     to be taken as they are."""
     if not SHORTCUTS:
         return None
-    transform = peek_interpreter_stack()
+    transform = innermost()
     if transform is None:
         if forward_ad._current_level < 0:
             return None
@@ -172,7 +147,7 @@ def unpack_compiled(*inputs: Tensor | None, nested: str | None = None) -> Pairs 
     (`transforms`), or raises what `nested` says. Without a jvp nothing is: inference mode and vmap
     have no unpacking."""
     nesting = eager_transforms.JVP_NESTING
-    if nesting != 1 or not is_jvp(retrieve_current_functorch_interpreter()):
+    if nesting != 1 or not is_jvp(current_interpreter()):
         if nesting > 0 and nested is not None:
             raise NotImplementedError(nested)
         return None
@@ -205,7 +180,7 @@ def below_duals(attend: Callable, *args) -> tuple[Tensor, ...]:
     """
     if not SHORTCUTS or torch.compiler.is_compiling():
         return attend(*args)
-    transform = peek_interpreter_stack()
+    transform = innermost()
     if transform is None:
         if forward_ad._current_level < 0:
             return attend(*args)
@@ -219,14 +194,14 @@ def below_duals(attend: Callable, *args) -> tuple[Tensor, ...]:
         return attend(*args)
 
 
-def below(transform: CInterpreter, attend: Callable, *args) -> tuple[Tensor, ...]:
+def below(transform: Any, attend: Callable, *args) -> tuple[Tensor, ...]:
     """attend(*args), one level below the innermost grad or jvp, which has nothing to do with it."""
     level = transform.level()
 
     def lower(x: Any) -> Any:
         if isinstance(x, Tensor):
             return unwrap_for_grad(x, level)
-        return x._make(map(lower, x)) if isinstance(x, tuple) else x
+        return x._make(map(lower, x)) if hasattr(x, "_make") else x
 
     inner = [lower(x) for x in args]
     duals = is_fwd_grad_enabled()
@@ -261,7 +236,7 @@ def is_recorded(args: tuple) -> bool:
     )
 
 
-def stopped_level(transform: CInterpreter) -> int:
+def stopped_level(transform: Any) -> int:
     """The highest level whose gradients `torch.no_grad()` stops, -1 where there is none;
     `transform` is the innermost."""
     if not torch.is_grad_enabled():
@@ -280,7 +255,7 @@ PLAIN = {Tensor, Parameter, type(None)}
 def is_bare(*tensors: Tensor | None) -> bool:
     """Whether nothing but values is asked of a call with these tensors: no transform, dual level,
     graph or mode lies around it, and none is a wrapper or a subclass."""
-    if not SHORTCUTS or peek_interpreter_stack() is not None or is_watched():
+    if not SHORTCUTS or innermost() is not None or is_watched():
         return False
     if forward_ad._current_level >= 0 and is_fwd_grad_enabled():
         return False

@@ -3,8 +3,8 @@ PyTorch that it uses, or every so many, without that name, and compares what it 
 the whole one does.
 """
 
-import ast
 import os
+import re
 import sys
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
@@ -15,29 +15,12 @@ import torch._dynamo  # here once, and not in every child
 import triton  # noqa: F401
 
 FUNCTORCH = Path(__file__).parents[1] / "jvp_flash_attention" / "functorch.py"
-ATTRIBUTES = [
-    ("torch", "_add_batch_dim"),
-    ("torch", "_remove_batch_dim"),
-    ("torch._C", "_VariableFunctions"),
-    ("torch._C", "_will_engine_execute_node"),
-    ("torch.autograd.forward_ad", "_current_level"),
-    ("torch.autograd.forward_ad", "_set_fwd_grad_enabled"),
-    ("torch._functorch.eager_transforms", "JVP_NESTING"),
-]
 
 
 def names() -> list[tuple[str, str]]:
-    """(module, name) of each private name that functorch.py imports or reads."""
-    tree = ast.parse(FUNCTORCH.read_text())
-    imported = [
-        (node.module, alias.name)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch")
-        for alias in node.names
-        if ("._" in node.module or alias.name.startswith("_"))
-        and alias.name != "eager_transforms"  # a module, imported from its file anyway
-    ]
-    return imported + ATTRIBUTES
+    """(module, name) of each private name that functorch.py looks for."""
+    found = re.findall(r'_private\(\s*"([\w.]+):(\w+)', FUNCTORCH.read_text())
+    return sorted(set(found))
 
 
 def results() -> list[torch.Tensor]:

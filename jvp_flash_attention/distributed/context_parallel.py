@@ -61,26 +61,17 @@ class ContextParallelAttention:
         key: Tensor,
         value: Tensor,
         attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
+        *args,
+        **named,
     ) -> Tensor:
-        """As `ring_attention` and `ulysses_attention`."""
-        numbers = (dropout_p, is_causal, scale, enable_gqa)
+        """As `ring_attention` and `ulysses_attention`, with the arguments of SDPA."""
+        numbers = rules.numbers(*args, **named)
         if self.heads is not None:
             numbers, how = (*numbers, self.backend), (self.heads, self.lengths, self.tangent_grad)
             return attend(query, key, value, attn_mask, numbers, *how)
-        rules.arguments("ring_attention", query, key, attn_mask, dropout_p)
-        return api.attention(
-            query,
-            key,
-            value,
-            attn_mask,
-            *numbers,
-            backend=self.backend,
-            tangent_grad=self.tangent_grad,
-        )
+        rules.arguments("ring_attention", query, key, attn_mask, numbers[0])
+        how = {"backend": self.backend, "tangent_grad": self.tangent_grad}
+        return api.attention(query, key, value, attn_mask, *numbers, **how)
 
     def jvp(
         self,
@@ -91,30 +82,21 @@ class ContextParallelAttention:
         t_key: Tensor | None,
         t_value: Tensor | None,
         attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-        *,
+        *args,
         tangent_grad: bool | None = None,
+        **named,
     ) -> tuple[Tensor, Tensor]:
         """(O, tO) as `ring_attention_jvp` and `ulysses_attention_jvp`; `tangent_grad` replaces the
         one that was given to `context_parallel_attention`."""
         through = self.tangent_grad if tangent_grad is None else tangent_grad
-        numbers = (dropout_p, is_causal, scale, enable_gqa)
+        numbers = rules.numbers(*args, **named)
         given, tangents = (query, key, value), (t_query, t_key, t_value)
         if self.heads is not None:
             numbers, how = (*numbers, self.backend), (self.heads, self.lengths, through)
             return attend_jvp(*given, tangents, attn_mask, numbers, *how)
-        rules.arguments("ring_attention", query, key, attn_mask, dropout_p)
-        return api.attention_jvp(
-            *given,
-            *tangents,
-            attn_mask,
-            *numbers,
-            backend=self.backend,
-            tangent_grad=through,
-        )
+        rules.arguments("ring_attention", query, key, attn_mask, numbers[0])
+        how = {"backend": self.backend, "tangent_grad": through}
+        return api.attention_jvp(*given, *tangents, attn_mask, *numbers, **how)
 
 
 def context_parallel_attention(

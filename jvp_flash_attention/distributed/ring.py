@@ -192,7 +192,7 @@ class Ring(NamedTuple):
     def _agree(self, name, x: Inputs, given, spec: Spec) -> tuple[int, int]:
         """(L, S) of the whole sequences, once all processes have said that they make this call."""
         if not is_default(spec, but=("causal", "backend", "rows_first")):
-            raise NotImplementedError(f"ring_attention serves scale and is_causal, got {spec}")
+            raise NotImplementedError(f"ring_attention supports scale and is_causal, got {spec}")
         q, k, v, mask, _seed = x
         size, rank = self.group.size(), self.group.rank()
         lengths = self.lengths or (size * q.shape[2], size * k.shape[2])
@@ -250,7 +250,7 @@ def differentiate(
 
 
 def _call(mesh, layout, lengths, backend, query, key, value, attn_mask, dropout_p) -> str:
-    """The name of the backend that serves the call, whose arguments are checked."""
+    """The name of the backend of the call, whose arguments are checked."""
     rules.arguments("ring_attention", query, key, attn_mask, dropout_p)
     return ring_backend(mesh, layout, lengths, backend)
 

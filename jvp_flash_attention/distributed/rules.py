@@ -8,6 +8,13 @@ from ..errors import ArgumentTypeError, ArgumentValueError
 from .sharding import LAYOUTS
 
 
+def numbers(
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa=False
+) -> tuple[float, bool, float | None, bool]:
+    """SDPA's arguments after the mask, in their order."""
+    return dropout_p, is_causal, scale, enable_gqa
+
+
 def arguments(name: str, query: Tensor, key: Tensor, mask: Tensor | None, dropout_p: float) -> None:
     """No dropout; a mask that says which keys there are, and nothing else."""
     if dropout_p != 0.0:

@@ -132,7 +132,7 @@ def attend(
     query, key, value, attn_mask, numbers: tuple, who: Members, lengths, tangent_grad: bool = True
 ) -> Tensor:
     """`ulysses_attention` among the members; `numbers` are dropout_p, is_causal, scale, enable_gqa
-    and the backend that serves the whole sequence."""
+    and the backend of the whole sequence."""
     x, spec, sizes = _prepare(query, key, value, attn_mask, numbers, who, lengths)
     if torch.compiler.is_compiling():
         pairs = functorch.unpack_compiled(*x, nested=NESTED)

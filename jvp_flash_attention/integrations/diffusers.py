@@ -49,7 +49,7 @@ class JVPFlashAttnProcessor(AttnProcessor2_0):
         """
         if not isinstance(attn, Attention) or attn.added_kv_proj_dim is not None:
             raise NotImplementedError(
-                "JVPFlashAttnProcessor serves layers of AttnProcessor2_0, got"
+                "JVPFlashAttnProcessor supports layers of AttnProcessor2_0, got"
                 f" {type(attn).__name__} with projections of its own; keep its processor and run"
                 " the model inside jvp_flash_attention.sdpa_override()"
             )

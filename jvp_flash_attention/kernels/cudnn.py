@@ -1,4 +1,4 @@
-"""The ordinary forward and backward by cuDNN, where it serves the case and is faster.
+"""The ordinary forward and backward by cuDNN, where it supports the case and is faster.
 
 Its backward takes this library's own O and LSE. It knows no second derivative and no tangent:
 whoever differentiates further comes back to the kernels here.

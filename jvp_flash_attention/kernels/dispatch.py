@@ -47,8 +47,8 @@ NOTHING = Tangents()
 def forward(x: Inputs, t: Tangents | None, spec: Spec, *, force: str | None = None) -> Saved:
     """O and LSE; with tangents, of which an absent one is zero, tO and μ too.
 
-    `force`, for tests and tuning, names the implementation that serves every pass that it has, or
-    raises.
+    `force`, for tests and tuning, names the implementation of every pass that it has; it supports
+    the call or raises.
     """
     if t is None and force in (None, "cudnn") and cudnn.pays(x, spec):
         x = _readable(x)

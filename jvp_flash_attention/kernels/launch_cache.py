@@ -7,7 +7,7 @@ alone, so the first call of a kind keeps the compiled kernels, the arguments and
 like, and later ones put their own tensors in.
 
     launch_cache.enable(False)      every call of every kernel goes through Triton's binder
-    launch_cache.clear()            launches are prepared anew
+    launch_cache.clear()            launches are made anew
 
 A cached launch starts a `CompiledKernel` as Triton itself does, which Triton does not promise: with
 a version that is not in `TRITONS`, or without one of the names, nothing is cached. Entries hold no
@@ -17,7 +17,6 @@ device. Threads: an entry is never changed once it is there. A forked process be
 
 import os
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -194,7 +193,8 @@ def _cached(launch: Launch, compiled: Any, tensors: tuple) -> CachedLaunch | Non
             return None
         pointer, later = Tensor.data_ptr, [constexprs[n] for n in kernel.arg_names[len(args) :]]
     else:  # Triton's interpreter compiles nothing, and reads the tensors themselves
-        start, pointer, later = partial(_interpret, kernel, grid, constexprs), lambda x: x, ()
+        start = lambda args, _: kernel[grid](*args, **constexprs)  # noqa: E731
+        pointer, later = lambda x: x, ()
     varying = []
     for at, argument in enumerate(args):
         tensor, make = _maker(argument, pointer)
@@ -218,10 +218,6 @@ def _starter(compiled: Any, grid: tuple) -> Callable[[list, int | None], None]:
             launcher(*grid, stream, function, metadata, None, None, None, *args)
 
     return start
-
-
-def _interpret(kernel: Any, grid: tuple, constexprs: dict, args: list, _stream: int | None) -> None:
-    kernel[grid](*args, **constexprs)
 
 
 def _maker(argument: Any, pointer: Callable) -> tuple[Tensor | None, Callable]:

@@ -20,10 +20,6 @@ tile: h = rowsum(P ∘ Hm) and w = rowsum(P ∘ (G + Hm ∘ (tS − μ))). Where
 shard of each row's (`Spec.sharded`) they are not: a tile's sums are a part of the rows'.
 """
 
-# Triton's annotations name what a kernel receives, not what its caller passes.
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false
-
 import triton
 import triton.language as tl
 

@@ -5,10 +5,6 @@
 with dS, dtS and SINGLE of `bwd_dkdv.py`.
 """
 
-# Triton's annotations name what a kernel receives, not what its caller passes.
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false
-
 import triton
 import triton.language as tl
 

@@ -19,10 +19,6 @@ softmax runs in base 2. With dropout, Z multiplies P̃ in the products with the 
 else.
 """
 
-# Triton's annotations name what a kernel receives, not what its caller passes.
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false
-
 import triton
 import triton.language as tl
 

@@ -1,8 +1,5 @@
 """Launches of the portable kernels, which support every problem."""
 
-# Triton's annotations name what a kernel receives, not what its caller passes.
-# pyright: reportArgumentType=false
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -7,10 +7,6 @@ stride_s), zero strides where it is broadcast. What is absent is None, and the c
 it is not compiled.
 """
 
-# Triton's annotations name what a kernel receives, not what its caller passes.
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false
-
 import triton
 import triton.language as tl
 

@@ -14,11 +14,6 @@ product is computed twice, and what one computes between its products runs under
 without any order between them.
 """
 
-# Triton's annotations name what a kernel receives, not what its caller passes.
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
-# pyright: reportOptionalMemberAccess=false, reportIndexIssue=false
-# pyright: reportPossiblyUnboundVariable=false
 # Each role unpacks all buffers and barriers, by name, and uses its own.
 # ruff: noqa: RUF059
 
@@ -38,12 +33,12 @@ from .primitives import (
     ROWS,
     advance,
     allocate_stages,
-    first_query_tile,
     first_row,
     keep_alive,
     matrix,
     not_future,
     smem_tile,
+    square_first_query_tile,
     store,
     work_item,
     work_items,
@@ -66,7 +61,7 @@ def _producer(
         at = [b, hk, tile * ROWS, 0]
         fetch(keys, (k, t_k, v, t_v), k_ready, k_free, at, 0, k_phase)
         k_phase ^= 1
-        first = first_query_tile(tile, CAUSAL)
+        first = square_first_query_tile(tile, 0 if CAUSAL else None)
         for h in range(hk * GROUP, (hk + 1) * GROUP):
             for j in range(first, (L + BLOCK_M - 1) // BLOCK_M):
                 at = [b, h, j * BLOCK_M, 0]
@@ -105,7 +100,7 @@ def _values(
         k = matrix(k_buffers, 0, ROWS, D)
         t_k = matrix(t_k_buffers, 0, ROWS, D)
         mbarrier.wait(k_ready.index(0), k_phase)
-        first = first_query_tile(tile, CAUSAL)
+        first = square_first_query_tile(tile, 0 if CAUSAL else None)
         for h in range(hk * GROUP, (hk + 1) * GROUP):
             row = STATISTICS + first_row(b, h, Hk * GROUP, 4) * padded
             for j in range(first, (L + BLOCK_M - 1) // BLOCK_M):
@@ -183,7 +178,7 @@ def _keys(
         v = matrix(v_buffers, 0, ROWS, D)
         t_v = matrix(t_v_buffers, 0, ROWS, D)
         mbarrier.wait(k_ready.index(0), k_phase)
-        first = first_query_tile(tile, CAUSAL)
+        first = square_first_query_tile(tile, 0 if CAUSAL else None)
         for h in range(hk * GROUP, (hk + 1) * GROUP):
             row = STATISTICS + first_row(b, h, Hk * GROUP, 4) * padded
             for j in range(first, (L + BLOCK_M - 1) // BLOCK_M):

@@ -12,11 +12,6 @@ passes P and R on through shared memory, the other the rest. At head dims up to 
 kernel, whose warpgroups own queries of their own, is as fast.
 """
 
-# Triton's annotations name what a kernel receives, not what its caller passes.
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
-# pyright: reportOptionalMemberAccess=false, reportIndexIssue=false
-# pyright: reportPossiblyUnboundVariable=false
 # Each role unpacks all buffers and barriers, by name, and uses its own.
 # ruff: noqa: RUF059
 
@@ -38,9 +33,9 @@ from .primitives import (
     allocate_stages,
     first_row,
     is_valid,
-    key_tiles,
     matrix,
     smem_tile,
+    square_key_tiles,
     store,
     work_item,
     work_items,
@@ -63,7 +58,7 @@ def _producer(
         at = [b, h, tile * ROWS, 0]
         fetch(queries, (q, t_q, d_t_o, d_o), q_ready, q_free, at, 0, q_phase)
         q_phase ^= 1
-        for j in range(key_tiles(tile, S, BLOCK_N, CAUSAL)):
+        for j in range(square_key_tiles(tile, S, BLOCK_N, 0 if CAUSAL else None)):
             at = [b, h // GROUP, j * BLOCK_N, 0]
             fetch(keys, (k, t_k, v, t_v), k_ready, k_free, at, slot, phase)
             slot, phase = advance(slot, phase, 1, STAGES_K)
@@ -98,7 +93,7 @@ def _scores(
         q = matrix(q_buffers, 0, ROWS, D)
         t_q = matrix(t_q_buffers, 0, ROWS, D)
         mbarrier.wait(q_ready.index(0), q_phase)
-        for j in range(key_tiles(tile, S, BLOCK_N, CAUSAL)):
+        for j in range(square_key_tiles(tile, S, BLOCK_N, 0 if CAUSAL else None)):
             k = matrix(k_buffers, slot, BLOCK_N, D)
             t_k = matrix(t_k_buffers, slot, BLOCK_N, D)
             zero = gl.zeros([ROWS, BLOCK_N], gl.float32, S_L)
@@ -156,7 +151,7 @@ def _gradients(
             d_o = matrix(d_o_buffers, 0, ROWS, D)
         d_t_o = matrix(d_t_o_buffers, 0, ROWS, D)
         mbarrier.wait(q_ready.index(0), q_phase)
-        for j in range(key_tiles(tile, S, BLOCK_N, CAUSAL)):
+        for j in range(square_key_tiles(tile, S, BLOCK_N, 0 if CAUSAL else None)):
             k = matrix(k_buffers, slot, BLOCK_N, D)
             t_k = matrix(t_k_buffers, slot, BLOCK_N, D)
             v_t = matrix(v_buffers, slot, BLOCK_N, D).permute((1, 0))

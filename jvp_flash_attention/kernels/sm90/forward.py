@@ -29,10 +29,6 @@ not written. An absent tangent removes its loads and products. A mask is read as
 (FULL), or as a row that all queries share (KEYS).
 """
 
-# Triton's annotations name what a kernel receives, not what its caller passes.
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
-# pyright: reportOptionalMemberAccess=false, reportIndexIssue=false
 # What is known at compile time stands in an `if` of its own.
 # ruff: noqa: SIM102
 
@@ -81,7 +77,7 @@ def _item(e, tiles, H, S, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
     """Batch entry, head, first query and number of key tiles of a work item."""
     b, h, tile = work_item(e, tiles, H, CAUSAL)
     m0 = tile * 2 * ROWS
-    return b, h, m0, (keys_end(m0, 2 * ROWS, S, CAUSAL) + BLOCK_N - 1) // BLOCK_N
+    return b, h, m0, (keys_end(m0, 2 * ROWS, S, 0 if CAUSAL else None) + BLOCK_N - 1) // BLOCK_N
 
 
 @gluon.jit
@@ -216,7 +212,7 @@ def _consumer(
         t_q = matrix(buffers[1][0], qj + WG, ROWS, D1)
         t_q2 = matrix(buffers[1][1], qj + WG, ROWS, D2) if TWO else None
         # keys below `clear` are seen by all rows of this warpgroup
-        clear = keys_end(m0, 1, S, CAUSAL)
+        clear = keys_end(m0, 1, S, 0 if CAUSAL else None)
         mbarrier.wait(q_ready.index(qj + WG), q_phase)
         if not OVERLAP_P:  # what the scores need comes before the turn
             mbarrier.wait(k_ready.index(kj), k_phase)

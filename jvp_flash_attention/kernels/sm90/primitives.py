@@ -2,9 +2,6 @@
 items, products of tiles, masks, row sums in lanes.
 """
 
-# Triton's annotations name what a kernel receives, not what its caller passes.
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 # What is known at compile time stands in an `if` of its own.
 # ruff: noqa: SIM102, SIM108
 
@@ -15,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from .. import block_info
 
 # block_info's functions, as Gluon's
-first_row, _keys_end, _square_key_tiles, _square_first_query_tile, _in_band, _is_valid = (
+first_row, keys_end, square_key_tiles, square_first_query_tile, _in_band, _is_valid = (
     gluon.jit(function.fn)
     for function in (
         block_info.first_row,
@@ -184,21 +181,6 @@ def scores(q, k, q2, k2, s, START: gl.constexpr):
 def rows_times(o, a, L_O: gl.constexpr):
     """o scaled row by row."""
     return o * gl.expand_dims(gl.convert_layout(a, gl.SliceLayout(1, L_O), assert_trivial=True), 1)
-
-
-@gluon.jit
-def keys_end(m0, rows: gl.constexpr, S, CAUSAL: gl.constexpr):
-    return _keys_end(m0, rows, S, 0 if CAUSAL else None)
-
-
-@gluon.jit
-def key_tiles(tile, S, BLOCK: gl.constexpr, CAUSAL: gl.constexpr):
-    return _square_key_tiles(tile, S, BLOCK, 0 if CAUSAL else None)
-
-
-@gluon.jit
-def first_query_tile(tile, CAUSAL: gl.constexpr):
-    return _square_first_query_tile(tile, 0 if CAUSAL else None)
 
 
 @gluon.jit
