@@ -4,6 +4,7 @@ A source reads examples by their numbers; the data module orders them, mirrors t
 to Lightning. Every random draw is keyed by the number of the batch, as everywhere.
 """
 
+import os
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -50,7 +51,8 @@ class Data(LightningDataModule):
         train, held_out: the sources.
         shape: (C, H, W), H = W.
         num_classes: labels are 0 ... num_classes - 1; 1 is a data set without classes.
-        num_workers: processes that read; 0 reads in the training process.
+        num_workers: processes that read, at most as many as there are cores; 0 reads in the
+            training process.
         flip: mirror every image with probability one half.
         augment: probability of each kind of EDM's augmentation (``data.augment``), 0 is none. What
             was done then comes with the labels, (B, 1 + n), for a network that is told.
@@ -101,13 +103,15 @@ class Data(LightningDataModule):
         if trainer is not None:  # on resuming, global_step is restored before this is called
             start = trainer.global_step * trainer.accumulate_grad_batches
             rank, world_size = data_place(trainer)
+        ours = getattr(os, "sched_getaffinity", None)  # not everywhere
+        workers = min(self.num_workers, len(ours(0)) if ours else os.cpu_count() or 1)
         # A whole batch is read at once: no collation of single images.
         return DataLoader(
             _Reader(self, "train", self.seed, rank, self.flip, self.augment),
             batch_size=None,
             sampler=self.order(start, rank, world_size),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            num_workers=workers,
+            persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
 
