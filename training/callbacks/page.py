@@ -107,7 +107,8 @@ def _panel(lines: Curves, logarithmic: bool) -> Figure:
     axis = whole.subplots()
     for label, (steps, values) in lines.items():
         mean = smooth(values, max(1, len(values) // 30))
-        (line,) = axis.plot(steps, mean, lw=1.4, label=label)
+        point = "o" if len(mean) == 1 else None  # a line through one is not seen
+        (line,) = axis.plot(steps, mean, marker=point, lw=1.4, label=label)
         if len(lines) == 1:
             axis.plot(steps, values, color=line.get_color(), alpha=0.25, lw=0.8)
     if logarithmic and all((values > 0).any() for _, values in lines.values()):
