@@ -13,7 +13,7 @@ from torch import Tensor
 
 class Spec(NamedTuple):
     """Not differentiable, hashable, known before a kernel is chosen. An operator takes the fields
-    as they are: float, bool, int or str."""
+    as they are: float, bool, int, int | None or str."""
 
     scale: float  # softmax scale s
     causal: bool = False  # query i attends keys j <= i (top-left aligned when L != S)

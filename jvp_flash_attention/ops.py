@@ -68,7 +68,7 @@ def backward(
 
 TYPES = {
     Tensor: "Tensor", Tensor | None: "Tensor?",
-    float: "float", bool: "bool", int: "int", str: "str",
+    float: "float", bool: "bool", int: "int", int | None: "int?", str: "str",
 }  # fmt: skip
 
 

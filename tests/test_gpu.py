@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from jvp_flash_attention import attention_jvp, kernels, selfcheck
+from jvp_flash_attention.kernels import launch_cache
 from tests import test_compile, tolerances
 from tests.cases import Case, check, errors
 
@@ -83,6 +84,26 @@ def test_compiled_step_trains_like_eager_through_the_kernels(step):
     torch.compile(lambda *x: step(net, *x), fullgraph=True)(*args).backward()
     for p, exact in zip(net.parameters(), eager, strict=True):
         torch.testing.assert_close(p.grad, exact, rtol=1e-3, atol=1e-5)
+
+
+def test_cached_launches_go_to_the_stream_at_hand_and_change_no_bit():
+    """On another stream an input is written late: a launch on the first one would not see it."""
+    shape, how = (2, 4, 256, 64), {"device": "cuda", "dtype": torch.bfloat16}
+    given = [torch.randn(shape, **how) for _ in range(6)]
+    attention_jvp(*given)  # the cache has its kind now
+    launch_cache.enable(False)
+    exact = attention_jvp(*given)
+    launch_cache.enable()
+    attention_jvp(*given)
+    side, late = torch.cuda.Stream(), torch.zeros_like(given[0])
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(10**8)
+        late.copy_(given[0])
+        got = attention_jvp(late, *given[1:])
+    side.synchronize()
+    for x, y in zip(got, exact, strict=True):
+        assert torch.equal(x, y)
 
 
 def test_memory_beyond_outputs_is_linear_in_the_length(record_property):
