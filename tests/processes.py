@@ -1,7 +1,7 @@
 """Processes of their own that begin with everything imported.
 
 Imports are ten times the work of most that tests run in a process. A server of each test session
-imports once, without a thread or a device, and forks: what it gives is as fresh as a new Python.
+imports once, touches no device and forks: what it gives is as fresh as a new Python.
 """
 
 import os

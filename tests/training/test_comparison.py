@@ -5,6 +5,7 @@ end, in which a wrong attention is found out.
 import csv
 import json
 import re
+import sys
 
 import hydra
 import numpy as np
@@ -361,6 +362,7 @@ def errors_of(output):
 def imported(monkeypatch):
     """Processes of runs begin with everything imported."""
     monkeypatch.setattr(together.multiprocessing, "get_context", lambda kind: processes.FORKS)
+    monkeypatch.setattr(sys, "argv", ["compare.py"])  # pytest's own are no keys
 
 
 @pytest.mark.usefixtures("imported")
