@@ -347,7 +347,7 @@ def test_the_headline_has_the_ratios_of_the_files(tmp_path):
         row("long_16k_128", "jvp", "sdpa-math", None, mib=None) | LOST,
     ]
     targets = TARGETS_RESULT | {"rows": pair}
-    step = {"images_per_s": 2000.0, "step_ms": 50.0, "mfu": 0.41}
+    step = {"images_per_s": 2000.0, "step_ms": 50.0, "mfu": 0.41, "environment": {"gpu": "H200"}}
     steps = {headline.B2: step, headline.XL2: step, headline.B2_SDPA: step | {"step_ms": 80.0}}
     report.write_json(tmp_path / headline.TARGETS, targets)
     report.write_json(tmp_path / headline.STEP, steps)
@@ -356,6 +356,7 @@ def test_the_headline_has_the_ratios_of_the_files(tmp_path):
     assert "9x and 3x at" in told
     assert told.index("images/s") < told.index("faster")
     assert "**2,000 images/s**" in told
+    assert "on one H200 (the step" in told
     assert "41% MFU, 1.60x SDPA" in told
     ((picture, draw),) = headline.pictures(tmp_path).items()
     draw(picture)
