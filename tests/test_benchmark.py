@@ -347,8 +347,15 @@ def test_the_headline_has_the_ratios_of_the_files(tmp_path):
         row("long_16k_128", "jvp", "sdpa-math", None, mib=None) | LOST,
     ]
     targets = TARGETS_RESULT | {"rows": pair}
-    step = {"images_per_s": 2000.0, "step_ms": 50.0, "mfu": 0.41, "environment": {"gpu": "H200"}}
-    steps = {headline.B2: step, headline.XL2: step, headline.B2_SDPA: step | {"step_ms": 80.0}}
+    step = {
+        "images_per_s": 2000.0,
+        "step_ms": 50.0,
+        "mfu": 0.41,
+        "environment": {"gpu": "NVIDIA H200"},
+    }
+    names = (headline.B2, headline.XL2, headline.LONG)
+    steps = dict.fromkeys(names, step) | {headline.B2_SDPA: step | {"step_ms": 80.0}}
+    steps[headline.LONG_SDPA] = step | {"step_ms": 120.0}
     report.write_json(tmp_path / headline.TARGETS, targets)
     report.write_json(tmp_path / headline.STEP, steps)
     told = "\n".join(headline.lines(tmp_path))
@@ -356,8 +363,9 @@ def test_the_headline_has_the_ratios_of_the_files(tmp_path):
     assert "9x and 3x at" in told
     assert told.index("images/s") < told.index("faster")
     assert "**2,000 images/s**" in told
-    assert "on one H200 (the step" in told
+    assert "on one NVIDIA H200 (the step" in told
     assert "41% MFU, 1.60x SDPA" in told
+    assert "2.40x at 1024" in told
     ((picture, draw),) = headline.pictures(tmp_path).items()
     draw(picture)
     assert picture.read_bytes().startswith(b"\x89PNG")

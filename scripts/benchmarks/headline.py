@@ -16,6 +16,7 @@ WORKLOADS = ("long_4k_128", "long_8k_64", "long_16k_128")
 OURS, MATH = "ours", "sdpa-math"
 B2, XL2 = "DiT-B/2, 256 tokens", "DiT-XL/2, 256 tokens"
 B2_SDPA = "DiT-B/2, 256 tokens, attention=sdpa"
+LONG, LONG_SDPA = "DiT-B/2, 1024 tokens", "DiT-B/2, 1024 tokens, attention=sdpa"
 
 
 def lines(root: Path) -> list[str]:
@@ -29,7 +30,8 @@ def lines(root: Path) -> list[str]:
     bullets = (
         f"**{b2['images_per_s']:,.0f} images/s** in a MeanFlow step of DiT-B/2 at 256 tokens,"
         f" {b2['mfu']:.0%} MFU, {sdpa['step_ms'] / b2['step_ms']:.2f}x SDPA with the same compiler"
-        f" and CUDA graphs. DiT-XL/2: {xl2['images_per_s']:.0f} images/s, {xl2['mfu']:.0%} MFU.",
+        f" and CUDA graphs, {step[LONG_SDPA]['step_ms'] / step[LONG]['step_ms']:.2f}x at 1024"
+        f" tokens. DiT-XL/2: {xl2['images_per_s']:.0f} images/s, {xl2['mfu']:.0%} MFU.",
         f"**{_ratio(first, 'ms')}x faster and {_ratio(first, 'mib')}x less memory** beyond the"
         " inputs than SDPA, value and tangent of attention at (B, H, L, D) ="
         f" {report.shape(first[OURS])}."
@@ -97,6 +99,8 @@ def _draw(targets: dict, step: dict, path: Path) -> None:
     from matplotlib.figure import Figure
 
     pairs = list(_pairs(targets).values())
+    names = [x["environment"]["gpu"] for x in (targets, step[B2])]
+    gpus = [name.removeprefix("NVIDIA ").split()[0] for name in names]
     figure = Figure(figsize=(9.5, 2.9), layout="constrained")
     times, memory, steps = figure.subplots(1, 3, width_ratios=(3, 3, 2))
     for axis, key, unit in ((times, "ms", "ms"), (memory, "mib", "MiB")):
@@ -120,17 +124,18 @@ def _draw(targets: dict, step: dict, path: Path) -> None:
                         color=COLOURS[name],
                     )
         axis.set_yscale("log")
+        unit += ", logarithmic"
         axis.margins(y=0.15)
         axis.set_xticks(range(len(pairs)), [report.shape(p[OURS]) for p in pairs], fontsize=7)
         axis.set_ylabel(unit, fontsize=8)
-    times.set_title("value + tangent, time", fontsize=9)
-    memory.set_title("value + tangent, memory", fontsize=9)
+    times.set_title(f"attention, value + tangent: time, {gpus[0]}", fontsize=9)
+    memory.set_title(f"attention, value + tangent: memory, {gpus[0]}", fontsize=9)
     rates = [step[B2]["images_per_s"], step[B2_SDPA]["images_per_s"]]
     bars = steps.bar([0, 1], rates, 0.6, color=[COLOURS[OURS], COLOURS[MATH]])
     steps.bar_label(bars, [f"{rate:,.0f}" for rate in rates], fontsize=8)
     steps.set_xticks([0, 1], ["flash-jvp", "SDPA (MATH)"], fontsize=8)
     steps.set_ylabel("images/s", fontsize=8)
-    steps.set_title("MeanFlow step, DiT-B/2", fontsize=9)
+    steps.set_title(f"MeanFlow step, DiT-B/2, {gpus[1]}", fontsize=9)
     steps.margins(y=0.12)
     for axis in (times, memory, steps):
         axis.tick_params(axis="y", labelsize=7)
