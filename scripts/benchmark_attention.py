@@ -1,12 +1,12 @@
-"""Times attention and its derivatives, beside PyTorch's backends and the roof of the machine.
+"""Times attention and its derivatives, beside PyTorch's backends and the peak of the machine.
 
     python scripts/benchmark_attention.py --workloads long_4k_128 4x16x1000x96 --passes jvp full
     python scripts/benchmark_attention.py --suite targets
-    python scripts/benchmark_attention.py --suite readme --dtypes float16
+    python scripts/benchmark_attention.py --suite legacy_table --dtypes float16
     python scripts/benchmark_attention.py --suite lengths
 
 Suites: `workloads` (named in jvp_flash_attention/workloads.py, or BxHxLxD), `targets` (the goals of
-the project), `readme` (the earlier package's table), `lengths` (time and memory over L).
+the project), `legacy_table` (that of the earlier package), `lengths` (time and memory over L).
 
 A time is the median of whole calls with L2 emptied before each; `graph ms` is the
 median replay of the call as a CUDA graph, for calls below 1 ms. TFLOP/s and the share of the bound
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from benchmarks import earlier_table, host, plots, report, roof, tables, targets
+from benchmarks import documents, host, legacy_table, peak, plots, report, tables, targets
 from benchmarks.flops import PASSES
 from benchmarks.implementations import BUILT_IN, find
 from benchmarks.measure import FAILED, Case, Settings, measure
@@ -48,7 +48,7 @@ SUITES = {  # suite -> the options that choose what it measures, and their defau
         **HOW,
     },
     "targets": HOW,
-    "readme": {"dtypes": list(DTYPES), "lengths": list(earlier_table.LENGTHS)},
+    "legacy_table": {"dtypes": list(DTYPES), "lengths": list(legacy_table.LENGTHS)},
     "lengths": {
         "lengths": [2**i for i in range(8, 16)],
         "masks": None,
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as reason:
         parser.error(str(reason))
     command = shlex.join(["python", "scripts/benchmark_attention.py", *(arguments or sys.argv[1:])])
-    files = [[x] for x in options.dtypes] if options.suite == "readme" else [options.dtypes]
+    files = [[x] for x in options.dtypes] if options.suite == "legacy_table" else [options.dtypes]
     # a CUDA graph cannot be captured on the default stream
     with torch.cuda.stream(torch.cuda.Stream()) if options.device == "cuda" else nullcontext():
         failed = sum(_run(options, dtypes, command) for dtypes in files)
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = _Parser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("--suite", choices=SUITES, default="workloads")
+    add("--suite", type=_suite, choices=SUITES, default="workloads")
     add("--workloads", nargs="+", metavar="NAME|BxHxLxD", help=", ".join(WORKLOADS))
     add("--lengths", nargs="+", type=int, metavar="L")
     add("--masks", nargs="+", choices=MASKS, help="instead of each workload's own")
@@ -104,6 +104,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--output", type=Path, default=Path("outputs/benchmark"), help="folder of the results")
     return parser
+
+
+def _suite(name: str) -> str:
+    """The suite that is meant; a former name is warned about."""
+    if name not in documents.FORMER:
+        return name
+    print(f"warning: --suite {name} is now --suite {documents.FORMER[name]}", file=sys.stderr)
+    return documents.FORMER[name]
 
 
 def _complete(options: argparse.Namespace) -> None:
@@ -159,19 +167,19 @@ def _masked(workload: Workload, mask: str | None) -> Workload:
 def _run(options: argparse.Namespace, dtypes: list[str], command: str) -> int:
     """Measures one result file; returns how many cases failed."""
     device, skip = options.device, options.skip or []
-    measured = roof.measure({dtype: DTYPES[dtype] for dtype in dtypes}, device)
+    measured = peak.measure({dtype: DTYPES[dtype] for dtype in dtypes}, device)
     result = {
         "suite": options.suite,
         "command": command,
         "environment": environment(),
-        "roof": measured._asdict(),
+        "peak": measured._asdict(),
         "host": [] if "host" in skip else host.measure(device),
         "rows": [],
     }
     print(report.heading(result), flush=True)
-    if options.suite == "readme":
-        rows = earlier_table.measure(dtypes[0], device, options.lengths)
-        table = (options.lengths, earlier_table.MASKS, earlier_table.METHODS)
+    if options.suite == "legacy_table":
+        rows = legacy_table.measure(dtypes[0], device, options.lengths)
+        table = (options.lengths, legacy_table.MASKS, legacy_table.METHODS)
         total = math.prod(map(len, table))
     else:
         kept = {name: name not in skip for name in MEASURES if name != "host"}
@@ -198,7 +206,7 @@ def _progress(row: dict) -> str:
 
 
 def _write(result: dict, options: argparse.Namespace, dtypes: list[str]) -> None:
-    suffix = f"_{dtypes[0]}" if options.suite == "readme" else ""
+    suffix = f"_{dtypes[0]}" if options.suite == "legacy_table" else ""
     stem = options.output / f"{options.suite}{suffix}_{_machine(result['environment']['gpu'])}"
     report.write_json(stem.with_suffix(".json"), result)
     report.write_csv(stem.with_suffix(".csv"), result["rows"])

@@ -25,10 +25,10 @@ from omegaconf import DictConfig
 from training.build import build_data
 from training.cli import one_line_errors
 from training.environment import environment
+from training.loading import load_trained
 from training.metrics.energy import energy_distance
 from training.metrics.svm import SVM
 from training.samplers.generate import balanced_labels, generate
-from training.trained import load_trained
 
 N = 1000
 TEACHER = "flow_matching"

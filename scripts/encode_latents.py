@@ -17,9 +17,9 @@ from omegaconf import DictConfig
 
 from training.build import build_data
 from training.cli import one_line_errors, run
+from training.data.infinite_sampler import Batch
 from training.data.latents import VAES, load_vae
 from training.data.module import Data
-from training.data.stream import Batch
 from training.progress import tracked
 from training.validation import integer, positive_integer, switch
 

@@ -17,12 +17,12 @@ from rich.table import Table
 from training.build import build_data
 from training.cli import one_line_errors, run
 from training.environment import environment
+from training.loading import load_trained, sampler_of
 from training.metrics.classifier import FEATURES
-from training.metrics.judge import Options, judge_of
+from training.metrics.evaluator import Options, judge_of
 from training.progress import tracked
 from training.registry import trust
 from training.samplers.generate import balanced_labels, stream
-from training.trained import load_trained, sampler_of
 from training.validation import one_of, positive_integer, seed
 
 TITLES = {

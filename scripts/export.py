@@ -12,8 +12,8 @@ from safetensors.torch import save
 
 from training.checksums import sealed_safetensors
 from training.cli import one_line_errors, run
+from training.loading import load_trained
 from training.registry import trust
-from training.trained import load_trained
 from training.validation import one_of
 
 DTYPES = ("float32", "bfloat16", "float16")

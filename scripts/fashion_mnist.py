@@ -6,7 +6,7 @@
         --document docs/training/experiments.md
 
 For each run: what it cost, its curve, and, at several numbers of evaluations of the averaged
-network, how good its samples are by one classifier that all runs share (``metrics.judge``), from
+network, how good its samples are by one classifier that all runs share (`metrics.evaluator`), from
 the same noise. The pictures lie beside the result file. Without runs: the tables and curves of
 files that are there; with ``--document``, written between its two lines
 `<!-- begin fashion_mnist -->` and `<!-- end fashion_mnist -->`.
@@ -32,9 +32,9 @@ from training.comparison.arms import Run, read_run
 from training.comparison.files import finite
 from training.comparison.plots import save
 from training.environment import environment
-from training.metrics.judge import Judge, Options, judge_of
+from training.loading import load_trained
+from training.metrics.evaluator import Judge, Options, judge_of
 from training.samplers.generate import balanced_labels, generate
-from training.trained import load_trained
 
 FEW = (1, 2, 4)  # evaluations of the network; beside them, those that the run's own sampler takes
 POINTS = 200  # of a curve in the result file

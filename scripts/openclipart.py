@@ -44,11 +44,11 @@ from training.comparison.plots import save
 from training.data.packed import Packed
 from training.environment import environment
 from training.fit import train
+from training.loading import Trained, load_trained
 from training.metrics.classifier import load_classifier
+from training.metrics.evaluator import Features
 from training.metrics.frechet import frechet_distance
-from training.metrics.judge import Features
 from training.samplers.generate import generate
-from training.trained import Trained, load_trained
 
 NFE = (1, 2)
 SPLITS = ("train", "held_out")

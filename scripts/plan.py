@@ -15,8 +15,8 @@ from torch import nn
 
 from training.build import build_data, build_net
 from training.cli import one_line_errors, run
+from training.config_checks import precision
 from training.planner import Plan, count, plans, saved_bytes
-from training.settings import precision
 from training.validation import between, positive_integer
 
 WIDTH = 132  # of the table, however narrow the terminal

@@ -15,10 +15,10 @@ from omegaconf import DictConfig
 from training.build import build_data
 from training.cli import one_line_errors, run
 from training.comparison.speed import Cell
+from training.config_checks import check, precision
 from training.environment import environment
 from training.metrics.flops import peak_tflops
 from training.metrics.profile import profile_steps
-from training.settings import check, precision
 
 
 def measure(config: DictConfig) -> dict:

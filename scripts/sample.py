@@ -12,9 +12,9 @@ from omegaconf import DictConfig
 from training.cli import one_line_errors, run
 from training.data.latents import decode_latents
 from training.images import picture_of, write_png
+from training.loading import Trained, load_trained, sampler_of
 from training.registry import trust
 from training.samplers.generate import balanced_labels, generate
-from training.trained import Trained, load_trained, sampler_of
 from training.validation import positive_integer, seed, switch
 
 

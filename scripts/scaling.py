@@ -36,9 +36,9 @@ from torch.nn.parallel import DistributedDataParallel
 from training.activation_checkpointing import checkpoint_blocks
 from training.arguments import CONFIGS
 from training.build import build_data, build_net
+from training.distributed import SummedGradients
 from training.environment import environment
 from training.randomness import Draws, generator
-from training.ranks import SummedGradients
 from training.sharding import shard
 from training.step import Step
 

@@ -17,11 +17,11 @@ from jvp_flash_attention.workloads import MASKS, WORKLOADS, Workload
 from scripts.benchmarks import (
     accuracy,
     documents,
-    earlier_table,
     flops,
     headline,
     host,
     implementations,
+    legacy_table,
     plots,
     report,
     tables,
@@ -29,11 +29,11 @@ from scripts.benchmarks import (
     timing,
 )
 from scripts.benchmarks import measure as measuring
+from scripts.benchmarks.peak import Peak
 from scripts.benchmarks.problem import draw
-from scripts.benchmarks.roof import Roof
 
 ROOT = Path(__file__).parents[1]
-ROOF = Roof({"bfloat16": 800.0, "float32": 50.0}, 8192, 2500.0)
+PEAK = Peak({"bfloat16": 800.0, "float32": 50.0}, 8192, 2500.0)
 CPU = measuring.Settings("cpu", budget_ms=1.0)
 SMALL = Workload(2, 3, 24, 8)
 
@@ -155,12 +155,19 @@ def test_errors_of_a_result_file_are_judged_by_the_tolerances_of_today(tmp_path)
     assert [r["accurate"] for r in found["rows"]] == [True, False]
 
 
+def test_a_result_file_under_former_names_is_read(tmp_path):
+    content = {"suite": "readme", "roof": PEAK._asdict(), "rows": []}
+    report.write_json(tmp_path / "docs/results/readme_x.json", content)
+    (found,) = documents.load("legacy_table", tmp_path).values()
+    assert found == {"suite": "legacy_table", "peak": PEAK._asdict(), "rows": []}
+
+
 def test_what_has_no_forward_derivative_says_so_and_the_benchmark_goes_on():
     cases = [
         measuring.Case("small", SMALL, "float32", name, implementation)
         for name, implementation in (("jvp", "flash"), ("jvp", "ours"), ("forward", TORCH))
     ]
-    rows = list(measuring.measure(cases, ROOF, CPU))
+    rows = list(measuring.measure(cases, PEAK, CPU))
     assert [row["status"] for row in rows] == [measuring.UNSUPPORTED, "ok", "ok"]
     assert rows[0]["reason"] == "NotImplementedError: it has no forward-mode derivative"
     assert rows[1]["tflops"] == pytest.approx(12 * 6 * 24**2 * 8 / rows[1]["ms"] / 1e9, rel=1e-3)
@@ -176,7 +183,7 @@ def test_on_a_gpu_a_short_call_has_a_graph_and_a_peak(name):
     peers = ["ours", "sdpa-math"] + ["flash", "cudnn"] * (name in ("forward", "backward"))
     cases = [measuring.Case("small", workload, "bfloat16", name, peer) for peer in peers]
     with torch.cuda.stream(torch.cuda.Stream()):
-        rows = list(measuring.measure(cases, ROOF, CPU._replace(device="cuda")))
+        rows = list(measuring.measure(cases, PEAK, CPU._replace(device="cuda")))
     for row in rows:
         assert row["status"] == "ok", row
         assert row["accurate"], row
@@ -205,11 +212,11 @@ def test_the_targets_name_workloads_and_peers_that_exist():
 
 
 def test_the_earlier_table_has_28_configurations_and_follows_its_script():
-    assert len(earlier_table.LENGTHS) * len(earlier_table.MASKS) == 28
-    rows = list(earlier_table.measure("float32", "cpu", lengths=[8], calls=(0, 1)))
-    assert [row["mask"] for row in rows[::2]] == list(earlier_table.MASKS)
+    assert len(legacy_table.LENGTHS) * len(legacy_table.MASKS) == 28
+    rows = list(legacy_table.measure("float32", "cpu", lengths=[8], calls=(0, 1)))
+    assert [row["mask"] for row in rows[::2]] == list(legacy_table.MASKS)
     assert all(row["accurate"] for row in rows), rows
-    assert len(earlier_table.speedups(rows)) == 4
+    assert len(legacy_table.speedups(rows)) == 4
 
 
 # tables of a fixed result
@@ -233,7 +240,7 @@ ENVIRONMENT = {"gpu": "Some GPU", "cpu": "x", "torch": "2", "triton": "3", "comm
 TARGETS_RESULT = {
     "suite": "targets",
     "environment": ENVIRONMENT,
-    "roof": ROOF._asdict(),
+    "peak": PEAK._asdict(),
     "host": [{"call": "attention_jvp", "us": 55.2, "goal": 60}],
     "rows": [
         row("long_4k_128", "jvp", "ours", 2.943),
@@ -278,8 +285,8 @@ def test_the_statistics_of_the_earlier_table():
         of(2048, "bool-full", "sdpa-math", 8.0, 2000.0, True),
         of(2048, "bool-full", "ours", 2.0, 72.0, False),
     ]
-    assert earlier_table.speedups(rows) == [12.0, 4.0]
-    speed, math, math_memory, ours, ours_memory = earlier_table.statistics_lines(rows)
+    assert legacy_table.speedups(rows) == [12.0, 4.0]
+    speed, math, math_memory, ours, ours_memory = legacy_table.statistics_lines(rows)
     assert "average 8.00x" in speed
     assert "minimum 4.00x" in speed
     assert "maximum 12.00x" in speed
@@ -287,7 +294,7 @@ def test_the_statistics_of_the_earlier_table():
     assert ours.endswith("ours 1/2")
     assert math_memory.endswith("41.67x")
     assert ours_memory.endswith("1.50x")  # six clones and two results are 48 MiB
-    table = report.cells(earlier_table.COLUMNS, earlier_table.pairs(rows))
+    table = report.cells(legacy_table.COLUMNS, legacy_table.pairs(rows))
     assert table[0][:6] == ["tokens", "mask", "ms", "MATH ms", "speed-up", "MiB"]
     assert table[1][:6] == ["2048", "none", "0.500", "6.00", "12.0x", "48.0"]
     assert table[2][1:5] == ["bool", "2.00", "8.00", "4.0x"]
@@ -439,14 +446,16 @@ def test_the_command_writes_json_csv_and_a_picture(benchmark, tmp_path, capsys, 
     assert "written to" in printed
 
 
-def test_the_suite_of_the_earlier_table_writes_one_file_a_dtype(benchmark, tmp_path, monkeypatch):
+def test_the_suite_of_the_earlier_table_writes_one_file_a_dtype(
+    benchmark, tmp_path, monkeypatch, capsys
+):
     module = sys.modules[benchmark.__module__]
-    measure = module.earlier_table.measure
+    measure = module.legacy_table.measure
     quick = lambda *arguments: measure(*arguments, calls=(0, 1))  # noqa: E731
-    monkeypatch.setattr(module.earlier_table, "measure", quick)
+    monkeypatch.setattr(module.legacy_table, "measure", quick)
     arguments = [
         "--suite",
-        "readme",
+        "readme",  # its former name
         "--device",
         "cpu",
         "--lengths",
@@ -456,7 +465,8 @@ def test_the_suite_of_the_earlier_table_writes_one_file_a_dtype(benchmark, tmp_p
     ]
     assert benchmark([*arguments, "--dtypes", "float32", "bfloat16"]) == 0
     found = sorted(path.name for path in tmp_path.glob("*.json"))
-    assert found == ["readme_bfloat16_cpu.json", "readme_float32_cpu.json"]
+    assert found == ["legacy_table_bfloat16_cpu.json", "legacy_table_float32_cpu.json"]
+    assert "--suite readme is now --suite legacy_table" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ from safetensors.torch import save
 from tests.commands import ENVIRONMENT, FAST, ROOT, call, column, in_process, rows, succeed
 from tests.test_configs import composed
 from training.checkpoints import load_checkpoint
+from training.data.infinite_sampler import Stream
 from training.data.module import split
-from training.data.stream import Stream
-from training.trained import load_trained
+from training.loading import load_trained
 
 SMALL = ["trainer=cpu", "model.depth=2", "model.width=48", "data.batch_size=32"]
 SMALL += ["callbacks.accuracy.n=100"]

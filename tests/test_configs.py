@@ -9,9 +9,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import OmegaConf, open_dict
 
-from training import registry, settings
+from training import config_checks, registry
 from training.build import build_data, build_module, settle_batch
-from training.settings import check_guidance
+from training.config_checks import check_guidance
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 GROUPS = sorted(p.name for p in CONFIGS.iterdir() if p.is_dir() and p.name != "hydra")
@@ -197,12 +197,14 @@ def test_small_data_sets_bring_their_values_and_no_other_inherits_them():
 @pytest.mark.parametrize("experiment", ["meanflow_xl2", "alphaflow_b2"])
 def test_a_recipe_is_not_mixed_with_another_objective(experiment):
     with pytest.raises(ValueError, match=r"published recipe of 1,200,.*data=latents data\.path="):
-        settings.check(composed(f"experiment={experiment}"))  # on digits
-    settings.check(composed(f"experiment={experiment}", "data=blobs"))
+        config_checks.check(composed(f"experiment={experiment}"))  # on digits
+    config_checks.check(composed(f"experiment={experiment}", "data=blobs"))
     config = composed(f"experiment={experiment}", "objective=shortcut")
     with pytest.raises(ValueError, match=f"recipe of objective={experiment.split('_')[0]}.*shortc"):
-        settings.check(config)
-    settings.check(composed(f"experiment={experiment}", "objective=shortcut", "recipe_of=null"))
+        config_checks.check(config)
+    config_checks.check(
+        composed(f"experiment={experiment}", "objective=shortcut", "recipe_of=null")
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import processes
-from tests.training.ranks import spawn
+from tests.training.spawn import spawn
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 STEPS = {"energy": 2, "fsdp2": 2, "meanflow": 2, "sd3": 1, "trace": 8}

@@ -11,10 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from training.activation_checkpointing import checkpoint_blocks
+from training.config_checks import compiled, fusable, no_cuda_graphs, sharded
 from training.context_parallel import ContextParallel
 from training.initial import initialise
 from training.module import GenerativeModule
-from training.settings import compiled, fusable, no_cuda_graphs, sharded
 from training.validation import positive_integer
 
 

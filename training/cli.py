@@ -28,7 +28,7 @@ USER_ERRORS = (
 INTERRUPTED = ("training.callbacks.checkpoint.Interrupted",)
 LATER = (
     "lightning.fabric.utilities.exceptions.MisconfigurationException",
-    "training.callbacks.guard.Diverged",
+    "training.callbacks.non_finite_guard.Diverged",
 )
 NOISE = (
     "does not have many workers",

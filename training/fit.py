@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from training.build import build_data, build_module, settle_batch
 from training.callbacks.checkpoint import interrupted_once
-from training.callbacks.finish import Finish, finished, over
+from training.callbacks.finalize import FinalizeOnly, finished, over
 from training.checkpoints import (
     AtomicCheckpointIO,
     changes,
@@ -21,10 +21,10 @@ from training.checkpoints import (
     refuse_changed,
     refuse_used,
 )
+from training.config_checks import check, remark, sharded
 from training.lock import run_lock
 from training.loggers.csv import CSVFile
 from training.registry import checked, trust, trust_own
-from training.settings import check, remark, sharded
 from training.threads import choose_threads
 
 
@@ -56,7 +56,7 @@ def _train(config: DictConfig, run_dir: Path, *remarks: str) -> None:
             print(f"nothing to do: {resumed} has made {step} steps; raise trainer.{limit} to go on")
             return
         print(f"the {step} steps are made; what follows them is missing and is made now")
-        ending, limits = [Finish()], {"max_steps": step + 1, "max_time": timedelta.max}
+        ending, limits = [FinalizeOnly()], {"max_steps": step + 1, "max_time": timedelta.max}
     if rank_zero_only.rank == 0:
         refuse_used(run_dir, resumed, config.ckpt_path)
         changed = changes(config, checkpoint) if checkpoint else ""

@@ -8,9 +8,9 @@ from lightning import LightningModule
 from torch import nn
 
 from training.context_parallel import ContextParallel, data_place
+from training.distributed import over_ranks
 from training.objectives.objective import OPTIONAL, Objective
 from training.randomness import Draws, key
-from training.ranks import over_ranks
 from training.sharding import is_sharded
 from training.step import Step, teachers
 from training.strategies import Sharded

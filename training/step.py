@@ -19,11 +19,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from training.distributed import SummedGradients
 from training.models.dit import DiT
 from training.models.layers import Block, FinalLayer
 from training.objectives.objective import Objective, Terms
 from training.objectives.teachers import AveragedTeacher
-from training.ranks import SummedGradients
 from training.sharding import is_sharded
 
 KINDS = 4  # graphs kept; each has memory of its own

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
 from training.checkpoints import load_checkpoint
-from training.ranks import SummedGradients
+from training.distributed import SummedGradients
 from training.sharded_checkpoints import Key, Writer
 from training.sharding import is_sharded, shard
 from training.validation import positive_integer

@@ -9,7 +9,7 @@ import os
 import torch
 from omegaconf import DictConfig
 
-from training.settings import on_gpu
+from training.config_checks import on_gpu
 from training.validation import positive_integer
 
 SMALL = 256  # width up to which one thread is chosen

@@ -9,36 +9,48 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from . import accuracy, earlier_table, headline, plots, report, tables, targets
+from . import accuracy, headline, legacy_table, plots, report, tables, targets
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path("docs/results")
 DOCUMENTS = (Path("README.md"), Path("docs/benchmarks.md"))
 SUITES = {  # suite -> heading of its section
     "targets": "Kernels",
-    "readme": "The earlier package's table",
+    "legacy_table": "The earlier package's table",
     "lengths": "Time and memory over the length",
     "workloads": "Named workloads",
 }
 INTRODUCTIONS = {
-    "readme": (
+    "legacy_table": (
         "The table that the earlier package of this import name published: B = 2, H = 12, D = 64,"
         " timed as its\nscript does, with six clones and `make_dual`"
-        " ([`earlier_table.py`](../scripts/benchmarks/earlier_table.py)). Its check used\nabsolute"
+        " ([`legacy_table.py`](../scripts/benchmarks/legacy_table.py)). Its check used\nabsolute"
         " tolerances. Here it is the relative error of value and tangent."
     ),
 }
+FORMER = {"readme": "legacy_table"}  # suites, as older result files name them
 Results = dict[Path, dict]  # path, relative to the root -> content
 
 
 def load(suite: str, root: Path = ROOT) -> Results:
     """The result files of a suite, errors judged by the tolerances of today."""
-    paths = sorted((root / RESULTS).glob(f"{suite}_*.json"))
-    found = {path.relative_to(root): json.loads(path.read_text()) for path in paths}
+    names = (suite, *(old for old, new in FORMER.items() if new == suite))
+    paths = sorted(path for name in names for path in (root / RESULTS).glob(f"{name}_*.json"))
+    found = {path.relative_to(root): _read(path) for path in paths}
     for row in (row for result in found.values() for row in result["rows"] if "errors" in row):
         errors = {name: float(error) for name, error in row["errors"].items()}
         row["accurate"] = accuracy.accurate(errors, row["dtype"], row["shape"][2])
     return found
+
+
+def _read(path: Path) -> dict:
+    """A result under today's names."""
+    result = json.loads(path.read_text())
+    if "suite" in result:
+        result["suite"] = FORMER.get(result["suite"], result["suite"])
+    if "roof" in result:
+        result["peak"] = result.pop("roof")
+    return result
 
 
 def regenerate(document: Path, root: Path = ROOT) -> str:
@@ -117,7 +129,7 @@ README_COLUMNS: report.Columns = {
 
 
 SHORT_COLUMNS = {
-    name: earlier_table.STATISTICS[name]
+    name: legacy_table.STATISTICS[name]
     for name in ("dtype", "average", "least", "most", "memory", "MATH's")
 }
 
@@ -131,20 +143,20 @@ def _figures(root: Path) -> str:
             for row in targets.judged(result["rows"])
             if row["workload"] in FIGURES and row["pass"] in ("jvp", "full")
         ]
-        gpu, roof = result["environment"]["gpu"], result["roof"]
-        gemm = report.number(roof["gemm_tflops"][targets.DTYPE])
+        gpu, peak = result["environment"]["gpu"], result["peak"]
+        gemm = report.number(peak["gemm_tflops"][targets.DTYPE])
         parts.append(
             f"**Attention** on {gpu}, {targets.DTYPE}, beside `torch.func.jvp` of SDPA's MATH"
-            f" backend. An {roof['gemm_size']}³ matrix product reaches {gemm} TFLOP/s in the same"
+            f" backend. An {peak['gemm_size']}³ matrix product reaches {gemm} TFLOP/s in the same"
             f" run ([{path.name}]({path}))."
         )
         parts.append(report.markdown(report.cells(README_COLUMNS, rows)))
         found = plots.pictures(result, path.with_suffix(""))
         parts += [f"![{title}]({picture})" for picture, (title, _) in found.items()]
-    others = load("readme", root)
+    others = load("legacy_table", root)
     if others:
         files = ", ".join(f"[{path.name}]({path})" for path in others)
-        rows = [earlier_table.statistics_of(result["rows"]) for result in others.values()]
+        rows = [legacy_table.statistics_of(result["rows"]) for result in others.values()]
         parts.append(
             "**Short sequences**: 28 configurations of 32 to 2048 tokens, with and without masks."
             f" Speed-up over MATH, and peak memory divided by what the call"

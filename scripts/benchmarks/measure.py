@@ -13,8 +13,8 @@ from jvp_flash_attention.workloads import Workload
 
 from . import accuracy, flops, timing
 from .implementations import find, prepare
+from .peak import Peak
 from .problem import DTYPES, Problem, draw
-from .roof import Roof
 
 GRAPH_BELOW_MS = 1.0  # shorter calls are timed as a CUDA graph too: the host may be what is slow
 OUT_OF_MEMORY, UNSUPPORTED, FAILED = "out of memory", "unsupported", "failed"
@@ -42,7 +42,7 @@ class Settings(NamedTuple):
     graph: bool = True
 
 
-def measure(cases: Iterable[Case], roof: Roof, settings: Settings) -> Iterator[Row]:
+def measure(cases: Iterable[Case], peak: Peak, settings: Settings) -> Iterator[Row]:
     """A row for every case. Cases of one problem that follow each other share its tensors."""
     for (workload, dtype), group in groupby(cases, lambda case: (case.workload, case.dtype)):
         try:
@@ -52,7 +52,7 @@ def measure(cases: Iterable[Case], roof: Roof, settings: Settings) -> Iterator[R
             continue
         sample = accuracy.Sample(problem)
         for case in group:
-            figures = partial(_figures, case, problem, sample, roof, settings)
+            figures = partial(_figures, case, problem, sample, peak, settings)
             yield {**_head(case), **guarded(figures)}
 
 
@@ -86,7 +86,7 @@ def guarded(figures: Callable[[], Row]) -> Row:
 
 
 def _figures(
-    case: Case, p: Problem, sample: accuracy.Sample, roof: Roof, settings: Settings
+    case: Case, p: Problem, sample: accuracy.Sample, peak: Peak, settings: Settings
 ) -> Row:
     implementation, device = find(case.implementation), settings.device
     row: Row = {}
@@ -108,7 +108,7 @@ def _figures(
     device_ms = ms if graph is None else graph
     dtype = DTYPES[case.dtype]
     bound = flops.bound(
-        p.workload, case.pass_name, dtype, roof.gemm_tflops[case.dtype], roof.copy_gigabytes
+        p.workload, case.pass_name, dtype, peak.gemm_tflops[case.dtype], peak.copy_gigabytes
     )
     tflops = flops.flops(p.workload, case.pass_name) / device_ms / 1e9
     return row | {

@@ -57,8 +57,8 @@ def rates(result: dict, title: str, path: Path) -> None:
     figure = Figure(figsize=(7.5, 0.28 * len(groups) + 1.3), layout="constrained")
     figure.suptitle(title, fontsize=10)
     axis = figure.subplots()
-    gemm = result["roof"]["gemm_tflops"][targets.DTYPE]
-    size = result["roof"]["gemm_size"]
+    gemm = result["peak"]["gemm_tflops"][targets.DTYPE]
+    size = result["peak"]["gemm_size"]
     behind = {"color": "#444444", "ls": "--", "lw": 1, "zorder": 0.9}
     axis.axvline(gemm, label=f"product of {size}³: {gemm:.0f}", **behind)
     marks = {"cudnn": "D", "flash": "o", "sdpa-math": "s"}

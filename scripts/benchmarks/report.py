@@ -126,10 +126,10 @@ HOST: Columns = {
 
 
 def heading(result: dict) -> str:
-    """Machine, versions and roof on one line."""
-    e, roof = result["environment"], result["roof"]
-    gemm = ", ".join(f"{number(x)} TFLOP/s {dtype}" for dtype, x in roof["gemm_tflops"].items())
+    """Machine, versions and peak on one line."""
+    e, peak = result["environment"], result["peak"]
+    gemm = ", ".join(f"{number(x)} TFLOP/s {dtype}" for dtype, x in peak["gemm_tflops"].items())
     return (
         f"{e['gpu'] or e['cpu']}, torch {e['torch']}, Triton {e['triton']}, commit {e['commit']}; "
-        f"product {roof['gemm_size']}³: {gemm}; copy: {roof['copy_gigabytes']:.0f} GB/s"
+        f"product {peak['gemm_size']}³: {gemm}; copy: {peak['copy_gigabytes']:.0f} GB/s"
     )

@@ -1,6 +1,6 @@
 """Which tables a result has. The terminal shows the project's goals, the documents do not."""
 
-from . import earlier_table, report, targets
+from . import legacy_table, report, targets
 
 Table = list[list[str]]
 GOALS = ("goal", "met", "goal µs")
@@ -11,8 +11,8 @@ def of(result: dict, goals: bool = True) -> list[Table | str]:
     rows, parts = result["rows"], []
     if result["suite"] == "targets":
         parts = [(targets.COLUMNS, targets.judged(rows))]
-    elif result["suite"] == "readme":
-        parts = [(earlier_table.COLUMNS, earlier_table.pairs(rows))]
+    elif result["suite"] == "legacy_table":
+        parts = [(legacy_table.COLUMNS, legacy_table.pairs(rows))]
     else:
         parts = [(report.ROWS, rows)]
     parts.append((report.HOST, result["host"]))
@@ -21,8 +21,8 @@ def of(result: dict, goals: bool = True) -> list[Table | str]:
     found: list[Table | str] = [report.cells(columns, part) for columns, part in parts if part]
     if result["suite"] == "targets" and goals:
         found.append(targets.summary(rows, result["host"]))
-    if result["suite"] == "readme":
-        found.append("\n".join(earlier_table.statistics_lines(rows, goals)))
+    if result["suite"] == "legacy_table":
+        found.append("\n".join(legacy_table.statistics_lines(rows, goals)))
     return found
 
 

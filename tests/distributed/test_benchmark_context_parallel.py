@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests import commands
-from tests.training.ranks import spawn
+from tests.training.spawn import spawn
 
 SCRIPT = "benchmark_context_parallel.py"
 

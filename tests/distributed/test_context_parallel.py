@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from tests.distributed import workers
-from tests.training import ranks
+from tests.training.spawn import spawn as start
 
 EXACT = 1e-12  # float64, O(1) numbers
 
 
 def spawn(work, size, folder, *arguments):
     """What each of `size` processes found."""
-    ranks.spawn(work, size, str(folder), *arguments)
+    start(work, size, str(folder), *arguments)
     return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
 
 

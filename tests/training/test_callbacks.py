@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from jvp_flash_attention import attention as jvp_attention
 from training.activation_checkpointing import checkpoint_blocks
 from training.attentions import sdpa
-from training.callbacks.buckets import TimeBuckets
 from training.callbacks.divergence import Divergence
-from training.callbacks.guard import Diverged
+from training.callbacks.loss_by_timestep import LossByTimestep
+from training.callbacks.non_finite_guard import Diverged
 from training.callbacks.progress import RichProgress
 from training.callbacks.throughput import Throughput
 from training.metrics.flops import step_flops
@@ -53,7 +53,7 @@ class Fake:
 
 
 def test_errors_are_averaged_by_time_over_the_steps_since_the_last_row():
-    buckets, fake = TimeBuckets(number=2), Fake(log_every=2)
+    buckets, fake = LossByTimestep(number=2), Fake(log_every=2)
     fake.end(buckets, {"errors": torch.tensor([1.0, 3.0]), "times": torch.tensor([0.1, 0.6])})
     assert fake.logged == {}
     fake.end(buckets, {"errors": torch.tensor([5.0, 7.0]), "times": torch.tensor([0.49, 1.0])})

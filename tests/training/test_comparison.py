@@ -21,7 +21,7 @@ from tests import processes
 from tests.commands import ROOT, call, in_process, succeed
 from training.attentions import sdpa, sdpa_fused
 from training.comparison import crossover as crossovers
-from training.comparison import dashboard, lockstep, speed, together
+from training.comparison import dashboard, lockstep, parallel_runs, speed
 from training.comparison.arms import (
     Run,
     check_arms,
@@ -31,8 +31,8 @@ from training.comparison.arms import (
     placed,
 )
 from training.comparison.crossover import crossings, crossover, ratios
+from training.comparison.parallel_runs import train_in_parallel
 from training.comparison.statistics import block_bootstrap, smooth, tost, verdict
-from training.comparison.together import train_together
 from training.document import Heading, Judgement, Pictures, Table, Text, markdown, page
 from training.images import write_png
 from training.objectives.meanflow import MeanFlow
@@ -361,7 +361,7 @@ def errors_of(output):
 @pytest.fixture
 def imported(monkeypatch):
     """Processes of runs begin with everything imported."""
-    monkeypatch.setattr(together.multiprocessing, "get_context", lambda kind: processes.FORKS)
+    monkeypatch.setattr(parallel_runs.multiprocessing, "get_context", lambda kind: processes.FORKS)
     monkeypatch.setattr(sys, "argv", ["compare.py"])  # pytest's own are no keys
 
 
@@ -386,7 +386,7 @@ def test_a_run_that_fails_beside_others_is_named_when_they_are_done(tmp_path, mo
         (tmp_path / name).mkdir()
         jobs.append((OmegaConf.create({"fails": name == "fails"}), tmp_path / name))
     with pytest.raises(ChildProcessError, match=r"1 of 2 runs failed: see \S*fails/log.txt;"):
-        train_together(write_or_fail, jobs, 1)
+        train_in_parallel(write_or_fail, jobs, 1)
     assert (tmp_path / "fails" / "log.txt").read_text() == "error: asked to\n"
     assert (tmp_path / "other" / "done").is_file()
 

@@ -9,7 +9,7 @@ from lightning import Callback, Trainer
 from omegaconf import OmegaConf
 
 import jvp_flash_attention
-from tests.training.ranks import spawn
+from tests.training.spawn import spawn
 from training.activation_checkpointing import checkpoint_blocks
 from training.attentions import sdpa
 from training.build import build_context

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from training.data.digits import Digits
-from training.data.stream import Stream
+from training.data.infinite_sampler import Stream
 from training.images import grid, write_png
 from training.metrics.svm import SVM
 from training.randomness import generator, key

@@ -7,7 +7,7 @@ import torch
 from lightning import Callback, Trainer
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.training.ranks import spawn
+from tests.training.spawn import spawn
 from training.activation_checkpointing import checkpoint_blocks
 from training.attentions import sdpa
 from training.data.digits import Digits

@@ -14,9 +14,9 @@ from training.data.synthetic import EightGaussians
 from training.metrics import inception
 from training.metrics.classifier import Classifier, load_classifier, train_classifier
 from training.metrics.energy import energy_distance
+from training.metrics.evaluator import Distance, Options, judge_of
 from training.metrics.frechet import Moments, frechet_distance
 from training.metrics.inception import Inception, InceptionScore, inception_network, pixels_of
-from training.metrics.judge import Distance, Options, judge_of
 from training.metrics.neighbours import precision_recall
 
 

@@ -13,7 +13,9 @@ from training.attentions import sdpa
 from training.callbacks.checkpoint import LastCheckpoint
 from training.callbacks.ema import EMA
 from training.checkpoints import AtomicCheckpointIO, find_checkpoint, load_checkpoint
+from training.config_checks import remark
 from training.data.digits import Digits
+from training.loading import load_flow
 from training.models.dit import DiT
 from training.module import GenerativeModule
 from training.objectives.alphaflow import AlphaFlow
@@ -26,8 +28,6 @@ from training.objectives.shortcut import Shortcut
 from training.objectives.tvm import TVM
 from training.optimizers import adamw
 from training.registry import register
-from training.settings import remark
-from training.trained import load_flow
 
 MODEL = {"depth": 1, "width": 32, "guided": True, "second_head": 0, "log_variance": True}
 OBJECTIVES = {

@@ -10,7 +10,7 @@ from lightning.pytorch.plugins import MixedPrecision
 
 from training.activation_checkpointing import checkpoint_blocks
 from training.attentions import sdpa
-from training.callbacks.guard import Guard
+from training.callbacks.non_finite_guard import NonFiniteGuard
 from training.data.digits import Digits
 from training.models.layers import Block
 from training.module import GenerativeModule
@@ -107,13 +107,13 @@ def test_float16_scales_the_loss_and_skips_what_overflows(tiny):
     """A scale that overflows is halved until it fits; the guard sees unscaled gradients."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**26)
     plugin = MixedPrecision("16-mixed", "cpu", scaler)
-    net, guard = tiny(), Guard(patience=30)
+    net, guard = tiny(), NonFiniteGuard(patience=30)
     before = copy.deepcopy(net)
     record = train(net, MeanFlow(), guard, steps=20, plugins=[plugin])
     assert 0 < guard.skipped < 15
     assert scaler.get_scale() < 2.0**26
     assert all(torch.isfinite(p).all() for p in net.parameters())
-    exact = train(before, MeanFlow(), Guard(), steps=2)
+    exact = train(before, MeanFlow(), NonFiniteGuard(), steps=2)
     assert record.errors[0] == pytest.approx(exact.errors[0], rel=0.02)
     assert max(record.norms) < 100 * exact.norms[0]  # unscaled
 

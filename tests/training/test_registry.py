@@ -15,8 +15,8 @@ from tests.test_configs import composed, training_part
 from training import registry
 from training.build import build_net
 from training.comparison.arms import read_run
+from training.loading import load_flow, load_trained
 from training.registry import checked
-from training.trained import load_flow, load_trained
 
 
 @pytest.fixture(autouse=True)

@@ -84,7 +84,7 @@ def exported(path, sealed=True):
 
 
 def test_any_flipped_bit_of_an_exported_file_is_found(tmp_path):
-    from training.trained import _read_exported
+    from training.loading import _read_exported
 
     path = tmp_path / "model.safetensors"
     exported(path)
@@ -101,7 +101,7 @@ def test_any_flipped_bit_of_an_exported_file_is_found(tmp_path):
 
 
 def test_an_exported_file_without_the_checksum_that_it_speaks_of_is_refused(tmp_path):
-    from training.trained import _read_exported
+    from training.loading import _read_exported
 
     exported(tmp_path / "a.safetensors", sealed=False)
     with pytest.raises(ValueError, match="damaged"):

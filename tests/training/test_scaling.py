@@ -6,7 +6,7 @@ import pytest
 
 from scripts import scaling
 from tests.commands import in_process, succeed
-from tests.training.ranks import spawn
+from tests.training.spawn import spawn
 
 
 def work(rank, world, *arguments):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.commands import FAST, column, in_process, rows
-from tests.training.ranks import spawn
+from tests.training.spawn import spawn
 from training.checkpoints import load_checkpoint
 
 pytestmark = pytest.mark.timeout(1200)

@@ -21,7 +21,7 @@ from jvp_flash_attention import attention as jvp_attention
 from training.attentions import sdpa
 from training.callbacks.checkpoint import Interrupted, LastCheckpoint, interrupted_once, remedy
 from training.callbacks.ema import EMA, choose
-from training.callbacks.guard import Diverged, Guard
+from training.callbacks.non_finite_guard import Diverged, NonFiniteGuard
 from training.callbacks.progress import RichProgress
 from training.callbacks.summary import Summary, strict_json
 from training.checkpoints import AtomicCheckpointIO, find_checkpoint, load_checkpoint, refuse_used
@@ -397,7 +397,7 @@ class Poison(Callback):
 
 
 def test_a_non_finite_step_is_skipped_and_counted(tmp_path):
-    guard = Guard(patience=3)
+    guard = NonFiniteGuard(patience=3)
     losses, module = train(tmp_path, 8, Poison({2, 3, 6}), guard)
     assert guard.skipped == 3
     assert len(losses) == 8
@@ -407,7 +407,7 @@ def test_a_non_finite_step_is_skipped_and_counted(tmp_path):
 
 def test_too_many_non_finite_steps_in_a_row_stop_the_run(tmp_path):
     with pytest.raises(Diverged, match=r"3 steps in a row.*optimizer\.lr"):
-        train(tmp_path, 8, Poison({2, 3, 4}), Guard(patience=3))
+        train(tmp_path, 8, Poison({2, 3, 4}), NonFiniteGuard(patience=3))
 
 
 @pytest.mark.compile

@@ -20,8 +20,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from training.callbacks.ema import EMA
-from training.callbacks.guard import Diverged
-from training.ranks import Later, over_ranks
+from training.callbacks.non_finite_guard import Diverged
+from training.distributed import Later, over_ranks
 from training.strategies import Sharded
 from training.validation import positive_integer
 

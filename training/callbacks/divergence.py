@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from training.callbacks.guard import Diverged
-from training.ranks import over_ranks
+from training.callbacks.non_finite_guard import Diverged
+from training.distributed import over_ranks
 from training.validation import between, positive_integer
 
 

@@ -12,7 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
-from training.callbacks.accuracy import Accuracy
+from training.callbacks.sample_quality import SampleQuality
 from training.callbacks.throughput import Throughput
 from training.objectives.objective import OPTIONAL
 
@@ -101,7 +101,7 @@ class Summary(Callback):
             if name in now:
                 summary[name.split("/")[1]] = float(now[name])
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Accuracy):
+            if isinstance(callback, SampleQuality):
                 summary |= callback.result
             elif isinstance(callback, Throughput):
                 summary["steps_timed"] = len(callback.durations)

@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 from training.build import build_data, build_module, settle_batch
 from training.callbacks.fingerprint import digest
+from training.config_checks import check
 from training.randomness import Draws
 from training.registry import stored, trust_own
-from training.settings import check
 
 Compose = Callable[[Sequence[str]], DictConfig]  # overrides -> configuration of a run
 RUN_DIR = "${hydra:runtime.output_dir}"

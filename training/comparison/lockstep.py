@@ -25,11 +25,11 @@ from torch.utils._pytree import tree_map_only
 
 from training.attentions import sdpa
 from training.build import build_data, build_module
+from training.config_checks import precision
 from training.module import GenerativeModule
 from training.objectives.objective import Terms
 from training.progress import tracked
 from training.randomness import Draws, key
-from training.settings import precision
 from training.validation import one_of, positive_integer
 
 TRUTH = "float64"

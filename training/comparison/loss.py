@@ -25,9 +25,9 @@ from training.comparison.arms import (
 )
 from training.comparison.curves import TABLE, curves, final_rows, judge, write_csv
 from training.comparison.files import Found, write_jsonl
-from training.comparison.together import Train, train_together
+from training.comparison.parallel_runs import Train, train_in_parallel
+from training.config_checks import precision
 from training.document import Block, Heading, Judgement, Pictures, Table, Text
-from training.settings import precision
 from training.validation import between, positive_integer
 
 
@@ -105,7 +105,7 @@ def _train_arms(
             train(*job)
             gc.collect()  # a trainer is a circle, and holds the memory of its device
     if config.comparison.parallel > 1:
-        train_together(train, jobs, config.comparison.parallel)
+        train_in_parallel(train, jobs, config.comparison.parallel)
     runs = [read_run(directory, arm) for arm, (_, directory) in zip(arms, jobs, strict=True)]
     return runs, notes
 

@@ -29,10 +29,10 @@ from torch import nn
 from training.build import build_data, build_module
 from training.comparison.arms import Compose, check_arms
 from training.comparison.files import append_jsonl, read_jsonl
+from training.config_checks import check, compiled, no_cuda_graphs, precision
 from training.metrics.flops import peak_tflops, step_flops
 from training.progress import tracked
 from training.randomness import Draws, generator, key
-from training.settings import check, compiled, no_cuda_graphs, precision
 from training.step import Step
 
 CELL = ("tokens", "head_dim", "mode", "compiled", "batches")

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from training.context_parallel import data_place
 from training.data.augment import augment
-from training.data.stream import Batch, Stream
+from training.data.infinite_sampler import Batch, Stream
 from training.randomness import Draws, generator
 from training.validation import between, positive_integer, switch
 

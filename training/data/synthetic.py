@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
+from training.data.infinite_sampler import Batch, Fresh
 from training.data.module import Data
-from training.data.stream import Batch, Fresh
 from training.randomness import Draws, generator
 from training.validation import between, positive_integer
 

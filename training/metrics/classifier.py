@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from training.data.infinite_sampler import Stream
 from training.data.module import Data
-from training.data.stream import Stream
 from training.randomness import generator, key
 
 FEATURES = 64

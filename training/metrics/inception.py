@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from training.data.infinite_sampler import Batch
 from training.data.module import Data
-from training.data.stream import Batch
 from training.metrics.frechet import Gaussian, Moments, gaussian_distance
 
 PUBLISHED = 50_000

@@ -18,8 +18,8 @@ class MeanFlowSampler:
         guidance: told to a network that has it as a condition (iMF); null tells nothing.
         guidance_start, guidance_end: the interval that goes with it.
         extrapolate: guidance may be stronger than any that the network was told in training, as
-            iMF's published samples have it (10.5, trained up to 8); ``settings.check_guidance``
-            refuses it otherwise.
+            iMF's published samples have it (10.5, trained up to 8);
+            ``config_checks.check_guidance`` refuses it otherwise.
     """
 
     def __init__(

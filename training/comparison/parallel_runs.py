@@ -18,7 +18,7 @@ Train = Callable[[DictConfig, Path], None]  # scripts/train.py's
 LOG = "log.txt"  # what a run printed, in its directory
 
 
-def train_together(train: Train, jobs: Sequence[tuple[DictConfig, Path]], number: int) -> None:
+def train_in_parallel(train: Train, jobs: Sequence[tuple[DictConfig, Path]], number: int) -> None:
     """Train all of them, at most ``number`` at once. One that fails does not end the others; it is
     named when they are done. Interrupted, they write their checkpoints.
     """

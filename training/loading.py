@@ -18,8 +18,8 @@ from training.build import build_net
 from training.callbacks.ema import choose, with_weights
 from training.checkpoints import load_checkpoint
 from training.checksums import damaged, verify_safetensors
+from training.config_checks import check_guidance
 from training.registry import checked, description
-from training.settings import check_guidance
 
 PREFIX = "net."  # of the network's weights in the module's state
 

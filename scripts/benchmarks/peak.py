@@ -8,7 +8,7 @@ import torch
 from .timing import median_ms
 
 
-class Roof(NamedTuple):
+class Peak(NamedTuple):
     """Measured in the same run as everything that is compared with it."""
 
     gemm_tflops: dict[str, float]  # dtype -> TFLOP/s of an n × n × n product
@@ -16,10 +16,10 @@ class Roof(NamedTuple):
     copy_gigabytes: float  # GB/s, read and written bytes together
 
 
-def measure(dtypes: dict[str, torch.dtype], device: str) -> Roof:
+def measure(dtypes: dict[str, torch.dtype], device: str) -> Peak:
     """The vendor's products as PyTorch calls them by default, and a copy larger than any cache.
 
-    A product's time is the least of three medians: one that met a power limit is no roof.
+    A product's time is the least of three medians: one that met a power limit is no peak.
     """
     n, size = (8192, 2**30) if device == "cuda" else (256, 2**24)
     tflops = {}
@@ -31,4 +31,4 @@ def measure(dtypes: dict[str, torch.dtype], device: str) -> Roof:
     source = torch.empty(size, device=device, dtype=torch.int8)
     target = torch.empty_like(source)
     copy = median_ms(lambda: target.copy_(source), device)
-    return Roof(tflops, n, 2 * size / copy / 1e6)
+    return Peak(tflops, n, 2 * size / copy / 1e6)

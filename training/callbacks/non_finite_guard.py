@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from training.ranks import Later, over_ranks
+from training.distributed import Later, over_ranks
 from training.sharding import beside, whole
 from training.validation import positive_integer
 
@@ -14,7 +14,7 @@ class Diverged(RuntimeError):
     """The loss or its gradient was not finite for too many steps in a row."""
 
 
-class Guard(Callback):
+class NonFiniteGuard(Callback):
     """Logs ``train/grad_norm`` and ``train/skipped``; stops after ``patience`` non-finite steps in
     a row.
 

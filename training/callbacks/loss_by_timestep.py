@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from training.ranks import over_ranks
+from training.distributed import over_ranks
 from training.validation import between, positive_integer
 
 
-class TimeBuckets(Callback):
+class LossByTimestep(Callback):
     """Logs ``error_t/0.00-0.25`` and so on: the mean unweighted error of the samples whose time t
     is in the interval, over the steps since the row before; NaN where there was none.
 

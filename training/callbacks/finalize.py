@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Timer
 from omegaconf import DictConfig
 
 
-class Finish(Callback):
+class FinalizeOnly(Callback):
     """Ends a resumed run before its first step: what is made at the end is made now."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -17,7 +17,7 @@ from training.validation import positive_integer
 CLASSES = 100  # a support vector machine for more would take longer than it is worth
 
 
-class Accuracy(Callback):
+class SampleQuality(Callback):
     """At the end, judges n samples of the averaged network.
 
     Images with classes: ``sample_accuracy``, the share of class-conditional samples that an SVM
