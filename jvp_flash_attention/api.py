@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +18,11 @@ from . import (
 )
 from .broadcast import Sizes
 from .call import Inputs, Spec, Tangents
-from .functorch import SHORTCUTS, Pairs, below_duals, pack, unpack, unpack_compiled
+from .functorch import PLAIN, SHORTCUTS, Pairs, below_duals, pack, unpack, unpack_compiled
 
 shadowed.check()
 
+TANGENTS = ("t_query", "t_key", "t_value", "t_attn_mask")
 UNDETACHED = (
     "tangent_grad=False in a compiled torch.func.jvp must not lie inside another transform (grad,"
     " vjp, vmap, jvp); leave it out and detach the tangent that the jvp returns"
@@ -82,13 +84,15 @@ def attention(
     if compiling and not SHORTCUTS:
         how = {"backend": backend, "tangent_grad": tangent_grad}
         return _uncompiled(attention)(query, key, value, attn_mask, *numbers, **how)
-    x, spec, sizes = prepare(query, key, value, attn_mask, *numbers, backend)
+    x, _, spec, sizes = prepare(query, key, value, attn_mask, *numbers, backend)
     if compiling:
-        x, t = paired(x, unpack_compiled(*x, nested=None if tangent_grad else UNDETACHED))
-        route = ops
+        route, pairs = ops, unpack_compiled(*x, nested=None if tangent_grad else UNDETACHED)
     else:
-        x, t = paired(x, unpack(*x))
-        route = autograd
+        route, pairs = autograd, unpack(*x)
+    if pairs is None:
+        (out,) = route.attention(x, spec, tangent_grad)
+        return broadcast.result(out, sizes)
+    x, t = paired(x, pairs)
     if t is None:
         (out,) = below_duals(route.attention, x, spec, tangent_grad)
     else:
@@ -135,15 +139,8 @@ def attention_jvp(
         args = (query, key, value, t_query, t_key, t_value, attn_mask, *numbers)
         how = {"t_attn_mask": t_attn_mask, "backend": backend, "tangent_grad": tangent_grad}
         return _uncompiled(attention_jvp)(*args, **how)
-    x, spec, sizes = prepare(query, key, value, attn_mask, *numbers, backend)
-    for name, t, primal in (
-        ("t_query", t_query, query),
-        ("t_key", t_key, key),
-        ("t_value", t_value, value),
-        ("t_attn_mask", t_attn_mask, attn_mask),
-    ):
-        validation.tangent(name, t, primal)
-    t = broadcast.tangents(t_query, t_key, t_value, t_attn_mask, x.q.dtype, sizes)
+    tangents = (t_query, t_key, t_value, t_attn_mask)
+    x, t, spec, sizes = prepare(query, key, value, attn_mask, *numbers, backend, tangents)
     route = ops if compiling else autograd
     out, t_out = route.attention_jvp(x, t, spec, tangent_grad)
     return broadcast.result(out, sizes), broadcast.result(t_out, sizes)
@@ -155,35 +152,98 @@ def _uncompiled(function: Callable) -> Callable:
 
 
 def prepare(
-    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend
-) -> tuple[Inputs, Spec, Sizes]:
-    """The checked call: its tensors four-dimensional, its numbers, and what its batch and heads
-    broadcast to."""
-    validation.scalars(dropout_p, is_causal, scale)
-    query, key, value = _autocast(query, key, value)
-    validation.tensors(query, key, value)
-    sizes = validation.shapes(query, key, value, enable_gqa)
-    if attn_mask is not None:
-        if type(attn_mask) is not Tensor:
-            attn_mask = _with_elements(attn_mask, query.device)
-        scores = (*sizes.lead, query.shape[-2], key.shape[-2])
-        validation.mask(attn_mask, scores, query.device)
-        attn_mask = broadcast.mask(attn_mask, sizes)
+    query,
+    key,
+    value,
+    attn_mask,
+    dropout_p,
+    is_causal,
+    scale,
+    enable_gqa,
+    backend,
+    tangents: tuple | None = None,
+) -> tuple[Inputs, Any, Spec, Sizes]:
+    """The checked call: its tensors four-dimensional, the `Tangents` if any are given, its
+    numbers, and what its batch and heads broadcast to. What is of a kind that passed before is not
+    checked again."""
+    given = (query, key, value, attn_mask)
+    numbers = (dropout_p, is_causal, scale, enable_gqa, backend)
+    dtype = _autocast_dtype(query)
+    kind = _kind(given, tangents, numbers, dtype)
+    checked = None if kind is None else _checked.get(kind)
     q, k, v = query, key, value
-    if not (len(q.shape) == 4 and q.shape == k.shape == v.shape):
-        q, k, v = broadcast.queries(q, sizes), broadcast.keys(k, sizes), broadcast.keys(v, sizes)
+    t_q, t_k, t_v, t_mask = tangents or Tangents()
+    if dtype is not None:  # all together, before anything unpacks them
+        q, k, v, t_q, t_k, t_v = (_cast(x, dtype) for x in (q, k, v, t_q, t_k, t_v))
+    if checked is None:
+        attn_mask = _with_elements(attn_mask, query)
+        checked = _check(q, k, v, attn_mask, *numbers)
+        for name, t, primal in zip(TANGENTS, tangents or (), given, strict=False):
+            validation.tangent(name, t, primal)
+        if kind is not None and not validation.looks_transposed(q, k):
+            if len(_checked) >= MOST:
+                _checked.clear()
+            _checked[kind] = checked
+    spec, sizes, fits = checked
+    t: Any = tangents
+    if fits:
+        if tangents is not None:
+            t = Tangents(t_q, t_k, t_v, t_mask)
+        return Inputs(q, k, v, attn_mask, _seed(q, dropout_p)), t, spec, sizes
+    mask = None if attn_mask is None else broadcast.mask(attn_mask, sizes)
+    q, k, v = broadcast.queries(q, sizes), broadcast.keys(k, sizes), broadcast.keys(v, sizes)
+    t = broadcast.tangents(t_q, t_k, t_v, t_mask, sizes)
+    return Inputs(q, k, v, mask, _seed(q, dropout_p)), t, spec, sizes
+
+
+class _Checked(NamedTuple):
+    """What the kinds of a call's arguments determine."""
+
+    spec: Spec
+    sizes: Sizes
+    fits: bool  # all tensors have four dimensions and need not be expanded
+
+
+MOST = 4096  # kinds of calls; a program with more starts to collect anew
+_checked: dict[tuple, _Checked] = {}
+
+
+def _kind(given: tuple, tangents: tuple | None, numbers: tuple, dtype: Any) -> tuple | None:
+    """All of a call that is checked; None where it cannot be said, or not all of it."""
+    if tangents is not None:
+        given += tangents
+    if torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, given)):
+        return None
+    try:
+        of_tensors = [x if x is None else (x.shape, x.dtype, x.device, x.layout) for x in given]
+        kind = (*of_tensors, *numbers, type(numbers[1]), dtype)  # 1 is no True for is_causal
+        hash(kind)
+    except (TypeError, RuntimeError):  # a number that is none, a nested tensor
+        return None
+    return kind
+
+
+def _check(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend) -> _Checked:
+    validation.scalars(dropout_p, is_causal, scale)
+    validation.tensors(q, k, v)
+    sizes = validation.shapes(q, k, v, enable_gqa)
+    validation.mask(attn_mask, (*sizes.lead, q.shape[-2], k.shape[-2]), q.device)
+    q_, k_, v_ = broadcast.queries(q, sizes), broadcast.keys(k, sizes), broadcast.keys(v, sizes)
     spec = Spec(
         scale=1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale),
         causal=bool(is_causal),
         dropout_p=float(dropout_p),
-        backend=backends.choose(backend, q, v),
+        backend=backends.choose(backend, q_, v_),
     )
-    return Inputs(q, k, v, attn_mask, _seed(q, dropout_p)), spec, sizes
+    fits = q_ is q and k_ is k and v_ is v and (attn_mask is None or attn_mask.dim() == 4)
+    return _Checked(spec, sizes, fits)
 
 
-def _with_elements(mask: Tensor, device: torch.device) -> Tensor:
+def _with_elements(mask: Any, query: Tensor) -> Any:
     """PyTorch's causal mask has no elements, only a shape to give them: as bool (L, S). Any other
     mask as it is."""
+    if mask is None or type(mask) is Tensor:
+        return mask
     # imported here because it takes the compiler along, which doubles the time of `import torch`
     from torch.nn.attention.bias import CausalBias, CausalVariant
 
@@ -191,22 +251,23 @@ def _with_elements(mask: Tensor, device: torch.device) -> Tensor:
         return mask
     L, S = mask.seq_len_q, mask.seq_len_kv
     diagonal = 0 if mask.variant == CausalVariant.UPPER_LEFT else S - L
-    return torch.ones(L, S, dtype=torch.bool, device=device).tril(diagonal)
+    return torch.ones(L, S, dtype=torch.bool, device=query.device).tril(diagonal)
 
 
-def _autocast(*tensors):
-    """Under autocast primals and tangents are cast together, before anything unpacks them."""
-    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+def _autocast_dtype(query: Any) -> torch.dtype | None:
+    """What autocast makes of floating tensors here."""
+    kind = "cpu"
+    if isinstance(query, Tensor) and not query.is_cpu:
+        kind = query.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    keep = (torch.float64, dtype)
-    return [
-        x.to(dtype)
-        if isinstance(x, Tensor) and x.is_floating_point() and x.dtype not in keep
-        else x
-        for x in tensors
-    ]
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    if isinstance(x, Tensor) and x.is_floating_point() and x.dtype not in (torch.float64, dtype):
+        return x.to(dtype)
+    return x
 
 
 def paired(x: Inputs, pairs: Pairs | None) -> tuple[Inputs, Tangents | None]:

@@ -46,6 +46,7 @@ if NO_TRITON and torch.version.cuda:
     )
 
 _registered: dict[str, Any] = {}
+_imported: dict[str, Any] = {}
 
 
 def register(name: str, passes: Any) -> str:
@@ -76,9 +77,10 @@ def choose(backend: str | None, q: Tensor, v: Tensor) -> str:
 def implementation(name: str) -> Any:
     """The module or object that implements backend `name`; the kernels are imported on first use,
     Triton is not needed before."""
-    if name in _registered:
-        return _registered[name]
-    return import_module(MODULES[name])
+    found = _registered.get(name) or _imported.get(name)
+    if found is None:
+        found = _imported[name] = import_module(MODULES[name])
+    return found
 
 
 def _unsupported_reason(q: Tensor, v: Tensor) -> str | None:

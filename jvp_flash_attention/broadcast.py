@@ -5,7 +5,6 @@ nothing is copied. A single key and value head needs not even that, since groupe
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .call import Tangents
@@ -55,10 +54,9 @@ def mask(mask: Tensor, sizes: Sizes) -> Tensor:
     return mask
 
 
-def tangents(t_q, t_k, t_v, t_mask, dtype: torch.dtype, sizes: Sizes) -> Tangents:
-    """Each as its primal is: four-dimensional, and cast by autocast to `dtype`, which is q's."""
-    cast = (t if t is None or t.dtype == dtype else t.to(dtype) for t in (t_q, t_k, t_v))
-    fits = zip((queries, keys, keys), cast, strict=True)
+def tangents(t_q, t_k, t_v, t_mask, sizes: Sizes) -> Tangents:
+    """Each as its primal is: four-dimensional."""
+    fits = zip((queries, keys, keys), (t_q, t_k, t_v), strict=True)
     t_q, t_k, t_v = [None if t is None else fit(t, sizes) for fit, t in fits]
     return Tangents(t_q, t_k, t_v, None if t_mask is None else mask(t_mask, sizes))
 

@@ -20,6 +20,7 @@ class Spec(NamedTuple):
     dropout_p: float = 0.0  # probability with which an attention weight is dropped
     backend: str = "reference"  # a name that `backends.implementation` knows
     rows_first: bool = False  # results lie in memory as (B, L, H, D), whatever the inputs do
+    compiled: bool = False  # runs below an operator, in code that returns to the same shapes
     sharded: bool = False  # keys are a part of each row's; O, tO, LSE and μ handed in are of all
 
 

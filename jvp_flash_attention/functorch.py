@@ -8,7 +8,7 @@ of PyTorch lacks one of these, `SHORTCUTS` is False: every derivative goes throu
 eager, because what lies around a call could not be known. What is used alone has its own guard.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pkgutil import resolve_name
 from typing import Any
@@ -53,9 +53,8 @@ current_interpreter = _private(
     "torch._functorch.pyfunctorch:retrieve_current_functorch_interpreter"
 )
 unwrap_dead_wrappers = _private("torch._functorch.utils:unwrap_dead_wrappers")
-get_current_dispatch_mode = _private("torch.utils._python_dispatch:_get_current_dispatch_mode")
+len_torch_dispatch_stack = _private("torch._C:_len_torch_dispatch_stack")
 _private("torch.autograd.forward_ad:_current_level")
-_private("torch.autograd.forward_ad:_set_fwd_grad_enabled")
 _private("torch._functorch.eager_transforms:JVP_NESTING")
 
 # PyTorch's older vmap, which may go
@@ -135,11 +134,17 @@ def unpack(*inputs: Tensor | None) -> Pairs | None:
     elif not is_jvp(transform):  # out of reach, below vmap's, grad's wrapper
         return None
     # a graph recorded from bare primals would forget the tangent of a gradient
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    if torch.is_grad_enabled() and _require_grad(inputs):
         return None  # the Function's own jvp rule meets the duals
-    # names the level: `forward_ad` knows none where a compiled graph that holds the jvp is run
-    pairs = [(x, None) if x is None else unpack_dual(x, level=0) for x in inputs]
-    return [(x, nonzero(t)) for x, t in pairs]  # a symbolic zero costs no matrix products
+    pairs: Pairs = []
+    for x in inputs:
+        t = None
+        if x is not None:
+            # names the level: `forward_ad` knows none where a compiled graph that holds the jvp is
+            # run
+            x, t = unpack_dual(x, level=0)
+        pairs.append((x, nonzero(t)))  # a symbolic zero costs no matrix products
+    return pairs
 
 
 def unpack_compiled(*inputs: Tensor | None, nested: str | None = None) -> Pairs | None:
@@ -186,12 +191,17 @@ def below_duals(attend: Callable, *args) -> tuple[Tensor, ...]:
             return attend(*args)
     elif not is_jvp(transform):
         return attend(*args)
-    if any(x.requires_grad for x in _tensors(args)):
-        return attend(*args)
+    for x in args:
+        if _is_of_tensors(x) and _require_grad(x):
+            return attend(*args)
     if transform is not None:
         return below(transform, attend, *args)
-    with forward_ad._set_fwd_grad_enabled(False):
+    duals = is_fwd_grad_enabled()
+    set_fwd_grad_enabled(False)
+    try:
         return attend(*args)
+    finally:
+        set_fwd_grad_enabled(duals)
 
 
 def below(transform: Any, attend: Callable, *args) -> tuple[Tensor, ...]:
@@ -201,7 +211,9 @@ def below(transform: Any, attend: Callable, *args) -> tuple[Tensor, ...]:
     def lower(x: Any) -> Any:
         if isinstance(x, Tensor):
             return unwrap_for_grad(x, level)
-        return x._make(map(lower, x)) if hasattr(x, "_make") else x
+        if _is_of_tensors(x):
+            return x._make([None if y is None else unwrap_for_grad(y, level) for y in x])
+        return x
 
     inner = [lower(x) for x in args]
     duals = is_fwd_grad_enabled()
@@ -216,23 +228,33 @@ def below(transform: Any, attend: Callable, *args) -> tuple[Tensor, ...]:
     return tuple([wrap_for_grad(x, level) for x in outputs])
 
 
-def _tensors(args: Iterable) -> Iterator[Tensor]:
-    """Those among the arguments and in the named tuples among them."""
-    for x in args:
-        if isinstance(x, Tensor):
-            yield x
-        elif isinstance(x, tuple):
-            yield from _tensors(x)
+def _is_of_tensors(x: Any) -> bool:
+    """Whether an argument is a named tuple of tensors and None, as `call.Inputs`."""
+    return isinstance(x, tuple) and (x[0] is None or isinstance(x[0], Tensor))
+
+
+def _require_grad(tensors: Iterable[Tensor | None]) -> bool:
+    for x in tensors:  # noqa: SIM110 (a generator takes twice as long)
+        if x is not None and x.requires_grad:
+            return True
+    return False
 
 
 def is_recorded(args: tuple) -> bool:
     """Whether autograd may differentiate what is done to the tensors among them outside of every
     transform."""
-    # the level inside of torch.func.jvp is its own: only tensors that it wraps have tangents
-    duals = forward_ad._current_level >= 0 and eager_transforms.JVP_NESTING == 0
-    duals = duals and is_fwd_grad_enabled()
-    return duals or (
+    return _has_duals() or (
         torch.is_grad_enabled() and any(x.requires_grad for x in args if isinstance(x, Tensor))
+    )
+
+
+def _has_duals() -> bool:
+    """Whether tensors outside of every transform may have tangents. The level inside of
+    torch.func.jvp is its own: only tensors that it wraps have them."""
+    return (
+        forward_ad._current_level >= 0
+        and eager_transforms.JVP_NESTING == 0
+        and is_fwd_grad_enabled()
     )
 
 
@@ -255,9 +277,7 @@ PLAIN = {Tensor, Parameter, type(None)}
 def is_bare(*tensors: Tensor | None) -> bool:
     """Whether nothing but values is asked of a call with these tensors: no transform, dual level,
     graph or mode lies around it, and none is a wrapper or a subclass."""
-    if not SHORTCUTS or innermost() is not None or is_watched():
-        return False
-    if forward_ad._current_level >= 0 and is_fwd_grad_enabled():
+    if not SHORTCUTS or innermost() is not None or len_torch_dispatch_stack() or _has_duals():
         return False
     recording = torch.is_grad_enabled()
     for x in tensors:
@@ -272,7 +292,7 @@ def is_bare(*tensors: Tensor | None) -> bool:
 
 def is_watched() -> bool:
     """Whether a dispatch mode sees the operators of this call, or that is not to be known."""
-    return not SHORTCUTS or get_current_dispatch_mode() is not None
+    return not SHORTCUTS or len_torch_dispatch_stack() > 0
 
 
 def may_be_dual() -> bool:

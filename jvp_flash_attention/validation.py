@@ -105,22 +105,23 @@ def _advice(query: Tensor, key: Tensor, q_heads: int, k_heads: int) -> str:
         f"tensors of layout (..., length, heads, D) would have {query.shape[-2]} heads and these"
         " lengths: transpose(1, 2) them, or use jvp_flash_attention.flash_attn.flash_attn_func"
     )
-    return layout if _too_many_heads(query, key) else f"{layout}; otherwise {advice}"
+    return layout if looks_transposed(query, key) else f"{layout}; otherwise {advice}"
 
 
 def _layout(query: Tensor, key: Tensor) -> None:
     """Warns of (B, L, H, D) where (B, H, L, D) belongs: it computes something, and something else.
     No model has 64 heads and more over a quarter as many positions."""
-    if _too_many_heads(query, key) and together(query.shape[-3:-2], key.shape[-3:-2]) is not None:
+    if looks_transposed(query, key) and together(query.shape[-3:-2], key.shape[-3:-2]) is not None:
         warnings.warn(
             f"query has {query.shape[-3]} heads over sequences of {query.shape[-2]}, by the layout"
             " (..., heads, length, D); if it is (..., length, heads, D), transpose(1, 2) it, or use"
             " jvp_flash_attention.flash_attn.flash_attn_func",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
-def _too_many_heads(query: Tensor, key: Tensor) -> bool:
+def looks_transposed(query: Tensor, key: Tensor) -> bool:
+    """Whether `shapes` may warn of these."""
     if query.dim() < 4 or query.shape[-3] < 64:
         return False
     return 1 < max(query.shape[-2], key.shape[-2]) <= query.shape[-3] // 4

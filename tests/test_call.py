@@ -129,4 +129,4 @@ def test_the_way_to_the_launch_is_at_most_five_modules_and_none_twice(jvp, devic
     f = lambda q: attention(q, k, v, scale=0.123, backend="triton")  # noqa: E731
     _ = torch.func.jvp(f, (q,), (t,)) if jvp else f(q)
     road = ["api", "functorch", "autograd", "kernels/dispatch", "kernels/launch_cache"]
-    assert ways == [road]
+    assert ways == [road if jvp else [name for name in road if name != "functorch"]]

@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("triton")
 from jvp_flash_attention import kernels
-from jvp_flash_attention.call import Spec
-from jvp_flash_attention.kernels import configs
+from jvp_flash_attention.call import Inputs, Spec
+from jvp_flash_attention.kernels import configs, cudnn
 from tests.cases import Case, build
 
 NAMES = """
@@ -53,6 +53,13 @@ def test_every_architecture_has_every_table():
         for arithmetic in ("half", "float32"):
             assert tables[arithmetic].keys() == configs.SM80.keys()
             assert {len(row) for row in tables[arithmetic].values()} == {len(configs.HEAD_DIMS)}
+
+
+def test_compiled_code_takes_cudnn_earlier_and_the_layout_of_results_does_not_say_so():
+    x = Inputs(*torch.empty(3, 1, 4, 2048, 64, dtype=torch.bfloat16, device="meta"))
+    assert cudnn.pays(x, Spec(1.0, compiled=True))
+    assert not cudnn.pays(x, Spec(1.0, rows_first=True))
+    assert not cudnn.pays(x._replace(k=x.k[:, :, 1:]), Spec(1.0, compiled=True))
 
 
 def test_an_implementation_that_is_named_serves_or_raises(device):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from jvp_flash_attention import attention, attention_jvp
+from jvp_flash_attention import api, attention, attention_jvp
 
 Q = torch.randn(2, 4, 5, 8)
 BAD = {
@@ -136,3 +136,65 @@ def test_bad_input_says_what_to_do(name):
         call()
     assert "\n" not in str(raised.value)
     assert isinstance(raised.value, RuntimeError)  # what PyTorch's attention raises
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    monkeypatch.setattr(api, "_checked", {})
+    times = []
+    check = api._check
+    monkeypatch.setattr(api, "_check", lambda *args: times.append(1) or check(*args))
+    return times
+
+
+def test_a_call_of_a_kind_that_passed_is_not_checked_again(checked):
+    q, t = torch.randn(2, 2, 3, 5, 8)
+    for _ in range(2):
+        attention(q, q, q, is_causal=True)
+        attention_jvp(q, q, q, t, None, t)
+        attention(q[:, :1], q, q, enable_gqa=False)  # broadcast each time
+    assert len(checked) == 3
+    torch.func.jvp(lambda q: attention(q, q, q, is_causal=True), (q,), (t,))
+    assert len(checked) == 3
+    for other in (q.double(), q[:, :, :4], q.half()):
+        attention(other, other, other, is_causal=True)
+    assert len(checked) == 6
+
+
+def test_what_equals_an_earlier_call_and_is_not_like_it_is_checked(checked):
+    q = torch.randn(1, 2, 5, 8)
+    t = torch.randn(1, 2, 5, 8)
+    attention(q, q, q, None, 0.0, True, 1.0)
+    attention_jvp(q, q, q, t, t, t)
+    for _ in range(2):
+        with pytest.raises(TypeError, match="is_causal"):
+            attention(q, q, q, None, 0.0, 1, 1.0)
+        with pytest.raises(TypeError, match="scale"):
+            attention(q, q, q, None, 0.0, True, torch.tensor(1.0))
+        with pytest.raises(TypeError, match="t_key"):
+            attention_jvp(q, q, q, t, t.double(), t)
+        with pytest.raises(NotImplementedError, match="dense strided"):
+            attention(q.to_sparse(), q, q, is_causal=True, scale=1.0)
+        with pytest.raises(ValueError, match="device"):
+            attention(q, q.to("meta"), q, is_causal=True, scale=1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention(q, q, q, is_causal=True, scale=1.0).dtype == torch.bfloat16
+        assert attention_jvp(q, q, q, t, None, t)[1].dtype == torch.bfloat16
+    assert attention(q, q, q, is_causal=True, scale=1.0).dtype == torch.float32
+    assert len(api._checked) == 4
+
+
+def test_a_suspicious_layout_is_warned_of_each_time():
+    q = torch.randn(1, 64, 4, 8)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="transpose") as caught:
+            attention(q, q, q)
+        assert caught[0].filename == __file__
+
+
+def test_the_number_of_kinds_that_are_kept_is_bounded(checked, monkeypatch):
+    monkeypatch.setattr(api, "MOST", 2)
+    for n in range(1, 6):
+        q = torch.randn(1, 1, n, 8)
+        attention(q, q, q)
+    assert len(api._checked) <= 2

@@ -191,7 +191,7 @@ class Ring(NamedTuple):
 
     def _agree(self, name, x: Inputs, given, spec: Spec) -> tuple[int, int]:
         """(L, S) of the whole sequences, once all processes have said that they make this call."""
-        if not is_default(spec, but=("causal", "backend", "rows_first")):
+        if not is_default(spec, but=("causal", "backend", "rows_first", "compiled")):
             raise NotImplementedError(f"ring_attention supports scale and is_causal, got {spec}")
         q, k, v, mask, _seed = x
         size, rank = self.group.size(), self.group.rank()

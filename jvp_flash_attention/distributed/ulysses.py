@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.library import custom_op
 
-from .. import api, broadcast, functorch, validation
+from .. import api, broadcast, functorch
 from ..call import Inputs, Spec, Tangents
 from ..ops import NAMESPACE
 from . import rules
@@ -133,7 +133,7 @@ def attend(
 ) -> Tensor:
     """`ulysses_attention` among the members; `numbers` are dropout_p, is_causal, scale, enable_gqa
     and the backend of the whole sequence."""
-    x, spec, sizes = _prepare(query, key, value, attn_mask, numbers, who, lengths)
+    x, _, spec, sizes = _prepare(query, key, value, attn_mask, numbers, who, lengths)
     if torch.compiler.is_compiling():
         pairs = functorch.unpack_compiled(*x, nested=NESTED)
     else:
@@ -157,22 +157,18 @@ def attend_jvp(
     tangent_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`ulysses_attention_jvp` among the members."""
-    x, spec, sizes = _prepare(query, key, value, attn_mask, numbers, who, lengths)
-    names = ("t_query", "t_key", "t_value")
-    for each in zip(names, tangents, (query, key, value), strict=True):
-        validation.tangent(*each)
-    t_q, t_k, t_v = tangents
-    t = broadcast.tangents(t_q, t_k, t_v, None, x.q.dtype, sizes)
+    given = (query, key, value, attn_mask, numbers, who, lengths)
+    x, t, spec, sizes = _prepare(*given, tangents=(*tangents, None))
     out, t_out = _between(x, t, spec, who, lengths, tangent_grad)
     return broadcast.result(out, sizes), broadcast.result(t_out, sizes)
 
 
-def _prepare(query, key, value, attn_mask, numbers, who: Members, lengths):
+def _prepare(query, key, value, attn_mask, numbers, who: Members, lengths, tangents=None):
     rules.arguments(NAME, query, key, attn_mask, numbers[0])
     rules.whole(NAME, lengths)
-    x, spec, sizes = api.prepare(query, key, value, attn_mask, *numbers)
+    x, t, spec, sizes = api.prepare(query, key, value, attn_mask, *numbers, tangents=tangents)
     rules.heads(NAME, x.q.shape[1], who.size)
-    return x, spec, sizes
+    return x, t, spec, sizes
 
 
 def _between(

@@ -12,15 +12,15 @@ from ..functorch import cudnn_attention, cudnn_attention_backward
 from .problem import architecture
 
 # From this many pairs of query and key on: a new shape costs cuDNN 0.05 to 1 s of planning, which a
-# few hundred larger calls win back. What runs below an operator is compiled: it returns to the same
-# shapes at every step, and smaller calls win it back too.
+# few hundred larger calls win back. Compiled code returns to the same shapes at every step, and
+# smaller calls win it back too.
 PAIRS, PAIRS_COMPILED = 2**28, 2**24
 
 
 def pays(x: Inputs, spec: Spec) -> bool:
     """Whether the call is so large that cuDNN may be the faster one."""
     B, H, L, _ = x.q.shape
-    least = PAIRS_COMPILED if spec.rows_first else PAIRS
+    least = PAIRS_COMPILED if spec.compiled else PAIRS
     return B * H * L * x.k.shape[2] >= least
 
 
@@ -34,7 +34,7 @@ def supports(x: Inputs, spec: Spec, *more: Tensor) -> bool:
         and architecture(x.q.device) == "sm90"
         and x.q.element_size() == 2
         and x.mask is None
-        and is_default(spec, but=("causal", "backend", "rows_first", "sharded"))
+        and is_default(spec, but=("causal", "backend", "rows_first", "compiled", "sharded"))
         and Hk == H
         and D == DV <= 128
         and D % 8 == 0

@@ -23,8 +23,6 @@ import torch
 import triton
 from torch import Tensor
 
-from ..functorch import is_zerotensor
-
 TRITONS = ("3.6", "3.7", "3.8", "3.9")
 MOST = 4096  # kinds of calls; a program with more starts to collect anew
 
@@ -73,7 +71,7 @@ class Entry(NamedTuple):
     """A kind of call."""
 
     launches: list[CachedLaunch]
-    results: tuple[Callable[[torch.device], Tensor] | None, ...]  # how each is allocated
+    results: tuple[Callable[[Tensor], Tensor] | None, ...]  # how each is allocated, beside q
     bytes: tuple[int, ...]  # inputs that are read as int8: bool masks
 
 
@@ -95,23 +93,15 @@ os.register_at_fork(after_in_child=clear)
 def key(what: tuple, inputs: tuple[Tensor | None, ...]) -> tuple:
     """Of a kind of call; `what` and the kind of the tensors must determine the launches and results
     up to the tensors themselves."""
-    return (what, *map(tensor_key, inputs))
+    return (what, *[x if x is None else tensor_key(x) for x in inputs])
 
 
-def tensor_key(x: Tensor | None) -> tuple | None:
+def tensor_key(x: Tensor) -> tuple:
     """What launches depend on, of a tensor. Its device too: a cached launch takes an address
-    without asking whose it is."""
-    if x is None:
-        return None
-    return (
-        x.shape,
-        x.stride(),
-        x.dtype,
-        x.data_ptr() % 16,
-        x.get_device(),
-        x.is_neg(),
-        is_zerotensor(x),
-    )
+    without asking whose it is. A symbolic zero has no address."""
+    address = x.data_ptr()
+    of_memory = address % 16 if address else None
+    return x.shape, x.stride(), x.dtype, of_memory, x.get_device(), x.is_neg()
 
 
 def replay(key: tuple, inputs: tuple[Tensor | None, ...]) -> list[Any] | None:
@@ -124,7 +114,7 @@ def replay(key: tuple, inputs: tuple[Tensor | None, ...]) -> list[Any] | None:
     if q.is_cuda and q.get_device() != torch.cuda.current_device():
         with torch.cuda.device(q.device):
             return replay(key, inputs)
-    results: list[Any] = [None if make is None else make(q.device) for make in entry.results]
+    results: list[Any] = [None if make is None else make(q) for make in entry.results]
     tensors = [*inputs, *results]
     for at in entry.bytes:
         tensors[at] = tensors[at].view(torch.int8)
@@ -170,17 +160,19 @@ def record(
     if _enabled and distinct and bool_masks and not instrumented and None not in made:
         if len(_entries) >= MOST:
             _entries.clear()
-        makers = tuple(_allocator(x, i in zeroed) for i, x in enumerate(results))
+        makers = tuple(_allocator(x, i in zeroed, q) for i, x in enumerate(results))
         _entries[key] = Entry(made, makers, tuple(i for i, _, _ in pairs))
 
 
-def _allocator(x: Tensor | None, zeroed: bool) -> Callable[[torch.device], Tensor] | None:
+def _allocator(x: Tensor | None, zeroed: bool, q: Tensor) -> Callable[[Tensor], Tensor] | None:
     if x is None:
         return None
     shape, stride, dtype = x.shape, x.stride(), x.dtype
     if zeroed:
-        return lambda device: torch.zeros(shape, dtype=dtype, device=device)
-    return lambda device: torch.empty_strided(shape, stride, dtype=dtype, device=device)
+        return lambda q: q.new_zeros(shape, dtype=dtype)
+    if dtype == q.dtype:
+        return lambda q: q.new_empty_strided(shape, stride)
+    return lambda q: q.new_empty_strided(shape, stride, dtype=dtype)
 
 
 def _cached(launch: Launch, compiled: Any, tensors: tuple) -> CachedLaunch | None:

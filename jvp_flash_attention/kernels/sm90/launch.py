@@ -18,6 +18,7 @@ from .bwd_dkdv import bwd_dkdv_jvp_kernel
 from .bwd_dq import bwd_dq_jvp_kernel
 from .forward import forward_jvp_kernel
 
+SUPPORTED = ("causal", "backend", "rows_first", "compiled", "sharded")
 LAYOUT_TYPES = {
     torch.float16: gl.float16,
     torch.bfloat16: gl.bfloat16,
@@ -32,7 +33,7 @@ def unsupported_reason(name: str, p: Problem, c: Call) -> str | None:
         return "needs operands that TMA reads, in 16 bits"
     if not (p.D == p.DV <= 128 and p.D % 8 == 0):  # rows of the results, which TMA writes
         return f"needs D = Dv up to 128, a multiple of 8, got {p.D} and {p.DV}"
-    if not is_default(p.spec, but=("causal", "backend", "rows_first", "sharded")):
+    if not is_default(p.spec, but=SUPPORTED):
         return f"supports scale and causal, got {p.spec}"
     if min(p.B, p.H, p.L, p.S) == 0:
         return "needs elements"
