@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from training.cli import one_line_errors, run
+from training.renamed import command_line, composed
 
 
 def compare(config: DictConfig, overrides: Sequence[str], output: Path) -> Path:
@@ -28,7 +29,8 @@ def compare(config: DictConfig, overrides: Sequence[str], output: Path) -> Path:
     trust(config.trusted)
 
     def compose(more: Sequence[str]) -> DictConfig:
-        return hydra.compose("compare", [*overrides, *more])
+        whole = [*overrides, *command_line(more)]
+        return composed(hydra.compose("compare", whole), whole)
 
     if config.comparison.kind == "speed":
         found = compare_speeds(config, compose, output)
@@ -44,7 +46,8 @@ def main(config: DictConfig) -> None:
     with one_line_errors():
         hydra_config = HydraConfig.get()
         output = Path(hydra_config.runtime.output_dir)
-        page = compare(config, list(hydra_config.overrides.task), output)
+        overrides = list(hydra_config.overrides.task)
+        page = compare(composed(config, overrides), overrides, output)
         print(page.with_suffix(".md").read_text().split("\n## ")[1])
         print(page)
 

@@ -67,7 +67,7 @@ def row(run: Path) -> dict:
         "step_ms": round(summary["step_ms"], 1),
         "error": round(summary["error"], 4),
         "real_accuracy": round(summary["real_accuracy"], 4),
-        "real_distance": round(energy_distance(data.held_out[0], real), 4),
+        "real_distance": round(energy_distance(data.val[0], real), 4),
         "sample_accuracy": accuracy,
         "energy_distance": distance,
     }

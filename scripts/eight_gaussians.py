@@ -42,11 +42,11 @@ def objectives(steps: int) -> dict[str, Objective]:
     uniform = {"time_sampler": "uniform", "label_dropout": 0.0}
     return {
         "flow_matching": FlowMatching(**uniform),
-        "meanflow": MeanFlow(equal_share=0.5, **PLAIN),
+        "meanflow": MeanFlow(data_proportion=0.5, **PLAIN),
         "meanflow, finite_difference": MeanFlow(Jvp("finite_difference"), 0.5, **PLAIN),
-        "alphaflow": AlphaFlow(equal_share=0.5, start=0, end=round(0.8 * steps), **PLAIN),
+        "alphaflow": AlphaFlow(data_proportion=0.5, start=0, end=round(0.8 * steps), **PLAIN),
         "tvm": TVM(gap_sampler="uniform", **uniform),
-        "shortcut": Shortcut(consistency_share=0.25, finest=32, **uniform),
+        "shortcut": Shortcut(consistency_share=0.25, denoise_timesteps=32, **uniform),
     }
 
 
@@ -75,13 +75,13 @@ def data(n: int, seed: int, step: int) -> torch.Tensor:
 def train(objective: Objective, steps: int, batch: int, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     net = Perceptron()
-    objective.attach(net)
+    objective.setup(net)
     average = AveragedTeacher(net, 0.999)
     optimizer, scheduler = adamw(net.parameters(), steps, lr=2e-3, schedule="cosine")
     y = torch.zeros(batch, dtype=torch.int64)
     for step in range(steps):
         draws = Draws(seed, step)
-        sample = objective.draw(data(batch, seed, step), y, NULL, draws)
+        sample = objective.sample(data(batch, seed, step), y, NULL, draws)
         optimizer.zero_grad()
         objective.loss(net, sample).loss.backward()
         optimizer.step()

@@ -19,7 +19,7 @@ from training.build import build_data
 from training.cli import one_line_errors, run
 from training.data.infinite_sampler import Batch
 from training.data.latents import VAES, load_vae
-from training.data.module import Data
+from training.data.module import DataModule
 from training.progress import tracked
 from training.validation import integer, positive_integer, switch
 
@@ -34,14 +34,14 @@ def encode(config: DictConfig) -> None:
     output = Path(config.output)
     if (output / "meta.json").exists():
         raise FileExistsError(f"output: {output} holds latents already; give another folder")
-    data: Data = build_data(config)
+    data: DataModule = build_data(config)
     if not data.images or data.drawn or data.shape[0] != 3:
         raise ValueError(
             "data: latents are encoded from colour images that are read; choose"
             " data=image_folder, hugging_face, imagenet or cifar10"
         )
     name: str = VAES.get(config.vae) or config.vae
-    parts = [("train", False), *[("train", True)] * config.flip, ("held_out", False)]
+    parts = [("train", False), *[("train", True)] * config.flip, ("val", False)]
     lengths = [len(data.sources[part]) for part, _ in parts]
     same_work(output, {"vae": name, "batch_size": config.batch_size, "lengths": lengths})
     device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
@@ -136,7 +136,7 @@ def create(folder: Path, n: int, shape: tuple[int, ...]) -> Arrays:
     }
 
 
-def finish(output: Path, config: DictConfig, data: Data, vae: Any, train: int) -> None:
+def finish(output: Path, config: DictConfig, data: DataModule, vae: Any, train: int) -> None:
     arrays = {key: np.load(output / f"{key}.npy", mmap_mode="r") for key in ("mean", "std")}
     mean, std = statistics(arrays, train)
     meta = {

@@ -19,7 +19,7 @@ from training.cli import one_line_errors, run
 from training.environment import environment
 from training.loading import load_trained, sampler_of
 from training.metrics.classifier import FEATURES
-from training.metrics.evaluator import Options, judge_of
+from training.metrics.evaluator import Options, build_evaluator
 from training.progress import tracked
 from training.registry import trust
 from training.samplers.generate import balanced_labels, stream
@@ -63,7 +63,7 @@ def evaluate(config: DictConfig) -> None:
     folder = path.resolve().parent
     folder = (folder if path.suffix == ".safetensors" else folder.parent) / "evaluation"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    judge = judge_of(
+    evaluator = build_evaluator(
         data,
         Options(
             config.features,
@@ -79,8 +79,8 @@ def evaluate(config: DictConfig) -> None:
     rows: list[dict[str, Any]] = []
     if config.features != "inception" or data.images:
         # Real examples that nobody trained on: the best that can be reached with this many.
-        n = config.n if data.drawn else min(config.n, len(data.sources["held_out"]))
-        scores = judge.scores(data.parts("held_out", n), n)
+        n = config.n if data.drawn else min(config.n, len(data.sources["val"]))
+        scores = evaluator.scores(data.parts("val", n), n)
         rows.append({"weights": "real, held out", "n": n} | scores)
     y = balanced_labels(config.n, data.num_classes)
     for name in names:
@@ -90,7 +90,7 @@ def evaluate(config: DictConfig) -> None:
             parts = stream(net, instantiate(sampler), y, data.shape, config.seed)
             what = f"samples of {name}, NFE {nfe}"
             parts = tracked(parts, what, config.n, size=lambda part: len(part[1]))
-            scores = judge.scores(parts, config.n)
+            scores = evaluator.scores(parts, config.n)
             rows.append({"weights": name, "nfe": nfe, "n": config.n} | scores)
 
     numbers = (f"scores_{i}.json" if i > 1 else "scores.json" for i in itertools.count(1))

@@ -33,7 +33,7 @@ from training.comparison.files import finite
 from training.comparison.plots import save
 from training.environment import environment
 from training.loading import load_trained
-from training.metrics.evaluator import Judge, Options, judge_of
+from training.metrics.evaluator import Evaluator, Options, build_evaluator
 from training.samplers.generate import balanced_labels, generate
 
 FEW = (1, 2, 4)  # evaluations of the network; beside them, those that the run's own sampler takes
@@ -62,22 +62,22 @@ def collect(
         torch.set_float32_matmul_precision("high")
     data = build_data(load_trained(runs[0] / "checkpoints" / "last.ckpt").config)
     path = arguments.classifier or runs[0] / "evaluation" / "classifier.pt"
-    judge = judge_of(
+    evaluator = build_evaluator(
         data, Options("classifier", arguments.n, 3, path, arguments.classifier_steps, None, device)
     )
-    real, y = data.examples("held_out", arguments.n)
+    real, y = data.examples("val", arguments.n)
     result: dict[str, Any] = {
         "environment": environment(),
         "note": arguments.note,
         "samples": arguments.n,
         "classifier_steps": arguments.classifier_steps,
         "matmul_precision": torch.get_float32_matmul_precision(),
-        "real": judge.scores([(real, y)], len(y)) | {"n": len(y)},
+        "real": evaluator.scores([(real, y)], len(y)) | {"n": len(y)},
         "rows": [],
     }
     strips = [Strip("real", torch.stack([real[y == label][0] for label in range(10)]))]
     for run in runs:
-        row, drawn = judged(read_run(run), judge, balanced_labels(arguments.n, 10), device)
+        row, drawn = evaluated(read_run(run), evaluator, balanced_labels(arguments.n, 10), device)
         result["rows"].append(row)
         strips += drawn
         text = json.dumps(finite(result), indent=1, allow_nan=False)
@@ -86,7 +86,9 @@ def collect(
     return result, strips
 
 
-def judged(run: Run, judge: Judge, y: torch.Tensor, device: str) -> tuple[dict, list[Strip]]:
+def evaluated(
+    run: Run, evaluator: Evaluator, y: torch.Tensor, device: str
+) -> tuple[dict, list[Strip]]:
     """A run's row, and one sample of each class for each number of evaluations."""
     trained = load_trained(run.directory / "checkpoints" / "last.ckpt")
     config, net = trained.config, trained.net.to(device)
@@ -95,7 +97,7 @@ def judged(run: Run, judge: Judge, y: torch.Tensor, device: str) -> tuple[dict, 
         sampler = instantiate(config.sampler, nfe=nfe)
         # Other noise than the picture's: what is judged was not looked at.
         images = generate(net, sampler, y, trained.shape, config.seed + 1)
-        scores[str(nfe)] = judge.scores([(images, y)], len(y))
+        scores[str(nfe)] = evaluator.scores([(images, y)], len(y))
         images = generate(net, sampler, torch.arange(10), trained.shape, config.seed)
         strips.append(Strip(f"{TITLES.get(name(config), name(config))}, {nfe} NFE", images))
     ema = config.callbacks.ema

@@ -48,10 +48,11 @@ from training.loading import Trained, load_trained
 from training.metrics.classifier import load_classifier
 from training.metrics.evaluator import Features
 from training.metrics.frechet import frechet_distance
+from training.renamed import command_line
 from training.samplers.generate import generate
 
 NFE = (1, 2)
-SPLITS = ("train", "held_out")
+SPLITS = ("train", "val")
 # Classes of the picture, as far as the pack has them; else its first ones.
 COLUMNS = ("flags", "cards", "flat-theme", "lemon-theme", "map_symbols", "patterns", "people")
 COLUMNS += ("animals", "fruit", "music", "buttons", "arrows", "shapes", "plants")
@@ -81,7 +82,7 @@ def configured(arm: str, options: argparse.Namespace) -> DictConfig:
     seconds = round(60 * options.minutes)
     given = ["experiment=openclipart", f"attention={arm}", "logger=csv", "callbacks.samples=null"]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = placed(compose("train", [*given, *options.overrides]), directory)
+        config = placed(compose("train", [*given, *command_line(options.overrides)]), directory)
     config.data.path = str(options.pack.resolve())
     config.ckpt_path = "auto"
     hours, rest = divmod(seconds, 3600)
@@ -110,14 +111,14 @@ def run_arm(arm: str, options: argparse.Namespace) -> Path:
         memory = torch.cuda.max_memory_allocated() / 2**30
         torch.cuda.empty_cache()
         torch.set_float32_matmul_precision("high")  # no derivative is taken from here on
-    judges = {
+    evaluators = {
         split: Features(data, None, 3, kept, options.classifier_steps, device, split)
         for split in SPLITS
     }
     columns = [name for name in COLUMNS if name in data.classes] or data.classes[: len(COLUMNS)]
     trained = load_trained(options.runs / arm / "checkpoints" / "last.ckpt")
     trained.net.to(device)
-    row, strips = judged(arm, trained, judges, data, columns, options)
+    row, strips = evaluated(arm, trained, evaluators, data, columns, options)
     row |= {"memory_gib": memory, "preparing_s": prepared - began}
     row["judging_s"] = time.perf_counter() - trained_at
     result = {
@@ -126,7 +127,7 @@ def run_arm(arm: str, options: argparse.Namespace) -> Path:
         "classifier": {"sha256": digest(kept), "steps": options.classifier_steps},
         "minutes": options.minutes,
         "samples": options.n,
-        "real": floors(data, judges),
+        "real": floors(data, evaluators),
         "columns": columns,
         "rows": [row],
     }
@@ -141,10 +142,10 @@ def shared_classifier(path: Path, data: Packed, steps: int, device: str) -> None
         load_classifier(path, data, steps, device)
 
 
-def judged(
+def evaluated(
     arm: str,
     trained: Trained,
-    judges: dict[str, Features],
+    evaluators: dict[str, Features],
     data: Packed,
     columns: Sequence[str],
     options: argparse.Namespace,
@@ -159,13 +160,13 @@ def judged(
         sampler = instantiate(config.sampler, nfe=nfe)
         # Other noise than the picture's: what is judged was not looked at.
         x = generate(net, sampler, y, trained.shape, config.seed + 1)
-        scores[str(nfe)] = judges["train"].scores([(x, y)], len(y))
-        scores[str(nfe)]["frechet_held_out"] = judges["held_out"].distance(x)
+        scores[str(nfe)] = evaluators["train"].scores([(x, y)], len(y))
+        scores[str(nfe)]["frechet_held_out"] = evaluators["val"].distance(x)
         x = generate(net, sampler, shown, trained.shape, config.seed)
         strips.append(Strip(f"{arm}\n{nfe} NFE", x))
     batch = config.data.batch_size * config.trainer.accumulate_grad_batches
     seconds = float(found.metrics["perf/seconds"][-1])
-    points = over_time(arm, trained, judges["train"], y, options)
+    points = over_time(arm, trained, evaluators["train"], y, options)
     last = {"seconds": seconds, "step": trained.step}
     points.append(last | {"frechet_distance": scores["1"]["frechet_distance"]})
     row = {
@@ -189,7 +190,7 @@ def judged(
 
 
 def over_time(
-    arm: str, trained: Trained, judge: Features, y: torch.Tensor, options: argparse.Namespace
+    arm: str, trained: Trained, evaluator: Features, y: torch.Tensor, options: argparse.Namespace
 ) -> list[dict[str, float]]:
     """The distance of one-step samples at each earlier snapshot, all from the same noise."""
     sampler, points = instantiate(trained.config.sampler, nfe=1), []
@@ -200,18 +201,18 @@ def over_time(
         net = with_weights(trained.net, snapshot["weights"])
         x = generate(net, sampler, y, trained.shape, trained.config.seed + 1)
         where = {key: snapshot[key] for key in ("seconds", "step")}
-        points.append(where | {"frechet_distance": judge.distance(x)})
+        points.append(where | {"frechet_distance": evaluator.distance(x)})
     return points
 
 
-def floors(data: Packed, judges: dict[str, Features]) -> dict[str, Any]:
+def floors(data: Packed, evaluators: dict[str, Features]) -> dict[str, Any]:
     """What real drawings reach: held-out ones, and one half of the training drawings against the
     other, which are about as many as the samples.
     """
-    x, y = data.examples("held_out")
-    train = judges["train"].real
+    x, y = data.examples("val")
+    train = evaluators["train"].real
     half = len(train) // 2
-    held_out = judges["train"].scores([(x, y)], len(y))
+    held_out = evaluators["train"].scores([(x, y)], len(y))
     halves = frechet_distance(train[:half], train[half:])
     return {
         "held_out": held_out,
@@ -222,7 +223,7 @@ def floors(data: Packed, judges: dict[str, Features]) -> dict[str, Any]:
 
 def real_strip(data: Packed, columns: Sequence[str], rows: int) -> list[Strip]:
     """Held-out drawings of these classes."""
-    x, y = data.examples("held_out")
+    x, y = data.examples("val")
     some = [x[y == data.classes.index(name)] for name in columns]
     images = [part[row % len(part)] for row in range(rows) for part in some]
     return [Strip("real", torch.stack(images))]

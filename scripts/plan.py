@@ -17,6 +17,7 @@ from training.build import build_data, build_net
 from training.cli import one_line_errors, run
 from training.config_checks import precision
 from training.planner import Plan, count, plans, saved_bytes
+from training.renamed import composed
 from training.validation import between, positive_integer
 
 WIDTH = 132  # of the table, however narrow the terminal
@@ -35,7 +36,7 @@ def plan(config: DictConfig) -> tuple[str, list[Plan]]:
     def build() -> tuple[nn.Module, Any]:
         net = build_net(config, data.shape, data.num_classes)
         objective = instantiate(config.objective)
-        objective.attach(net)
+        objective.setup(net)
         return net, objective
 
     activations = saved_bytes(build, batch, data.shape, half, config.compile is not False)
@@ -64,7 +65,7 @@ def table(title: str, found: list[Plan], gib: float) -> Table:
 @hydra.main(version_base="1.3", config_path="../configs", config_name="plan")
 def main(config: DictConfig) -> None:
     with one_line_errors():
-        title, found = plan(config)
+        title, found = plan(composed(config))
         Console(width=WIDTH).print(table(title, found, config.plan.gpu_gib))
         if config.plan.output:
             rows = [row._asdict() | {"total": row.total} for row in found]

@@ -19,6 +19,7 @@ from training.config_checks import check, precision
 from training.environment import environment
 from training.metrics.flops import peak_tflops
 from training.metrics.profile import profile_steps
+from training.renamed import composed
 
 
 def measure(config: DictConfig) -> dict:
@@ -78,6 +79,7 @@ def show(result: dict, lines: int) -> None:
 @hydra.main(version_base="1.3", config_path="../configs", config_name="profile")
 def main(config: DictConfig) -> None:
     with one_line_errors():
+        config = composed(config)
         check(config)
         if not torch.cuda.is_available():
             raise ValueError("scripts/profile_step.py reads the kernels of a GPU; here is none")

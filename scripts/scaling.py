@@ -39,6 +39,7 @@ from training.build import build_data, build_net
 from training.distributed import SummedGradients
 from training.environment import environment
 from training.randomness import Draws, generator
+from training.renamed import command_line
 from training.sharding import shard
 from training.step import Step
 
@@ -69,7 +70,7 @@ class Arm:
         with device:
             net = build_net(config, self.data.shape, self.data.num_classes)
         self.objective = instantiate(config.objective)
-        self.objective.attach(net)
+        self.objective.setup(net)
         checkpoint_blocks(net, config.checkpointing)
         if kind == "fsdp":
             half = torch.bfloat16 if config.trainer.precision == "bf16-mixed" else None
@@ -97,7 +98,7 @@ class Arm:
         images = self.data.draw(batch, generator(SEED, step, rank, "data"))  # on the CPU
         x, y = (part.to(self.device) for part in images)
         null: int = self.step.net.null_label  # type: ignore[assignment]
-        return self.objective.draw(x, y, null, draws)
+        return self.objective.sample(x, y, null, draws)
 
     def __call__(self, samples: list[Any]) -> torch.Tensor:
         """A step of the optimizer on the mean of the samples' losses; that and the mean of their
@@ -178,11 +179,16 @@ def free(device: torch.device) -> None:
 
 
 def configured(options: argparse.Namespace, model: str) -> Any:
-    chosen = [f"model={model}", "objective=meanflow", "objective.equal_share=0.75", "data=blobs"]
+    chosen = [
+        f"model={model}",
+        "objective=meanflow",
+        "objective.data_proportion=0.75",
+        "data=blobs",
+    ]
     chosen += ["data.channels=4", "data.num_classes=1000", "trainer.precision=bf16-mixed"]
     chosen += ["optimizer.lr=1e-4", f"compile={'false' if options.eager else 'true'}"]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("train", [*chosen, *options.set])
+        return compose("train", [*chosen, *command_line(options.set)])
 
 
 def work(options: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from training.cli import one_line_errors, run
+from training.renamed import composed
 from training.resuming import directory, resumed
 
 
@@ -19,9 +20,11 @@ def main(config: DictConfig) -> None:
             raise ValueError(
                 f"{chosen} is scripts/compare.py's; run python scripts/compare.py {chosen}"
             )
+        overrides = list(hydra_config.overrides.task)
+        config = composed(config, overrides)
         run_dir = Path(hydra_config.runtime.output_dir)
         if config.resume:
-            config = resumed(config, hydra_config.overrides.task, run_dir)
+            config = resumed(config, overrides, run_dir)
         from training.fit import train  # torch and Lightning take seconds: after the keys
 
         train(config, run_dir)

@@ -211,7 +211,7 @@ def test_the_targets_name_workloads_and_peers_that_exist():
         assert goal.to is None or goal.to in measured
 
 
-def test_the_earlier_table_has_28_configurations_and_follows_its_script():
+def test_the_legacy_table_has_28_configurations_and_follows_its_script():
     assert len(legacy_table.LENGTHS) * len(legacy_table.MASKS) == 28
     rows = list(legacy_table.measure("float32", "cpu", lengths=[8], calls=(0, 1)))
     assert [row["mask"] for row in rows[::2]] == list(legacy_table.MASKS)
@@ -273,7 +273,7 @@ def test_the_table_of_targets_judges_every_goal():
     assert goals_of_the_host[1] == ["attention_jvp", "55.2", "≤ 60"]
 
 
-def test_the_statistics_of_the_earlier_table():
+def test_the_statistics_of_the_legacy_table():
     def of(length, mask, method, ms, mib, accurate):
         head = {"shape": [2, 12, length, 64], "mask": mask, "dtype": "float16", "pass": "jvp"}
         figures = {"status": "ok", "ms": ms, "mib": mib, "tflops": 1.0, "accurate": accurate}
@@ -446,7 +446,7 @@ def test_the_command_writes_json_csv_and_a_picture(benchmark, tmp_path, capsys, 
     assert "written to" in printed
 
 
-def test_the_suite_of_the_earlier_table_writes_one_file_a_dtype(
+def test_the_suite_of_the_legacy_table_writes_one_file_a_dtype(
     benchmark, tmp_path, monkeypatch, capsys
 ):
     module = sys.modules[benchmark.__module__]

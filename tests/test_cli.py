@@ -16,12 +16,12 @@ from safetensors.torch import save
 from tests.commands import ENVIRONMENT, FAST, ROOT, call, column, in_process, rows, succeed
 from tests.test_configs import composed
 from training.checkpoints import load_checkpoint
-from training.data.infinite_sampler import Stream
+from training.data.infinite_sampler import InfiniteSampler
 from training.data.module import split
 from training.loading import load_trained
 
 SMALL = ["trainer=cpu", "model.depth=2", "model.width=48", "data.batch_size=32"]
-SMALL += ["callbacks.accuracy.n=100"]
+SMALL += ["callbacks.sample_quality.n=100"]
 METRICS = {
     "train/loss",
     "train/error",
@@ -179,7 +179,7 @@ def test_evaluation_scores_every_average_at_every_nfe(exported, tmp_path):
 
 def test_flow_matching_trains_and_samples(tmp_path):
     arguments = ["objective=flow_matching", "trainer.max_steps=5", "sampler.nfe=4", *FAST]
-    arguments += ["callbacks.accuracy.n=50", "callbacks.ema=null"]
+    arguments += ["callbacks.sample_quality.n=50", "callbacks.ema=null"]
     in_process("train.py", *arguments, f"hydra.run.dir={tmp_path}")
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 5
     assert column(tmp_path, "step") == [4, 5]  # the last step, and the accuracy after it
@@ -191,7 +191,7 @@ def test_flow_matching_trains_and_samples(tmp_path):
 @pytest.mark.parametrize("objective", ["imf", "tvm", "scd"])
 def test_an_objective_goes_on_and_is_exported_evaluated_and_sampled(tmp_path, capfd, objective):
     """What it keeps, a second head or a teacher, is no hindrance."""
-    fast = [*FAST, "callbacks.accuracy.n=20"]
+    fast = [*FAST, "callbacks.sample_quality.n=20"]
     options, run = [f"objective={objective}"], tmp_path / objective
     if objective == "scd":
         more = ["objective=flow_matching", "trainer.max_steps=2", f"hydra.run.dir={tmp_path}"]
@@ -236,7 +236,7 @@ def test_an_objective_goes_on_and_is_exported_evaluated_and_sampled(tmp_path, ca
             "experiment=loss_matching_smoke is scripts/compare.py's; run python scripts/compare.py",
         ),
         ("train.py", ["attentoin=jvp"], "key 'attentoin'; did you mean attention?"),
-        ("train.py", ["objective.q=1"], "key 'objective.q'; objective has jvp, equal_share"),
+        ("train.py", ["objective.q=1"], "key 'objective.q'; objective has jvp, data_proportion"),
         ("train.py", ["trainer.max_step=1"], "did you mean trainer.max_steps?"),
         ("train.py", ["max_steps=1"], "did you mean trainer.max_steps?"),
         ("train.py", ["lr=1e-4", "traner=cpu"], "did you mean optimizer.lr?"),
@@ -410,7 +410,7 @@ def test_an_unreadable_image_met_late_leaves_a_checkpoint(tmp_path):
     data = ["data=image_folder", f"data.path={folder}", "data.image_size=8", "data.channels=1"]
     train = ["train.py", *FAST, *data, "data.num_workers=0", f"hydra.run.dir={run}"]
     train += ["callbacks.samples=null", "optimizer.schedule=constant", "data.batch_size=8"]
-    order = Stream(58, 8, seed=0)  # of the 64, six are held out
+    order = InfiniteSampler(58, 8, seed=0)  # of the 64, six are held out
     late = split(64, 0.1)[0][list(itertools.islice(order, 5))[-1].indices[0]]
     picture = folder / f"{late:02}.png"
     whole = picture.read_bytes()
@@ -429,7 +429,7 @@ def test_an_unreadable_image_met_late_leaves_a_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("data", ["eight_gaussians", "blobs", "gaussian"])
 def test_distributions_train_and_are_judged(tmp_path, data):
-    arguments = [f"data={data}", "trainer.max_steps=2", "callbacks.accuracy.n=100"]
+    arguments = [f"data={data}", "trainer.max_steps=2", "callbacks.sample_quality.n=100"]
     arguments += ["model.patch=1"] if data == "eight_gaussians" else []
     arguments += ["data.tokens=64"] if data == "blobs" else []
     in_process("train.py", *FAST, *arguments, f"hydra.run.dir={tmp_path / 'run'}")
@@ -452,7 +452,7 @@ def test_a_run_that_has_made_its_steps_says_so(runs):
 
 @pytest.mark.parametrize("limit", ["trainer.max_steps=3", "trainer.max_time=00:00:00:02"])
 def test_a_run_whose_end_failed_is_finished_by_resuming_it(tmp_path, limit):
-    train = ["train.py", *FAST, limit, f"hydra.run.dir={tmp_path}", "callbacks.accuracy.n=20"]
+    train = ["train.py", *FAST, limit, f"hydra.run.dir={tmp_path}", "callbacks.sample_quality.n=20"]
     train += ["optimizer.schedule=constant", "trainer.log_every_n_steps=1"]
     (tmp_path / "samples").write_text("in the way")
     with pytest.raises(SystemExit):
@@ -474,7 +474,11 @@ def test_a_run_whose_end_failed_is_finished_by_resuming_it(tmp_path, limit):
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
 def test_other_precisions_train_and_draw(tmp_path, precision):
-    arguments = ["trainer.max_steps=3", f"trainer.precision={precision}", "callbacks.accuracy.n=20"]
+    arguments = [
+        "trainer.max_steps=3",
+        f"trainer.precision={precision}",
+        "callbacks.sample_quality.n=20",
+    ]
     in_process("train.py", *FAST, *arguments, f"hydra.run.dir={tmp_path}")
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 3
 

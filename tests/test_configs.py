@@ -177,7 +177,7 @@ def test_every_recipe_stands_in_the_table_of_published_values():
 
 def test_small_data_sets_bring_their_values_and_no_other_inherits_them():
     for objective, key, digits, published in (
-        ("meanflow", "equal_share", 0.5, 0.75),
+        ("meanflow", "data_proportion", 0.5, 0.75),
         ("scm", "sigma_data", 0.8, 0.5),
         ("alphaflow", "end", 1000, 777),
         ("tvm", "label_dropout", 0.0, 0.1),

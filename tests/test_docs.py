@@ -90,7 +90,7 @@ WITH_COMMANDS = [*PAGES, ROOT / "examples" / "README.md"]
 
 
 def blocks() -> list[tuple[Path, str, str, str]]:
-    """(page, the remark above, language, text) of every such block."""
+    """(page, the comment above, language, text) of every such block."""
     return [(page, *found) for page in WITH_COMMANDS for found in BLOCK.findall(page.read_text())]
 
 
@@ -110,10 +110,10 @@ def commands() -> list[list[str]]:
 
 
 def test_every_block_names_its_test_or_says_why_none_runs_it():
-    for page, remark, *_ in blocks():
-        tests = re.findall(r"tests/\S+\.py", remark)
-        assert re.match(r"(run: (tests|\.github)/|not run: )", remark), (page.name, remark)
-        assert all((ROOT / test).is_file() for test in tests), (page.name, remark)
+    for page, comment, *_ in blocks():
+        tests = re.findall(r"tests/\S+\.py", comment)
+        assert re.match(r"(run: (tests|\.github)/|not run: )", comment), (page.name, comment)
+        assert all((ROOT / test).is_file() for test in tests), (page.name, comment)
 
 
 def settings_of(script: Path) -> str | None:

@@ -16,7 +16,7 @@ from training.checkpoints import load_checkpoint
 EXACT = ("train/loss", "train/error", "train/v_loss", "train/grad_norm", "train/lr")
 # The schedule is constant, so that every run is the beginning of a longer one.
 ENDLESS = [*FAST, "trainer.log_every_n_steps=1", "optimizer.schedule=constant", "attention=sdpa"]
-ENDLESS += ["callbacks.accuracy=null", "callbacks.samples=null", "model.dropout=0.1"]
+ENDLESS += ["callbacks.sample_quality=null", "callbacks.samples=null", "model.dropout=0.1"]
 ENDLESS += ["callbacks.ema.decay=[0.9,0.99]", "callbacks.ema.power=[0.1]"]
 
 
@@ -59,7 +59,11 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
 
 def test_a_resumed_run_is_the_run_that_it_was(tmp_path, capfd):
     run = ["train.py", *FAST, "attention=sdpa", f"hydra.run.dir={tmp_path}"]
-    run += ["callbacks.accuracy=null", "optimizer.schedule=constant", "optimizer.warmup_steps=0"]
+    run += [
+        "callbacks.sample_quality=null",
+        "optimizer.schedule=constant",
+        "optimizer.warmup_steps=0",
+    ]
     in_process(*run, "trainer.max_steps=2")
     config = (tmp_path / "config.yaml").read_text()
     more = ["trainer.max_steps=3", "ckpt_path=last", "seed=1"]
@@ -67,7 +71,7 @@ def test_a_resumed_run_is_the_run_that_it_was(tmp_path, capfd):
     for others, names, insist in (
         ([], "now seed=1 (it was 0); give", "[seed]"),
         (["model.depth=1"], depth, "[model.depth,seed]"),
-        (["model.depth=1", "ckpt_changes=[seed]"], "model.depth=1", "[seed,model.depth]"),
+        (["model.depth=1", "allow_config_changes=[seed]"], "model.depth=1", "[seed,model.depth]"),
         (fm, "objective._target_=training.objectives.flow_matching", "[objective,seed]"),
         (["attention=jvp"], "attention._target_=jvp_flash_attention.attention", "[attention"),
     ):
@@ -75,7 +79,7 @@ def test_a_resumed_run_is_the_run_that_it_was(tmp_path, capfd):
             in_process(*run, *more, *others)
         error = capfd.readouterr().err
         assert names in error
-        assert f"ckpt_changes={insist}" in error
+        assert f"allow_config_changes={insist}" in error
         assert len(error.splitlines()) == 1
     assert (tmp_path / "config.yaml").read_text() == config
     free = ["optimizer.lr=1e-4", "callbacks.samples=null", "logger=csv", "compile=false"]
@@ -83,7 +87,7 @@ def test_a_resumed_run_is_the_run_that_it_was(tmp_path, capfd):
     checkpoint = load_checkpoint(path)
     checkpoint["callbacks"]["Summary"]["seconds"] += 1000
     torch.save(checkpoint, path)
-    says = in_process(*run, *more, *free, "ckpt_changes=[seed]")
+    says = in_process(*run, *more, *free, "allow_config_changes=[seed]")
     assert 1000 < json.loads((tmp_path / "summary.json").read_text())["seconds"] < 1100
     told = "optimizer.lr=0.0001 (it was 0.002), trainer.max_steps=3 (it was 2)"
     told += ", callbacks.samples=null (it was {...}), compile=false (it was null) and 1 more"

@@ -15,6 +15,8 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
+from training.renamed import command_line
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Last words of keys whose values are paths.
 PATHS = ("path", "ckpt", "ckpt_path", "init_from", "resume", "output", "dir", "subdir")
@@ -36,6 +38,7 @@ def prepared(arguments: Sequence[str], adopted: str = "") -> list[str]:
     Raises:
         ValueError: an argument is written as no key is; the message has the right spelling.
     """
+    arguments = command_line(arguments)
     many = any(a in ("-m", "--multirun") for a in arguments)
     if "hydra=slurm" in arguments and not any(a in ("--cfg", "-c") for a in arguments):
         if not many:

@@ -11,6 +11,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from training import renamed
 from training.checksums import Sealed, verify
 from training.sharded_checkpoints import (
     REST,
@@ -27,12 +28,12 @@ KEPT = ("seed", "attention", "data", "model", "objective", "optimizer")
 KEPT += ("trainer.accumulate_grad_batches", "trainer.devices", "trainer.num_nodes")
 KEPT += ("context_parallel", "context_size")
 FREE = ("data.path", "data.num_workers", "data.in_memory", "model.attention")
-FREE += ("optimizer.lr", "optimizer.schedule", "optimizer.warmup_steps", "optimizer.floor")
+FREE += ("optimizer.lr", "optimizer.schedule", "optimizer.warmup_steps", "optimizer.min_lr_ratio")
 FREE += ("optimizer.decay_steps",)
 # What says again what another key says.
-AGAIN = ("ckpt_path", "ckpt_changes", "lock_wait", "trusted", "model.attention")
+AGAIN = ("ckpt_path", "allow_config_changes", "lock_wait", "trusted", "model.attention")
 AGAIN += ("init_from", "init_weights", "init_format", "init_except")  # the checkpoint's are newer
-AGAIN += ("callbacks.samples.sampler", "callbacks.accuracy.sampler")
+AGAIN += ("callbacks.samples.sampler", "callbacks.sample_quality.sampler")
 FEW = 4  # settings that a message lists
 
 
@@ -145,8 +146,8 @@ def refuse_used(run_dir: Path, resumed: Path | None, ckpt_path: str | None = Non
 
 
 def refuse_changed(config: DictConfig, checkpoint: dict[str, Any], path: Path) -> None:
-    """A resumed run is the run that it was: ``KEPT``, but for ``FREE`` and ``ckpt_changes``."""
-    insisted = list(config.ckpt_changes)
+    """A resumed run is the run that it was: ``KEPT``, but for ``FREE`` and what the user allows."""
+    insisted = [renamed.key(key) for key in config.allow_config_changes]
     free = (*FREE, *insisted)
     now: Any = OmegaConf.to_container(config, resolve=True)
     changed = {
@@ -158,9 +159,10 @@ def refuse_changed(config: DictConfig, checkpoint: dict[str, Any], path: Path) -
         return
     few = len(changed) <= FEW
     insist = changed if few else dict.fromkeys(key.split(".")[0] for key in changed)
+    allowed = ",".join([*insisted, *insist])
     raise ValueError(
         f"ckpt_path: {path} was trained with other settings: now {_listed(changed)}; give those"
-        f" of its run's config.yaml, or insist with ckpt_changes=[{','.join([*insisted, *insist])}]"
+        f" of its run's config.yaml, or insist with allow_config_changes=[{allowed}]"
     )
 
 
@@ -230,6 +232,8 @@ def load_rest(path: Path) -> dict[str, Any]:
         raise ValueError(f"ckpt: {path} is not a readable checkpoint") from error
     if not isinstance(checkpoint, dict) or "config" not in checkpoint:
         raise ValueError(f"ckpt: {path} was not written by scripts/train.py")
+    renamed.stored(checkpoint["config"], path)
+    renamed.states(checkpoint)
     return checkpoint
 
 

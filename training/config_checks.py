@@ -104,7 +104,7 @@ def _check_recipe(config: DictConfig) -> None:
         )
 
 
-def remark(config: DictConfig) -> str:
+def warning(config: DictConfig) -> str:
     """What is allowed but hardly meant, in one line, or nothing."""
     steps, denoiser = config.trainer.max_steps, config.objective.get("denoiser_steps")
     if isinstance(denoiser, int) and denoiser >= steps > 0:

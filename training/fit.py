@@ -21,7 +21,7 @@ from training.checkpoints import (
     refuse_changed,
     refuse_used,
 )
-from training.config_checks import check, remark, sharded
+from training.config_checks import check, sharded, warning
 from training.lock import run_lock
 from training.loggers.csv import CSVFile
 from training.registry import checked, trust, trust_own
@@ -42,7 +42,7 @@ def train(config: DictConfig, run_dir: Path) -> None:
         _train(config, run_dir, threads)
 
 
-def _train(config: DictConfig, run_dir: Path, *remarks: str) -> None:
+def _train(config: DictConfig, run_dir: Path, *notes: str) -> None:
     resumed = find_checkpoint(config.ckpt_path, run_dir)
     checkpoint = load_rest(resumed) if resumed else None
     if resumed and checkpoint:
@@ -60,7 +60,7 @@ def _train(config: DictConfig, run_dir: Path, *remarks: str) -> None:
     if rank_zero_only.rank == 0:
         refuse_used(run_dir, resumed, config.ckpt_path)
         changed = changes(config, checkpoint) if checkpoint else ""
-        for line in (*remarks, changed, remark(config)):
+        for line in (*notes, changed, warning(config)):
             if line:
                 print(line)
     data = build_data(config)

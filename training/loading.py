@@ -31,7 +31,7 @@ class Trained(NamedTuple):
     num_classes: int
     step: int
     averages: list[str]  # names of the averages (or of the exported weights) that the file holds
-    data: dict[str, Any]  # ``Data.description`` of what it was trained on
+    data: dict[str, Any]  # ``DataModule.description`` of what it was trained on
 
 
 def load_trained(
@@ -98,11 +98,11 @@ def load_flow(ckpt: str | None, weights: str = "ema") -> nn.Module:
     trained = load_trained(Path(ckpt), weights)
     objective = trained.config.objective
     kind = get_class(objective._target_)
-    if not getattr(kind, "teaches_velocity", False) or objective.get("equal_share") == 0:
+    if not getattr(kind, "teaches_velocity", False) or objective.get("data_proportion") == 0:
         raise ValueError(
             "objective.teacher.ckpt must be of a network that learned the velocity u(z, t, t) of"
             " the linear path (objective=flow_matching, or any other but scm and scd, with"
-            f" equal_share > 0 where there is one); {ckpt} is of {kind.__name__}"
+            f" data_proportion > 0 where there is one); {ckpt} is of {kind.__name__}"
         )
     trained.net.trained_on = (trained.shape, trained.num_classes)  # type: ignore[assignment]
     return trained.net

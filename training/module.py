@@ -25,7 +25,7 @@ class GenerativeModule(LightningModule):
         compile, cuda_graphs: of the step, see ``training.step``.
         context: how processes share a sequence; None is not at all.
         config: what was configured, stored in every checkpoint so that it can be rebuilt from it.
-        data: ``Data.description``, stored too: the data set need not be at hand then.
+        data: ``DataModule.description``, stored too: the data set need not be at hand then.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class GenerativeModule(LightningModule):
         self.net, self.objective, self.optimizer = net, objective, optimizer
         self.seed, self.config, self.data = seed, config or {}, data or {}
         self.context = context
-        objective.attach(net)
+        objective.setup(net)
         self.step = Step(net, objective, compile, cuda_graphs)
         self.batches: list[dict[str, torch.Tensor]] = []  # metrics of those since the last step
 
@@ -58,7 +58,7 @@ class GenerativeModule(LightningModule):
         weight = next(self.net.parameters())
         sharded = isinstance(self.trainer.strategy, Sharded)  # then no device holds a whole teacher
         device = torch.device("cpu") if sharded else weight.device
-        self.objective.start(torch.empty(0, dtype=weight.dtype, device=device))
+        self.objective.on_fit_start(torch.empty(0, dtype=weight.dtype, device=device))
         self.configure_model()
         if self.context is not None:
             self.context.start((self.net, *teachers(self.objective)), self.device.type)
@@ -70,18 +70,18 @@ class GenerativeModule(LightningModule):
         accumulate = self.trainer.accumulate_grad_batches
         return self.seed, self.global_step * accumulate + batch_idx % accumulate
 
-    def draw(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> Any:
+    def sample(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> Any:
         """The noisy batch of a step, the same however often it is asked for."""
         x, y = batch
         alike = is_sharded(self.net)
         draws = Draws(*self._where(batch_idx), *data_place(self.trainer), x.device, alike)
         null_label: int = self.net.null_label  # type: ignore[assignment]
-        return self.objective.draw(x, y, null_label, draws)
+        return self.objective.sample(x, y, null_label, draws)
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> dict:
         # Dropout inside the network: of tokens, which no other process has.
         torch.manual_seed(key(*self._where(batch_idx), self.global_rank, "layers"))
-        sample = self.draw(batch, batch_idx)
+        sample = self.sample(batch, batch_idx)
         loss, metrics, errors = self.step(sample)
         means = self._of_step({"loss": loss.detach(), **metrics}, batch_idx)
         if means is not None:

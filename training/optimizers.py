@@ -21,7 +21,7 @@ def adamw(
     weight_decay: float = 0.0,
     schedule: str = "constant",
     warmup_steps: int = 0,
-    floor: float = 0.0,
+    min_lr_ratio: float = 0.0,
     decay_steps: int = 10_000,
     fused: bool | None = None,
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
@@ -30,7 +30,7 @@ def adamw(
     """
     options = _checked(lr, betas, eps, weight_decay)
     optimizer = torch.optim.AdamW(parameters, **options, fused=fused is not False)
-    rate = factor(max_steps, schedule, warmup_steps, floor, decay_steps)
+    rate = factor(max_steps, schedule, warmup_steps, min_lr_ratio, decay_steps)
     return optimizer, Rate(optimizer, rate)
 
 
@@ -43,13 +43,13 @@ def radam(
     weight_decay: float = 0.0,
     schedule: str = "constant",
     warmup_steps: int = 0,
-    floor: float = 0.0,
+    min_lr_ratio: float = 0.0,
     decay_steps: int = 10_000,
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
     """RAdam (arXiv 1908.03265), its weight decay decoupled; for the schedule see ``factor``."""
     options = _checked(lr, betas, eps, weight_decay)
     optimizer = torch.optim.RAdam(parameters, **options, decoupled_weight_decay=True)
-    rate = factor(max_steps, schedule, warmup_steps, floor, decay_steps)
+    rate = factor(max_steps, schedule, warmup_steps, min_lr_ratio, decay_steps)
     return optimizer, Rate(optimizer, rate)
 
 
@@ -76,17 +76,17 @@ class Rate(LambdaLR):
 
 
 def factor(
-    max_steps: int, schedule: str, warmup_steps: int, floor: float, decay_steps: int
+    max_steps: int, schedule: str, warmup_steps: int, min_lr_ratio: float, decay_steps: int
 ) -> Callable[[int], float]:
     """What the rate is multiplied by at each step. After a linear rise of ``warmup_steps``:
 
     constant      1
-    cosine        half a cosine from 1 to ``floor`` at max_steps
-    linear        a line from 1 to ``floor`` at max_steps
+    cosine        half a cosine from 1 to ``min_lr_ratio`` at max_steps
+    linear        a line from 1 to ``min_lr_ratio`` at max_steps
     inverse_sqrt  1 / sqrt(max(1, step / decay_steps)) (EDM2, arXiv 2312.02696)
     """
     between("optimizer.warmup_steps", warmup_steps, 0)
-    between("optimizer.floor", floor, 0, 1)
+    between("optimizer.min_lr_ratio", min_lr_ratio, 0, 1)
     positive_integer("optimizer.decay_steps", decay_steps)
     one_of("optimizer.schedule", schedule, SCHEDULES)
     if schedule in ("cosine", "linear") and max_steps < 1:
@@ -103,6 +103,6 @@ def factor(
         share = (step - warmup_steps) / max(1, max_steps - warmup_steps)
         share = min(max(share, 0.0), 1.0)
         left = 1 - share if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * share))
-        return floor + (1 - floor) * left
+        return min_lr_ratio + (1 - min_lr_ratio) * left
 
     return lambda step: min(1.0, (step + 1) / (warmup_steps + 1)) * fall(step)

@@ -135,7 +135,7 @@ def _saved(
             compile_blocks(part, backend=aot_autograd(fw_compiler=nop, **options))
     draws = Draws(0)
     x, y = torch.zeros(batch, *shape), torch.zeros(batch, dtype=torch.int64)
-    sample = objective.draw(x, y, net.null_label, draws)
+    sample = objective.sample(x, y, net.null_label, draws)
     key = lambda storage: storage._cdata  # noqa: E731
     own = {key(p.untyped_storage()) for p in (*net.parameters(), *net.buffers())}
     held: dict[int, Any] = {}  # kept alive, so that no other one has the same key

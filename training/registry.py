@@ -16,6 +16,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from training import renamed
+
 # Where in a configuration a target may stand, and as what. * is any name.
 PLACES = {
     ("attention",): "attention",
@@ -155,6 +157,7 @@ def checked(config: Any, path: Path | str, needed: Sequence[str] = NEEDED) -> Di
         config = OmegaConf.to_container(config, resolve=False)
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds no configuration: {type(config).__name__} in its place")
+    renamed.stored(config, path)
     nodes = list(_nodes(config, path))
     for key, value in nodes:
         _check_value(key, value, path)
@@ -247,7 +250,7 @@ def _nodes(value: Any, path: Path | str = "", key: Key = ()) -> Iterator[tuple[K
 
 
 def description(data: Any, path: Path | str) -> dict[str, Any]:
-    """``Data.description`` as the file at ``path`` holds it, checked."""
+    """``DataModule.description`` as the file at ``path`` holds it, checked."""
     found = data if isinstance(data, dict) else {}
     shape, classes, latents = (found.get(k) for k in ("shape", "num_classes", "latents"))
     whole = isinstance(shape, list | tuple) and len(shape) == 3

@@ -16,7 +16,7 @@ from training.registry import stored, trust
 OWN = (
     "resume",
     "ckpt_path",
-    "ckpt_changes",
+    "allow_config_changes",
     "trusted",
     "hydra",
 )  # of this start, whatever the file says

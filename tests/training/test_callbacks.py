@@ -53,28 +53,28 @@ class Fake:
 
 
 def test_errors_are_averaged_by_time_over_the_steps_since_the_last_row():
-    buckets, fake = LossByTimestep(number=2), Fake(log_every=2)
-    fake.end(buckets, {"errors": torch.tensor([1.0, 3.0]), "times": torch.tensor([0.1, 0.6])})
+    by_timestep, fake = LossByTimestep(number=2), Fake(log_every=2)
+    fake.end(by_timestep, {"errors": torch.tensor([1.0, 3.0]), "times": torch.tensor([0.1, 0.6])})
     assert fake.logged == {}
-    fake.end(buckets, {"errors": torch.tensor([5.0, 7.0]), "times": torch.tensor([0.49, 1.0])})
+    fake.end(by_timestep, {"errors": torch.tensor([5.0, 7.0]), "times": torch.tensor([0.49, 1.0])})
     assert fake.logged == {"error_t/0.00-0.50": 3, "error_t/0.50-1.00": 5}
     fake.logged.clear()
     for _ in range(2):  # the first two are forgotten; an empty bucket does not repeat its last
-        fake.end(buckets, {"errors": torch.tensor([9.0]), "times": torch.tensor([0.2])})
+        fake.end(by_timestep, {"errors": torch.tensor([9.0]), "times": torch.tensor([0.2])})
     assert fake.logged == {
         "error_t/0.00-0.50": 9,
         "error_t/0.50-1.00": pytest.approx(float("nan"), nan_ok=True),
     }
     fake.logged.clear()
     for missing in ({"errors": None, "times": None}, {"errors": torch.ones(1), "times": None}):
-        fake.end(buckets, missing)
+        fake.end(by_timestep, missing)
     assert fake.logged == {}
 
 
 @pytest.mark.parametrize("objective", [MeanFlow(), FlowMatching()], ids=["mf", "fm"])
 def test_objectives_give_the_errors_whose_mean_they_log(tiny, batch, draws, objective):
     net = tiny()
-    terms = objective.loss(net, objective.draw(*batch, net.null_label, draws))
+    terms = objective.loss(net, objective.sample(*batch, net.null_label, draws))
     assert terms.errors.shape == (12,)
     assert not terms.errors.requires_grad
     torch.testing.assert_close(terms.errors.mean(), terms.metrics["error"])
@@ -147,8 +147,8 @@ def test_useful_operations_do_not_depend_on_how_they_are_computed():
         == single
     )
     assert flops(MeanFlow(), batch=16) == 2 * single
-    assert flops(MeanFlow(equal_share=1.0)) == flops(FlowMatching())
-    ratio = flops(MeanFlow(equal_share=0.0)) / flops(FlowMatching())
+    assert flops(MeanFlow(data_proportion=1.0)) == flops(FlowMatching())
+    ratio = flops(MeanFlow(data_proportion=0.0)) / flops(FlowMatching())
     assert 4 / 3 < ratio < 1.5  # a tangent is one forward more, in the attention two
 
 
@@ -156,7 +156,7 @@ def test_useful_operations_do_not_depend_on_how_they_are_computed():
 def test_the_forward_of_a_teacher_is_useful_too(attention):
     teacher = DiT(attention, image_size=8, channels=1, num_classes=10, width=64, depth=1).eval()
     student = SCM(learned_variance=False, teacher=lambda: teacher)
-    student.start(torch.zeros(()))
+    student.on_fit_start(torch.zeros(()))
     x, t = torch.zeros(8, 1, 8, 8), torch.zeros(8)
     teacher.blocks[0].attention.attention = sdpa
     with torch.no_grad(), FlopCounterMode(display=False) as forward:

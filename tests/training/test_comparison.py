@@ -266,8 +266,8 @@ def test_the_toughest_baseline_has_the_numbers_of_sdpa():
 
 
 def test_the_toughest_baseline_compiles(tiny, batch, draws):
-    net, objective = tiny(sdpa_fused, depth=1), MeanFlow(equal_share=0.5, label_dropout=0.0)
-    sample = objective.draw(*batch, net.null_label, draws)
+    net, objective = tiny(sdpa_fused, depth=1), MeanFlow(data_proportion=0.5, label_dropout=0.0)
+    sample = objective.sample(*batch, net.null_label, draws)
     torch.compiler.reset()
     compiled = torch.compile(objective.loss, fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(net, sample).loss, objective.loss(net, sample).loss)

@@ -49,7 +49,7 @@ def relative(a, b):
 def test_at_initialisation_the_errors_are_exact(tiny, batch, draws, attention, reduce):
     net = tiny(ATTENTIONS[attention], awake=False, log_variance=True)
     objective = SCM(reduce=reduce)
-    sample = objective.draw(*batch, NULL, draws)
+    sample = objective.sample(*batch, NULL, draws)
     metrics = objective.loss(net, sample).metrics
     v = sample.dxdt.square().flatten(1)
     v = v.sum(1) if reduce == "sum" else v.mean(1)
@@ -127,7 +127,7 @@ def test_distillation_of_the_exact_flow_has_no_error_at_the_exact_solution():
     sample = exact_sample(student)._replace(dxdt=torch.zeros(64, 3))  # not the sample's own
     with pytest.raises(RuntimeError, match=r"objective\.start"):
         objective.loss(student, sample)
-    objective.start(torch.zeros(()))
+    objective.on_fit_start(torch.zeros(()))
     assert objective.loss(student, sample).metrics["error"] < 1e-28
     assert not objective.state_dict().keys() - {"_extra_state"}  # the teacher stays in its file
 
@@ -138,7 +138,7 @@ def test_the_teacher_is_guided_from_its_null_label():
             return torch.where(expand(y == NULL, z), 1.0, 3.0) * torch.ones_like(z)
 
     objective = SCM(teacher=Teacher, teacher_guidance=2.0)
-    objective.start(torch.zeros(()))
+    objective.on_fit_start(torch.zeros(()))
     sample = exact_sample(GaussianConsistency())
     expected = trig_velocity(lambda z, s: 5 * torch.ones_like(z), sample.x_t, sample.t, 0.5)
     torch.testing.assert_close(objective._velocity(sample), expected)
@@ -150,7 +150,7 @@ def test_modes_single_and_double_give_the_same_loss_and_gradients(tiny, batch, d
     for mode in ("single", "double"):
         objective = SCM(Jvp(mode), warmup_steps=0)
         torch.manual_seed(2)
-        loss = objective.loss(net, objective.draw(*batch, NULL, draws)).loss
+        loss = objective.loss(net, objective.sample(*batch, NULL, draws)).loss
         results.append((loss, gradients(net, loss)))
     (loss_a, grad_a), (loss_b, grad_b) = results
     assert relative(loss_a, loss_b) < 2e-7
@@ -163,7 +163,7 @@ def test_the_gradient_is_the_normalised_tangent_pulled_back(tiny, batch, draws, 
     net = tiny(log_variance=True, conditioning="t").double()
     objective = SCM(warmup_steps=0, prior_weight="tan", reduce=reduce)
     x, y = batch
-    sample = objective.draw(x, y, NULL, draws)
+    sample = objective.sample(x, y, NULL, draws)
     sample = SCMSample(*(a.double() if a.is_floating_point() else a for a in sample))
     x_t, dxdt, t, y, *_ = sample
     cos, sin, sigma = expand(t.cos(), x_t), expand(t.sin(), x_t), 0.5
@@ -213,7 +213,7 @@ def test_the_tangent_warms_up_after_the_denoiser_and_checkpoints_remember_the_st
     objective, resumed = build(), build()
     weights = []
     for _ in range(6):
-        sample = objective.draw(*batch, NULL, draws)
+        sample = objective.sample(*batch, NULL, draws)
         weights.append(float(sample.warmup))
         assert float(objective.loss(net, sample).metrics["tangent_weight"]) == weights[-1]
         objective.after_step(torch.nn.Identity())
@@ -225,7 +225,7 @@ def test_the_tangent_warms_up_after_the_denoiser_and_checkpoints_remember_the_st
 def test_below_the_anchor_the_target_is_that_of_the_denoiser(tiny, batch, draws):
     net, times = tiny(conditioning="t").double(), torch.tensor([0.1, 0.3, 0.5, 1.2])
     x, y = (part[:4] for part in batch)
-    sample = SCM(warmup_steps=0).draw(x, y, NULL, draws)._replace(t=times)
+    sample = SCM(warmup_steps=0).sample(x, y, NULL, draws)._replace(t=times)
     sample = SCMSample(*(a.double() if a.is_floating_point() else a for a in sample))
 
     def errors(anchor, w):

@@ -49,7 +49,7 @@ def build(name):
             torch.nn.init.normal_(parameter, std=0.1)
     if sharded:
         checkpoint_blocks(net, "block")
-    loss = MeanFlow(Jvp("single"), equal_share=0.5) if objective == "meanflow" else TVM()
+    loss = MeanFlow(Jvp("single"), data_proportion=0.5) if objective == "meanflow" else TVM()
     return net, loss, ContextParallel(*context), sharded
 
 
@@ -109,11 +109,11 @@ def alone(name, rank, world):
     x, y = next(iter(data.train_dataloader()))
     draws = Draws(SEED, 0, rank, world, alike=sharded)
     dtype = next(net.parameters()).dtype
-    objective.attach(net)
-    objective.start(torch.empty(0, dtype=dtype))
+    objective.setup(net)
+    objective.on_fit_start(torch.empty(0, dtype=dtype))
     torch.set_default_dtype(dtype)  # as Lightning's precision does, and the draws have it
     try:
-        sample = objective.draw(x.to(dtype), y, net.null_label, draws)
+        sample = objective.sample(x.to(dtype), y, net.null_label, draws)
     finally:
         torch.set_default_dtype(torch.float32)
     loss = objective.loss(net, sample).loss

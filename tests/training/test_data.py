@@ -6,22 +6,22 @@ import pytest
 import torch
 
 from training.data.digits import Digits
-from training.data.infinite_sampler import Stream
+from training.data.infinite_sampler import InfiniteSampler
 from training.images import grid, write_png
 from training.metrics.svm import SVM
 from training.randomness import generator, key
 
 
 def take(n, *args, **kwargs):
-    return [batch.indices for batch in itertools.islice(iter(Stream(*args, **kwargs)), n)]
+    return [batch.indices for batch in itertools.islice(iter(InfiniteSampler(*args, **kwargs)), n)]
 
 
 def test_digits_fill_the_interval_and_no_held_out_image_is_trained_on():
     data = Digits(seed=0)
-    images = torch.cat([data.train[0], data.held_out[0]])
+    images = torch.cat([data.train[0], data.val[0]])
     assert (images.min(), images.max()) == (-1, 1)
     assert len(images) == 1797
-    held_out = {tuple(row) for row in data.held_out[0].flatten(1).tolist()}
+    held_out = {tuple(row) for row in data.val[0].flatten(1).tolist()}
     trained = {tuple(row) for row in data.train[0].flatten(1).tolist()}
     assert len(held_out) == round(0.2 * 1797)
     assert not held_out & trained
@@ -44,7 +44,7 @@ def test_a_resumed_stream_continues_exactly():
 
 
 def test_the_number_of_a_batch_counts_from_the_start_of_the_run():
-    batches = itertools.islice(iter(Stream(50, 8, seed=1, start=4)), 5)
+    batches = itertools.islice(iter(InfiniteSampler(50, 8, seed=1, start=4)), 5)
     assert [batch.number for batch in batches] == [4, 5, 6, 7, 8]
 
 
@@ -65,7 +65,7 @@ def test_ranks_share_an_epoch_without_overlap():
 
 def test_a_batch_larger_than_the_data_raises_an_error_that_names_its_key():
     with pytest.raises(ValueError, match=r"data\.batch_size"):
-        Stream(50, 51, seed=0)
+        InfiniteSampler(50, 51, seed=0)
 
 
 def test_a_generator_depends_on_all_of_its_key_and_on_nothing_else():
@@ -80,7 +80,7 @@ def test_a_generator_depends_on_all_of_its_key_and_on_nothing_else():
 def test_the_svm_recognises_real_digits_and_not_wrong_labels():
     data = Digits(seed=0)
     svm = SVM(*data.train)
-    images, y = data.held_out
+    images, y = data.val
     assert svm.accuracy(images, y) > 0.95
     assert svm.accuracy(images, (y + 1) % 10) < 0.05
     assert svm.accuracy(torch.randn_like(images), y) < 0.3

@@ -38,7 +38,7 @@ def build(name):
             torch.nn.init.normal_(parameter, std=0.1)
     if recomputed:
         checkpoint_blocks(net, "block")
-    return net, MeanFlow(Jvp(mode), equal_share=0.5)
+    return net, MeanFlow(Jvp(mode), data_proportion=0.5)
 
 
 class KeepGradients(Callback):
@@ -89,7 +89,7 @@ def alone(name, rank):
     batch = next(iter(data.order(0, rank, 2)))
     x, y = data.read("train", batch)
     draws = Draws(SEED, 0, rank, 2)
-    terms = objective.loss(net, objective.draw(x, y, net.null_label, draws))
+    terms = objective.loss(net, objective.sample(x, y, net.null_label, draws))
     terms.loss.backward()
     return [p.grad for p in net.parameters()], float(terms.metrics["error"])
 

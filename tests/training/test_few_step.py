@@ -48,8 +48,8 @@ def test_at_initialisation_the_errors_are_exact(tiny, batch, draws, attention, r
         Shortcut(reduce=reduce, consistency_share=0.25): lambda v: v[3:].sum() / len(v),
     }
     for objective, expected in remains.items():
-        objective.attach(net)
-        sample = objective.draw(*batch, NULL, draws)
+        objective.setup(net)
+        sample = objective.sample(*batch, NULL, draws)
         pair = getattr(sample, "pair", sample)
         v = pair.v.square().flatten(1)
         v = v.sum(1) if reduce == "sum" else v.mean(1)
@@ -69,7 +69,7 @@ def imf_sample(net, z, t, r, y, v=None):
 @pytest.mark.parametrize("mode", ["single", "double"])
 def test_imf_has_no_error_at_the_exact_solution(mode):
     net, (z, t, r, y) = GaussianMeanFlow(), points()
-    objective = IMF(Jvp(mode), equal_share=0.25, guidance_max=1, p=0)
+    objective = IMF(Jvp(mode), data_proportion=0.25, guidance_max=1, p=0)
     r = torch.cat([t[:16], r[16:]])
     metrics = objective.loss(net, imf_sample(net, z, t, r, y)).metrics
     assert metrics["error"] < 1e-28
@@ -81,8 +81,8 @@ def test_imf_has_no_error_at_the_exact_solution(mode):
 def test_imf_differentiates_along_its_own_velocity_not_the_samples(tiny, batch, draws):
     """Of two samples with the same z, t, r, y, V is the same whatever their v."""
     net = tiny(**HEADS)
-    objective = IMF(equal_share=0, guidance_max=1, p=0)
-    sample = objective.draw(*batch, NULL, draws)
+    objective = IMF(data_proportion=0, guidance_max=1, p=0)
+    sample = objective.sample(*batch, NULL, draws)
     other = sample._replace(v=sample.v + 1)
     a, b = objective.loss(net, sample), objective.loss(net, other)
     assert a.metrics["dudt_rms"] == b.metrics["dudt_rms"] > 0
@@ -94,8 +94,8 @@ def test_imf_differentiates_along_its_own_velocity_not_the_samples(tiny, batch, 
 
 def test_imf_guidance_mixes_velocities_of_the_second_head(tiny, batch, draws):
     net = tiny(**HEADS)
-    objective = IMF(equal_share=0.25, label_dropout=0.4)
-    sample = objective.draw(*batch, NULL, draws)
+    objective = IMF(data_proportion=0.25, label_dropout=0.4)
+    sample = objective.sample(*batch, NULL, draws)
     z, v, t, _, _, dropped, _, guidance, label, _ = sample
     w, start, end = guidance.unbind(1)
     assert (start[:3] == 0).all()
@@ -119,7 +119,7 @@ def test_imf_guidance_mixes_velocities_of_the_second_head(tiny, batch, draws):
 
 def test_imf_guidance_scales_have_a_density_proportional_to_their_inverse():
     x, y = torch.zeros(20_000, 1, 1, 1), torch.zeros(20_000, dtype=torch.int64)
-    w = IMF(guidance_max=8).draw(x, y, NULL, Draws(0)).guidance[:, 0]
+    w = IMF(guidance_max=8).sample(x, y, NULL, Draws(0)).guidance[:, 0]
     shares = w.log() / torch.tensor(8.0).log()  # uniform
     assert abs(shares.mean() - 0.5) < 0.01
     assert abs(shares.var() - 1 / 12) < 0.002
@@ -135,11 +135,11 @@ def tvm_sample(net, v=None):
 def test_tvm_has_no_error_at_the_exact_solution(mode):
     net = GaussianMeanFlow()
     objective = TVM(Jvp(mode, epsilon=1e-4))
-    objective.attach(net)
+    objective.setup(net)
     metrics = objective.loss(net, tvm_sample(net)).metrics
     assert metrics["error"] < (1e-13 if mode == "finite_difference" else 1e-28)
     # The test sees a teacher with another velocity.
-    objective.attach(GaussianMeanFlow(sigma=0.5))
+    objective.setup(GaussianMeanFlow(sigma=0.5))
     assert objective.loss(net, tvm_sample(net)).metrics["terminal_error"] > 1e-4
 
 
@@ -148,8 +148,8 @@ def test_tvm_differentiates_through_the_tangent(tiny, batch, draws, attention):
     """The gradient is that of the loss as a function of the weights, teacher and arrival fixed."""
     net = tiny(ATTENTIONS[attention]).double()
     objective = TVM()
-    objective.attach(net)
-    sample = doubled(objective.draw(*batch, NULL, draws))
+    objective.setup(net)
+    sample = doubled(objective.sample(*batch, NULL, draws))
     z, t, s, y = sample.z, sample.t, sample.s, sample.y
     with torch.no_grad():
         arrival = z + (s - t)[:, None, None, None] * net(z, t, s, y)
@@ -167,8 +167,8 @@ def test_tvm_without_the_gradient_of_its_tangent_is_another_objective(tiny, batc
     results = []
     for m in ("tangent_grad", mode):
         objective = TVM(Jvp(m))
-        objective.attach(net)
-        loss = objective.loss(net, objective.draw(*batch, NULL, draws)).loss
+        objective.setup(net)
+        loss = objective.loss(net, objective.sample(*batch, NULL, draws)).loss
         results.append((loss, gradients(net, loss)))
     (loss_a, grad_a), (loss_b, grad_b) = results
     assert relative(loss_b, loss_a) < (1e-4 if mode == "finite_difference" else 2e-7)
@@ -178,8 +178,8 @@ def test_tvm_without_the_gradient_of_its_tangent_is_another_objective(tiny, batc
 def test_tvm_guidance_moves_the_velocity_of_kept_labels_away_from_the_null(tiny, batch, draws):
     net = tiny()
     objective = TVM(omega=2.0, label_dropout=0.5)
-    objective.attach(net)
-    sample = objective.draw(*batch, NULL, draws)
+    objective.setup(net)
+    sample = objective.sample(*batch, NULL, draws)
     null = net(sample.z_flow, sample.s_flow, sample.s_flow, torch.full_like(sample.y, NULL))
     v_g = objective._guided_velocity(sample)
     assert 0 < sample.dropped.sum() < len(null)
@@ -220,7 +220,7 @@ def alpha_sample(net, alpha, v=None):
 def test_alphaflow_has_no_error_where_the_flow_is_straight(alpha):
     """A single data point: every step along the velocity stays on the path, for every α."""
     net = GaussianMeanFlow(sigma=0.0)
-    objective = AlphaFlow(equal_share=0, p=0, clip=None)
+    objective = AlphaFlow(data_proportion=0, p=0, clip=None)
     assert objective.loss(net, alpha_sample(net, alpha)).metrics["error"] < 1e-28
     wrong = alpha_sample(net, alpha, v=torch.zeros(64, 3, dtype=torch.float64))
     assert objective.loss(net, wrong).metrics["error"] > 1e-6
@@ -228,7 +228,7 @@ def test_alphaflow_has_no_error_where_the_flow_is_straight(alpha):
 
 def test_alphaflow_tends_to_the_meanflow_identity_with_alpha():
     """The target's error at the exact solution is of second order in α: its square of fourth."""
-    net, objective = GaussianMeanFlow(), AlphaFlow(equal_share=0, p=0, clip=None)
+    net, objective = GaussianMeanFlow(), AlphaFlow(data_proportion=0, p=0, clip=None)
     error = lambda alpha: float(objective.loss(net, alpha_sample(net, alpha)).metrics["error"])  # noqa: E731
     assert error(0.02) / error(0.01) == pytest.approx(16, rel=0.05)
     assert error(0.0) < 1e-28
@@ -236,8 +236,11 @@ def test_alphaflow_tends_to_the_meanflow_identity_with_alpha():
 
 def test_alphaflow_ends_as_meanflow_and_begins_as_flow_matching(tiny, batch, draws):
     net = tiny()
-    alphaflow, meanflow = AlphaFlow(c=1e-2, clip=None), MeanFlow(equal_share=0.25, reduce="mean")
-    sample = alphaflow.draw(*batch, NULL, draws)
+    alphaflow, meanflow = (
+        AlphaFlow(c=1e-2, clip=None),
+        MeanFlow(data_proportion=0.25, reduce="mean"),
+    )
+    sample = alphaflow.sample(*batch, NULL, draws)
     assert sample.alpha == 1
     z, v, t, r, y, *_ = sample.pair
     error = (net(z, t, r, y) - v).square().flatten(1).mean(1)
@@ -245,7 +248,7 @@ def test_alphaflow_ends_as_meanflow_and_begins_as_flow_matching(tiny, batch, dra
     loss = alphaflow.loss(net, sample).loss
     assert relative(gradients(net, loss), gradients(net, expected)) < 1e-6
     alphaflow.steps = 1000
-    sample = alphaflow.draw(*batch, NULL, draws)
+    sample = alphaflow.sample(*batch, NULL, draws)
     assert sample.alpha == 0
     a, b = alphaflow.loss(net, sample).loss, meanflow.loss(net, sample.pair).loss
     assert torch.equal(a, b)
@@ -270,7 +273,7 @@ def test_alpha_falls_as_a_sigmoid_between_its_steps():
 @pytest.mark.parametrize(
     "build",
     [
-        lambda mode: IMF(Jvp(mode), equal_share=0.25, p=0),
+        lambda mode: IMF(Jvp(mode), data_proportion=0.25, p=0),
         lambda mode: AlphaFlow(Jvp(mode), p=0),
     ],
 )
@@ -281,7 +284,7 @@ def test_modes_single_and_double_give_the_same_loss_and_gradients(tiny, batch, d
         objective = build(mode)
         objective.steps = 1000
         torch.manual_seed(2)
-        loss = objective.loss(net, objective.draw(*batch, NULL, draws)).loss
+        loss = objective.loss(net, objective.sample(*batch, NULL, draws)).loss
         results.append((loss, gradients(net, loss)))
     (loss_a, grad_a), (loss_b, grad_b) = results
     assert relative(loss_a, loss_b) < 2e-7
@@ -291,18 +294,18 @@ def test_modes_single_and_double_give_the_same_loss_and_gradients(tiny, batch, d
 def test_two_exact_shortcuts_are_one_exact_shortcut():
     net, (z, t, r, y) = GaussianMeanFlow(), points()
     objective = Shortcut(consistency_share=0.5, clip=None)
-    objective.attach(net)
+    objective.setup(net)
     r = torch.cat([t[:32] - 0.25, t[32:]])
     sample = ShortcutSample(z, net.velocity(z, t), t, r, y, 32)
     assert objective.loss(net, sample).metrics["error"] < 1e-28
-    objective.attach(GaussianMeanFlow(sigma=0.5))
+    objective.setup(GaussianMeanFlow(sigma=0.5))
     assert objective.loss(net, sample).metrics["consistency_error"] > 1e-4
 
 
 def test_the_shortest_shortcuts_are_taken_along_the_velocity():
     net, (z, t, _, y) = GaussianMeanFlow(), points()
-    objective = Shortcut(consistency_share=1, finest=8)
-    objective.attach(net)
+    objective = Shortcut(consistency_share=1, denoise_timesteps=8)
+    objective.setup(net)
     seen = []
     objective.teacher.net.forward = lambda z, t, r, y: seen.append(t - r) or z
     for jump, expected in ((1 / 4, 0), (1 / 2, 1 / 4), (1, 1 / 2)):
@@ -313,8 +316,8 @@ def test_the_shortest_shortcuts_are_taken_along_the_velocity():
 
 def test_shortcuts_fit_between_one_and_zero(batch):
     x, y = torch.zeros(4000, 1, 1, 1), torch.zeros(4000, dtype=torch.int64)
-    objective = Shortcut(consistency_share=0.5, finest=8)
-    sample = objective.draw(x, y, NULL, Draws(0))
+    objective = Shortcut(consistency_share=0.5, denoise_timesteps=8)
+    sample = objective.sample(x, y, NULL, Draws(0))
     t, r = sample.t[:2000], sample.r[:2000]
     count = (1 / (t - r)).round()
     assert set(count.tolist()) == {1, 2, 4}
@@ -351,8 +354,8 @@ def test_a_teacher_follows_the_weights_and_has_no_gradient_nor_dropout(tiny, bat
 
 def test_an_objective_with_a_teacher_says_that_it_wants_to_be_attached(tiny, batch, draws):
     for objective in (TVM(), Shortcut()):
-        with pytest.raises(RuntimeError, match=r"objective\.attach"):
-            objective.loss(tiny(), objective.draw(*batch, NULL, draws))
+        with pytest.raises(RuntimeError, match=r"objective\.setup"):
+            objective.loss(tiny(), objective.sample(*batch, NULL, draws))
 
 
 @pytest.mark.parametrize(
@@ -362,7 +365,7 @@ def test_an_objective_with_a_teacher_says_that_it_wants_to_be_attached(tiny, bat
         (lambda: IMF(guidance_max=0.5), "objective.guidance_max"),
         (lambda: IMF(p=-1), "objective.p"),
         (lambda: IMF(c=0), "objective.c"),
-        (lambda: IMF(equal_share=2), "objective.equal_share"),
+        (lambda: IMF(data_proportion=2), "objective.data_proportion"),
         (lambda: TVM(gap_std=0), "objective.gap_std"),
         (lambda: TVM(gap_sampler="beta"), "objective.gap_sampler"),
         (lambda: TVM(teacher_decay=2), "objective.teacher_decay"),
@@ -371,8 +374,8 @@ def test_an_objective_with_a_teacher_says_that_it_wants_to_be_attached(tiny, bat
         (lambda: AlphaFlow(start=10, end=10), "objective.end"),
         (lambda: AlphaFlow(gamma=0), "objective.gamma"),
         (lambda: AlphaFlow(clamp=0.6), "objective.clamp"),
-        (lambda: Shortcut(finest=3), "objective.finest"),
-        (lambda: Shortcut(finest=1), "objective.finest"),
+        (lambda: Shortcut(denoise_timesteps=3), "objective.denoise_timesteps"),
+        (lambda: Shortcut(denoise_timesteps=1), "objective.denoise_timesteps"),
         (lambda: Shortcut(consistency_share=2), "objective.consistency_share"),
         (lambda: Shortcut(teacher_decay=-1), "objective.teacher_decay"),
     ],

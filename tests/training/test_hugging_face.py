@@ -35,15 +35,15 @@ COLUMNS = {"image_column": "img", "label_column": "kind", "image_size": 8}
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-@pytest.mark.parametrize("held_out_split", ["test", None])
-def test_a_saved_data_set_trains(saved, in_memory, held_out_split):
-    options = {"in_memory": in_memory, "held_out_split": held_out_split, "held_out": 0.2}
+@pytest.mark.parametrize("val_split", ["test", None])
+def test_a_saved_data_set_trains(saved, in_memory, val_split):
+    options = {"in_memory": in_memory, "val_split": val_split, "val_fraction": 0.2}
     data = HuggingFace(seed=0, path=str(saved), batch_size=5, **COLUMNS, **options)
     assert (data.shape, data.num_classes) == ((3, 8, 8), 3)
     for x, y in itertools.islice(iter(data.train_dataloader()), 4):
         assert x.shape == (5, 3, 8, 8)
         assert torch.equal(((x.mean((1, 2, 3)) + 1) * 127.5 / 100).round().long(), y)
-    assert len(data.examples("held_out")[1]) == 6
+    assert len(data.examples("val")[1]) == 6
 
 
 def test_a_directory_of_images_is_a_data_set(tmp_path, monkeypatch):
@@ -54,7 +54,7 @@ def test_a_directory_of_images_is_a_data_set(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         for i in range(4):
             Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / f"{i}.png")
-    data = HuggingFace(seed=0, path=str(tmp_path / "images"), held_out_split=None, image_size=8)
+    data = HuggingFace(seed=0, path=str(tmp_path / "images"), val_split=None, image_size=8)
     assert data.num_classes == 2
     assert data.examples("train", 3)[0].shape == (3, 3, 8, 8)
 
@@ -92,7 +92,7 @@ def table(tmp_path, labels, images=None, **features):
     kinds = datasets.Features({"img": datasets.Image(), **features}) if features else None
     dataset = datasets.Dataset.from_dict({"img": images, "kind": labels}, kinds)
     dataset.save_to_disk(tmp_path / "table")
-    return {"seed": 0, "path": str(tmp_path / "table"), "held_out_split": None} | COLUMNS
+    return {"seed": 0, "path": str(tmp_path / "table"), "val_split": None} | COLUMNS
 
 
 PICTURE = {"kind": datasets.Value("string")}
@@ -100,9 +100,9 @@ PICTURE = {"kind": datasets.Value("string")}
 
 def test_words_are_classes_by_the_alphabet(tmp_path):
     labels = ["pear", "apple", "pear", "fig"]
-    data = HuggingFace(**table(tmp_path, labels, **PICTURE), held_out=0.3)
+    data = HuggingFace(**table(tmp_path, labels, **PICTURE), val_fraction=0.3)
     assert data.num_classes == 3
-    for split in ("train", "held_out"):
+    for split in ("train", "val"):
         x, y = data.examples(split)
         brightness = ((x.mean((1, 2, 3)) + 1) * 127.5 / 40).round().long().tolist()
         assert [sorted(set(labels)).index(labels[i]) for i in brightness] == y.tolist()
@@ -140,7 +140,7 @@ def test_a_row_without_picture_or_label_is_named(tmp_path):
     named = {"kind": datasets.ClassLabel(names=["a", "b"])}
     white = Image.new("L", (8, 8), 255)
     options = table(tmp_path, [0, 1, 0], [white, None, white], **named)
-    row = HuggingFace(**options, held_out=0.3).sources["train"]
+    row = HuggingFace(**options, val_fraction=0.3).sources["train"]
     row.dataset = whole(options)
     with pytest.raises(ValueError, match=r"row 1 of the data set has no picture in 'img'"):
         row.read([0, 1], None)
@@ -162,7 +162,7 @@ def test_without_a_second_split_the_key_is_named(tmp_path):
     rows = {"img": [Image.new("L", (8, 8))] * 4, "kind": [0, 1, 0, 1]}
     splits["train"] = datasets.Dataset.from_dict(rows, features)
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "one")
-    with pytest.raises(ValueError, match=r"data\.held_out_split: the split 'test' .*_split=null"):
+    with pytest.raises(ValueError, match=r"data\.val_split: the split 'test' .*_split=null"):
         HuggingFace(seed=0, path=str(tmp_path / "one"), **COLUMNS)
 
 
@@ -177,11 +177,9 @@ def test_pictures_of_a_data_set_are_turned_and_have_16_bits(tmp_path):
     deep.save(folder / "deep.png")
     paths = [str(folder / name) for name in ("deep.png", "turned.png")]
     options = table(tmp_path, [0, 1], paths, kind=datasets.Value("int64"))
-    data = HuggingFace(**options | {"channels": 1}, held_out=0.5)
+    data = HuggingFace(**options | {"channels": 1}, val_fraction=0.5)
     pixels = {
-        int(y): x
-        for part in ("train", "held_out")
-        for x, y in zip(*data.examples(part), strict=True)
+        int(y): x for part in ("train", "val") for x, y in zip(*data.examples(part), strict=True)
     }
     as_bytes = lambda x: ((x[0] + 1) * 127.5).round()  # noqa: E731
     assert torch.equal(as_bytes(pixels[0]), torch.arange(64.0).reshape(8, 8) * 4)

@@ -9,12 +9,12 @@ import torch
 from scipy import linalg, stats
 
 from training.data.digits import Digits
-from training.data.module import Data, Tensors
+from training.data.module import DataModule, TensorSource
 from training.data.synthetic import EightGaussians
 from training.metrics import inception
 from training.metrics.classifier import Classifier, load_classifier, train_classifier
 from training.metrics.energy import energy_distance
-from training.metrics.evaluator import Distance, Options, judge_of
+from training.metrics.evaluator import Distance, Options, build_evaluator
 from training.metrics.frechet import Moments, frechet_distance
 from training.metrics.inception import Inception, InceptionScore, inception_network, pixels_of
 from training.metrics.neighbours import precision_recall
@@ -75,12 +75,12 @@ def test_energy_distance_is_zero_between_equals_and_that_of_scipy():
 
 def test_the_energy_distance_of_fresh_points_is_small_and_of_one_missing_mode_is_not():
     data = EightGaussians(seed=0)
-    judge = Distance(data, 1000)
-    x, y = data.examples("held_out", 1000)
+    evaluator = Distance(data, 1000)
+    x, y = data.examples("val", 1000)
     here = x[torch.atan2(x[:, 1, 0, 0], x[:, 0, 0, 0]).abs() > math.pi / 8]
-    floor = abs(judge.scores([(x, y)], 1000)["energy_distance"])
+    floor = abs(evaluator.scores([(x, y)], 1000)["energy_distance"])
     assert floor < 5e-3
-    assert judge.scores([(here, y)], len(here))["energy_distance"] > 3 * floor
+    assert evaluator.scores([(here, y)], len(here))["energy_distance"] > 3 * floor
 
 
 @pytest.mark.parametrize(("channels", "side"), [(1, 8), (3, 33), (4, 4)])
@@ -92,9 +92,9 @@ def test_the_classifier_takes_images_of_any_size(channels, side):
 def test_features_judge_digits_and_noise(tmp_path):
     data = Digits(seed=0)
     options = Options("classifier", 350, 3, tmp_path / "c.pt", 150, None, "cpu")
-    judge = judge_of(data, options)
-    x, y = data.examples("held_out", 350)
-    scores = lambda x, y: judge.scores([(x, y)], len(x))  # noqa: E731
+    evaluator = build_evaluator(data, options)
+    x, y = data.examples("val", 350)
+    scores = lambda x, y: evaluator.scores([(x, y)], len(x))  # noqa: E731
     real, noise = scores(x, y), scores(torch.randn_like(x), y)
     assert real["accuracy"] > 0.9
     assert scores(x, (y + 1) % 10)["accuracy"] < 0.05
@@ -102,7 +102,7 @@ def test_features_judge_digits_and_noise(tmp_path):
     assert min(real["precision"], real["recall"]) > 0.7
     assert noise["precision"] < 0.2
 
-    again = judge_of(data, options)  # from its file
+    again = build_evaluator(data, options)  # from its file
     parts = zip(x.split(100), y.split(100), strict=True)
     assert again.scores(parts, 350) == real
     with pytest.raises(ValueError, match=r"classifier: .*c\.pt was trained on .*150"):
@@ -111,13 +111,15 @@ def test_features_judge_digits_and_noise(tmp_path):
 
 def test_sixty_pictures_are_judged_by_what_they_can_say(tmp_path):
     x, y = colours(60)
-    train, held_out = Tensors(x[:54], y[:54]), Tensors(x[54:], y[54:])
-    data = Data(0, 8, train, held_out, (3, 4, 4), 4)
-    judge = judge_of(data, Options("classifier", 2000, 3, tmp_path / "c.pt", 3, None, "cpu"))
-    few = judge.scores(data.parts("held_out", 6), 6)
+    train, val = TensorSource(x[:54], y[:54]), TensorSource(x[54:], y[54:])
+    data = DataModule(0, 8, train, val, (3, 4, 4), 4)
+    evaluator = build_evaluator(
+        data, Options("classifier", 2000, 3, tmp_path / "c.pt", 3, None, "cpu")
+    )
+    few = evaluator.scores(data.parts("val", 6), 6)
     assert few.keys() == {"precision", "recall", "accuracy"}
-    assert judge.scores([(x[:3], y[:3])], 3).keys() == {"accuracy"}
-    many = judge.scores([colours(100)], 100)  # 54 real ones have no covariance of 64 features
+    assert evaluator.scores([(x[:3], y[:3])], 3).keys() == {"accuracy"}
+    many = evaluator.scores([colours(100)], 100)  # 54 real ones have no covariance of 64 features
     assert many.keys() == few.keys()
 
 
@@ -137,9 +139,9 @@ def colours(n, shift=0.0):
     return x, torch.arange(n) % 4
 
 
-class Source(Data):
+class Source(DataModule):
     def __init__(self, x, y):
-        sources = {"train": Tensors(x, y), "held_out": Tensors(x[:50], y[:50])}
+        sources = {"train": TensorSource(x, y), "val": TensorSource(x[:50], y[:50])}
         super().__init__(0, 8, **sources, shape=(3, 4, 4), num_classes=4)
 
 
@@ -178,10 +180,10 @@ def test_the_inception_score_is_that_of_its_definition():
 def test_distances_to_a_reference_are_called_fid_from_fifty_thousand_on(tmp_path, monkeypatch):
     x, y = colours(400)
     kept = tmp_path / "statistics.npz"
-    judge = Inception(Source(x, y), see, None, kept)
+    evaluator = Inception(Source(x, y), see, None, kept)
     other, labels = colours(300, 0.2)
     parts = list(zip(other.split(64), labels.split(64), strict=True))
-    scores = judge.scores(iter(parts), 300)
+    scores = evaluator.scores(iter(parts), 300)
     features = [see(pixels_of(part))[0] for part in (other, x)]  # all of the reference set
     assert scores.keys() == {"inception_distance", "inception_score"}
     expected = frechet_distance(*features)
@@ -204,9 +206,9 @@ def test_reference_statistics_are_a_file_of_adms_and_needed_for_latents(tmp_path
             return z / 2
 
     other, labels = colours(300, 0.2)
-    judge = Inception(Latent(x, y), see, path, tmp_path / "none.npz")
+    evaluator = Inception(Latent(x, y), see, path, tmp_path / "none.npz")
     expected = frechet_distance(see(pixels_of(other))[0], features)
-    distance = judge.scores([(2 * other, labels)], 300)["inception_distance"]
+    distance = evaluator.scores([(2 * other, labels)], 300)["inception_distance"]
     assert distance == pytest.approx(expected, rel=1e-9)
     assert not (tmp_path / "none.npz").exists()
     with pytest.raises(ValueError, match=r"reference must name an \.npz file.*latents"):
@@ -245,7 +247,7 @@ def test_inception_scales_as_tensorflow_does_and_gives_features_and_logits(tmp_p
 def test_judges_that_cannot_be_had_say_why(tmp_path):
     options = Options("inception", 10, 3, tmp_path / "c.pt", 1, None, "cpu")
     with pytest.raises(FileNotFoundError, match=r"inception: FID needs the file.*got None"):
-        judge_of(Digits(seed=0), options)
+        build_evaluator(Digits(seed=0), options)
     data = Digits(seed=0)
     data.num_classes = 1
     with pytest.raises(ValueError, match="features=classifier needs a data set with classes"):

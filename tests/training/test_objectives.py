@@ -44,8 +44,8 @@ def test_at_initialisation_both_errors_are_exactly_the_squared_velocity(
     tiny, batch, draws, attention, reduce
 ):
     net = tiny(ATTENTIONS[attention], awake=False)
-    for objective in (FlowMatching(reduce=reduce), MeanFlow(reduce=reduce, equal_share=0.5)):
-        sample = objective.draw(*batch, NULL, draws)
+    for objective in (FlowMatching(reduce=reduce), MeanFlow(reduce=reduce, data_proportion=0.5)):
+        sample = objective.sample(*batch, NULL, draws)
         v = sample.v.flatten(1).square()
         expected = (v.sum(1) if reduce == "sum" else v.mean(1)).mean()
         error = objective.loss(net, sample).metrics["error"]
@@ -53,8 +53,8 @@ def test_at_initialisation_both_errors_are_exactly_the_squared_velocity(
 
 
 def test_at_initialisation_du_dt_is_exactly_zero(tiny, batch, draws):
-    objective = MeanFlow(equal_share=0)
-    metrics = objective.loss(tiny(awake=False), objective.draw(*batch, NULL, draws)).metrics
+    objective = MeanFlow(data_proportion=0)
+    metrics = objective.loss(tiny(awake=False), objective.sample(*batch, NULL, draws)).metrics
     assert metrics["dudt_rms"] == 0
     assert metrics["tangent_norm"] == 0
 
@@ -68,7 +68,7 @@ def test_closed_form_gaussian_meanflow_has_no_error_to_float64_round_off(mode):
     r = t * torch.rand(64, dtype=torch.float64) * 0.9
     y = torch.zeros(64, dtype=torch.int64)
     sample = MeanFlowSample(z, net.velocity(z, t), t, r, y, y > 0, torch.tensor(NULL), 0)
-    objective = MeanFlow(Jvp(mode), equal_share=0, p=0, reduce="mean")
+    objective = MeanFlow(Jvp(mode), data_proportion=0, p=0, reduce="mean")
     assert objective.loss(net, sample).metrics["error"] < 1e-28
     # The test sees a wrong time: the same network is not the average velocity of another interval.
     wrong = sample._replace(v=net.velocity(z, t - 0.1))
@@ -85,7 +85,7 @@ def test_the_finite_difference_of_the_closed_form_converges_with_second_order():
 
     def error(epsilon):
         jvp = Jvp("finite_difference", epsilon)
-        objective = MeanFlow(jvp, equal_share=0, p=0, reduce="mean")
+        objective = MeanFlow(jvp, data_proportion=0, p=0, reduce="mean")
         return float(objective.loss(net, sample).metrics["error"])
 
     assert error(5e-3) < 1e-8
@@ -115,9 +115,9 @@ def test_modes_single_and_double_give_the_same_loss_and_gradients(tiny, batch, d
     net = tiny(dropout=dropout).train()
     results = []
     for mode in EXACT:
-        objective = MeanFlow(Jvp(mode), equal_share=0.25, p=0)
+        objective = MeanFlow(Jvp(mode), data_proportion=0.25, p=0)
         torch.manual_seed(2)
-        loss = objective.loss(net, objective.draw(*batch, NULL, draws)).loss
+        loss = objective.loss(net, objective.sample(*batch, NULL, draws)).loss
         results.append((loss, flat(gradients(net, loss))))
     (loss_a, grad_a), (loss_b, grad_b) = results
     assert relative(loss_a, loss_b) < 2e-7
@@ -127,8 +127,8 @@ def test_modes_single_and_double_give_the_same_loss_and_gradients(tiny, batch, d
 @pytest.mark.parametrize("mode", EXACT)
 def test_the_tangent_is_a_constant_of_the_loss(tiny, batch, draws, mode):
     net = tiny()
-    objective = MeanFlow(Jvp(mode), equal_share=0, p=0)
-    sample = objective.draw(*batch, NULL, draws)
+    objective = MeanFlow(Jvp(mode), data_proportion=0, p=0)
+    sample = objective.sample(*batch, NULL, draws)
     z, v, t, r, y, *_ = sample
     f = lambda z, t, r: net(z, t, r, y)  # noqa: E731
     u, dudt = torch.func.jvp(f, (z, t, r), (v, torch.ones_like(t), torch.zeros_like(r)))
@@ -141,8 +141,8 @@ def test_the_tangent_is_a_constant_of_the_loss(tiny, batch, draws, mode):
 
 def test_leaving_out_the_derivative_where_r_equals_t_changes_nothing(tiny, batch, draws):
     net = tiny()
-    objective = MeanFlow(equal_share=0.5, p=0.5)
-    sample = objective.draw(*batch, NULL, draws)
+    objective = MeanFlow(data_proportion=0.5, p=0.5)
+    sample = objective.sample(*batch, NULL, draws)
     assert (sample.r == sample.t).sum() == 6
     everywhere = sample._replace(equal=0)  # the derivative of all, also where t - r = 0
     a, b = objective.loss(net, sample), objective.loss(net, everywhere)
@@ -153,11 +153,11 @@ def test_leaving_out_the_derivative_where_r_equals_t_changes_nothing(tiny, batch
 @pytest.mark.parametrize("mode", CONSTANT)
 @pytest.mark.parametrize("attention", ["jvp", "reference"])
 def test_loss_and_gradients_do_not_depend_on_the_attention(tiny, batch, draws, attention, mode):
-    objective = MeanFlow(Jvp(mode), equal_share=0.25, p=0)
+    objective = MeanFlow(Jvp(mode), data_proportion=0.25, p=0)
     sample = tree_map_only(
         torch.Tensor,
         lambda a: a.double() if a.is_floating_point() else a,
-        objective.draw(*batch, NULL, draws),
+        objective.sample(*batch, NULL, draws),
     )
     losses, grads = [], []
     for function in (sdpa, ATTENTIONS[attention]):
@@ -176,7 +176,7 @@ def test_guidance_mixes_three_velocities_inside_its_interval_and_for_kept_labels
     objective = MeanFlow(
         omega=0.2, kappa=0.9, guidance_start=0.2, guidance_end=0.6, label_dropout=0.5, p=0
     )
-    sample = objective.draw(*batch, NULL, draws)
+    sample = objective.sample(*batch, NULL, draws)
     z, v, t, _, y, dropped, null, _ = sample
     v_g = objective._guided_velocity(net, sample)
     mixed = (
@@ -227,7 +227,7 @@ def test_time_pairs_are_ordered_equal_for_the_share_and_distributed_as_asked():
         (lambda: MeanFlow(c=0), "objective.c"),
         (lambda: MeanFlow(p="one"), "objective.p"),
         (lambda: MeanFlow(reduce="max"), "objective.reduce"),
-        (lambda: MeanFlow(equal_share=1.5), "objective.equal_share"),
+        (lambda: MeanFlow(data_proportion=1.5), "objective.data_proportion"),
         (lambda: MeanFlow(guidance_start=0.5, guidance_end=0.2), "objective.guidance_end"),
         (lambda: MeanFlow(time_sampler="beta"), "objective.time_sampler"),
         (lambda: MeanFlow(time_std=0), "objective.time_std"),

@@ -13,7 +13,7 @@ from training.attentions import sdpa
 from training.callbacks.checkpoint import LastCheckpoint
 from training.callbacks.ema import EMA
 from training.checkpoints import AtomicCheckpointIO, find_checkpoint, load_checkpoint
-from training.config_checks import remark
+from training.config_checks import warning
 from training.data.digits import Digits
 from training.loading import load_flow
 from training.models.dit import DiT
@@ -109,10 +109,10 @@ def test_errors_and_times_are_given_sample_by_sample(batch, draws, name):
         DiT(sdpa, image_size=8, channels=1, num_classes=10, **MODEL),
         OBJECTIVES[name](),
     )
-    objective.attach(net)
+    objective.setup(net)
     for steps in (0, 100):  # of a schedule
         objective.steps = steps
-        sample = objective.draw(*batch, net.null_label, draws)
+        sample = objective.sample(*batch, net.null_label, draws)
         _, metrics, errors = objective.loss(net, sample)
         assert errors.shape == sample.t.shape == batch[1].shape
         assert not errors.requires_grad
@@ -157,7 +157,7 @@ def test_a_flow_is_distilled_from_its_checkpoint_and_other_checkpoints_are_refus
     ):
         target = f"training.objectives.{module}.{kind}"
         register("objective", target)
-        config["objective"] |= {"_target_": target, "equal_share": share}
+        config["objective"] |= {"_target_": target, "data_proportion": share}
         train(tmp_path, FlowMatching(), 1, config=config)
         if share:
             load_flow(str(path))
@@ -173,8 +173,8 @@ def test_a_flow_is_distilled_from_its_checkpoint_and_other_checkpoints_are_refus
 @pytest.mark.parametrize(
     ("steps", "denoiser", "never"), [(20, 20, True), (21, 20, False), (-1, 20, False)]
 )
-def test_a_tangent_that_never_starts_is_remarked_on(steps, denoiser, never):
+def test_a_tangent_that_never_starts_is_warned_about(steps, denoiser, never):
     settings = [f"trainer.max_steps={steps}", f"objective.denoiser_steps={denoiser}"]
-    says = remark(composed("objective=scm", *settings))
+    says = warning(composed("objective=scm", *settings))
     assert says.startswith("objective.denoiser_steps=20: the tangent never starts") == never
-    assert remark(composed("objective=meanflow", settings[0])) == ""
+    assert warning(composed("objective=meanflow", settings[0])) == ""

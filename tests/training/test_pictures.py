@@ -159,7 +159,7 @@ def test_what_tools_leave_behind_is_no_class_and_no_picture(folder):
     files, labels, classes = find_images(folder)
     assert (len(files), classes, labels.tolist()) == (8, 2, [0] * 4 + [1] * 4)
     data = ImageFolder(seed=0, path=str(folder), image_size=8)
-    assert sum(len(data.examples(split)[1]) for split in ("train", "held_out")) == 8
+    assert sum(len(data.examples(split)[1]) for split in ("train", "val")) == 8
 
 
 def test_pictures_beside_the_folders_of_classes_do_not_vanish(folder):

@@ -29,7 +29,7 @@ def test_weights_are_counted_as_by_hand():
     net, objective = build()
     assert count(net, objective) == Counted(2 * block + rest, block, 0)
     tvm = TVM()
-    tvm.attach(net)
+    tvm.setup(net)
     assert count(net, tvm).teachers == 2 * block + rest
 
 

@@ -143,7 +143,7 @@ def test_recomputed_blocks_give_the_same_gradients(tiny, batch, draws, objective
     for net in (kept, recomputed):
         count = calls(net)
         torch.manual_seed(0)
-        loss, _ = objective.loss(net, objective.draw(*batch, net.null_label, draws))[:2]
+        loss, _ = objective.loss(net, objective.sample(*batch, net.null_label, draws))[:2]
         forward = count[0]
         loss.backward()
         counts.append((forward, count[0] - forward))

@@ -62,7 +62,7 @@ def batch(n, rank=0):
 
 def drawn(objective, n, number=0, rank=0, world_size=1):
     """A sample in float64."""
-    sample = objective.draw(*batch(n, rank), NULL, Draws(3, number, rank, world_size))
+    sample = objective.sample(*batch(n, rank), NULL, Draws(3, number, rank, world_size))
     double = lambda v: v.double() if torch.is_tensor(v) and v.is_floating_point() else v  # noqa: E731
     if hasattr(sample, "pair"):
         return sample._replace(
@@ -127,8 +127,12 @@ def test_a_share_is_exact_over_batches_processes_and_accumulation(share, n):
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_rows_with_r_equal_to_t_come_first_and_have_their_share(n, world_size):
-    kinds = [MeanFlow(equal_share=0.75), AlphaFlow(equal_share=0.25), IMF(equal_share=0.5)]
-    for objective in [*kinds, FlowMap(equal_share=0.75)]:
+    kinds = [
+        MeanFlow(data_proportion=0.75),
+        AlphaFlow(data_proportion=0.25),
+        IMF(data_proportion=0.5),
+    ]
+    for objective in [*kinds, FlowMap(data_proportion=0.75)]:
         found = 0
         for number in range(4):
             for rank in range(world_size):
@@ -138,7 +142,7 @@ def test_rows_with_r_equal_to_t_come_first_and_have_their_share(n, world_size):
                 assert equal[: sample.equal].all()
                 assert not equal[sample.equal :].any()
                 found += sample.equal
-        assert found == objective.equal_share * n * 4 * world_size
+        assert found == objective.data_proportion * n * 4 * world_size
     jumps = [drawn(Shortcut(), n, number, r, 2).jumps for number in range(4) for r in (0, 1)]
     assert sum(jumps) == 0.125 * n * 8
 
@@ -149,7 +153,7 @@ def test_dropped_labels_are_rows_with_r_equal_to_t(kind):
     for share, dropout, beyond in ((0.5, 0.1, 0), (0.5, 0.5, 0), (0.5, 0.75, 0.5), (0.0, 0.1, 0.1)):
         dropped, others = [], []
         for number in range(60):
-            sample = drawn(kind(equal_share=share, label_dropout=dropout), 25, number)
+            sample = drawn(kind(data_proportion=share, label_dropout=dropout), 25, number)
             count += sample.equal
             assert (sample.y[sample.dropped] == NULL).all()
             assert (sample.y[~sample.dropped] < NULL).all()
@@ -165,7 +169,7 @@ def test_dropped_labels_are_rows_with_r_equal_to_t(kind):
 @pytest.mark.parametrize("guided", [False, True])
 def test_meanflow_is_its_formula(n, guided):
     options = {"omega": 0.2, "kappa": 0.92, "guidance_end": 0.8} if guided else {}
-    objective, net = MeanFlow(equal_share=0.25, label_dropout=0.4, **options), Field()
+    objective, net = MeanFlow(data_proportion=0.25, label_dropout=0.4, **options), Field()
     for step in STEPS:
         sample, expected = drawn(objective, n, *step), []
         for row in rows(sample):
@@ -183,7 +187,7 @@ def test_meanflow_is_its_formula(n, guided):
 
 @pytest.mark.parametrize("n", SIZES)
 def test_two_processes_have_the_loss_of_the_joint_rows(n):
-    objective, net = MeanFlow(equal_share=0.75, p=0, label_dropout=0), Field()
+    objective, net = MeanFlow(data_proportion=0.75, p=0, label_dropout=0), Field()
     per_rank, joint = [], []
     for number in (0, 1):
         for rank in (0, 1):
@@ -201,7 +205,7 @@ def test_two_processes_have_the_loss_of_the_joint_rows(n):
 
 @pytest.mark.parametrize("n", SIZES)
 def test_imf_is_its_formula_and_its_tangent_uses_the_label_that_was_dropped(n):
-    objective, net = IMF(equal_share=0.25, label_dropout=0.8), Field()  # more than have r = t
+    objective, net = IMF(data_proportion=0.25, label_dropout=0.8), Field()  # more than have r = t
     for step in STEPS:
         sample, expected = drawn(objective, n, *step), []
         for row in rows(sample):
@@ -253,7 +257,7 @@ def test_dmf_is_its_formula(n, learned):
 @pytest.mark.parametrize("kind", ["lagrangian", "eulerian", "progressive"])
 @pytest.mark.parametrize("n", SIZES)
 def test_flow_maps_are_their_formulas(n, kind, learned):
-    objective = FlowMap(kind=kind, equal_share=0.25, learned_variance=learned, reduce="sum")
+    objective = FlowMap(kind=kind, data_proportion=0.25, learned_variance=learned, reduce="sum")
     net = Field()
     for step in STEPS:
         sample, expected = drawn(objective, n, *step), []
@@ -285,7 +289,7 @@ def test_flow_maps_are_their_formulas(n, kind, learned):
 @pytest.mark.parametrize("n", SIZES)
 def test_tvm_divides_only_labels_that_were_kept_by_omega_squared(n, told):
     objective, net = TVM(omega=2.0, told=told, label_dropout=0.5), Field()
-    objective.attach(net)
+    objective.setup(net)
     ema = objective.teacher.net
     for step in STEPS:
         sample, expected = drawn(objective, n, *step), []
@@ -308,7 +312,7 @@ def test_tvm_divides_only_labels_that_were_kept_by_omega_squared(n, told):
 @pytest.mark.parametrize(("steps", "alpha"), [(0, 1.0), (450, None), (999, 0.0)])
 def test_alphaflow_is_its_formula(n, steps, alpha):
     options = {"omega": 0.2, "kappa": 0.92, "guidance_end": 0.75}
-    objective = AlphaFlow(equal_share=0.5, label_dropout=0.5, clip=1.5, **options)
+    objective = AlphaFlow(data_proportion=0.5, label_dropout=0.5, clip=1.5, **options)
     objective.steps, net = steps, Field()
     for step in STEPS:
         sample, expected = drawn(objective, n, *step), []
@@ -340,7 +344,7 @@ def test_alphaflow_is_its_formula(n, steps, alpha):
 
 
 def test_alphaflow_pays_one_forward_at_alpha_1_and_nothing_for_rows_of_flow_matching():
-    net, objective = Field(), AlphaFlow(equal_share=0.5, label_dropout=0)
+    net, objective = Field(), AlphaFlow(data_proportion=0.5, label_dropout=0)
     for steps, forwards in ((0, 1.0), (500, 1.5)):
         objective.steps, net.evaluated = steps, 0
         objective.loss(net, drawn(objective, 10))
@@ -351,7 +355,7 @@ def test_alphaflow_pays_one_forward_at_alpha_1_and_nothing_for_rows_of_flow_matc
 @pytest.mark.parametrize("clip", [4.0, 0.3])
 def test_shortcut_is_its_formula_with_what_is_clipped(n, clip):
     objective, net = Shortcut(consistency_share=0.25, clip=clip, label_dropout=0.5), Field()
-    objective.attach(net)
+    objective.setup(net)
     ema, jumped = objective.teacher.net, 0
     for number, rank in ((0, 0), (0, 1), (1, 0), (1, 1)):
         sample, expected = drawn(objective, n, number, rank, 2), []
@@ -399,14 +403,14 @@ def test_v_loss_is_one_thing_for_all_objectives(n):
     """‖u(z, t, t) - v‖² of the samples with r = t, v their own; NaN where there is none."""
     guidance = {"omega": 0.2, "kappa": 0.92}
     for objective in (
-        MeanFlow(equal_share=0.5, reduce="mean", **guidance),
-        AlphaFlow(equal_share=0.5, **guidance),
-        IMF(equal_share=0.5, reduce="mean"),
-        FlowMap(equal_share=0.5),
+        MeanFlow(data_proportion=0.5, reduce="mean", **guidance),
+        AlphaFlow(data_proportion=0.5, **guidance),
+        IMF(data_proportion=0.5, reduce="mean"),
+        FlowMap(data_proportion=0.5),
         Shortcut(consistency_share=0.5),
     ):
         net = Field()
-        objective.attach(net)
+        objective.setup(net)
         for number in (0, 1):
             sample = drawn(objective, n, number)
             terms, sample = objective.loss(net, sample), getattr(sample, "pair", sample)

@@ -13,7 +13,12 @@ from training.checkpoints import load_checkpoint
 from training.resuming import directory
 from training.threads import choose_threads
 
-LIGHT = [*FAST, "callbacks.accuracy=null", "callbacks.samples=null", "trainer.log_every_n_steps=1"]
+LIGHT = [
+    *FAST,
+    "callbacks.sample_quality=null",
+    "callbacks.samples=null",
+    "trainer.log_every_n_steps=1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +48,14 @@ def refused(capfd, *arguments):
 
 def test_a_run_goes_on_with_its_settings_wherever_it_lies(run, base):
     before = (base / "metrics.csv").read_text()
-    said = in_process("train.py", f"resume={run}", "trainer.max_steps=4", "optimizer.floor=0.5")
+    said = in_process(
+        "train.py", f"resume={run}", "trainer.max_steps=4", "optimizer.min_lr_ratio=0.5"
+    )
     checkpoint = load_checkpoint(run / "checkpoints" / "last.ckpt")
     config = checkpoint["config"]
     assert checkpoint["global_step"] == 4
     assert config["objective"]["_target_"].endswith(".FlowMatching")
-    assert (config["optimizer"]["lr"], config["optimizer"]["floor"]) == (1e-3, 0.5)
+    assert (config["optimizer"]["lr"], config["optimizer"]["min_lr_ratio"]) == (1e-3, 0.5)
     assert (config["model"]["width"], config["trainer"]["max_steps"]) == (48, 4)
     assert len(rows(run)) == 4
     assert "resumed with other settings: " in said

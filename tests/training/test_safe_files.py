@@ -190,7 +190,12 @@ def refused(capfd, *arguments):
 def run(tmp_path_factory):
     """The arguments and the directory of a run of two steps."""
     folder = tmp_path_factory.mktemp("run")
-    arguments = [*FAST, "callbacks.accuracy=null", "callbacks.samples=null", "trainer.max_steps=2"]
+    arguments = [
+        *FAST,
+        "callbacks.sample_quality=null",
+        "callbacks.samples=null",
+        "trainer.max_steps=2",
+    ]
     arguments += ["objective=flow_matching", "trainer.log_every_n_steps=1"]
     in_process("train.py", *arguments, f"hydra.run.dir={folder}")
     return arguments, folder

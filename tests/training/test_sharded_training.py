@@ -15,7 +15,7 @@ pytestmark = pytest.mark.timeout(1200)
 RUN = [*FAST, "trainer.devices=2", "data.batch_size=4", "attention=sdpa", "objective=tvm"]
 RUN += ["trainer.log_every_n_steps=1", "optimizer.schedule=constant", "model.dropout=0.1"]
 RUN += ["callbacks.ema.decay=[0.9,0.99]", "callbacks.checkpoint.every_n_steps=2"]
-RUN += ["callbacks.samples.rows=1", "callbacks.accuracy=null", "trainer.gradient_clip_val=1"]
+RUN += ["callbacks.samples.rows=1", "callbacks.sample_quality=null", "trainer.gradient_clip_val=1"]
 FSDP = ["trainer=fsdp", "trainer.accelerator=cpu"]
 DDP = ["trainer=ddp", "trainer.accelerator=cpu"]
 LOGGED = ("train/loss", "train/error", "train/grad_norm", "train/skipped")
@@ -98,7 +98,7 @@ def test_its_curves_are_those_of_unsharded_processes(killed):
 def test_it_goes_on_in_one_process_and_in_two_again(killed, tmp_path):
     step = last(killed["whole"])["global_step"]
     one = [*RUN, "trainer=cpu", "trainer.devices=1", f"hydra.run.dir={killed['whole']}"]
-    more = ["ckpt_path=last", "ckpt_changes=[trainer.devices]"]
+    more = ["ckpt_path=last", "allow_config_changes=[trainer.devices]"]
     before = last(killed["whole"])
     in_process("train.py", *one, *more, f"trainer.max_steps={step + 1}")
     path = killed["whole"] / "checkpoints" / "last.ckpt"

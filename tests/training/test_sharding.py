@@ -23,8 +23,8 @@ from training.step import compile_blocks, teachers
 B, SEED = 4, 3  # examples of a process
 NETS = {"imf": {"guided": True, "second_head": 1}, "scm": {"log_variance": True}}
 OBJECTIVES = {
-    "meanflow": lambda: MeanFlow(Jvp("single"), equal_share=0.5, omega=2.0, kappa=0.5),
-    "double": lambda: MeanFlow(Jvp("double"), equal_share=0.5),
+    "meanflow": lambda: MeanFlow(Jvp("single"), data_proportion=0.5, omega=2.0, kappa=0.5),
+    "double": lambda: MeanFlow(Jvp("double"), data_proportion=0.5),
     "tvm": lambda: TVM(omega=2.0),
     "imf": lambda: IMF(Jvp("single")),
     "scm": lambda: SCM(Jvp("single")),
@@ -43,7 +43,7 @@ def build(name):
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
     objective = OBJECTIVES[name]()
-    objective.attach(net)
+    objective.setup(net)
     return net, objective
 
 
@@ -52,7 +52,7 @@ def samples(name, n):
     for rank in range(n):
         draws = Draws(SEED, 0, rank, n, alike=True)
         x = torch.rand(B, 1, 8, 8, generator=draws("images"), dtype=torch.float64)
-        sample = OBJECTIVES[name]().draw(x, torch.arange(B), 10, draws)
+        sample = OBJECTIVES[name]().sample(x, torch.arange(B), 10, draws)
         double = lambda a: a.double() if a.is_floating_point() else a  # noqa: E731
         yield tree_map_only(torch.Tensor, double, sample)
 

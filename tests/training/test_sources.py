@@ -16,7 +16,7 @@ from tests.idx import write_idx
 from training.data.idx import Idx
 from training.data.image_folder import ImageFolder
 from training.data.latents import Latents
-from training.data.module import Data, Tensors
+from training.data.module import DataModule, TensorSource
 from training.data.pictures import to_bytes
 from training.data.synthetic import Blobs, EightGaussians, Gaussian
 
@@ -46,7 +46,7 @@ def test_idx_files_are_read_as_they_are_and_padded(idx_folder):
     margin = torch.ones(32, 32, dtype=torch.bool)
     margin[2:30, 2:30] = False
     assert (x[:, 0, margin] == -1).all()
-    assert [len(data.examples(split)[1]) for split in ("train", "held_out")] == [40, 10]
+    assert [len(data.examples(split)[1]) for split in ("train", "val")] == [40, 10]
 
 
 def test_a_broken_idx_file_is_named(idx_folder):
@@ -86,8 +86,8 @@ def test_an_image_folder_has_a_class_a_subfolder(picture_folder):
         assert x.shape == (6, 3, 8, 8)
         corner = x[:, :, 4, 0]  # on the left: red is class 0, green class 1
         assert torch.equal(corner.argmax(1), y)
-    train, held_out = (set(map(str, data.sources[s].files)) for s in ("train", "held_out"))
-    assert (len(train), len(held_out), train & held_out) == (18, 2, set())
+    train, val = (set(map(str, data.sources[s].files)) for s in ("train", "val"))
+    assert (len(train), len(val), train & val) == (18, 2, set())
 
 
 def test_workers_read_what_the_process_itself_reads(picture_folder):
@@ -102,7 +102,7 @@ def test_workers_read_what_the_process_itself_reads(picture_folder):
 def test_an_unreadable_image_is_named(picture_folder):
     bad = picture_folder / "pear" / "3.png"
     bad.write_bytes(bad.read_bytes()[:60])
-    data = ImageFolder(seed=0, path=str(picture_folder), image_size=8, held_out=0.05)
+    data = ImageFolder(seed=0, path=str(picture_folder), image_size=8, val_fraction=0.05)
     split = next(name for name, source in data.sources.items() if bad in source.files)
     with pytest.raises(ValueError, match=r"pear/3\.png is not a readable image"):
         data.examples(split)
@@ -138,8 +138,8 @@ def test_a_picture_too_large_to_pad_is_refused():
     ],
 )
 def test_a_wrong_shape_or_label_is_named(images, labels, says):
-    source = Tensors(images, labels)
-    data = Data(0, 8, source, source, (1, 4, 4), 3)
+    source = TensorSource(images, labels)
+    data = DataModule(0, 8, source, source, (1, 4, 4), 3)
     with pytest.raises(ValueError, match=says):
         batches(data)
 
@@ -237,7 +237,7 @@ def test_channels_are_normalised_by_their_statistics(latents):
 def test_encoded_latents_train_as_if_encoded_in_the_step(latents, picture_folder):
     data = Latents(seed=0, path=str(latents), batch_size=12)
     assert (data.shape, data.num_classes) == ((4, 4, 4), 2)
-    assert [len(data.sources[s]) for s in ("train", "held_out")] == [36, 2]
+    assert [len(data.sources[s]) for s in ("train", "val")] == [36, 2]
     parts = batches(data, 30)
     x, y = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     left = (x[:, :3, 2, 0] / 0.5 + 0.25).argmax(1)

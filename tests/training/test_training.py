@@ -52,7 +52,7 @@ def train(folder, steps, *callbacks, resume=None, max_steps=None, optimizer=None
     schedule = lambda p, _: (optimizer or adamw)(  # noqa: E731
         p, max_steps or steps, lr=1e-2, schedule="cosine", warmup_steps=2
     )
-    module = GenerativeModule(net, MeanFlow(equal_share=0.5, p=0.5), schedule, 3, compile)
+    module = GenerativeModule(net, MeanFlow(data_proportion=0.5, p=0.5), schedule, 3, compile)
     trainer = Trainer(
         accelerator="cpu",
         max_steps=steps,
@@ -466,7 +466,7 @@ def test_metrics_csv_joins_values_of_a_step_and_continues_on_resuming(tmp_path):
         ({"lr": 0}, "optimizer.lr"),
         ({"schedule": "step"}, "optimizer.schedule"),
         ({"schedule": "linear", "max_steps": -1}, "optimizer.schedule"),
-        ({"floor": 2}, "optimizer.floor"),
+        ({"min_lr_ratio": 2}, "optimizer.min_lr_ratio"),
         ({"decay_steps": 0}, "optimizer.decay_steps"),
         ({"betas": (0.9, 1.5)}, "optimizer.betas"),
         ({"schedule": "cosine", "max_steps": -1}, "optimizer.schedule"),
@@ -502,5 +502,5 @@ def test_the_learning_rate_rises_then_falls_to_zero():
     ],
 )
 def test_the_schedules_have_their_shapes(schedule, expected):
-    rate = factor(6, schedule, warmup_steps=2, floor=0.1, decay_steps=2)
+    rate = factor(6, schedule, warmup_steps=2, min_lr_ratio=0.1, decay_steps=2)
     assert [rate(step) for step in range(len(expected))] == pytest.approx(expected)

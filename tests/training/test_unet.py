@@ -8,7 +8,7 @@ import torch
 from jvp_flash_attention import attention as jvp_attention
 from training.attentions import sdpa
 from training.data.augment import NUMBERS, SYM6, augment, warp
-from training.data.module import Data, Tensors
+from training.data.module import DataModule, TensorSource
 from training.models.unet import GroupNorm, UNet
 from training.objectives.meanflow import MeanFlow
 from training.objectives.objective import drop_labels
@@ -136,8 +136,8 @@ def test_the_numbers_say_what_was_done(turn):
 
 def test_batches_bring_the_numbers_with_their_labels_and_examples_do_not():
     x, y = torch.randn(40, 1, 8, 8).clamp(-1, 1), torch.arange(40) % 10
-    source = Tensors(x, y)
-    data = Data(0, 8, source, source, (1, 8, 8), 10, augment=0.5)
+    source = TensorSource(x, y)
+    data = DataModule(0, 8, source, source, (1, 8, 8), 10, augment=0.5)
     images, labels = next(iter(data.train_dataloader()))
     assert images.shape == (8, 1, 8, 8)
     assert labels.shape == (8, 7)
@@ -145,13 +145,13 @@ def test_batches_bring_the_numbers_with_their_labels_and_examples_do_not():
     assert labels[:, 1:].any()
     assert data.examples("train")[1].shape == (40,)
     with pytest.raises(ValueError, match=r"data\.flip must be false with data\.augment"):
-        Data(0, 8, source, source, (1, 8, 8), 10, augment=0.5, flip=True)
+        DataModule(0, 8, source, source, (1, 8, 8), 10, augment=0.5, flip=True)
     kept, dropped = drop_labels(labels, 0.8, 10, generator(0, 0, 0, "labels"))
     assert torch.equal(kept[:, 1:], labels[:, 1:])
     assert torch.equal(kept[:, 0], torch.where(dropped, 10, labels[:, 0]))
     assert 0 < dropped.sum() < 8
     objective = MeanFlow(reduce="mean")
-    sample = objective.draw(images, labels, 10, Draws(0))
+    sample = objective.sample(images, labels, 10, Draws(0))
     torch.manual_seed(0)
     net = UNet(sdpa, 8, 1, 10, 8, (1,), 1, (), augmentation=6, dropout=0.0)
     objective.loss(net, sample).loss.backward()
@@ -160,8 +160,8 @@ def test_batches_bring_the_numbers_with_their_labels_and_examples_do_not():
 
 def test_r_has_a_distribution_of_its_own():
     x, y = torch.zeros(40_000, 1, 1, 1), torch.zeros(40_000, dtype=torch.int64)
-    objective = MeanFlow(equal_share=0, time_mean=2.0, time_std=0.1, r_mean=-4.0, r_std=0.5)
-    sample = objective.draw(x, y, 10, Draws(0))
+    objective = MeanFlow(data_proportion=0, time_mean=2.0, time_std=0.1, r_mean=-4.0, r_std=0.5)
+    sample = objective.sample(x, y, 10, Draws(0))
     for times, mean, std in ((sample.t, 2, 0.1), (sample.r, -4, 0.5)):
         logit = torch.logit(times.double())
         assert abs(logit.mean() - mean) < 0.02

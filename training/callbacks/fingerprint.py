@@ -42,7 +42,7 @@ class Fingerprint(Callback):
         self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx % self.every_n_steps == 0:
-            sample = pl_module.draw(batch, batch_idx)
+            sample = pl_module.sample(batch, batch_idx)
             tensors = [x for x in tree_leaves((batch, sample)) if isinstance(x, torch.Tensor)]
             self._write(trainer, {"step": trainer.global_step, "batch": digest(tensors)})
 

@@ -23,8 +23,8 @@ class LossByTimestep(Callback):
     """
 
     def __init__(self, number: int = 4, end: float = 1.0) -> None:
-        positive_integer("callbacks.buckets.number", number)
-        between("callbacks.buckets.end", end, 0, open_low=True)
+        positive_integer("callbacks.loss_by_timestep.number", number)
+        between("callbacks.loss_by_timestep.end", end, 0, open_low=True)
         self.number, self.end = number, end
         edges = [end * i / number for i in range(number + 1)]
         self.names = [f"error_t/{a:.2f}-{b:.2f}" for a, b in pairwise(edges)]
@@ -38,9 +38,9 @@ class LossByTimestep(Callback):
             return
         if self.sums is None:
             self.sums = torch.zeros(2, self.number, device=errors.device)
-        bucket = (t / self.end * self.number).long().clamp(0, self.number - 1)
-        self.sums[0].index_add_(0, bucket, errors.float())
-        self.sums[1].index_add_(0, bucket, torch.ones_like(errors, dtype=torch.float))
+        interval = (t / self.end * self.number).long().clamp(0, self.number - 1)
+        self.sums[0].index_add_(0, interval, errors.float())
+        self.sums[1].index_add_(0, interval, torch.ones_like(errors, dtype=torch.float))
         whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if whole and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             sums, counts = over_ranks(self.sums, "mean").tolist()

@@ -25,7 +25,7 @@ class NonFiniteGuard(Callback):
     """
 
     def __init__(self, patience: int = 10) -> None:
-        positive_integer("callbacks.guard.patience", patience)
+        positive_integer("callbacks.non_finite_guard.patience", patience)
         self.patience = patience
         self.skipped = self.in_a_row = 0
         self.losses: list[torch.Tensor] = []  # of the batches since the last step

@@ -20,7 +20,7 @@ from training.environment import environment
 from training.validation import positive_integer
 
 LOGARITHMIC = ("train/error", "train/grad_norm", "train/dudt_rms")
-BUCKETS = "error_t/"  # the errors by time share a panel
+BY_TIMESTEP = "error_t/"  # the errors by time share a panel
 Curves = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> (steps, values), (n,) each
 
 
@@ -74,7 +74,7 @@ def read_curves(path: Path) -> Curves:
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
             for name, text in row.items():
-                if name in TABLE or name.startswith(BUCKETS):
+                if name in TABLE or name.startswith(BY_TIMESTEP):
                     value = float(text) if text else math.nan
                     if math.isfinite(value):
                         found.setdefault(name, []).append((int(row["step"]) + 1, value))
@@ -88,14 +88,16 @@ def _arrays(points: list[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
 
 def draw(curves: Curves, folder: Path) -> list[tuple[Path, str]]:
     """A picture for each metric and one for the errors by time, each with its title."""
-    buckets = {name: found for name, found in curves.items() if name.startswith(BUCKETS)}
+    by_timestep = {name: found for name, found in curves.items() if name.startswith(BY_TIMESTEP)}
     drawn = []
     for name, title in TABLE.items():
         if name in curves:
             figure = _panel({title: curves[name]}, name in LOGARITHMIC)
             drawn.append((plots.save(figure, folder / f"{name.split('/')[1]}.png"), title))
-    if buckets:
-        lines = {f"t {name.removeprefix(BUCKETS)}": found for name, found in buckets.items()}
+    if by_timestep:
+        lines = {
+            f"t {name.removeprefix(BY_TIMESTEP)}": found for name, found in by_timestep.items()
+        }
         drawn.append(
             (plots.save(_panel(lines, True), folder / "error_by_time.png"), "error by time")
         )

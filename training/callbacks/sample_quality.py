@@ -7,7 +7,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from training.callbacks.ema import averaged_net
-from training.data.module import Data
+from training.data.module import DataModule
 from training.metrics.energy import energy_distance
 from training.metrics.svm import SVM
 from training.samplers.generate import balanced_labels, generate
@@ -28,8 +28,8 @@ class SampleQuality(Callback):
     """
 
     def __init__(self, sampler: Any, n: int = 1000, fit: int = 5000) -> None:
-        positive_integer("callbacks.accuracy.n", n)
-        positive_integer("callbacks.accuracy.fit", fit)
+        positive_integer("callbacks.sample_quality.n", n)
+        positive_integer("callbacks.sample_quality.fit", fit)
         self.sampler, self.n, self.fit = sampler, n, fit
         self.result: dict[str, float] = {}
 
@@ -55,13 +55,13 @@ class SampleQuality(Callback):
             svm = SVM(*data.examples("train", self.fit))
             self.result = {
                 "sample_accuracy": svm.accuracy(images, y),
-                "real_accuracy": svm.accuracy(*data.examples("held_out", self.n)),
+                "real_accuracy": svm.accuracy(*data.examples("val", self.n)),
             }
         for logger in trainer.loggers:
             logger.log_metrics(self.result, step=trainer.global_step)
 
-    def _distance(self, data: Data, samples: Any) -> dict[str, float]:
-        real = data.examples("held_out", self.n)[0]
+    def _distance(self, data: DataModule, samples: Any) -> dict[str, float]:
+        real = data.examples("val", self.n)[0]
         return {
             "energy_distance": energy_distance(samples, real),
             "real_energy_distance": energy_distance(data.examples("train", self.n)[0], real),

@@ -185,7 +185,7 @@ def recompute_fingerprint(config: DictConfig, batches: int = 4) -> dict[str, Any
     found = {"weights": digest(module.net.state_dict().values()), "batches": {}}
     for step, (x, y) in enumerate(islice(data.train_dataloader(), batches)):
         draws = Draws(config.seed, step)
-        sample = module.objective.draw(x, y, module.net.null_label, draws)  # type: ignore[arg-type]
+        sample = module.objective.sample(x, y, module.net.null_label, draws)  # type: ignore[arg-type]
         tensors = [t for t in tree_leaves(((x, y), sample)) if isinstance(t, torch.Tensor)]
         found["batches"][step] = digest(tensors)
     return found

@@ -58,7 +58,7 @@ def on(run: Run, steps: np.ndarray, metric: str = ERROR) -> np.ndarray:
     return run.metrics[metric][np.searchsorted(run.steps, steps)]
 
 
-def judge(found: Curves, window: float, alpha: float) -> dict[str, Any]:
+def final_verdict(found: Curves, window: float, alpha: float) -> dict[str, Any]:
     n = max(1, round(window * len(found.steps)))
     repeat = None if found.repeat is None else found.repeat[-n:]
     return verdict(found.candidate[:, -n:], found.baseline[:, -n:], repeat, alpha)

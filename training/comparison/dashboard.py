@@ -22,7 +22,7 @@ SPEED = {
     "perf/samples_per_s": "Samples per second",
     "perf/mfu": "MFU",
 }
-BUCKETS = "^error_t/"
+BY_TIMESTEP = "^error_t/"
 LOSS_MEDIA = ("comparison/curves", "comparison/pairs", "comparison/lockstep")
 SPEED_MEDIA = tuple(
     f"comparison/{name}" for name in ("speedup", "time", "memory", "mfu", "split", "distribution")
@@ -48,12 +48,12 @@ def panels() -> dict[str, list[Any]]:
         wr.LinePlot(title=title, y=[name], log_y=name == "train/error", **by_attention)
         for name, title in CURVES.items()
     ]
-    buckets = wr.LinePlot(title="Error by time t", metric_regex=BUCKETS, x=STEP, log_y=True)
+    by_timestep = wr.LinePlot(title="Error by time t", metric_regex=BY_TIMESTEP, x=STEP, log_y=True)
     bars = [wr.BarPlot(title=t, metrics=[name], groupby=JOB) for name, t in SPEED.items()]
     over = wr.LinePlot(title="Step time over the run", y=["perf/step_ms"], **by_attention)
     scatter = wr.ScatterPlot(title="Error over step time", x="perf/step_ms", y="train/error")
     return {
-        "Loss matching": [*lines, buckets],
+        "Loss matching": [*lines, by_timestep],
         "Speed": [*bars, over, scatter],
         "Comparison": [
             wr.MediaBrowser(title="Curves, floors, lock-step", media_keys=list(LOSS_MEDIA)),

@@ -35,7 +35,7 @@ from training.validation import one_of, positive_integer
 TRUTH = "float64"
 SCALARS = ("loss", "unweighted error")  # their error may vanish by chance: shown, not judged
 AUTOCAST = {"bf16-mixed": torch.bfloat16}
-Tensors = dict[tuple[str, str], list[torch.Tensor]]  # (quantity, layer) -> its parts
+LayerTensors = dict[tuple[str, str], list[torch.Tensor]]  # (quantity, layer) -> its parts
 
 
 class Recorder:
@@ -92,11 +92,11 @@ class Arm:
         with self.context(device):
             return self.module.objective.loss(self.module.net, sample)
 
-    def measure(self, sample: Any, seed: int, step: int, device: str) -> Tensors:
+    def measure(self, sample: Any, seed: int, step: int, device: str) -> LayerTensors:
         """Every quantity at the present parameters; gradients are left at None."""
         terms = self.terms(sample, seed, step, device)
         terms.loss.backward()
-        found: Tensors = {
+        found: LayerTensors = {
             (SCALARS[0], ""): [terms.loss.detach()],
             (SCALARS[1], ""): [terms.metrics["error"]],
         }
@@ -149,7 +149,7 @@ def _arm(name: str, config: DictConfig, data: Any, device: str) -> Arm:
     module = build_module(config, data).to(device)
     if given == "64-true":
         module.double()
-    module.objective.start(next(module.net.parameters()))
+    module.objective.on_fit_start(next(module.net.parameters()))
     recorder = None
     if getattr(module.objective, "jvp", None) is not None:
         recorder = module.objective.jvp = Recorder(module.objective.jvp)  # type: ignore[assignment]
@@ -196,7 +196,7 @@ def lockstep(
     for step, (x, y) in enumerate(batches):
         x, y = x.to(device), y.to(device)
         draws = Draws(config.seed, step, device=device)
-        sample = module.objective.draw(x, y, module.net.null_label, draws)  # type: ignore[arg-type]
+        sample = module.objective.sample(x, y, module.net.null_label, draws)  # type: ignore[arg-type]
         # At the initial weights the output and its derivative are exactly 0: nothing to compare.
         if (step + 1) % every == 0:
             where = (sample, config.seed, step, device)

@@ -23,7 +23,7 @@ from training.comparison.arms import (
     read_run,
     run_config,
 )
-from training.comparison.curves import TABLE, curves, final_rows, judge, write_csv
+from training.comparison.curves import TABLE, curves, final_rows, final_verdict, write_csv
 from training.comparison.files import Found, write_jsonl
 from training.comparison.parallel_runs import Train, train_in_parallel
 from training.config_checks import precision
@@ -45,7 +45,7 @@ def compare_losses(config: DictConfig, compose: Compose, train: Train, output: P
     check_comparable(runs)
     found = curves(runs, comparison.candidate, comparison.baseline)
     fingerprints = check_fingerprints(runs)
-    judgement = judge(found, comparison.window, comparison.alpha)
+    judgement = final_verdict(found, comparison.window, comparison.alpha)
     rows = _lockstep(runs, comparison, found.seeds[0], output)
     step_verdict = lockstep.verdict(
         rows, comparison.candidate, comparison.baseline, comparison.lockstep.factor

@@ -49,8 +49,8 @@ class Stepper:
         self.config, self.net, self.optimizer, self.batch = config, net, optimizer, batch
         self.device, self.number = device, 0
         self.objective = instantiate(config.objective).to(device)
-        self.objective.attach(net)
-        self.objective.start(next(net.parameters()))
+        self.objective.setup(net)
+        self.objective.on_fit_start(next(net.parameters()))
         graphs = compiled(config) and config.cuda_graphs is not False and not no_cuda_graphs(config)
         self.step = Step(net, self.objective, compiled(config), graphs)
         self.step.prepare()
@@ -63,7 +63,7 @@ class Stepper:
         torch.manual_seed(key(self.config.seed, number, 0, "layers"))
         draws = Draws(self.config.seed, number, device=x.device)
         mark()
-        sample = self.objective.draw(x, y, self.net.null_label, draws)
+        sample = self.objective.sample(x, y, self.net.null_label, draws)
         with torch.autocast(self.device, self.dtype) if self.dtype else nullcontext():
             loss = self.step(sample).loss
         mark()

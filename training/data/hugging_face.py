@@ -5,20 +5,20 @@ from typing import Any
 
 import torch
 
-from training.data.module import Data, Tensors, split
+from training.data.module import DataModule, TensorSource, split
 from training.data.pictures import check_picture_options, to_bytes
 from training.randomness import Draws
 
 
-class HuggingFace(Data):
+class HuggingFace(DataModule):
     """A data set with a column of images and one of class labels.
 
     Args:
         name: on the hub, with ``subset`` where it has several; also offline, once it is cached.
         path: instead of the name, a local directory: what ``save_to_disk`` wrote, or Parquet files,
             or folders of images.
-        train_split, held_out_split: names of the splits. Without a second one (None), the share
-            ``held_out`` of the first is held out.
+        train_split, val_split: names of the splits. Without a second one (None), the share
+            ``val_fraction`` of the first is held out.
         image_column, label_column: their names; None for the labels means no classes. Labels are
             whole numbers, or words, whose classes are those of the first split by the alphabet.
         image_size, channels, resize: see ``pictures.to_bytes``.
@@ -32,8 +32,8 @@ class HuggingFace(Data):
         subset: str | None = None,
         path: str | None = None,
         train_split: str = "train",
-        held_out_split: str | None = "test",
-        held_out: float = 0.1,
+        val_split: str | None = "test",
+        val_fraction: float = 0.1,
         image_column: str = "image",
         label_column: str | None = "label",
         image_size: int = 32,
@@ -54,13 +54,13 @@ class HuggingFace(Data):
         dataset = load_split(name, subset, train_split, path)
         check_columns(dataset, image_column, label_column)
         num_classes, words = classes_of(dataset, label_column)
-        if held_out_split is None:
-            rest, kept = split(len(dataset), held_out)
-            datasets = {"train": dataset.select(rest), "held_out": dataset.select(kept)}
+        if val_split is None:
+            rest, kept = split(len(dataset), val_fraction)
+            datasets = {"train": dataset.select(rest), "val": dataset.select(kept)}
         else:
-            other = load_split(name, subset, held_out_split, path, "held_out_split")
+            other = load_split(name, subset, val_split, path, "val_split")
             check_columns(other, image_column, label_column)
-            datasets = {"train": dataset, "held_out": other}
+            datasets = {"train": dataset, "val": other}
         columns = (image_column, label_column, image_size, channels, resize, words)
         sources: dict[str, Any] = {key: Examples(d, *columns) for key, d in datasets.items()}
         if in_memory:
@@ -126,8 +126,8 @@ class Examples:
             )
         return int(label) if self.words is None else self.words[label]
 
-    def decoded(self) -> Tensors:
-        return Tensors(*self.read(list(range(len(self))), Draws(0)))
+    def decoded(self) -> TensorSource:
+        return TensorSource(*self.read(list(range(len(self))), Draws(0)))
 
 
 def load_split(
@@ -154,8 +154,8 @@ def load_split(
         what = f"data.path={path}" if name is None else f"data.name={name}"
         reason = " ".join(str(error).split()) or type(error).__name__
         remedy = "without a network, give a local copy with data.path=DIRECTORY"
-        if key == "held_out_split":  # the other one was loaded
-            remedy = "where there is none, data.held_out_split=null keeps a share of the other one"
+        if key == "val_split":  # the other one was loaded
+            remedy = "where there is none, data.val_split=null keeps a share of the other one"
         raise ValueError(
             f"{what}: data.{key}: the split {split!r} cannot be loaded: {reason}; {remedy}"
         ) from error

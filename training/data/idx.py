@@ -12,14 +12,14 @@ import numpy as np
 import torch
 
 from training.data.hugging_face import Examples, load_split
-from training.data.module import Data, Tensors
+from training.data.module import DataModule, TensorSource
 from training.data.pictures import pad
 from training.randomness import Draws
 
-NAMES = {"train": "train", "held_out": "t10k"}
+NAMES = {"train": "train", "val": "t10k"}
 
 
-class Idx(Data):
+class Idx(DataModule):
     """10 classes of grey images, 28 x 28 padded with black to ``image_size``. (B, 1, 32, 32)
 
     Args:
@@ -48,7 +48,7 @@ class Idx(Data):
                 examples = Examples(dataset, "image", "label", 28, 1, "pad")
                 images, labels = examples.read(list(range(len(examples))), Draws(0))
                 images = images[:, 0]
-            sources[split] = Tensors(pad(images, image_size)[:, None], labels)
+            sources[split] = TensorSource(pad(images, image_size)[:, None], labels)
         shape = (1, image_size, image_size)
         super().__init__(
             seed, batch_size, **sources, shape=shape, num_classes=10, num_workers=num_workers

@@ -5,17 +5,17 @@ from typing import Any
 
 import torch
 
-from training.data.module import Data, split
+from training.data.module import DataModule, split
 from training.data.pictures import check_picture_options, is_picture, read_picture, to_bytes
 from training.randomness import Draws
 
 
-class ImageFolder(Data):
+class ImageFolder(DataModule):
     """Images under ``path/CLASS/``, classes in alphabetical order; images directly in ``path`` (and
     in no subfolder) are a data set without classes. Hidden files and folders are left out.
 
     Args:
-        held_out: share kept from training.
+        val_fraction: share kept from training.
         image_size, channels, resize: see ``pictures.to_bytes``.
     """
 
@@ -23,7 +23,7 @@ class ImageFolder(Data):
         self,
         seed: int,
         path: str,
-        held_out: float = 0.1,
+        val_fraction: float = 0.1,
         image_size: int = 32,
         channels: int = 3,
         resize: str = "crop",
@@ -37,7 +37,7 @@ class ImageFolder(Data):
             raise ValueError(f"data.path: {path} needs at least 2 images; there is {len(files)}")
         sources: dict[str, Any] = {
             key: Files([files[i] for i in part], labels[part], image_size, channels, resize)
-            for key, part in zip(("train", "held_out"), split(len(files), held_out), strict=True)
+            for key, part in zip(("train", "val"), split(len(files), val_fraction), strict=True)
         }
         sizes = {"shape": (channels, image_size, image_size), "num_classes": num_classes}
         options: dict[str, Any] = {**sizes, "num_workers": num_workers, "flip": flip}

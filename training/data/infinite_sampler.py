@@ -14,7 +14,7 @@ class Batch(NamedTuple):
     indices: list[int]  # of its examples
 
 
-class Stream(Sampler[Batch]):
+class InfiniteSampler(Sampler[Batch]):
     """The batches of one rank, from batch number ``start`` on, forever.
 
     Epoch after epoch the n examples are shuffled by a generator keyed by (seed, epoch); the ranks
@@ -45,7 +45,7 @@ class Stream(Sampler[Batch]):
             number = (epoch + 1) * self.batches_per_epoch
 
 
-class Fresh(Sampler[Batch]):
+class SyntheticSampler(Sampler[Batch]):
     """Batches of examples that are drawn, not read: their numbers mean nothing, no epoch ends."""
 
     def __init__(self, batch_size: int, start: int = 0) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from training.data.module import Data
+from training.data.module import DataModule
 from training.randomness import Draws
 from training.validation import one_of
 
@@ -22,7 +22,7 @@ META = ("vae", "scale", "shift", "num_classes", "train")
 VAES = {kind: f"stabilityai/sd-vae-ft-{kind}" for kind in ("ema", "mse")}
 
 
-class Latents(Data):
+class Latents(DataModule):
     """Latents (B, C, h, w) and labels (B,) of the folder ``path``; the first ``train`` rows of the
     arrays (as ``meta.json`` says) are trained on, the others are held out.
 
@@ -55,7 +55,7 @@ class Latents(Data):
         scaling = (self.meta["shift"], self.meta["scale"])
         sources: dict[str, Any] = {
             "train": Rows(arrays, range(first), *scaling),
-            "held_out": Rows(arrays, range(first, n), *scaling),
+            "val": Rows(arrays, range(first, n), *scaling),
         }
         shape = arrays["mean"].shape[1:]
         num_classes = self.meta["num_classes"]

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from training.context_parallel import data_place
 from training.data.augment import augment
-from training.data.infinite_sampler import Batch, Stream
+from training.data.infinite_sampler import Batch, InfiniteSampler
 from training.randomness import Draws, generator
 from training.validation import between, positive_integer, switch
 
@@ -29,7 +29,7 @@ class Source(Protocol):
         ...
 
 
-class Tensors:
+class TensorSource:
     """A source in memory: images (n, C, H, W), bytes or floats, and labels (n,)."""
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor) -> None:
@@ -42,13 +42,13 @@ class Tensors:
         return self.images[indices], self.labels[indices]
 
 
-class Data(LightningDataModule):
+class DataModule(LightningDataModule):
     """Batches of images (B, C, H, W), as floats in [-1, 1], and of labels (B,).
 
     Args:
         seed: of the order and of every draw.
         batch_size: of one process.
-        train, held_out: the sources.
+        train, val: the sources.
         shape: (C, H, W), H = W.
         num_classes: labels are 0 ... num_classes - 1; 1 is a data set without classes.
         num_workers: processes that read, at most as many as there are cores; 0 reads in the
@@ -68,7 +68,7 @@ class Data(LightningDataModule):
         seed: int,
         batch_size: int,
         train: Source,
-        held_out: Source,
+        val: Source,
         shape: tuple[int, int, int],
         num_classes: int,
         num_workers: int = 0,
@@ -94,7 +94,7 @@ class Data(LightningDataModule):
             flip,
         )
         self.augment, self.augment_turn = augment, augment_turn
-        self.sources = {"train": train, "held_out": held_out}
+        self.sources = {"train": train, "val": val}
         self.shape, self.num_classes = shape, num_classes
 
     def train_dataloader(self) -> DataLoader:
@@ -117,10 +117,10 @@ class Data(LightningDataModule):
 
     def order(self, start: int, rank: int, world_size: int) -> Sampler[Batch]:
         n = len(self.sources["train"])
-        return Stream(n, self.batch_size, self.seed, start, rank, world_size)
+        return InfiniteSampler(n, self.batch_size, self.seed, start, rank, world_size)
 
     def examples(self, split: str, n: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """n images and labels of ``train`` or ``held_out`` (all of them at most, if None), always
+        """n images and labels of ``train`` or ``val`` (all of them at most, if None), always
         the same. (n, C, H, W), (n,)
         """
         images, labels = zip(*self.parts(split, n), strict=True)
@@ -153,7 +153,7 @@ class _Reader(Dataset):
     """A source as PyTorch's loader sees it: one item is a whole batch."""
 
     def __init__(
-        self, data: Data, split: str, seed: int, rank: int, flip: bool, augment: float = 0.0
+        self, data: DataModule, split: str, seed: int, rank: int, flip: bool, augment: float = 0.0
     ) -> None:
         self.source, self.shape, self.num_classes = (
             data.sources[split],
@@ -183,11 +183,11 @@ class _Reader(Dataset):
         return x, y
 
 
-def split(n: int, held_out: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numbers of the examples (train, held out). It does not depend on the seed: the scores of
+def split(n: int, val_fraction: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers of the examples (train, val). It does not depend on the seed: the scores of
     different seeds are comparable.
     """
-    between("data.held_out", held_out, 0, 0.99, open_low=True)
+    between("data.val_fraction", val_fraction, 0, 0.99, open_low=True)
     order = torch.randperm(n, generator=generator(0, 0, 0, "held out"))
-    kept, rest = order.tensor_split([max(1, round(held_out * n))])
+    kept, rest = order.tensor_split([max(1, round(val_fraction * n))])
     return rest, kept

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from training.data.module import Data, Tensors
+from training.data.module import DataModule, TensorSource
 
 KINDS = {"images": "u", "labels": "i", "held_out": "b", "classes": "U", "about": "U"}
 
 
-class Packed(Data):
+class Packed(DataModule):
     """Pictures (B, C, S, S) of the file ``path``, which also says which of them are held out.
 
     ``classes`` are the names of the labels, ``about`` is what the file says of itself.
@@ -39,8 +39,8 @@ class Packed(Data):
         self.classes: list[str] = arrays["classes"].tolist()
         self.about: dict[str, Any] = json.loads(str(arrays["about"]))
         sources: dict[str, Any] = {
-            "train": Tensors(images[~held_out], labels[~held_out]),
-            "held_out": Tensors(images[held_out], labels[held_out]),
+            "train": TensorSource(images[~held_out], labels[~held_out]),
+            "val": TensorSource(images[held_out], labels[held_out]),
         }
         shape: Any = tuple(images.shape[1:])
         sizes = {"shape": shape, "num_classes": len(self.classes)}

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
-from training.data.infinite_sampler import Batch, Fresh
-from training.data.module import Data
+from training.data.infinite_sampler import Batch, SyntheticSampler
+from training.data.module import DataModule
 from training.randomness import Draws, generator
 from training.validation import between, positive_integer
 
+KEYS = {"train": "train", "val": "held_out"}  # of the draws of a split
 
-class Synthetic(Data):
+
+class Synthetic(DataModule):
     """Examples drawn by ``draw``; a subclass sets what it needs before it calls this.
 
     ``examples`` draws too: its n is not limited, None means 2000.
@@ -29,7 +31,7 @@ class Synthetic(Data):
     def __init__(
         self, seed: int, batch_size: int, shape: tuple[int, int, int], num_classes: int = 1
     ) -> None:
-        sources: dict[str, Any] = {name: _Drawn(self) for name in ("train", "held_out")}
+        sources: dict[str, Any] = {name: _Drawn(self) for name in ("train", "val")}
         super().__init__(seed, batch_size, **sources, shape=shape, num_classes=num_classes)
 
     def draw(self, n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,10 +39,10 @@ class Synthetic(Data):
         raise NotImplementedError
 
     def order(self, start: int, rank: int, world_size: int) -> Sampler[Batch]:
-        return Fresh(self.batch_size, start)
+        return SyntheticSampler(self.batch_size, start)
 
     def examples(self, split: str, n: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.draw(n or 2000, generator(0, 0, 0, split))
+        return self.draw(n or 2000, generator(0, 0, 0, KEYS[split]))
 
     def parts(
         self, split: str, n: int | None = None

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from training.data.infinite_sampler import Stream
-from training.data.module import Data
+from training.data.infinite_sampler import InfiniteSampler
+from training.data.module import DataModule
 from training.randomness import generator, key
 
 FEATURES = 64
@@ -45,7 +45,9 @@ class Classifier(nn.Module):
         return self.head(self.features(images))
 
 
-def train_classifier(data: Data, steps: int, device: str, batch_size: int = 128) -> Classifier:
+def train_classifier(
+    data: DataModule, steps: int, device: str, batch_size: int = 128
+) -> Classifier:
     """Always the same one for a data set and a number of steps: nothing depends on the run's seed.
 
     AdamW with a one-cycle rate and label smoothing; images are shifted by up to an eighth.
@@ -62,7 +64,7 @@ def train_classifier(data: Data, steps: int, device: str, batch_size: int = 128)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
     length = len(data.sources["train"])
-    batches = Stream(length, min(batch_size, length), seed=0)
+    batches = InfiniteSampler(length, min(batch_size, length), seed=0)
     reach = side // 8
     for step, batch in zip(range(steps), batches, strict=False):
         x, y = data.read("train", batch)
@@ -77,7 +79,7 @@ def train_classifier(data: Data, steps: int, device: str, batch_size: int = 128)
     return net.eval()
 
 
-def load_classifier(path: Path, data: Data, steps: int, device: str) -> Classifier:
+def load_classifier(path: Path, data: DataModule, steps: int, device: str) -> Classifier:
     """The classifier kept in a file, or a newly trained one, which is kept there."""
     about: dict[str, Any] = {"steps": steps, "shape": list(data.shape), "data": type(data).__name__}
     about |= {"num_classes": data.num_classes, "images": len(data.sources["train"])}

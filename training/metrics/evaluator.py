@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from training.data.module import Data
+from training.data.module import DataModule
 from training.metrics.classifier import load_classifier
 from training.metrics.energy import energy_distance
 from training.metrics.frechet import frechet_distance
@@ -18,7 +18,7 @@ CHUNK = 256
 Parts = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 
-class Judge(Protocol):
+class Evaluator(Protocol):
     """Scores of n samples, which come in parts: images (m, C, H, W), and the classes (m,) that they
     were asked to be of.
     """
@@ -34,7 +34,7 @@ def joined(parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
 class Distance:
     """Energy distance to the training distribution, for data of few dimensions."""
 
-    def __init__(self, data: Data, n: int) -> None:
+    def __init__(self, data: DataModule, n: int) -> None:
         self.real = data.examples("train", n)[0]
 
     def scores(self, parts: Parts, n: int) -> dict[str, float]:
@@ -49,7 +49,7 @@ class Features:
 
     def __init__(
         self,
-        data: Data,
+        data: DataModule,
         n: int | None,
         k: int,
         path: Path,
@@ -101,7 +101,7 @@ class Options:
     reference: Path | None = None
 
 
-def judge_of(data: Data, options: Options) -> Judge:
+def build_evaluator(data: DataModule, options: Options) -> Evaluator:
     """The one that suits the data set: energy distance for points, features for images."""
     if data.drawn and not data.images:
         return Distance(data, options.n)

@@ -36,7 +36,7 @@ def step_flops(net: nn.Module, objective: Any, x: torch.Tensor, y: torch.Tensor)
         objective.jvp = dataclasses.replace(jvp, mode="single")
     x, y = torch.zeros(x.shape), torch.zeros(y.shape, dtype=torch.int64)
     draws = Draws(0)
-    sample = objective.draw(x, y, net.null_label, draws)
+    sample = objective.sample(x, y, net.null_label, draws)
     dtype = next(net.parameters()).dtype
     sample = tree_map_only(
         torch.Tensor,

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from training.data.infinite_sampler import Batch
-from training.data.module import Data
+from training.data.module import DataModule
 from training.metrics.frechet import Gaussian, Moments, gaussian_distance
 
 PUBLISHED = 50_000
@@ -91,7 +91,7 @@ class Inception:
         kept: where the statistics of the data set are kept, and found again.
     """
 
-    def __init__(self, data: Data, net: Network, reference: Path | None, kept: Path) -> None:
+    def __init__(self, data: DataModule, net: Network, reference: Path | None, kept: Path) -> None:
         self.net, self.data = net, data
         if reference is None and (not data.images or data.drawn):
             raise ValueError(
@@ -126,7 +126,7 @@ def pixels_of(images: torch.Tensor) -> torch.Tensor:
     return pixels.expand(-1, 3, -1, -1)  # grey images too
 
 
-def _whole(data: Data) -> Iterator[torch.Tensor]:
+def _whole(data: DataModule) -> Iterator[torch.Tensor]:
     """All training images, once each and never mirrored."""
     numbers = torch.arange(len(data.sources["train"]))
     for i, part in enumerate(numbers.split(CHUNK)):

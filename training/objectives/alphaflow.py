@@ -24,6 +24,7 @@ from training.objectives.paths import expand
 from training.objectives.tangents import Jvp
 from training.objectives.weighting import adaptive_weight, squared_error, velocity_error
 from training.randomness import Draws
+from training.renamed import keywords
 from training.validation import between, integer
 
 
@@ -51,10 +52,11 @@ class AlphaFlow(MeanFlow, ScheduledObjective):
 
     dropped_keep_v = False
 
+    @keywords(equal_share="data_proportion")
     def __init__(
         self,
         jvp: Jvp | None = None,
-        equal_share: float = 0.25,
+        data_proportion: float = 0.25,
         reduce: str = "mean",
         c: float = 1e-3,
         start: int = 0,
@@ -70,7 +72,7 @@ class AlphaFlow(MeanFlow, ScheduledObjective):
         between("objective.end", end, start, open_low=True)
         between("objective.gamma", gamma, 0, open_low=True)
         between("objective.clamp", clamp, 0, 0.5)
-        super().__init__(jvp, equal_share, reduce, c=c, **meanflow)
+        super().__init__(jvp, data_proportion, reduce, c=c, **meanflow)
         if clip is not None:
             between("objective.clip", clip, 0, open_low=True)
         self.clip = math.inf if clip is None else clip
@@ -83,10 +85,10 @@ class AlphaFlow(MeanFlow, ScheduledObjective):
         alpha = 1 / (1 + math.exp(min(self.gamma * share, 100)))
         return 0.0 if alpha < self.clamp else 1.0 if alpha > 1 - self.clamp else alpha
 
-    def draw(
+    def sample(
         self, x: torch.Tensor, y: torch.Tensor, null_label: int, draws: Draws
     ) -> AlphaFlowSample:
-        pair = super().draw(x, y, null_label, draws)
+        pair = super().sample(x, y, null_label, draws)
         stage = {0.0: "mean", 1.0: "flow"}.get(self.alpha, "between")
         return AlphaFlowSample(pair, x.new_full((), self.alpha), stage)
 

@@ -107,7 +107,7 @@ class DMF(FixedTeacher, Objective):
         switch("objective.learned_variance", learned_variance)
         self.label_dropout, self.learned_variance = label_dropout, learned_variance
 
-    def draw(self, x: torch.Tensor, y: torch.Tensor, null_label: int, draws: Draws) -> DMFSample:
+    def sample(self, x: torch.Tensor, y: torch.Tensor, null_label: int, draws: Draws) -> DMFSample:
         n, times = len(x), draws("times")
         first, second = (s.draw(n, generator=times) for s in (self.t_times, self.r_times))
         t, r = torch.maximum(first, second), torch.minimum(first, second)

@@ -28,6 +28,7 @@ from training.objectives.tangents import Jvp
 from training.objectives.times import Times
 from training.objectives.weighting import adaptive_weight, squared_error
 from training.randomness import Draws
+from training.renamed import keywords
 from training.validation import between, one_of, switch
 
 KINDS = ("lagrangian", "eulerian", "progressive")
@@ -51,7 +52,7 @@ class FlowMap(Objective):
         kind: ``lagrangian``, ``eulerian`` or ``progressive``.
         stop_gradient: of the Eulerian kind, ``full`` or ``convex``, see above.
         split: of the progressive kind: the time between two jumps is ``uniform`` or ``midpoint``.
-        equal_share: share of the batch with r = t, where the velocity is learned.
+        data_proportion: share of the batch with r = t, where the velocity is learned.
         reduce: ``sum`` or ``mean`` over the elements of a sample.
         p, c: of the adaptive weight; p = 0 is the plain squared error.
         time_sampler, time_mean, time_std: of both times, see ``times.Times``.
@@ -61,13 +62,14 @@ class FlowMap(Objective):
 
     teaches_velocity = True
 
+    @keywords(equal_share="data_proportion")
     def __init__(
         self,
         jvp: Jvp | None = None,
         kind: str = "lagrangian",
         stop_gradient: str = "full",
         split: str = "uniform",
-        equal_share: float = 0.75,
+        data_proportion: float = 0.75,
         reduce: str = "mean",
         p: float = 0.0,
         c: float = 1e-2,
@@ -82,14 +84,14 @@ class FlowMap(Objective):
         one_of("objective.stop_gradient", stop_gradient, ("full", "convex"))
         one_of("objective.split", split, ("uniform", "midpoint"))
         one_of("objective.reduce", reduce, ("sum", "mean"))
-        between("objective.equal_share", equal_share, 0, 1)
+        between("objective.data_proportion", data_proportion, 0, 1)
         between("objective.p", p, 0)
         between("objective.c", c, 0, open_low=True)
         check_label_dropout(label_dropout)
         self.jvp = jvp or Jvp("tangent_grad")
         self.kind, self.stop_gradient, self.split = kind, stop_gradient, split
         self.times = Times(time_sampler, time_mean, time_std)
-        self.equal_share, self.reduce, self.p, self.c = equal_share, reduce, p, c
+        self.data_proportion, self.reduce, self.p, self.c = data_proportion, reduce, p, c
         switch("objective.learned_variance", learned_variance)
         if learned_variance and p:
             raise ValueError(
@@ -98,10 +100,10 @@ class FlowMap(Objective):
             )
         self.label_dropout, self.learned_variance = label_dropout, learned_variance
 
-    def draw(
+    def sample(
         self, x: torch.Tensor, y: torch.Tensor, null_label: int, draws: Draws
     ) -> FlowMapSample:
-        n = draws.count(self.equal_share, len(x))
+        n = draws.count(self.data_proportion, len(x))
         first, second = self.times.draw(2, len(x), generator=draws("times"))
         t, r = torch.maximum(first, second), torch.minimum(first, second)
         t[:n] = r[:n] = first[:n]  # not the later of two

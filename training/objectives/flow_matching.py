@@ -43,7 +43,7 @@ class FlowMatching(Objective):
         self.reduce, self.label_dropout = reduce, label_dropout
         self.times = Times(time_sampler, time_mean, time_std)
 
-    def draw(
+    def sample(
         self, x: torch.Tensor, y: torch.Tensor, null_label: int, draws: Draws
     ) -> FlowMatchingSample:
         t = self.times.draw(len(x), generator=draws("times"))

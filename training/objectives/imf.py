@@ -23,6 +23,7 @@ from training.objectives.tangents import Jvp
 from training.objectives.times import Times
 from training.objectives.weighting import adaptive_weight, squared_error, velocity_error
 from training.randomness import Draws
+from training.renamed import keywords
 from training.validation import between, one_of
 
 
@@ -44,7 +45,7 @@ class IMF(Objective):
 
     Args:
         jvp: how du/dt is computed (``tangents.Jvp``).
-        equal_share: share of the samples with r = t, exact over batches, processes and
+        data_proportion: share of the samples with r = t, exact over batches, processes and
             accumulation (``randomness.Draws.count``).
         reduce: ``sum`` or ``mean`` over the elements of a sample; it changes what ``c`` means.
         p, c: of the adaptive weights; p = 0 is the plain squared error.
@@ -56,10 +57,11 @@ class IMF(Objective):
 
     teaches_velocity = True
 
+    @keywords(equal_share="data_proportion")
     def __init__(
         self,
         jvp: Jvp | None = None,
-        equal_share: float = 0.5,
+        data_proportion: float = 0.5,
         reduce: str = "sum",
         p: float = 1.0,
         c: float = 1e-2,
@@ -71,7 +73,7 @@ class IMF(Objective):
     ) -> None:
         super().__init__()
         one_of("objective.reduce", reduce, ("sum", "mean"))
-        between("objective.equal_share", equal_share, 0, 1)
+        between("objective.data_proportion", data_proportion, 0, 1)
         between("objective.p", p, 0)
         between("objective.c", c, 0, open_low=True)
         between("objective.guidance_max", guidance_max, 1)
@@ -79,15 +81,16 @@ class IMF(Objective):
         check_label_dropout(label_dropout, guidance)
         self.jvp = (jvp or Jvp()).require_constant("iMF")
         self.times = Times(time_sampler, time_mean, time_std)
-        self.equal_share, self.reduce, self.p, self.c = equal_share, reduce, p, c
+        self.data_proportion, self.reduce, self.p, self.c = data_proportion, reduce, p, c
         self.guidance_max, self.label_dropout = guidance_max, label_dropout
 
-    def draw(self, x: torch.Tensor, y: torch.Tensor, null_label: int, draws: Draws) -> IMFSample:
-        n, equal = len(x), draws.count(self.equal_share, len(x))
+    def sample(self, x: torch.Tensor, y: torch.Tensor, null_label: int, draws: Draws) -> IMFSample:
+        n, equal = len(x), draws.count(self.data_proportion, len(x))
         t, r = self.times.draw_pairs(n, equal, draws("times"))
         e = torch.randn(x.shape, generator=draws("noise"), device=x.device)
         z, v = linear_path(x, e, t)
-        label, told = y, (self.label_dropout, null_label, draws("labels"), equal, self.equal_share)
+        of_labels, proportion = draws("labels"), self.data_proportion
+        label, told = y, (self.label_dropout, null_label, of_labels, equal, proportion)
         y, dropped = drop_labels(y, *told)
         share, start, end = torch.rand(3, n, generator=draws("guidance"), device=x.device)
         start, end = start / 2, (1 + end) / 2

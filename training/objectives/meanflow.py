@@ -20,6 +20,7 @@ from training.objectives.tangents import Jvp
 from training.objectives.times import Times
 from training.objectives.weighting import adaptive_weight, squared_error, velocity_error
 from training.randomness import Draws
+from training.renamed import keywords
 from training.validation import between, one_of
 
 
@@ -39,8 +40,9 @@ class MeanFlow(Objective):
 
     Args:
         jvp: how du/dt is computed (``tangents.Jvp``).
-        equal_share: share of the samples with r = t (0.75 for ImageNet, 0.25 for CIFAR-10), exact
-            over batches, processes and accumulation (``randomness.Draws.count``).
+        data_proportion: share of the samples with r = t, by the name of the official code (0.75 for
+            ImageNet, 0.25 for CIFAR-10). Exact over batches, processes and accumulation
+            (``randomness.Draws.count``).
         reduce: ``sum`` or ``mean`` over the elements of a sample; it changes what ``c`` means.
         p, c: of the adaptive weight; p = 0 is the plain squared error.
         time_sampler, time_mean, time_std: see ``times.Times``.
@@ -54,10 +56,11 @@ class MeanFlow(Objective):
     teaches_velocity = True
     dropped_keep_v = True  # the target of a sample without label is the plain v
 
+    @keywords(equal_share="data_proportion")
     def __init__(
         self,
         jvp: Jvp | None = None,
-        equal_share: float = 0.75,
+        data_proportion: float = 0.75,
         reduce: str = "sum",
         p: float = 1.0,
         c: float = 1e-2,
@@ -74,7 +77,7 @@ class MeanFlow(Objective):
     ) -> None:
         super().__init__()
         one_of("objective.reduce", reduce, ("sum", "mean"))
-        between("objective.equal_share", equal_share, 0, 1)
+        between("objective.data_proportion", data_proportion, 0, 1)
         between("objective.p", p, 0)
         between("objective.c", c, 0, open_low=True)
         between("objective.omega", omega, 0)
@@ -90,14 +93,14 @@ class MeanFlow(Objective):
         if r_mean is not None or r_std is not None:
             mean = time_mean if r_mean is None else r_mean
             self.r_times = Times(time_sampler, mean, time_std if r_std is None else r_std)
-        self.equal_share, self.reduce, self.p, self.c = equal_share, reduce, p, c
+        self.data_proportion, self.reduce, self.p, self.c = data_proportion, reduce, p, c
         self.omega, self.kappa, self.interval = omega, kappa, (guidance_start, guidance_end)
         self.label_dropout = label_dropout
 
-    def draw(
+    def sample(
         self, x: torch.Tensor, y: torch.Tensor, null_label: int, draws: Draws
     ) -> MeanFlowSample:
-        equal = draws.count(self.equal_share, len(x))
+        equal = draws.count(self.data_proportion, len(x))
         t, r = self.times.draw_pairs(len(x), equal, draws("times"), self.r_times)
         e = torch.randn(x.shape, generator=draws("noise"), device=x.device)
         z, v = linear_path(x, e, t)
@@ -112,7 +115,9 @@ class MeanFlow(Objective):
         equal: int,
         generator: torch.Generator,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return drop_labels(y, self.label_dropout, null_label, generator, equal, self.equal_share)
+        return drop_labels(
+            y, self.label_dropout, null_label, generator, equal, self.data_proportion
+        )
 
     def loss(self, net: Net, sample: MeanFlowSample) -> Terms:
         z, _, t, r, y, *_ = sample

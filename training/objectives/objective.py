@@ -1,8 +1,9 @@
 """What an objective is, for whoever trains with it.
 
 objective.prepare(shape, num_classes)                before a run writes anything: files are read
-objective.attach(net)                                once, before training: teachers are copied
-sample = objective.draw(x, y, null_label, draws)     every random draw of the step happens here
+objective.setup(net)                                 once, before training: teachers are copied
+objective.on_fit_start(weight)                       when training starts or resumes
+sample = objective.sample(x, y, null_label, draws)   every random draw of the step happens here
 terms  = objective.loss(net, sample)                 a pure function of tensors: this is compiled
 objective.after_step(net)                            after the optimizer's step: teachers follow
 
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from training.randomness import Draws
+from training.renamed import methods
 from training.validation import between
 
 # Metrics of some samples of a batch only: NaN where it has none, and then in no mean.
@@ -39,20 +41,24 @@ class Net(Protocol):
 class Objective(nn.Module):
     teaches_velocity = False  # u(z, t, t) becomes the velocity of the linear path
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        methods(cls)
+
     def prepare(self, shape: tuple[int, ...], num_classes: int) -> None:
         """Called once, before a run writes anything, with the shape (C, H, W) of the data: what
         comes from files is read, and refused where it does not fit.
         """
 
-    def attach(self, net: nn.Module) -> None:
+    def setup(self, net: nn.Module) -> None:
         """Called once, with the network at its initialisation."""
 
-    def start(self, weight: torch.Tensor) -> None:
+    def on_fit_start(self, weight: torch.Tensor) -> None:
         """Called when training starts (or resumes), not when a checkpoint is only sampled from;
         ``weight`` is one of the network's, on its device and in its precision.
         """
 
-    def draw(self, x: torch.Tensor, y: torch.Tensor, null_label: int, draws: Draws) -> Any:
+    def sample(self, x: torch.Tensor, y: torch.Tensor, null_label: int, draws: Draws) -> Any:
         """The noisy batch of images x (B, C, H, W) and labels y (B,)."""
         raise NotImplementedError
 

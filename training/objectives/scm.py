@@ -111,7 +111,7 @@ class SCM(FixedTeacher, ScheduledObjective):
         self.prior_weight, self.learned_variance = prior_weight, learned_variance
         self.label_dropout = label_dropout
 
-    def draw(self, x: torch.Tensor, y: torch.Tensor, null_label: int, draws: Draws) -> SCMSample:
+    def sample(self, x: torch.Tensor, y: torch.Tensor, null_label: int, draws: Draws) -> SCMSample:
         t = draw_angles(len(x), self.time_mean, self.time_std, self.sigma_data, draws("times"))
         e = torch.randn(x.shape, generator=draws("noise"), device=x.device)
         x_t, dxdt = trig_path(x, e, t, self.sigma_data)
@@ -166,7 +166,9 @@ class SCM(FixedTeacher, ScheduledObjective):
         if self.load_teacher is None:
             return sample.dxdt
         if not self.teacher:
-            raise RuntimeError("distillation needs its teacher: call objective.start(weight) first")
+            raise RuntimeError(
+                "distillation needs its teacher: call objective.on_fit_start(weight) first"
+            )
         (teacher,) = self.teacher
 
         def velocity(z: torch.Tensor, s: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from training.objectives.teachers import AveragedTeacher, attached
 from training.objectives.times import Times
 from training.objectives.weighting import squared_error, velocity_error
 from training.randomness import Draws
+from training.renamed import keywords
 from training.validation import between, one_of, positive_integer, switch
 
 
@@ -40,7 +41,8 @@ class Shortcut(Objective):
     Args:
         consistency_share: share of the samples that learn long jumps, exact over batches,
             processes and accumulation (``randomness.Draws.count``).
-        finest: M, a power of two: the number of the shortest jumps.
+        denoise_timesteps: M, a power of two: the number of the shortest jumps, by the name of the
+            official code.
         teacher_decay: of the average ū.
         teacher_warmup: the average begins short; if false, with this decay, as published.
         reduce: ``sum`` or ``mean`` over the elements of a sample.
@@ -52,10 +54,11 @@ class Shortcut(Objective):
 
     teaches_velocity = True
 
+    @keywords(finest="denoise_timesteps")
     def __init__(
         self,
         consistency_share: float = 0.125,
-        finest: int = 128,
+        denoise_timesteps: int = 128,
         teacher_decay: float = 0.999,
         reduce: str = "mean",
         time_sampler: str = "uniform",
@@ -67,36 +70,40 @@ class Shortcut(Objective):
     ) -> None:
         super().__init__()
         between("objective.consistency_share", consistency_share, 0, 1)
-        positive_integer("objective.finest", finest)
-        if finest < 2 or finest & (finest - 1):
-            raise ValueError(f"objective.finest must be a power of two >= 2; got {finest}")
+        positive_integer("objective.denoise_timesteps", denoise_timesteps)
+        if denoise_timesteps < 2 or denoise_timesteps & (denoise_timesteps - 1):
+            raise ValueError(
+                f"objective.denoise_timesteps must be a power of two >= 2; got {denoise_timesteps}"
+            )
         between("objective.teacher_decay", teacher_decay, 0, 1)
         one_of("objective.reduce", reduce, ("sum", "mean"))
         check_label_dropout(label_dropout)
         if clip is not None:
             between("objective.clip", clip, 0, open_low=True)
         self.clip = math.inf if clip is None else clip
-        self.consistency_share, self.finest, self.reduce = consistency_share, finest, reduce
+        self.consistency_share, self.reduce = consistency_share, reduce
+        self.denoise_timesteps = denoise_timesteps
         self.times = Times(time_sampler, time_mean, time_std)
         self.teacher_decay, self.label_dropout = teacher_decay, label_dropout
         switch("objective.teacher_warmup", teacher_warmup)
         self.teacher_warmup = teacher_warmup
         self.teacher: AveragedTeacher | None = None
 
-    def attach(self, net: nn.Module) -> None:
+    def setup(self, net: nn.Module) -> None:
         self.teacher = AveragedTeacher(net, self.teacher_decay, self.teacher_warmup)
 
     def after_step(self, net: nn.Module) -> None:
         attached(self.teacher).follow(net)
 
-    def draw(
+    def sample(
         self, x: torch.Tensor, y: torch.Tensor, null_label: int, draws: Draws
     ) -> ShortcutSample:
         n = draws.count(self.consistency_share, len(x))
         t = self.times.draw(len(x), generator=draws("times"))
         r = t.clone()
         jump, place = torch.rand(2, n, generator=draws("jumps"), device=x.device)
-        jumps = 2 ** (jump * (self.finest.bit_length() - 1)).floor()  # in a whole: 1 ... M/2
+        halvings = self.denoise_timesteps.bit_length() - 1
+        jumps = 2 ** (jump * halvings).floor()  # in a whole: 1 ... M/2
         t[:n] = (1 + (place * jumps).floor()) / jumps
         r[:n] = t[:n] - 1 / jumps
         e = torch.randn(x.shape, generator=draws("noise"), device=x.device)
@@ -124,7 +131,8 @@ class Shortcut(Objective):
         """The average velocity over [r, t] of two jumps of the teacher."""
         teacher = attached(self.teacher)
         d = (t - r) / 2
-        seen = torch.where(d < 1.5 / self.finest, 0, d)  # the shortest are along the velocity
+        shortest = d < 1.5 / self.denoise_timesteps  # they are along the velocity
+        seen = torch.where(shortest, 0, d)
         first = teacher(z, t, t - seen, y)
         arrival = (z - expand(d, z) * first).clamp(-self.clip, self.clip)
         second = teacher(arrival, t - d, t - d - seen, y)

@@ -55,7 +55,7 @@ class AveragedTeacher(nn.Module):
 def attached(teacher: AveragedTeacher | None) -> Any:
     """The teacher, or a clear error where the objective was not told its network."""
     if teacher is None:
-        raise RuntimeError("this objective has a teacher: call objective.attach(net) first")
+        raise RuntimeError("this objective has a teacher: call objective.setup(net) first")
     return teacher
 
 
@@ -91,7 +91,7 @@ class FixedTeacher:
                 f" {theirs[1]} classes"
             )
 
-    def start(self, weight: torch.Tensor) -> None:
+    def on_fit_start(self, weight: torch.Tensor) -> None:
         if self.load_teacher is not None:
             (teacher,) = self.teacher or [self.load_teacher()]
             self.teacher = [teacher.to(weight).eval().requires_grad_(False)]
@@ -102,7 +102,9 @@ class FixedTeacher:
     ) -> torch.Tensor:
         """v_∅ + w (v_y - v_∅), v_∅ where the label is dropped. z: (B, ...), t, y: (B,)"""
         if not self.teacher:
-            raise RuntimeError("distillation needs its teacher: call objective.start(weight) first")
+            raise RuntimeError(
+                "distillation needs its teacher: call objective.on_fit_start(weight) first"
+            )
         (teacher,) = self.teacher
         v = teacher(z, t, t, y)
         if self.teacher_guidance == 1:

@@ -95,13 +95,13 @@ class TVM(Objective):
         self.teacher_warmup = teacher_warmup
         self.teacher: AveragedTeacher | None = None
 
-    def attach(self, net: nn.Module) -> None:
+    def setup(self, net: nn.Module) -> None:
         self.teacher = AveragedTeacher(net, self.teacher_decay, self.teacher_warmup)
 
     def after_step(self, net: nn.Module) -> None:
         attached(self.teacher).follow(net)
 
-    def draw(self, x: torch.Tensor, y: torch.Tensor, null_label: int, draws: Draws) -> TVMSample:
+    def sample(self, x: torch.Tensor, y: torch.Tensor, null_label: int, draws: Draws) -> TVMSample:
         t, s = self.times.draw_gaps(len(x), self.gap, draws("times"))
         s_flow = self.times.draw(len(x), generator=draws("flow times"))
         e = torch.randn(x.shape, generator=draws("noise"), device=x.device)
