@@ -15,7 +15,9 @@ into the batch. AttentionDetached and AttentionJvpDetached serve `tangent_grad=F
 constant to whoever differentiates further, and nothing of it is saved.
 """
 
+import sys
 from collections.abc import Callable
+from importlib import import_module
 from inspect import Signature
 from threading import local
 from types import SimpleNamespace
@@ -87,7 +89,10 @@ def attention_jvp(
 def _implementation(spec: Spec, *tensors: Tensor | None):
     """The backend itself; behind operators where a dispatch mode or a tensor subclass watches,
     which would see a kernel's outputs being allocated and not being written."""
-    watched = is_watched() or not PLAIN.issuperset(map(type, tensors))
+    subclass = not PLAIN.issuperset(map(type, tensors))
+    if subclass and "torch.distributed.tensor" in sys.modules:
+        import_module(f"{__package__}.distributed.dtensor")  # registers its rules, once
+    watched = is_watched() or subclass
     return ops if watched else backends.implementation(spec.backend)
 
 

@@ -125,7 +125,7 @@ def test_distillation_of_the_exact_flow_has_no_error_at_the_exact_solution():
     student, teacher = GaussianConsistency(), GaussianMeanFlow()
     objective = SCM(teacher=lambda: teacher, learned_variance=False)
     sample = exact_sample(student)._replace(dxdt=torch.zeros(64, 3))  # not the sample's own
-    with pytest.raises(RuntimeError, match=r"objective\.start"):
+    with pytest.raises(RuntimeError, match=r"objective\.on_fit_start"):
         objective.loss(student, sample)
     objective.on_fit_start(torch.zeros(()))
     assert objective.loss(student, sample).metrics["error"] < 1e-28
