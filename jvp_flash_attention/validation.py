@@ -21,7 +21,7 @@ def tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             traced = "; torch.fx keeps the call after torch.fx.wrap('attention')"
             hint = traced if isinstance(x, torch.fx.Proxy) else ""
             raise ArgumentTypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}{hint}")
-        if x.is_nested and x.layout == torch.strided:
+        if x.is_nested:
             raise NotImplementedError(
                 f"{name} must be a dense tensor, got a nested one; pad it and give a mask, or use"
                 " jvp_flash_attention.flash_attn.flash_attn_varlen_func"
@@ -144,6 +144,11 @@ def mask(attn_mask: Tensor | None, scores: tuple[int, ...], device: torch.device
             "attn_mask must be bool (True attends) or floating (added to the scores),"
             f" got {attn_mask.dtype};"
             " use attn_mask.bool()"
+        )
+    if attn_mask.is_floating_point() and attn_mask.dtype not in DTYPES:
+        raise ArgumentTypeError(
+            "a floating attn_mask must be float16, bfloat16, float32 or float64, got"
+            f" {attn_mask.dtype}; cast it, as attn_mask.to(query.dtype)"
         )
     if attn_mask.device != device:
         raise ArgumentValueError(

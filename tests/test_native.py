@@ -68,7 +68,13 @@ def checkpointed():
     return torch.autograd.grad(checkpoint(net, x, use_reentrant=False).square().sum(), x)
 
 
+@torch.jit.script
+def scripted(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
 USES = {
+    "TorchScript": lambda: jvp(scripted, (Q, K, V), (V, Q, K)),
     "plain": lambda: SDPA(Q, K, V, is_causal=True),
     "jvp": lambda: jvp(SDPA, (Q, K, V), (V, Q, K)),
     "dual level": dual,

@@ -14,6 +14,11 @@ BAD = {
         "flash_attn_varlen_func",
         lambda: attention(*[torch.nested.nested_tensor([Q[0], Q[0, :, :3]])] * 3),
     ),
+    "nested, jagged": (
+        NotImplementedError,
+        "flash_attn_varlen_func",
+        lambda: attention(*[torch.nested.nested_tensor([Q[0], Q[0, :3]], layout=torch.jagged)] * 3),
+    ),
     "torch.fx": (
         TypeError,
         "torch.fx.wrap",
@@ -70,6 +75,11 @@ BAD = {
         TypeError,
         "attn_mask must be bool",
         lambda: attention(Q, Q, Q, torch.ones(5, 5).long()),
+    ),
+    "float8 mask": (
+        TypeError,
+        r"got torch.float8_e5m2; cast it",
+        lambda: attention(Q, Q, Q, torch.zeros(5, 5).to(torch.float8_e5m2)),
     ),
     "sparse mask": (
         NotImplementedError,
