@@ -134,15 +134,23 @@ def _update(config: dict[Any, Any], given: set[str]) -> list[tuple[str, str]]:
     return changed + _retarget(config)
 
 
-def _retarget(node: Any) -> list[tuple[str, str]]:
-    changed = []
-    if isinstance(node, dict):
+def _retarget(config: dict[Any, Any]) -> list[tuple[str, str]]:
+    """In any place of a tree that nobody has checked yet: it may hold itself."""
+    changed, seen, left = [], set(), [config]
+    while left:
+        node: Any = left.pop()
+        if not isinstance(node, dict | list) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, list):
+            left += node
+            continue
+        left += node.values()
         old = node.get("_target_")
         if isinstance(old, str) and old in TARGETS:
             node["_target_"] = TARGETS[old]
             changed.append((old, TARGETS[old]))
-    inner = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-    return changed + [pair for value in inner for pair in _retarget(value)]
+    return changed
 
 
 def _both(old: str, new: str) -> str:
