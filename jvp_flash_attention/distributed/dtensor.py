@@ -46,7 +46,7 @@ def _rule(overload: Any) -> Callable[..., list[Sharding]]:
             if backward:
                 grads = [_gradient(of[name]) for name in GRADS]
                 grads[3] = grads[3] if given["mask_grad"] else Replicate()
-                outputs = [*grads, *grads][:results]
+                outputs[:] = [*grads, *grads][:results]
             found.append((outputs, inputs))
         return found
 
@@ -56,15 +56,15 @@ def _rule(overload: Any) -> Callable[..., list[Sharding]]:
 def _placements(given: dict[str, Any], dim: int) -> dict[str, Placement] | None:
     """By name, where the rows' dimension `dim` is sharded; None where it cannot be."""
     q, k, mask = given["q"], given["k"], given["mask"]
-    keys: Placement = Shard(dim)
+    found: dict[str, Placement] = dict.fromkeys((*ROWS, *KEYS, *MASKS), Shard(dim))
     if k.shape[dim] != q.shape[dim]:  # grouped heads: a process has whole groups
         if k.shape[dim] == 1:
-            keys = Replicate()
+            found |= dict.fromkeys(KEYS, Replicate())
         elif k.shape[dim] % k.mesh.size():
             return None
-    mask_too = mask is not None and mask.shape[dim] != 1
-    masks: Placement = Shard(dim) if mask_too else Replicate()
-    return dict.fromkeys(ROWS, Shard(dim)) | dict.fromkeys(KEYS, keys) | dict.fromkeys(MASKS, masks)
+    if mask is None or mask.shape[dim] == 1:
+        found |= dict.fromkeys(MASKS, Replicate())
+    return found
 
 
 def _gradient(of: Placement) -> Placement:

@@ -92,7 +92,7 @@ def test_a_file_depends_on_the_pictures_alone_and_holds_out_of_every_class(
     packed(monkeypatch, tree, tmp_path / "b.npz", *options)
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     assert (data.shape, data.num_classes) == ((3, SIZE, SIZE), 3)
-    x, y = data.examples("held_out")
+    x, y = data.examples("val")
     assert torch.bincount(y).tolist() == [2, 2, 1]  # of 8, 6 and 5, in the order of the classes
     assert x.min() >= -1
     assert x.max() == 1
