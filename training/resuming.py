@@ -31,8 +31,10 @@ def directory(arguments: Sequence[str]) -> list[str]:
     run = given[-1][1:-1] if given[-1][0] in "'\"" else given[-1]
     if not (Path(run) / "config.yaml").is_file():
         raise FileNotFoundError(f"resume: {run} has no config.yaml; give the directory of a run")
-    if any(a.startswith("hydra.run.dir=") for a in arguments):
-        raise ValueError("hydra.run.dir is that of resume=RUN; leave it out")
+    for argument in arguments:  # the processes that a run starts are told its directory
+        key, _, value = argument.partition("=")
+        if key == "hydra.run.dir" and Path(value.strip("'\"")).resolve() != Path(run).resolve():
+            raise ValueError(f"hydra.run.dir is that of resume={run}; leave {value} out")
     return [*arguments, f'hydra.run.dir="{run}"']
 
 

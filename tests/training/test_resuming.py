@@ -84,7 +84,7 @@ def test_what_cannot_be_resumed_is_said(run, tmp_path, capfd):
     assert not (tmp_path / "nowhere").exists()
     line = refused(capfd, f"resume={run}", "objective=tvm")
     assert "objective: groups are the run's with resume=RUN; give single keys" in line
-    assert "hydra.run.dir is that of resume=RUN" in refused(
+    assert f"hydra.run.dir is that of resume={run}; leave" in refused(
         capfd, f"resume={run}", f"hydra.run.dir={tmp_path}"
     )
     assert "was trained with other settings" in refused(capfd, f"resume={run}", "model.depth=3")
@@ -93,6 +93,8 @@ def test_what_cannot_be_resumed_is_said(run, tmp_path, capfd):
 def test_the_directory_is_that_of_the_run(run):
     given = ["seed=1", f'resume="{run}"']
     assert directory(given) == [*given, f'hydra.run.dir="{run}"']
+    of_a_process = [*given, f'hydra.run.dir="{run}"']  # that Lightning starts beside this one
+    assert directory(of_a_process)[-1] == of_a_process[-1]
     assert directory(["seed=1", "resume=null"]) == ["seed=1", "resume=null"]
 
 

@@ -50,7 +50,7 @@ def assert_equal(a, b):
 def killed(tmp_path_factory):
     """A sharded run that was killed after some checkpoints, resumed, and its whole twins."""
     folder = tmp_path_factory.mktemp("runs")
-    runs = {name: folder / name for name in ("killed", "whole", "ddp")}
+    runs = {name: folder / name for name in ("killed", "whole", "ddp", "half")}
     endless = ("fsdp", "trainer.max_steps=100000", f"hydra.run.dir={runs['killed']}")
     processes = spawn(train, 2, (*endless, "ckpt_path=auto"), join=False).processes
     deadline = time.monotonic() + 240
@@ -67,7 +67,9 @@ def killed(tmp_path_factory):
     end = f"trainer.max_steps={made + 3}"
     again = ("fsdp", end, f"hydra.run.dir={runs['killed']}", "ckpt_path=auto")
     whole = ("fsdp", end, f"hydra.run.dir={runs['whole']}")
-    spawn(train, 2, again, whole, ("ddp", end, f"hydra.run.dir={runs['ddp']}"))
+    half = ("fsdp", "trainer.max_steps=2", "trainer.precision=bf16-mixed")
+    half = (*half, f"hydra.run.dir={runs['half']}")
+    spawn(train, 2, again, whole, ("ddp", end, f"hydra.run.dir={runs['ddp']}"), half)
     return runs
 
 
@@ -93,6 +95,11 @@ def test_its_curves_are_those_of_unsharded_processes(killed):
     pictures = [sorted((killed[run] / "samples").glob("*.png")) for run in ("whole", "ddp")]
     assert [p.name for p in pictures[0]] == [p.name for p in pictures[1]]
     assert pictures[0]
+
+
+def test_weights_in_half_precision_draw_samples_too(killed):
+    assert list((killed["half"] / "samples").glob("*.png"))
+    assert len(rows(killed["half"])) == 2
 
 
 def test_it_goes_on_in_one_process_and_in_two_again(killed, tmp_path):

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -143,10 +143,14 @@ def with_weights(net: nn.Module, weights: Weights) -> nn.Module:
     return net
 
 
-def averaged_net(trainer: Trainer, pl_module: LightningModule) -> AbstractContextManager[nn.Module]:
-    """The network to sample from: averaged if an EMA is among the callbacks."""
+@contextmanager
+def averaged_net(trainer: Trainer, pl_module: LightningModule) -> Iterator[nn.Module]:
+    """The network to sample from: averaged if an EMA is among the callbacks. One in shards has its
+    weights in the precision of the run, and so it samples.
+    """
     net: nn.Module = pl_module.net  # type: ignore[assignment]
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, EMA):
-            return callback.averaged(net)
-    return nullcontext(net)
+    emas = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
+    averaged = emas[0].averaged(net) if emas else nullcontext(net)
+    context = trainer.precision_plugin.forward_context() if is_sharded(net) else nullcontext()
+    with averaged as net, context:
+        yield net
