@@ -111,6 +111,13 @@ class Step:
             else:  # the next replay writes there again
                 p.grad = gradient if self.accumulate == 1 else gradient.clone()
 
+    def release(self) -> None:
+        """Forget the graphs. What processes send each other in one keeps their connection open,
+        and closing it waits for ever.
+        """
+        self.recorded.clear()
+        self.pending = None
+
     def _backward(self, loss: torch.Tensor) -> None:
         if self.exchange is None:
             loss.backward()

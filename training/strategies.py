@@ -29,6 +29,10 @@ class Replicated(DDPStrategy):
         else:
             super().configure_ddp()
 
+    def teardown(self) -> None:
+        release_graphs(self)
+        super().teardown()
+
 
 class Sharded(ModelParallelStrategy):
     """Weights, gradients, optimizer and averages in shards (FSDP2).
@@ -128,4 +132,12 @@ class Sharded(ModelParallelStrategy):
 
     def teardown(self) -> None:
         self.finish()
+        release_graphs(self)
         super().teardown()
+
+
+def release_graphs(strategy: Strategy) -> None:
+    """Before the processes part, also after an error."""
+    step = getattr(strategy.lightning_module, "step", None)
+    if step is not None:
+        step.release()

@@ -71,6 +71,7 @@ def work(rank, world, folder):
         trainer.fit(module, datamodule=Digits(SEED, BATCH))
         weights = [p.detach() for p in net.parameters()]
         assert keep.wrapped != graphs
+        assert not module.step.recorded  # a graph would keep the connection of the processes open
         results[name] = keep.gradients, weights, float(trainer.callback_metrics["train/error"])
     torch.save(results, f"{folder}/{rank}.pt")
 
