@@ -16,7 +16,6 @@ A compiler makes of this half a dozen passes over the tokens, three of them for 
 of the last n images are constants: a gradient through them takes the layers one by one.
 """
 
-import os
 from typing import Any
 
 import torch
@@ -24,10 +23,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from training.kernels.inputs import takes
+
 EPSILON = tl.constexpr(1e-6)
 MAX_WIDTH = 4096
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ROWS = 8  # tokens of a program
+MANY_ROWS, MANY_PROGRAMS = 32, 512  # backward, where so many programs remain: a quarter of the sums
 
 
 @triton.jit
@@ -154,9 +155,9 @@ def _residual_norm_backward(
         tl.store(sums + 2 * W, d_gate, mask=valid)
 
 
-def _launch(width: int) -> dict[str, Any]:
+def _launch(width: int, rows: int) -> dict[str, Any]:
     block = triton.next_power_of_2(width)
-    return {"W": width, "BLOCK": block, "ROWS": ROWS, "num_warps": max(1, block // 1024)}
+    return {"W": width, "BLOCK": block, "ROWS": rows, "num_warps": max(1, block // 1024)}
 
 
 @torch.library.custom_op("flash_jvp_training::residual_norm", mutates_args=())
@@ -174,7 +175,7 @@ def _forward(
             x, gate, y, shift, scale, t_x, t_gate, t_y, t_shift, t_scale,
             x2, h, mean, rstd, t_x2, t_h, images, tokens, moving,
             *(_stride(a) for a in (gate, shift, scale, t_gate, t_shift, t_scale)),
-            BRANCH=y is not None, RMS=rms, TANGENT=t_x is not None, **_launch(width),
+            BRANCH=y is not None, RMS=rms, TANGENT=t_x is not None, **_launch(width, ROWS),
         )  # fmt: skip
     return x2, h, mean, rstd, t_x2, t_h
 
@@ -207,7 +208,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """d_x, d_y and the sums (images, 3, W) of d_b, d_s, d_g; ``x`` is x', ``d_x`` that of x'."""
     images, tokens, width = x.shape
-    chunks = -(-tokens // ROWS)
+    rows = MANY_ROWS if images * tokens >= MANY_ROWS * MANY_PROGRAMS else ROWS
+    chunks = triton.cdiv(tokens, rows)
     into = torch.empty_like(x)
     d_y = x.new_empty(0) if y is None else torch.empty_like(y)
     sums = x.new_empty((images, chunks, 3, width), dtype=torch.float32)
@@ -216,7 +218,7 @@ def _backward(
         kernel[(images, chunks)](
             x, gate, y, scale, mean, rstd, d_x, d_h, into, d_y, sums, tokens, chunks,
             _stride(gate), _stride(scale),
-            BRANCH=y is not None, RMS=rms, RESIDUAL=d_x is not None, **_launch(width),
+            BRANCH=y is not None, RMS=rms, RESIDUAL=d_x is not None, **_launch(width, rows),
         )  # fmt: skip
     return into, d_y, sums.sum(1) if chunks > 1 else sums[:, 0].clone()
 
@@ -270,14 +272,5 @@ def residual_norm(
 
 
 def supports(*tensors: Tensor) -> bool:
-    """Whether the kernels take these: on a GPU, of at most ``MAX_WIDTH`` features, and no wrappers
-    of ``torch.func``, whose tangents the operator would not see.
-    """
-    return all(
-        (x.is_cuda or INTERPRETED)
-        and x.dtype != torch.float64
-        and x.shape[-1] <= MAX_WIDTH
-        and len(x) == len(tensors[0])
-        and (torch.compiler.is_compiling() or torch.func.debug_unwrap(x) is x)
-        for x in tensors
-    )
+    """Whether the kernels take these: of at most ``MAX_WIDTH`` features, and as many rows each."""
+    return all(takes(x) and x.shape[-1] <= MAX_WIDTH and len(x) == len(tensors[0]) for x in tensors)

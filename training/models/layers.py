@@ -6,9 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from einops import rearrange
 from torch import nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from training.kernels import residual_norm
+from training.kernels.gelu import gelu as fused_gelu
+from training.kernels.inputs import takes
 from training.models.jvp_layers import (
     Dropout,
     Dual,
@@ -137,8 +140,25 @@ class Mlp(nn.Module):
         self.dropout = Dropout(dropout)
         self.contract = Linear(hidden, width, bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.contract(self.dropout(gelu(self.expand(x))))
+    def forward(self, x: Tensor, fused: bool = False) -> Tensor:
+        """``fused``: GELU, its tangent and the gradient of its bias by a kernel of ours."""
+        constant = not (isinstance(x, Dual) and x.through)
+        fused = fused and constant and takes(primal(x))
+        return self.contract(self.dropout((self._fused if fused else self._plain)(x)))
+
+    def _plain(self, x: Tensor) -> Tensor:
+        return gelu(self.expand(x))
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """The kernel has the gradient of the bias, and the product none."""
+        weight, bias = self.expand.weight, self.expand.bias
+        z = functional.linear(primal(x), weight, None if bias is None else bias.detach())
+        if not isinstance(x, Dual):
+            return fused_gelu(z, bias)[0]
+        with x.rule():
+            t_z = functional.linear(x.tangent, weight)
+        h, t_h = fused_gelu(z, bias, t_z)
+        return x.follow(h, t_h)  # type: ignore[arg-type]
 
 
 class SwiGLU(nn.Module):
@@ -152,7 +172,7 @@ class SwiGLU(nn.Module):
         self.dropout = Dropout(dropout)
         self.contract = Linear(hidden, width, bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, fused: bool = False) -> Tensor:
         gate, x = unpack(lambda x: x.chunk(2, -1), self.expand(x))
         return self.contract(self.dropout(multiply(silu(gate), x)))
 
@@ -330,7 +350,7 @@ class Block(nn.Module):
         if self.cross is not None:
             stream = add(x, self.cross(self.norm(x), context))
         x, h = normed(stream, self.norm, shift, scale)
-        return x, gate_m, self.mlp(h)
+        return x, gate_m, self.mlp(h, fused)
 
 
 def _kept(f: Callable[..., Any], *args: Any) -> Any:
