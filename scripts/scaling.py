@@ -11,6 +11,8 @@ The step is that of training: MeanFlow (equal share 0.75), bf16-mixed, blocks co
     ddp            all GPUs train one network, whole in each (DistributedDataParallel)
     ddp, graphs    the same as a CUDA graph, which holds the exchange of gradients
     fsdp           in shards (FSDP2)
+    fsdp, graphs   the same as a CUDA graph, which holds the travels of weights and gradients
+    hybrid         two copies, each in shards of its own (four processes at least)
 
 A curve of ``one`` accumulates the gradients of all batches that ddp and fsdp have on their GPUs.
 """
@@ -43,8 +45,8 @@ from training.sharding import shard
 from training.step import Step
 
 SEED = 0
-ARMS = ("one", "one, graphs", "ddp", "ddp, graphs", "fsdp")
-CURVES = ("one", "ddp", "ddp, graphs", "fsdp")
+ARMS = ("one", "one, graphs", "ddp", "ddp, graphs", "fsdp", "fsdp, graphs", "hybrid")
+CURVES = ("one", "ddp", "ddp, graphs", "fsdp", "fsdp, graphs", "hybrid")
 
 
 class Loss(nn.Module):
@@ -71,9 +73,11 @@ class Arm:
         self.objective = instantiate(config.objective)
         self.objective.attach(net)
         checkpoint_blocks(net, config.checkpointing)
-        if kind == "fsdp":
+        if kind.startswith(("fsdp", "hybrid")):
             half = torch.bfloat16 if config.trainer.precision == "bf16-mixed" else None
-            shard(net, init_device_mesh(device.type, (self.world,)), half)
+            shape = (2, self.world // 2) if kind == "hybrid" else (self.world,)
+            names = ("replicate", "shard")[-len(shape) :]
+            shard(net, init_device_mesh(device.type, shape, mesh_dim_names=names), half)
         else:
             net.to(device)
         self.half = config.trainer.precision == "bf16-mixed"
@@ -177,6 +181,11 @@ def free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def possible(kind: str, cuda: bool) -> bool:
+    hybrid = distributed.get_world_size() >= 4 and distributed.get_world_size() % 2 == 0
+    return (cuda or "graphs" not in kind) and (hybrid or kind != "hybrid")
+
+
 def configured(options: argparse.Namespace, model: str) -> Any:
     chosen = [f"model={model}", "objective=meanflow", "objective.equal_share=0.75", "data=blobs"]
     chosen += ["data.channels=4", "data.num_classes=1000", "trainer.precision=bf16-mixed"]
@@ -207,7 +216,7 @@ def work(options: argparse.Namespace) -> None:
     }
     for model, batch in options.models:
         config = configured(options, model)
-        kinds = [kind for kind in options.arms or ARMS if cuda or "graphs" not in kind]
+        kinds = [kind for kind in options.arms or ARMS if possible(kind, cuda)]
         for kind in kinds:
             try:
                 row = measure(kind, config, device, batch, options.steps)
