@@ -68,14 +68,12 @@ def compiled(config: DictConfig) -> bool:
 def no_cuda_graphs(config: DictConfig) -> str:
     """Why the step of this configuration cannot be a CUDA graph; empty where it can."""
     mode = OmegaConf.select(config, "objective.jvp.mode")
-    if sharded(config.trainer):
-        return "weights in shards are gathered anew in every step"
     if not on_gpu(config.trainer):
         return "the step does not run on a GPU"
     if config.trainer.devices not in (1, "1", [0]) or config.trainer.num_nodes != 1:
         strategy: Any = config.trainer.strategy
-        if not OmegaConf.is_dict(strategy) or strategy.get("_target_") != REPLICATED:
-            return "only trainer=ddp exchanges gradients inside of a graph"
+        if not OmegaConf.is_dict(strategy) or strategy.get("_target_") not in (REPLICATED, SHARDED):
+            return "only trainer=ddp and trainer=fsdp exchange gradients inside of a graph"
         if config.get("context_parallel") is not None:
             return "context_parallel exchanges tokens between the blocks"
     if precision(config.trainer) == "16-mixed":

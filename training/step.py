@@ -5,8 +5,9 @@ terms = step(sample)            loss and metrics
 step.backward(terms.loss)       gradients in p.grad, added to those that are there
 
 Compiled by the block: all blocks of a network share one compiled graph, so that the first step
-takes as long for 28 blocks as for one. A CUDA graph holds everything between sample and gradients:
-a step is one launch, and Python no longer keeps the GPU waiting. The first step of a kind (shapes,
+takes as long for 28 blocks as for one. A CUDA graph holds everything between sample and gradients,
+what the processes of a run send each other too: a step is one launch, and Python no longer keeps
+the GPU waiting. The first step of a kind (shapes,
 dtypes and options of the sample) runs eagerly, the second one is recorded and replayed, with the
 same kernels in the same order.
 """
@@ -42,8 +43,8 @@ class Step:
     Args:
         compile: compile the blocks of the network and of the objective's teachers.
         cuda_graphs: record forward and backward as one CUDA graph.
-        fused: residual, norm and modulation of a compiled block in one kernel
-            (``kernels.residual_norm``) where the tangent is a constant.
+        fused: what stands between the products of a compiled block by kernels of ours (``kernels``)
+            where the tangent is a constant.
         accumulate: of so many batches the gradients are averaged.
         exchange: makes gradients the means over all processes, inside of the graph.
     """
@@ -135,9 +136,17 @@ class Step:
         torch.cuda.empty_cache()  # the graph has memory of its own
         graph = torch.cuda.CUDAGraph()
         # Other threads (loaders, loggers) may use the device meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            terms = self.objective.loss(self.net, tree_unflatten(static, spec))
-            self._backward(terms.loss / self.accumulate)
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                terms = self.objective.loss(self.net, tree_unflatten(static, spec))
+                self._backward(terms.loss / self.accumulate)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise RuntimeError(
+                "the step cannot be recorded as a CUDA graph, see the error above; use"
+                " cuda_graphs=false"
+            ) from error
         terms = terms._replace(loss=terms.loss.detach())
         gradients = [p.grad for p in parameters]
         for p, gradient in zip(parameters, before, strict=True):

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from training.dual import Dual
+
 CUBE = tl.constexpr(0.044715)
 TWICE = tl.constexpr(1.5957691216057308)  # 2 √(2/π)
 EXPONENT = tl.constexpr(-2.302208198144325)  # -2 √(2/π) log₂ e
@@ -74,7 +76,7 @@ def _forward(z: Tensor, bias: Tensor | None, t_z: Tensor | None) -> tuple[Tensor
     h, t_h = _outputs(z, bias, t_z)
     with torch.cuda.device_of(z):  # of no effect on a CPU
         kernel: Any = _gelu_forward
-        kernel[(triton.cdiv(z.numel(), BLOCK),)](
+        kernel[(-(-z.numel() // BLOCK),)](
             z, t_z, h, t_h, z.numel(), z.numel() - t_h.numel(),
             BLOCK=BLOCK, TANGENT=t_z is not None, num_warps=4,
         )  # fmt: skip
@@ -82,7 +84,7 @@ def _forward(z: Tensor, bias: Tensor | None, t_z: Tensor | None) -> tuple[Tensor
 
 
 @_forward.register_fake
-def _outputs(z, bias, t_z):
+def _outputs(z: Tensor, bias: Tensor | None, t_z: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.empty_like(z), z.new_empty(0) if t_z is None else torch.empty_like(t_z)
 
 
@@ -91,11 +93,11 @@ def _backward(z: Tensor, d_h: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
     """d_z and, with ``bias``, d_bias in float32."""
     d_z, width = torch.empty_like(z), z.shape[-1]
     rows = z.numel() // width
-    chunks = triton.cdiv(rows, ROWS)
+    chunks = -(-rows // ROWS)
     sums = z.new_empty((chunks, width) if bias else (0,), dtype=torch.float32)
     with torch.cuda.device_of(z):
         kernel: Any = _gelu_backward
-        kernel[(chunks, triton.cdiv(width, COLUMNS))](
+        kernel[(chunks, -(-width // COLUMNS))](
             z, d_h, d_z, sums, rows, width,
             ROWS=ROWS, TILE=TILE, COLUMNS=COLUMNS, BIAS=bias, num_warps=4,
         )  # fmt: skip
@@ -127,11 +129,12 @@ def _grad(ctx: Any, d_h: Tensor | None, *_: Any) -> tuple:
 torch.library.register_autograd("flash_jvp_training::gelu", _grad, setup_context=_setup)
 
 
-def gelu(z: Tensor, bias: Tensor | None, t_z: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """gelu(z) and, with ``t_z`` (n, ..., W), the tangent of the last n examples, a constant.
+def gelu(z: Tensor | Dual, bias: Tensor | None) -> Any:
+    """gelu(z), with the tangent that z has, a constant.
 
     z (B, ..., W), contiguous. ``bias`` (W,), already in z, is there for its gradient alone: whoever
     makes z adds ``bias.detach()``.
     """
-    h, t_h = _forward(z, bias, t_z)
-    return h, None if t_z is None else t_h
+    if not isinstance(z, Dual):
+        return _forward(z, bias, None)[0]
+    return z.follow(*_forward(z.primal, bias, z.tangent))

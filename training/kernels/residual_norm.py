@@ -209,7 +209,7 @@ def _backward(
     """d_x, d_y and the sums (images, 3, W) of d_b, d_s, d_g; ``x`` is x', ``d_x`` that of x'."""
     images, tokens, width = x.shape
     rows = MANY_ROWS if images * tokens >= MANY_ROWS * MANY_PROGRAMS else ROWS
-    chunks = triton.cdiv(tokens, rows)
+    chunks = -(-tokens // rows)
     into = torch.empty_like(x)
     d_y = x.new_empty(0) if y is None else torch.empty_like(y)
     sums = x.new_empty((images, chunks, 3, width), dtype=torch.float32)

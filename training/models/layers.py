@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from training.kernels import residual_norm
 from training.kernels.gelu import gelu as fused_gelu
 from training.kernels.inputs import takes
+from training.kernels.split_heads import split_heads as fused_split_heads
 from training.models.jvp_layers import (
     Dropout,
     Dual,
@@ -65,6 +66,21 @@ def join_heads(x: Tensor) -> Tensor:
     return linear_map(lambda x: rearrange(x, "b h n d -> b n (h d)"), x)
 
 
+def fusable(x: Tensor) -> bool:
+    """Whether the kernels of a product's two sides take x: the tangent is a constant, if any."""
+    return not (isinstance(x, Dual) and x.through) and takes(primal(x))
+
+
+def product_without_bias_gradient(linear: nn.Linear, x: Tensor) -> Tensor:
+    """``linear`` of value and tangent; whoever reads the value has the gradient of the bias."""
+    bias = None if linear.bias is None else linear.bias.detach()
+    z = functional.linear(primal(x), linear.weight, bias)
+    if not isinstance(x, Dual):
+        return z
+    with x.rule():
+        return x.follow(z, functional.linear(x.tangent, linear.weight))
+
+
 class QueryKeyNorm(nn.Module):
     """RMS norm of queries and keys over the features of a head (arXiv 2010.04245)."""
 
@@ -94,9 +110,20 @@ class SelfAttention(nn.Module):
         self.qk_norm = QueryKeyNorm(width // heads) if qk_norm else None
         self.projection = Linear(width, width, bias)
 
-    def project_in(self, x: Tensor, angles: torch.Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values. (B, N, W) -> (B, H, N, D)"""
-        q, k, v = split_heads(self.qkv(x), 3, self.heads)
+    def project_in(
+        self, x: Tensor, angles: torch.Tensor | None, fused: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values. (B, N, W) -> (B, H, N, D). ``fused``: a kernel of ours joins
+        their gradients and sums that of the bias.
+        """
+        if fused and fusable(x):
+            z = product_without_bias_gradient(self.qkv, x)
+            q, k, v = fused_split_heads(primal(z), self.qkv.bias, self.heads)
+            if isinstance(z, Dual):
+                tangents = map(primal, split_heads(z.tangent, 3, self.heads))
+                q, k, v = map(z.follow, (q, k, v), tangents)
+        else:
+            q, k, v = split_heads(self.qkv(x), 3, self.heads)
         if self.qk_norm is not None:
             q, k = self.qk_norm(q, k)
         if angles is not None:
@@ -142,23 +169,12 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, fused: bool = False) -> Tensor:
         """``fused``: GELU, its tangent and the gradient of its bias by a kernel of ours."""
-        constant = not (isinstance(x, Dual) and x.through)
-        fused = fused and constant and takes(primal(x))
-        return self.contract(self.dropout((self._fused if fused else self._plain)(x)))
-
-    def _plain(self, x: Tensor) -> Tensor:
-        return gelu(self.expand(x))
-
-    def _fused(self, x: Tensor) -> Tensor:
-        """The kernel has the gradient of the bias, and the product none."""
-        weight, bias = self.expand.weight, self.expand.bias
-        z = functional.linear(primal(x), weight, None if bias is None else bias.detach())
-        if not isinstance(x, Dual):
-            return fused_gelu(z, bias)[0]
-        with x.rule():
-            t_z = functional.linear(x.tangent, weight)
-        h, t_h = fused_gelu(z, bias, t_z)
-        return x.follow(h, t_h)  # type: ignore[arg-type]
+        if fused and fusable(x):
+            z = product_without_bias_gradient(self.expand, x)
+            h = fused_gelu(z, self.expand.bias)
+        else:
+            h = gelu(self.expand(x))
+        return self.contract(self.dropout(h))
 
 
 class SwiGLU(nn.Module):
@@ -337,8 +353,9 @@ class Block(nn.Module):
 
     def _before_attention(self, x: Stream, vectors: list[Tensor], angles: Any) -> Any:
         shift, scale, *_ = vectors
+        fused = isinstance(x, Residual)
         x, h = normed(x, self.norm, shift, scale)
-        return x, *self.attention.project_in(h, angles)
+        return x, *self.attention.project_in(h, angles, fused)
 
     def _after_attention(
         self, x: Tensor, vectors: list[Tensor], out: Tensor, context: Any, fused: bool
