@@ -127,17 +127,16 @@ def train_all(names: Sequence[str], folder: Path, overrides: Sequence[str]) -> N
 def markdown(rows: list[dict]) -> str:
     """The table of docs/training/experiments.md: accuracy and energy distance."""
     lines = [
-        "| objective | steps | seconds | 1 NFE | 2 NFE | 4 NFE | more |",
-        "|---|---|---|---|---|---|---|",
+        "| objective | 1 NFE | 2 NFE | 4 NFE | more |",
+        "|---|---|---|---|---|",
     ]
     for r in rows:
         cells = {
             n: f"{a:.1%}, {r['energy_distance'][n]:.4f}" for n, a in r["sample_accuracy"].items()
         }
         more = [f"{n} NFE: {cell}" for n, cell in cells.items() if int(n) > 4]
-        head = [f"`{r['objective']}`", str(r["steps"]), f"{r['seconds']:.0f}"]
-        few = [cells[n] for n in ("1", "2", "4")]
-        lines.append("| " + " | ".join([*head, *few, ", ".join(more)]) + " |")
+        cells = [f"`{r['objective']}`", *(cells[n] for n in ("1", "2", "4")), ", ".join(more)]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
