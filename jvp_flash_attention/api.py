@@ -17,11 +17,12 @@ from . import (
     validation,
 )
 from .broadcast import Sizes
-from .call import Inputs, Spec, Tangents
+from .call import Band, Inputs, Spec, Tangents
 from .functorch import PLAIN, SHORTCUTS, Pairs, below_duals, pack, unpack, unpack_compiled
 
 shadowed.check()
 
+Window = tuple[int | None, int | None] | None
 TANGENTS = ("t_query", "t_key", "t_value", "t_attn_mask")
 UNDETACHED = (
     "tangent_grad=False in a compiled torch.func.jvp must not lie inside another transform (grad,"
@@ -39,6 +40,7 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    window: Window = None,
     backend: str | None = None,
     tangent_grad: bool = True,
 ) -> Tensor:
@@ -64,6 +66,11 @@ def attention(
             `attn_mask`.
         scale: softmax scale s, by default 1/sqrt(D).
         enable_gqa: let query head h read key/value head h // (H / Hk).
+        window: (left, right), a sliding window: query i attends keys i - left <= j <= i + right, -1
+            or None for no bound. As `is_causal` it counts from the first query and the first key
+            also when L != S (`flash_attn_func` counts from the last), and may be combined with
+            `is_causal` and `attn_mask`. Keys outside cost nothing in any pass. A GPU compiles
+            kernels for each pair of bounds.
         backend: "triton", "reference" (plain PyTorch, O(L) memory), or None: the kernels for CUDA
             tensors in float16, bfloat16 and float32 with head dims up to 256, the reference
             otherwise.
@@ -82,9 +89,9 @@ def attention(
     compiling = torch.compiler.is_compiling()
     numbers = (dropout_p, is_causal, scale, enable_gqa)
     if compiling and not SHORTCUTS:
-        how = {"backend": backend, "tangent_grad": tangent_grad}
+        how = {"window": window, "backend": backend, "tangent_grad": tangent_grad}
         return _uncompiled(attention)(query, key, value, attn_mask, *numbers, **how)
-    x, _, spec, sizes = prepare(query, key, value, attn_mask, *numbers, backend)
+    x, _, spec, sizes = prepare(query, key, value, attn_mask, *numbers, backend, window)
     if compiling:
         route, pairs = ops, unpack_compiled(*x, nested=None if tangent_grad else UNDETACHED)
     else:
@@ -115,6 +122,7 @@ def attention_jvp(
     enable_gqa: bool = False,
     *,
     t_attn_mask: Tensor | None = None,
+    window: Window = None,
     backend: str | None = None,
     tangent_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
@@ -137,10 +145,11 @@ def attention_jvp(
     numbers = (dropout_p, is_causal, scale, enable_gqa)
     if compiling and not SHORTCUTS:
         args = (query, key, value, t_query, t_key, t_value, attn_mask, *numbers)
-        how = {"t_attn_mask": t_attn_mask, "backend": backend, "tangent_grad": tangent_grad}
+        how = {"window": window, "backend": backend, "tangent_grad": tangent_grad}
+        how["t_attn_mask"] = t_attn_mask
         return _uncompiled(attention_jvp)(*args, **how)
     tangents = (t_query, t_key, t_value, t_attn_mask)
-    x, t, spec, sizes = prepare(query, key, value, attn_mask, *numbers, backend, tangents)
+    x, t, spec, sizes = prepare(query, key, value, attn_mask, *numbers, backend, window, tangents)
     route = ops if compiling else autograd
     out, t_out = route.attention_jvp(x, t, spec, tangent_grad)
     return broadcast.result(out, sizes), broadcast.result(t_out, sizes)
@@ -161,13 +170,15 @@ def prepare(
     scale,
     enable_gqa,
     backend,
+    window: Window = None,
     tangents: tuple | None = None,
 ) -> tuple[Inputs, Any, Spec, Sizes]:
     """The checked call: its tensors four-dimensional, the `Tangents` if any are given, its
     numbers, and what its batch and heads broadcast to. What is of a kind that passed before is not
     checked again."""
     given = (query, key, value, attn_mask)
-    numbers = (dropout_p, is_causal, scale, enable_gqa, backend)
+    band = validation.window(window)
+    numbers = (dropout_p, is_causal, scale, enable_gqa, backend, band)
     dtype = _autocast_dtype(query)
     kind = _kind(given, tangents, numbers, dtype)
     checked = None if kind is None else _checked.get(kind)
@@ -223,7 +234,7 @@ def _kind(given: tuple, tangents: tuple | None, numbers: tuple, dtype: Any) -> t
     return kind
 
 
-def _check(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend) -> _Checked:
+def _check(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend, band) -> _Checked:
     validation.scalars(dropout_p, is_causal, scale)
     validation.tensors(q, k, v)
     sizes = validation.shapes(q, k, v, enable_gqa)
@@ -235,8 +246,23 @@ def _check(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend)
         dropout_p=float(dropout_p),
         backend=backends.choose(backend, q_, v_),
     )
+    if band is not None:
+        spec = _banded(spec, band, q.shape[-2], k.shape[-2])
     fits = q_ is q and k_ is k and v_ is v and (attn_mask is None or attn_mask.dim() == 4)
     return _Checked(spec, sizes, fits)
+
+
+def _banded(spec: Spec, band: Band, L: int, S: int) -> Spec:
+    """With a window, of which bounds that hide nothing are dropped: what is causal or full then is
+    called so, and more kernels support it."""
+    left, right = band
+    if left is not None and left >= L - 1:
+        left = None
+    if right is not None and right >= S - 1:
+        right = None
+    if right == 0 or (spec.causal and (right is None or right > 0)):
+        return spec._replace(causal=True, left=left)
+    return spec._replace(causal=False, left=left, right=right)
 
 
 def _with_elements(mask: Any, query: Tensor) -> Any:

@@ -19,9 +19,26 @@ class Spec(NamedTuple):
     causal: bool = False  # query i attends keys j <= i (top-left aligned when L != S)
     dropout_p: float = 0.0  # probability with which an attention weight is dropped
     backend: str = "reference"  # a name that `backends.implementation` knows
+    left: int | None = None  # query i attends keys j >= i - left; None: no bound
+    right: int | None = None  # and keys j <= i + right; a bound may be negative
     rows_first: bool = False  # results lie in memory as (B, L, H, D), whatever the inputs do
     compiled: bool = False  # runs below an operator, in code that returns to the same shapes
     sharded: bool = False  # keys are a part of each row's; O, tO, LSE and μ handed in are of all
+
+
+class Band(NamedTuple):
+    """Query i attends keys i - left <= j <= i + right; None is no bound. Either may be negative."""
+
+    left: int | None = None
+    right: int | None = None
+
+
+def band(spec: Spec) -> Band:
+    """The pairs that positions alone let attend each other."""
+    right = spec.right
+    if spec.causal and (right is None or right > 0):
+        right = 0
+    return Band(spec.left, right)
 
 
 def is_default(spec: Spec, but: tuple[str, ...]) -> bool:

@@ -3,9 +3,9 @@
     from jvp_flash_attention.flash_attn import flash_attn_func      # instead of flash_attn
 
 Each is `jvp_flash_attention.attention` on transposed views: nothing is copied, results come in the
-layout of q. As in FlashAttention, grouped heads need no flag, and `causal` is aligned bottom-right
-where the lengths differ, which costs a mask of (L, S) here. Windows, softcap, ALiBi, paged caches
-and the returned probabilities raise NotImplementedError by name.
+layout of q. As in FlashAttention, grouped heads need no flag, and `causal` and `window_size` are
+aligned bottom-right where the lengths differ. Softcap, ALiBi, paged caches and the returned
+probabilities raise NotImplementedError by name.
 """
 
 from typing import Any
@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import validation
 from .api import attention
+from .call import Band
 from .errors import ArgumentValueError
 
 _NOT_YET = {
-    "window_size": (-1, -1),
     "softcap": 0.0,
     "alibi_slopes": None,
     "return_attn_probs": False,
@@ -53,22 +54,19 @@ def flash_attn_func(
         dropout_p: probability of dropping an attention weight.
         softmax_scale: by default 1/sqrt(D).
         causal: query i attends keys j <= i + S − L.
+        window_size: (left, right), a sliding window: query i attends keys
+            i + S − L − left <= j <= i + S − L + right; -1 for no bound.
         deterministic: follows `torch.use_deterministic_algorithms`; True asks nothing more here.
 
     Returns:
         (B, L, H, D).
 
     Raises:
-        NotImplementedError: window_size, softcap, alibi_slopes or return_attn_probs is given.
+        NotImplementedError: softcap, alibi_slopes or return_attn_probs is given.
         TypeError, ValueError: those of `attention`.
     """
-    _refuse(
-        window_size=window_size,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        return_attn_probs=return_attn_probs,
-    )
-    return _attend(q, k, v, dropout_p, softmax_scale, causal)
+    _refuse(softcap=softcap, alibi_slopes=alibi_slopes, return_attn_probs=return_attn_probs)
+    return _attend(q, k, v, dropout_p, softmax_scale, causal, window_size)
 
 
 def flash_attn_qkvpacked_func(qkv: Tensor, *args, **kwargs) -> Tensor:
@@ -119,7 +117,6 @@ def flash_attn_varlen_func(
         (sum of L, H, D).
     """
     _refuse(
-        window_size=window_size,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         return_attn_probs=return_attn_probs,
@@ -136,7 +133,7 @@ def flash_attn_varlen_func(
             "cu_seqlens_q and cu_seqlens_k must be of equally many sequences,"
             f" got {len(lengths_q)} and {len(lengths_k)}"
         )
-    numbers = (dropout_p, softmax_scale, causal)
+    numbers = (dropout_p, softmax_scale, causal, window_size)
     if len(set(lengths_q)) == len(set(lengths_k)) == 1:
         q, k, v = (x.unflatten(0, (len(lengths_q), -1)) for x in (q, k, v))
         return _attend(q, k, v, *numbers).flatten(0, 1)
@@ -181,28 +178,41 @@ def flash_attn_with_kvcache(
     """
     _refuse(
         k=k, v=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin, cache_batch_idx=cache_batch_idx,
-        cache_leftpad=cache_leftpad, block_table=block_table, window_size=window_size,
-        softcap=softcap, alibi_slopes=alibi_slopes, return_softmax_lse=return_softmax_lse,
+        cache_leftpad=cache_leftpad, block_table=block_table, softcap=softcap,
+        alibi_slopes=alibi_slopes, return_softmax_lse=return_softmax_lse,
     )  # fmt: skip
     if cache_seqlens is None:
-        return _attend(q, k_cache, v_cache, 0.0, softmax_scale, causal)
+        return _attend(q, k_cache, v_cache, 0.0, softmax_scale, causal, window_size)
     L, S = q.shape[1], k_cache.shape[1]
     lengths = torch.as_tensor(cache_seqlens, device=q.device).view(-1, 1, 1, 1)
     j = torch.arange(S, device=q.device)
-    last = lengths - 1
-    if causal:
-        last = last + torch.arange(1 - L, 1, device=q.device).view(1, 1, L, 1)
-    return _attend(q, k_cache, v_cache, 0.0, softmax_scale, False, j <= last)
+    rows = lengths - L + torch.arange(L, device=q.device).view(L, 1)  # key beside each query
+    left, right = _band(causal, window_size)
+    mask = j < lengths
+    if right is not None:
+        mask = mask & (j <= rows + right)
+    if left is not None:
+        mask = mask & (j >= rows - left)
+    return _attend(q, k_cache, v_cache, 0.0, softmax_scale, False, (-1, -1), mask)
 
 
-def _attend(q, k, v, dropout_p, scale, causal, mask: Tensor | None = None) -> Tensor:
-    L, S = q.shape[1], k.shape[1]
-    if causal and L != S:  # aligned bottom-right
-        mask = torch.ones(L, S, dtype=torch.bool, device=q.device).tril(S - L)
-        causal = False
+def _band(causal: bool, window_size: tuple[int, int]) -> Band:
+    """The bounds beside the bottom-right diagonal."""
+    left, right = validation.window(window_size) or Band()
+    return Band(left, 0 if causal else right)
+
+
+def _attend(q, k, v, dropout_p, scale, causal, window, mask: Tensor | None = None) -> Tensor:
+    left, right = _band(causal, window)
+    more = k.shape[1] - q.shape[1]  # `attention` counts from the first query and key
+    band = Band(
+        None if left is None else left - more,
+        None if right is None else right + more,
+    )
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     gqa = q.shape[1] != k.shape[1]
-    return attention(q, k, v, mask, dropout_p, causal, scale, gqa).transpose(1, 2)
+    out = attention(q, k, v, mask, dropout_p, False, scale, gqa, window=band)
+    return out.transpose(1, 2)
 
 
 def _refuse(**given: Any) -> None:

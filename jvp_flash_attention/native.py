@@ -24,7 +24,7 @@ from torch.library import Library
 from .api import attention
 from .backends import BACKENDS
 from .errors import ArgumentValueError
-from .functorch import destroy
+from .functorch import destroy, inside_a_jvp
 from .validation import DTYPES
 
 NAME = "flash-jvp"
@@ -43,7 +43,8 @@ def activate(*, backend: str | None = None, tangent_grad: bool = True) -> None:
     `jvp_flash_attention.attention` with the same arguments. A second call changes how.
 
     Tensors of a kind that this attention does not know (other devices, complex numbers, nested
-    tensors) and calls in `torch.inference_mode()`, which has no tangents, stay PyTorch's.
+    tensors) and calls in `torch.inference_mode()`, which has no tangents, stay PyTorch's. So do
+    calls outside of a jvp where `sdpa_kernel(SDPBackend.MATH)` asks for PyTorch's MATH alone.
 
     Args:
         backend, tangent_grad: as in `attention`, for every call.
@@ -109,7 +110,7 @@ def _attend(
     enable_gqa: bool = False,
 ) -> Tensor:
     args = (query, key, value, attn_mask, dropout_p, is_causal)
-    if not _is_known(query, key, value):
+    if not _is_known(query, key, value) or (_math_is_chosen() and not inside_a_jvp()):
         return OPERATOR.decompose(*args, scale=scale, enable_gqa=enable_gqa)
     return attention(*args, scale, enable_gqa, **_how)
 
@@ -122,6 +123,13 @@ def _is_known(*tensors: Tensor) -> bool:
         and x.device.type.upper() in DEVICES
         for x in tensors
     )
+
+
+def _math_is_chosen() -> bool:
+    """Whether `sdpa_kernel(SDPBackend.MATH)` lies around: no fused kernel may serve."""
+    flags = torch.backends.cuda
+    fused = flags.flash_sdp_enabled() or flags.mem_efficient_sdp_enabled()
+    return not (fused or flags.cudnn_sdp_enabled())
 
 
 def _found_registry() -> dict[str, Callable] | None:

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .call import Inputs, Saved, Spec, Tangents, empty_rows
+from .call import Band, Inputs, Saved, Spec, Tangents, band, empty_rows
 from .philox import keep_mask
 
 ROWS = 512
@@ -213,10 +213,8 @@ def _blocks(x: Inputs, t: Tangents, spec: Spec, lse: Tensor | None = None) -> It
         elif mask is not None:
             s = s + mask[:, :, rows].to(s.dtype)
             masked = mask[:, :, rows] == float("-inf")
-        if spec.causal:
-            i = torch.arange(start, rows.stop, device=q.device).unsqueeze(-1)
-            future = torch.arange(S, device=q.device) > i
-            masked = future if masked is None else masked | future
+        for outside in _outside(rows, S, spec, q.device):
+            masked = outside if masked is None else masked | outside
         if masked is not None:
             # scores and tangents of masked pairs count for nothing, even where they are not finite
             s = s.masked_fill(masked, float("-inf"))
@@ -233,6 +231,19 @@ def _blocks(x: Inputs, t: Tangents, spec: Spec, lse: Tensor | None = None) -> It
             keep = keep_mask(seed, (B, H, L, S), rows, spec.dropout_p)
             z = keep.to(s.dtype) / (1.0 - spec.dropout_p)
         yield Block(rows, p, t_s, z, here, masked)
+
+
+def _outside(rows: slice, S: int, spec: Spec, device: torch.device) -> Iterator[Tensor]:
+    """(l, S), for each bound of the band: the pairs beyond it."""
+    left, right = band(spec)
+    if left is None and right is None:
+        return
+    i = torch.arange(rows.start, rows.stop, device=device).unsqueeze(-1)
+    j = torch.arange(S, device=device)
+    if right is not None:
+        yield j > i + right
+    if left is not None:
+        yield j < i - left
 
 
 def _scores(x: Tensor, y: Tensor) -> Tensor:
@@ -266,7 +277,7 @@ def _group(H: int, Hk: int) -> int:
 
 
 def _rows(x: Tensor, mask: Tensor | None, spec: Spec) -> Rows:
-    if mask is None and not spec.causal:
+    if mask is None and band(spec) == Band():
         return Rows(x)
     finite = x.isfinite()
     return Rows(x) if finite.all() else Rows(x.masked_fill(~finite, 0.0), (~finite).to(x.dtype))

@@ -29,10 +29,10 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 from .api import attention, attention_jvp
 
-Attend = Callable[..., Tensor]  # (q, k, v, bias) -> out
+Attend = Callable[..., Tensor]  # (q, k, v, mask) -> out
 
 
-def dense(q, k, v, bias=None, causal=False, scale=None) -> Tensor:
+def dense(q, k, v, mask=None, causal=False, scale=None, window=None) -> Tensor:
     """softmax(s Q Kᵀ + b) V, materialised; masked scores stay finite for autograd's sake."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -40,11 +40,16 @@ def dense(q, k, v, bias=None, causal=False, scale=None) -> Tensor:
     hidden = torch.zeros(1, 1, *scores.shape[2:], dtype=torch.bool, device=q.device)
     if causal:
         hidden = hidden | torch.ones_like(hidden).triu(1)
-    if bias is not None and bias.dtype == torch.bool:
-        hidden = hidden | ~bias
-    elif bias is not None:
-        hidden = hidden | (bias == float("-inf"))
-        scores = scores + bias.masked_fill(bias == float("-inf"), 0.0)
+    left, right = window or (None, None)
+    if left is not None:
+        hidden = hidden | torch.ones_like(hidden).tril(-left - 1)
+    if right is not None:
+        hidden = hidden | torch.ones_like(hidden).triu(right + 1)
+    if mask is not None and mask.dtype == torch.bool:
+        hidden = hidden | ~mask
+    elif mask is not None:
+        hidden = hidden | (mask == float("-inf"))
+        scores = scores + mask.masked_fill(mask == float("-inf"), 0.0)
     scores = scores.masked_fill(hidden, -1e300 if scores.dtype == torch.float64 else -1e30)
     p = (scores - scores.amax(-1, keepdim=True).detach()).exp()
     p = p / p.sum(-1, keepdim=True)

@@ -3,12 +3,14 @@
 import math
 import warnings
 from numbers import Real
+from typing import Any
 
 import torch
 import torch.fx
 from torch import Tensor
 
 from .broadcast import Sizes, together
+from .call import Band
 from .errors import ArgumentTypeError, ArgumentValueError
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -162,6 +164,25 @@ def mask(attn_mask: Tensor | None, scores: tuple[int, ...], device: torch.device
             f"attn_mask must broadcast to (..., heads, L, S) = {scores},"
             f" got {tuple(attn_mask.shape)}"
         )
+
+
+def window(given: Any) -> Band | None:
+    """The bounds of a pair (left, right), which are None or ints >= 0, or -1 for None. A `Band`,
+    as callers inside the library give it, is taken as it is."""
+    if given is None or isinstance(given, Band):
+        return given
+    pair = given if isinstance(given, (tuple, list)) else ()
+    kinds = [x is None or (isinstance(x, int) and not isinstance(x, bool)) for x in pair]
+    if len(pair) != 2 or not all(kinds):
+        raise ArgumentTypeError(
+            "window must be a pair (left, right) of ints, with -1 or None for no bound,"
+            f" got {given!r}"
+        )
+    if any(x is not None and x < -1 for x in pair):
+        raise ArgumentValueError(
+            f"window must have bounds >= 0, with -1 or None for no bound, got {given!r}"
+        )
+    return Band(*[None if x == -1 else x for x in pair])
 
 
 def scalars(dropout_p: float, is_causal: bool, scale: float | None) -> None:

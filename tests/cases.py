@@ -14,7 +14,7 @@ from tests import tolerances
 
 @dataclass(frozen=True)
 class Case:
-    """One call.  `tangents` names the inputs that have one, among q, k, v and b (the bias)."""
+    """One call.  `tangents` names the inputs that have one, among q, k, v and b (the mask)."""
 
     B: int = 2
     H: int = 2
@@ -24,7 +24,8 @@ class Case:
     D: int = 16
     Dv: int | None = None
     causal: bool = False
-    bias: str | None = None  # bool, key (B,1,1,S), row (1,H,L,1), full (B,H,L,S) with a row of -inf
+    window: tuple[int | None, int | None] = (None, None)
+    mask: str | None = None  # bool, key (B,1,1,S), row (1,H,L,1), full (B,H,L,S) with a row of -inf
     tangents: str = "qkvb"
     dropout_p: float = 0.0
     scale: float | None = None
@@ -35,12 +36,17 @@ class Case:
         base = f"B{self.B}H{self.H}.{self.Hk}L{self.L}S{self.S}D{self.D}"
         more = [f"Dv{self.Dv}"] if self.Dv else []
         more += ["causal"] if self.causal else []
-        more += [self.bias] if self.bias else []
+        more += [f"window{self.window[0]}_{self.window[1]}"] if any_bound(self.window) else []
+        more += [self.mask] if self.mask else []
         more += [f"t_{self.tangents}"] if self.tangents != "qkvb" else []
         more += [f"drop{self.dropout_p}"] if self.dropout_p else []
         more += [f"scale{self.scale}"] if self.scale else []
         more += [self.layout] if self.layout != "bhld" else []
         return "-".join([base, *more])
+
+
+def any_bound(window) -> bool:
+    return any(bound is not None for bound in window)
 
 
 @dataclass
@@ -53,7 +59,7 @@ class Problem:
     d_out: Tensor
     d_t_out: Tensor
     spec: Spec
-    bias_grad: bool
+    mask_grad: bool
 
     @property
     def x(self) -> Inputs:
@@ -67,7 +73,7 @@ class Problem:
         wide = lambda x: x.double() if x is not None and x.is_floating_point() else x  # noqa: E731
         return Problem(
             list(map(wide, self.primals)), list(map(wide, self.tangents)), self.seed,
-            wide(self.d_out), wide(self.d_t_out), self.spec, self.bias_grad,
+            wide(self.d_out), wide(self.d_t_out), self.spec, self.mask_grad,
         )  # fmt: skip
 
 
@@ -86,30 +92,30 @@ def build(case: Case, dtype: torch.dtype, device="cpu", backend="triton") -> Pro
         return draw(b, h, rows, d)
 
     q, k, v = tile(B, H, L, D), tile(B, Hk, S, D), tile(B, Hk, S, Dv)
-    bias = None
-    if case.bias == "bool":
-        bias = torch.rand(1, H, L, S, generator=rng, device=device) > 0.4
-        bias[:, :, 0] = False  # a fully masked row
-    elif case.bias == "key":
-        bias = draw(B, 1, 1, S)
-    elif case.bias == "row":
-        bias = draw(1, H, L, 1)
-    elif case.bias == "full":
-        bias = draw(B, H, L, S)
-        bias[:, :, L // 2] = float("-inf")
-    floating = bias is not None and bias.is_floating_point()
+    mask = None
+    if case.mask == "bool":
+        mask = torch.rand(1, H, L, S, generator=rng, device=device) > 0.4
+        mask[:, :, 0] = False  # a fully masked row
+    elif case.mask == "key":
+        mask = draw(B, 1, 1, S)
+    elif case.mask == "row":
+        mask = draw(1, H, L, 1)
+    elif case.mask == "full":
+        mask = draw(B, H, L, S)
+        mask[:, :, L // 2] = float("-inf")
+    floating = mask is not None and mask.is_floating_point()
     tangents = [
         torch.randn(x.shape, generator=rng, device=device).to(dtype)
         if name in case.tangents
         else None
         for name, x in zip("qkv", (q, k, v), strict=True)
     ]
-    tangents.append(draw(*bias.shape) if floating and "b" in case.tangents else None)
+    tangents.append(draw(*mask.shape) if floating and "b" in case.tangents else None)
     seed = torch.tensor([2**40 + 7], device=device) if case.dropout_p else None
     scale = D**-0.5 if case.scale is None else case.scale
-    spec = Spec(scale, case.causal, case.dropout_p, backend)
+    spec = Spec(scale, case.causal, case.dropout_p, backend, *case.window)
     return Problem(
-        [q, k, v, bias], tangents, seed, tile(B, H, L, Dv), tile(B, H, L, Dv), spec, floating
+        [q, k, v, mask], tangents, seed, tile(B, H, L, Dv), tile(B, H, L, Dv), spec, floating
     )
 
 
@@ -133,7 +139,7 @@ def solve(implementation, p: Problem, stored: torch.dtype | None = None) -> dict
     O and tO through dtype `stored`."""
     keep = lambda x: x if stored is None else x.to(stored).to(x.dtype)  # noqa: E731
     plain = implementation.forward(p.x, None, p.spec)
-    how = (p.spec, p.bias_grad)
+    how = (p.spec, p.mask_grad)
     kept = plain._replace(out=keep(plain.out))
     first, _ = implementation.backward(p.d_out, None, p.x, Tangents(), kept, *how)
     saved = implementation.forward(p.x, p.t, p.spec)
@@ -144,9 +150,9 @@ def solve(implementation, p: Problem, stored: torch.dtype | None = None) -> dict
         "out": plain.out,
         "out_of_jvp": saved.out,
         "t_out": saved.t_out,
-        **dict(zip(("d_q", "d_k", "d_v", "d_bias"), first, strict=True)),
+        **dict(zip(("d_q", "d_k", "d_v", "d_mask"), first, strict=True)),
     }
-    eight = ("q", "k", "v", "bias", "t_q", "t_k", "t_v", "t_bias")
+    eight = ("q", "k", "v", "mask", "t_q", "t_k", "t_v", "t_mask")
     names |= {f"dd_{name}": x for name, x in zip(eight, (*second[0], *second[1]), strict=True)}
     names |= {f"dt_{name}": x for name, x in zip(eight[:4], only_tangent, strict=True)}
     return {name: x for name, x in names.items() if x is not None}

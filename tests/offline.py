@@ -65,19 +65,20 @@ def compile_passes(
     passes=PASSES,
     causal=False,
     length=256,
-    bias=None,
+    mask=None,
     tma: bool | None = None,
     dropout_p=0.0,
+    window=(None, None),
 ) -> list[Compiled]:
     """Compiles every kernel of the named passes at (1, 2, length, head_dim)."""
     q, k, v, t_q, t_k, t_v, d, d_t = (
         torch.zeros(1, 2, length, head_dim, dtype=dtype) for _ in range(8)
     )
-    spec = Spec(head_dim**-0.5, causal, dropout_p, "triton")
+    spec = Spec(head_dim**-0.5, causal, dropout_p, "triton", *window)
     seed = torch.zeros(1, dtype=torch.int64) if dropout_p else None
-    mask_grad = bias is not None and bias.is_floating_point()
-    x = Inputs(q, k, v, bias, seed)
-    t = Tangents(t_q, t_k, t_v, torch.zeros_like(bias) if mask_grad else None)
+    mask_grad = mask is not None and mask.is_floating_point()
+    x = Inputs(q, k, v, mask, seed)
+    t = Tangents(t_q, t_k, t_v, torch.zeros_like(mask) if mask_grad else None)
     rows = torch.zeros(1, 2, length)
     saved = Saved(q, rows, q, rows)
     where = {"arch": target.replace("_", ""), "tma": tma}
@@ -130,11 +131,12 @@ def table(target: str, head_dims, dtypes, variants=("plain",), **kwargs):
     masks = {
         "plain": {},
         "causal": {"causal": True, "length": 200},
-        "bool": {"bias": torch.zeros(1, 1, 200, 200, dtype=torch.bool), "length": 200},
-        "bias": {"bias": torch.zeros(1, 1, 200, 200), "length": 200},
+        "bool": {"mask": torch.zeros(1, 1, 200, 200, dtype=torch.bool), "length": 200},
+        "bias": {"mask": torch.zeros(1, 1, 200, 200), "length": 200},
         "dropout": {"dropout_p": 0.1},
-        "tiles": {"bias": torch.zeros(1, 1, 256, 256, dtype=torch.bool)},  # a mask that TMA reads
-        "keys": {"bias": torch.zeros(1, 1, 1, 256, dtype=torch.bool)},
+        "window": {"window": (96, 32), "length": 200},
+        "tiles": {"mask": torch.zeros(1, 1, 256, 256, dtype=torch.bool)},  # a mask that TMA reads
+        "keys": {"mask": torch.zeros(1, 1, 1, 256, dtype=torch.bool)},
     }
     for dtype in dtypes:
         for head_dim in head_dims:
@@ -155,7 +157,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--variants",
         nargs="+",
-        default=["plain", "causal", "bool", "bias", "dropout", "tiles", "keys"],
+        default=["plain", "causal", "bool", "bias", "dropout", "window", "tiles", "keys"],
     )
     parser.add_argument("--passes", nargs="+", default=list(PASSES))
     arguments = parser.parse_args()

@@ -17,15 +17,15 @@ from tests.cases import Case, build, solve
 CASES = {
     "portable": (
         (torch.float32, Case(B=1, H=2, Hk=1, L=70, S=45, D=40)),
-        (torch.float32, Case(B=1, H=2, L=45, S=70, D=64, bias="bool")),
-        (torch.float16, Case(B=1, H=2, L=70, S=140, D=64, bias="full", causal=True, dropout_p=0.2)),
+        (torch.float32, Case(B=1, H=2, L=45, S=70, D=64, mask="bool")),
+        (torch.float16, Case(B=1, H=2, L=70, S=140, D=64, mask="full", causal=True, dropout_p=0.2)),
         (torch.bfloat16, Case(B=1, H=2, L=140, S=70, D=36)),  # rows that TMA does not read
     ),
     "hopper": (
         (torch.bfloat16, Case(B=1, H=2, Hk=1, L=100, S=140, D=64)),
         (torch.float16, Case(B=1, H=2, L=130, S=130, D=72, causal=True)),
         (torch.bfloat16, Case(B=1, H=2, L=140, S=100, D=128)),
-        (torch.bfloat16, Case(B=1, H=2, L=140, S=100, D=64, bias="bool")),
+        (torch.bfloat16, Case(B=1, H=2, L=140, S=100, D=64, mask="bool")),
     ),
 }
 

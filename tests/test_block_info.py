@@ -1,5 +1,7 @@
 """Ranges and pairs of `block_info` against every pair written out, for bands with either bound."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,12 +10,14 @@ import triton
 import triton.language as tl
 
 from jvp_flash_attention import kernels, reference
-from jvp_flash_attention.kernels import block_info, launch_cache
-from jvp_flash_attention.kernels.portable import launch
+from jvp_flash_attention.kernels import block_info
 from tests import tolerances
 from tests.cases import Case, build, relative, solve
 
-BANDS = [(None, None), (None, 0), (None, 3), (0, None), (5, None), (0, 0), (3, 0), (9, 2), (40, 40)]
+BANDS = [
+    *[(None, None), (None, 0), (None, 3), (0, None), (5, None), (0, 0), (3, 0), (9, 2), (40, 40)],
+    *[(block_info.FAR, -5), (block_info.FAR, -200), (-7, None), (-200, None), (-3, 9), (12, -4)],
+]
 
 
 @triton.jit
@@ -97,17 +101,16 @@ def test_parts_hold_what_counts_once_and_skip_tiles_without(
 
 
 @pytest.mark.parametrize(
-    ("L", "S", "left", "right"), [(70, 75, 5, 0), (70, 75, 40, 3), (80, 33, 7, None)]
+    ("L", "S", "left", "right"),
+    [(70, 75, 5, 0), (70, 75, 40, 3), (80, 33, 7, None), (40, 20, None, -18), (20, 60, -30, 33)],
 )
-def test_the_portable_kernels_serve_any_band(L, S, left, right, device, monkeypatch):
+def test_the_portable_kernels_serve_any_band(L, S, left, right, device):
     """As the same band as a bool mask; some rows have no key at all."""
-    monkeypatch.setattr(launch, "band", lambda spec: {"LEFT": left, "RIGHT": right})
-    launch_cache.clear()
-    p = build(Case(B=1, H=2, Hk=1, L=L, S=S, D=16), torch.float32, device)
-    exact = p.double()
+    case = Case(B=1, H=2, Hk=1, L=L, S=S, D=16)
+    p = build(replace(case, window=(left, right)), torch.float32, device)
+    exact = build(case, torch.float32, device).double()
     exact.primals[3] = band(L, S, left, right).to(device)[None, None]
     got = solve(kernels, p)
-    launch_cache.clear()
     for name, x in solve(reference, exact).items():
         square, norm = relative(got[name], x, S)
         assert (square / norm) ** 0.5 < tolerances.SECOND[torch.float32], name

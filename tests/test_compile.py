@@ -148,7 +148,7 @@ def test_a_tangent_without_gradient_saves_no_tangent_and_copies_no_view(monkeypa
 
 
 @pytest.mark.parametrize(
-    "case", [Case(L=5, S=6, D=4), Case(L=5, S=6, D=4, Dv=3, bias="key", causal=True)], ids=str
+    "case", [Case(L=5, S=6, D=4), Case(L=5, S=6, D=4, Dv=3, mask="key", causal=True)], ids=str
 )
 def test_operators_pass_opcheck(case):
     p = build(case, torch.float64)
@@ -167,12 +167,12 @@ def test_operators_pass_opcheck(case):
     x = [None if y is None else y.detach() for y in x]
     torch.library.opcheck(
         ops.backward_op,
-        (p.d_out, *x, *saved[:2], None, None, *spec, p.bias_grad),
+        (p.d_out, *x, *saved[:2], None, None, *spec, p.mask_grad),
         test_utils=checks[:2],
     )
     torch.library.opcheck(
         ops.backward_jvp_op,
-        (p.d_out, p.d_t_out, *x, *t, *saved, *spec, p.bias_grad),
+        (p.d_out, p.d_t_out, *x, *t, *saved, *spec, p.mask_grad),
         test_utils=checks[:2],
     )
 

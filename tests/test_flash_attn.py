@@ -13,11 +13,20 @@ def draw(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def exact(q, k, v, causal=False, mask=None):
-    """(B, L, H, D), causal aligned bottom-right."""
+def exact(q, k, v, causal=False, mask=None, window=(-1, -1)):
+    """(B, L, H, D), causal and the window aligned bottom-right."""
     L, S = q.shape[1], k.shape[1]
+    left, right = window
     if causal:
         mask = torch.ones(L, S, dtype=torch.bool).tril(S - L)
+    if left >= 0:
+        mask = (True if mask is None else mask) & torch.ones(L, S, dtype=torch.bool).triu(
+            S - L - left
+        )
+    if right >= 0:
+        mask = (True if mask is None else mask) & torch.ones(L, S, dtype=torch.bool).tril(
+            S - L + right
+        )
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return sdpa(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
@@ -34,6 +43,20 @@ def test_func_has_the_layout_grouped_heads_and_bottom_right_causal(causal, S):
         close(t_out, jvp(lambda *x: exact(*x, causal), (q, k, v), t)[1])
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [(2, 1), (0, -1), (-1, 1), (3, 0)])
+@pytest.mark.parametrize(("L", "S"), [(5, 5), (5, 9), (6, 4)])
+def test_windows_are_aligned_bottom_right(L, S, window, causal):
+    q, k, v = draw(2, L, 4, 8), draw(2, S, 2, 8), draw(2, S, 2, 8)
+    t = tuple(map(torch.randn_like, (q, k, v)))
+    f = lambda *x: fa.flash_attn_func(*x, causal=causal, window_size=window)  # noqa: E731
+    theirs = lambda *x: exact(*x, causal, window=window)  # noqa: E731
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        results = jvp(f, (q, k, v), t), jvp(theirs, (q, k, v), t)
+    for got, e in zip(*results, strict=True):
+        close(got, e.nan_to_num(0.0))  # a tangent of SDPA's in a row that attends nothing
+
+
 def test_packed_forms():
     qkv = draw(2, 5, 3, 4, 8)
     close(fa.flash_attn_qkvpacked_func(qkv, causal=True), exact(*qkv.unbind(2), causal=True))
@@ -45,12 +68,13 @@ def test_packed_forms():
 def test_varlen_is_each_sequence_alone(lengths):
     starts = [torch.tensor([0, *n]).cumsum(0).int() for n in lengths]
     q, k, v = draw(sum(lengths[0]), 4, 8), draw(sum(lengths[1]), 2, 8), draw(sum(lengths[1]), 2, 8)
-    run = lambda q: fa.flash_attn_varlen_func(q, k, v, *starts, 9, 9, causal=True)  # noqa: E731
+    how = {"causal": True, "window_size": (1, -1)}
+    run = lambda q: fa.flash_attn_varlen_func(q, k, v, *starts, 9, 9, **how)  # noqa: E731
     out, t_out = jvp(run, (q,), (q,))
     parts = [
         x.split(n) for x, n in zip((q, k, v), (lengths[0], lengths[1], lengths[1]), strict=True)
     ]
-    alone = lambda q, k, v: fa.flash_attn_func(q[None], k[None], v[None], causal=True)[0]  # noqa: E731
+    alone = lambda q, k, v: fa.flash_attn_func(q[None], k[None], v[None], **how)[0]  # noqa: E731
     pairs = [
         jvp(lambda q, k=k, v=v: alone(q, k, v), (q,), (q,)) for q, k, v in zip(*parts, strict=True)
     ]
@@ -63,6 +87,10 @@ def test_varlen_is_each_sequence_alone(lengths):
 def test_kvcache_counts_what_is_filled():
     q, k, v = draw(2, 3, 4, 8), draw(2, 9, 2, 8), draw(2, 9, 2, 8)
     close(fa.flash_attn_with_kvcache(q, k, v), exact(q, k, v))
+    part = {"window": (2, 1)}
+    close(fa.flash_attn_with_kvcache(q, k, v, window_size=(2, 1)), exact(q, k, v, **part))
+    out = fa.flash_attn_with_kvcache(q, k, v, cache_seqlens=7, window_size=(2, 1))
+    close(out, exact(q, k[:, :7], v[:, :7], **part))
     filled = torch.tensor([4, 7])
     out = fa.flash_attn_with_kvcache(q, k, v, cache_seqlens=filled, causal=True)
     for b, n in enumerate(filled.tolist()):
@@ -72,7 +100,6 @@ def test_kvcache_counts_what_is_filled():
 @pytest.mark.parametrize(
     "given",
     [
-        {"window_size": (3, 0)},
         {"softcap": 30.0},
         {"alibi_slopes": torch.ones(4)},
         {"return_attn_probs": True},

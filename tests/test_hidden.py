@@ -11,14 +11,14 @@ from tests.cases import Case, build, solve
 IMPLEMENTATIONS = {"reference": (reference, torch.float64), "triton": (kernels, torch.float32)}
 if torch.cuda.is_available():
     pytest.skip("the warp-specialised passes do not hide values yet", allow_module_level=True)
-PLACES = {"k": 1, "v": 2, "t_k": 5, "t_v": 6}  # among q, k, v, bias and their tangents
+PLACES = {"k": 1, "v": 2, "t_k": 5, "t_v": 6}  # among q, k, v, mask and their tangents
 
 
 def _tensors(case, dtype, name):
     p = build(case, dtype, backend=name)
-    if case.bias == "bool":
+    if case.mask == "bool":
         p.primals[3][..., -1] = False
-    elif case.bias:
+    elif case.mask:
         p.primals[3][..., -1] = float("-inf")
     return p
 
@@ -31,10 +31,10 @@ def _poisoned(p, poison, places):
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("S", [17, pytest.param(70, marks=pytest.mark.slow)])  # tiles: 1, several
-@pytest.mark.parametrize("bias", ["bool", "full", "key", None])
-def test_nothing_of_a_key_that_nobody_sees_is_felt(name, S, bias):
+@pytest.mark.parametrize("mask", ["bool", "full", "key", None])
+def test_nothing_of_a_key_that_nobody_sees_is_felt(name, S, mask):
     implementation, dtype = IMPLEMENTATIONS[name]
-    case = Case(B=1, H=1, Hk=1, L=9, S=S, bias=bias, causal=bias is None)
+    case = Case(B=1, H=1, Hk=1, L=9, S=S, mask=mask, causal=mask is None)
     exact = solve(implementation, _tensors(case, dtype, name))
     places = itertools.product((["k", "t_k"], ["v", "t_v"]), (float("nan"), float("inf")))
     for at, poison in places:
@@ -80,7 +80,7 @@ def test_scores_of_any_size_saturate(name, size):
 @pytest.mark.parametrize("size", [3.4e38, -3.4e38, 1e30])
 def test_a_mask_of_any_finite_size_is_finite(name, size):
     implementation, dtype = IMPLEMENTATIONS[name]
-    p = build(Case(B=1, L=16, S=17, bias="key"), dtype, backend=name)
+    p = build(Case(B=1, L=16, S=17, mask="key"), dtype, backend=name)
     p.primals[3][..., 3:] = size
     for tensor, x in solve(implementation, p).items():
         assert x.isfinite().all(), tensor

@@ -14,17 +14,17 @@ from tests.cases import Case, build, check, errors, solve
 CASES = (
     Case(H=2, Hk=1, L=37, S=50, D=8, B=1),
     Case(B=1, L=70, S=50, D=16, Dv=24, causal=True),
-    Case(L=33, S=64, bias="bool"),
-    Case(B=1, L=33, S=64, bias="bool", causal=True),
-    Case(B=1, L=33, S=64, bias="key", causal=True),
-    Case(B=1, L=33, S=40, bias="row"),
-    Case(B=1, H=2, Hk=1, L=33, S=40, bias="full", causal=True),
+    Case(L=33, S=64, mask="bool"),
+    Case(B=1, L=33, S=64, mask="bool", causal=True),
+    Case(B=1, L=33, S=64, mask="key", causal=True),
+    Case(B=1, L=33, S=40, mask="row"),
+    Case(B=1, H=2, Hk=1, L=33, S=40, mask="full", causal=True),
     Case(B=1, L=33, S=40, tangents="v"),
     Case(B=1, L=33, S=40, tangents="q"),
     Case(B=1, L=33, S=40, tangents="k"),
-    Case(B=1, L=33, S=40, tangents="b", bias="key"),
+    Case(B=1, L=33, S=40, tangents="b", mask="key"),
     Case(H=1, Hk=1, L=33, S=40, dropout_p=0.3),
-    Case(B=1, L=33, S=40, dropout_p=0.3, bias="full", causal=True),
+    Case(B=1, L=33, S=40, dropout_p=0.3, mask="full", causal=True),
     Case(B=1, L=33, S=40, scale=-0.5),
     Case(B=1, L=33, S=40, layout="blhd"),
     Case(H=1, Hk=1, L=33, S=40, layout="padded", D=24),
@@ -85,8 +85,8 @@ def test_not_a_number_in_a_masked_key_reaches_nothing(device):
         assert t_out.isfinite().all()
 
 
-def test_deterministic_algorithms_give_the_same_bias_gradient(device):
-    case = Case(B=1, H=1, Hk=1, L=33, S=40, bias="key")
+def test_deterministic_algorithms_give_the_same_mask_gradient(device):
+    case = Case(B=1, H=1, Hk=1, L=33, S=40, mask="key")
     found = errors(kernels, case, torch.float32, device, rows=1)
     torch.use_deterministic_algorithms(True)
     try:
@@ -125,7 +125,7 @@ def test_infinite_keys_behind_a_mask_and_negative_views_count_for_nothing(device
 @pytest.mark.parametrize("low", [-1e4, -1e9, torch.finfo(torch.float32).min])
 def test_rows_masked_by_a_finite_constant_are_those_of_a_softmax(device, low):
     """Every key of the second batch entry, and some of the first's; LSE alone would lose log l."""
-    p = build(Case(H=1, Hk=1, L=17, bias="key"), torch.float32, device)
+    p = build(Case(H=1, Hk=1, L=17, mask="key"), torch.float32, device)
     p.primals[3][0, ..., :9] = p.primals[3][1] = low
     exact, got = solve(reference, p), solve(kernels, p)
     for name, x in exact.items():

@@ -17,7 +17,7 @@ REPLACED = {
     r"keys_kernel|queries_kernel|row_sums_kernel": (),
     r"vendor|serves|obstacle": (),
     r"visible|BIAS|bias_grad|load_bias": (),
-    r"Options": (),
+    r"Options|hopper_\w+": (),
 }
 
 

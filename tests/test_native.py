@@ -158,6 +158,35 @@ def test_what_it_does_not_know_stays_pytorchs():
         native.activate(backend="cudnn")
 
 
+def test_who_chooses_math_has_it_but_inside_a_jvp(monkeypatch):
+    calls, attention = [], native.attention
+    monkeypatch.setattr(native, "attention", lambda *a, **k: calls.append(1) or attention(*a, **k))
+    exact = torch.ops.aten._scaled_dot_product_attention_math(Q, K, V)[0]
+    native.activate()
+    with sdpa_kernel(SDPBackend.MATH):
+        assert torch.equal(SDPA(Q, K, V), exact)
+        close(
+            grad(lambda q: SDPA(q, K, V).sum())(Q),
+            grad(lambda q: native.attention(q, K, V).sum())(Q),
+        )
+        assert len(calls) == 1  # that of the line before
+        out, _ = jvp(SDPA, (Q, K, V), (V, Q, K))  # as trainers do, for the tangent
+    assert len(calls) == 2
+    close(out, exact)
+    with sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]):
+        SDPA(Q, K, V)
+    assert len(calls) == 3
+
+
+def test_a_mask_and_causal_are_combined_as_pytorchs_fused_kernel_does():
+    """Its MATH raises."""
+    mask = torch.rand(5, 5, generator=RNG) > 0.3
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        exact = SDPA(Q, K, V, mask, is_causal=True)
+    native.activate()
+    close(SDPA(Q, K, V, mask, is_causal=True), exact)
+
+
 @pytest.mark.compile
 @pytest.mark.parametrize(
     "backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]

@@ -39,11 +39,12 @@ def test_every_pass_compiles_and_fits(hopper):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-def test_every_pass_compiles_and_fits_with_a_bias_too(target):
+def test_every_pass_compiles_and_fits_with_a_mask_or_a_window_too(target):
+    variants = ("plain", "bias", "window")
     table = compile_for(
-        target, "--head-dims", "64", "--dtypes", "bfloat16", "--variants", "plain", "bias"
+        target, "--head-dims", "64", "--dtypes", "bfloat16", "--variants", *variants
     )
-    check_passes(table, target, 2)
+    check_passes(table, target, len(variants))
 
 
 def test_the_forward_passes_on_hopper_use_wgmma_and_do_not_spill(hopper):

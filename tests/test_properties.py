@@ -12,11 +12,15 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from jvp_flash_attention import attention, attention_jvp, kernels
+from jvp_flash_attention.call import Band
 from jvp_flash_attention.selfcheck import dense
 from tests.cases import Case, build, check, close, errors
 
-EXAMPLES = 70  # of each of the 15 compiled tests
+EXAMPLES = 70  # of each of the 18 compiled tests
 QUIET = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+
+
+BOUNDS = st.one_of(st.none(), st.integers(-3, 20))
 
 
 @st.composite
@@ -33,7 +37,8 @@ def cases(draw, lengths, head_dims, tangents) -> Case:
         D=D,
         Dv=draw(st.sampled_from([None, None, 2 * D])),
         causal=draw(st.booleans()),
-        bias=draw(st.sampled_from([None, None, "bool", "key", "row", "full"])),
+        window=draw(st.one_of(st.just((None, None)), st.tuples(BOUNDS, BOUNDS))),
+        mask=draw(st.sampled_from([None, None, "bool", "key", "row", "full"])),
         tangents=draw(tangents),
         scale=draw(st.sampled_from([None, 0.3, -0.5])),
         layout=draw(st.sampled_from(["bhld", "blhd", "padded"])),
@@ -50,21 +55,22 @@ SUBSETS = st.sets(st.sampled_from("qkvb"), min_size=1).map(lambda s: "".join(sor
 def test_the_public_functions_equal_dense_attention(case):
     p = build(case, torch.float64)
     options = {"is_causal": case.causal, "scale": case.scale, "enable_gqa": True}
-    q, k, v, bias = p.primals
-    t_q, t_k, t_v, t_bias = p.tangents
-    out, t_out = attention_jvp(q, k, v, t_q, t_k, t_v, bias, t_attn_mask=t_bias, **options)
+    options["window"] = Band(*case.window)
+    q, k, v, mask = p.primals
+    t_q, t_k, t_v, t_mask = p.tangents
+    out, t_out = attention_jvp(q, k, v, t_q, t_k, t_v, mask, t_attn_mask=t_mask, **options)
     inputs = [x for x in p.primals if x is not None and x.is_floating_point()]
     tangents = [
         torch.zeros_like(x) if t is None else t
         for x, t in zip(p.primals, p.tangents, strict=True)
         if x is not None and x.is_floating_point()
     ]
-    mask = () if len(inputs) == 4 else (bias,)
-    f = lambda *x: dense(*x, *mask, causal=case.causal, scale=case.scale)  # noqa: E731
+    masks = () if len(inputs) == 4 else (mask,)
+    f = lambda *x: dense(*x, *masks, case.causal, case.scale, case.window)  # noqa: E731
     exact, t_exact = torch.func.jvp(f, tuple(inputs), tuple(tangents))
     close(out, exact)
     close(t_out, t_exact)
-    ours = lambda *x: (attention(*x, *mask, **options) * p.d_out).sum()  # noqa: E731
+    ours = lambda *x: (attention(*x, *masks, **options) * p.d_out).sum()  # noqa: E731
     theirs = lambda *x: (f(*x) * p.d_out).sum()  # noqa: E731
     at = tuple(range(len(inputs)))
     for got, e in zip(
@@ -89,9 +95,9 @@ def test_the_kernels_equal_the_reference(examples):
 
 @pytest.mark.gpu
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("bias", [None, "bool", "key", "row", "full"], ids=str)
+@pytest.mark.parametrize("mask", [None, "window", "bool", "key", "row", "full"], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_the_compiled_kernels_equal_the_reference(dtype, bias, record_property):
+def test_the_compiled_kernels_equal_the_reference(dtype, mask, record_property):
     """Fixed by the test, and so compiled once: dtype, head dim, kind of mask. Groups go with
     layouts."""
     worst: dict[str, float] = {}
@@ -102,7 +108,8 @@ def test_the_compiled_kernels_equal_the_reference(dtype, bias, record_property):
     @given(cases(st.integers(1, 300), head_dim, st.just("qkvb")))
     def run(case):
         H = case.Hk * (2 if case.layout == "blhd" else 1)
-        case = replace(case, H=H, Dv=None, scale=None, bias=bias)
+        window = (33, 7) if mask == "window" else (None, None)
+        case = replace(case, H=H, Dv=None, scale=None, mask=mask, window=window)
         found = errors(kernels, case, dtype, "cuda", rows=16)  # hypothesis likes single rows
         for name, error in found.items():
             worst[name] = max(worst.get(name, 0.0), error)

@@ -14,9 +14,9 @@ from tests.cases import Case, build, close, solve
 CASES = (
     Case(L=7, S=9, D=5, Dv=6),
     Case(L=9, S=5, D=8, causal=True),
-    Case(H=4, Hk=2, L=7, S=9, D=5, bias="full", causal=True),
-    Case(L=7, S=9, bias="bool"),
-    Case(L=7, S=9, bias="key"),
+    Case(H=4, Hk=2, L=7, S=9, D=5, mask="full", causal=True),
+    Case(L=7, S=9, mask="bool"),
+    Case(L=7, S=9, mask="key"),
     Case(L=1, S=1),
     Case(L=7, S=9, scale=-0.7),
 )
@@ -77,7 +77,7 @@ def test_gradients_through_value_and_tangent_equal_those_of_dense_attention(prob
 
 
 def test_gradcheck_and_gradgradcheck_pass_in_forward_and_reverse():
-    p = build(Case(B=1, H=2, Hk=1, L=3, S=4, D=3, bias="key"), torch.float64)
+    p = build(Case(B=1, H=2, Hk=1, L=3, S=4, D=3, mask="key"), torch.float64)
     inputs = [x.requires_grad_() for x in p.primals]
     f = lambda q, k, v, b: attention(q, k, v, b, enable_gqa=True)  # noqa: E731
     assert torch.autograd.gradcheck(f, inputs, check_forward_ad=True)
@@ -88,7 +88,7 @@ def test_gradcheck_and_gradgradcheck_pass_in_forward_and_reverse():
 
 
 def test_rows_are_taken_in_blocks_without_changing_anything(monkeypatch):
-    case = Case(L=23, S=9, bias="full", causal=True)
+    case = Case(L=23, S=9, mask="full", causal=True)
     p = build(case, torch.float64)
     cotangents = (p.d_out, p.d_t_out)
     whole = reference.forward(p.x, p.t, p.spec)
@@ -147,7 +147,7 @@ def test_half_precision_inputs_are_computed_in_float32():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_the_arithmetic_does_not_depend_on_autocast(dtype):
     """Nor does a product q kᵀ of 10⁵ overflow, which autocast would hold in float16."""
-    p = build(Case(D=24, bias="key", scale=1e-4), dtype)
+    p = build(Case(D=24, mask="key", scale=1e-4), dtype)
     for x in p.primals[:2]:
         x.mul_(150)
     exact = solve(reference, p)

@@ -3,8 +3,9 @@ rows lie in memory.
 
 What is computed from positions is a band: query i sees key j where i − LEFT <= j <= i + RIGHT, None
 for no bound (top-left aligned where the lengths differ). Causal is LEFT = None, RIGHT = 0. Both
-bounds are known at compile time. A range of tiles has three parts, so that
-only tiles at an edge pay for a check; kernels take them in this order:
+bounds are known at compile time, and where either is negative or LEFT is given, rows may see
+nothing. A range of tiles has three parts, so that only tiles at an edge pay for a check; kernels
+take them in this order:
 
     PHASE 0     every pair counts
     PHASE 1     crossed by the right bound, or by the end of the keys
@@ -23,12 +24,19 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from .. import call
 from ..call import Spec
+
+FAR = 2**30  # further than any row is long
 
 
 def band(spec: Spec) -> dict[str, Any]:
-    """The compile-time arguments of a kernel that say which pairs count."""
-    return {"LEFT": None, "RIGHT": 0 if spec.causal else None}
+    """The compile-time arguments of a kernel that say which pairs count. Kernels look for rows that
+    see nothing where LEFT is given, so a negative RIGHT comes with one."""
+    left, right = call.band(spec)
+    if left is None and right is not None and right < 0:
+        left = FAR
+    return {"LEFT": left, "RIGHT": right}
 
 
 @triton.jit
@@ -62,6 +70,8 @@ def keys_end(m0, rows: tl.constexpr, S, RIGHT: tl.constexpr):
     end = S
     if RIGHT is not None:
         end = min(S, m0 + (rows + RIGHT))
+        if RIGHT < 0:
+            end = max(end, 0)
     return end
 
 
@@ -93,10 +103,12 @@ def query_parts(
     clear_end = L
     if LEFT is not None:
         end = min(L, n0 + (BLOCK_N + LEFT))
+        if LEFT < 0:
+            end = max(end, 0)
     if RIGHT is not None:
         begin = n0 // BLOCK_M * BLOCK_M
         clear = n0 + BLOCK_N - 1
-        if RIGHT > 0:
+        if RIGHT != 0:
             begin = max(n0 - RIGHT, 0) // BLOCK_M * BLOCK_M
             clear = max(clear - RIGHT, 0)
         clear = min(tl.cdiv(clear, BLOCK_M) * BLOCK_M, tl.cdiv(end, BLOCK_M) * BLOCK_M)

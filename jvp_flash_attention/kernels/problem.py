@@ -67,7 +67,8 @@ class Problem(NamedTuple):
 
     def tile(self, name: str) -> configs.Tile:
         """The tile of a pass, by the wider of the two head dims."""
-        extras = self.mask or self.spec.dropout_p > 0.0
+        window = self.spec.left is not None or self.spec.right is not None
+        extras = self.mask or self.spec.dropout_p > 0.0 or window
         return configs.tile(self.table(name), name, self.widest, extras)
 
     def table(self, name: str) -> dict[str, tuple]:

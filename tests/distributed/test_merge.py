@@ -17,15 +17,15 @@ CASES = [
     (Case(B=1, H=2, Hk=1, L=5, S=110, D=16, tangents="qk"), "zigzag"),
     (Case(B=1, H=1, Hk=1, L=37, S=37, D=16, causal=True, tangents="qkv"), "contiguous"),
     (Case(B=1, H=2, Hk=1, L=37, S=37, D=16, causal=True, tangents="qkv"), "zigzag"),
-    (Case(B=2, H=1, Hk=1, L=9, S=45, D=16, bias="padding", tangents="qv"), "contiguous"),
-    (Case(B=2, H=1, Hk=1, L=37, S=37, D=16, bias="padding", causal=True), "zigzag"),
+    (Case(B=2, H=1, Hk=1, L=9, S=45, D=16, mask="padding", tangents="qv"), "contiguous"),
+    (Case(B=2, H=1, Hk=1, L=37, S=37, D=16, mask="padding", causal=True), "zigzag"),
 ]
 GRADS = ("d_q", "d_t_q", "d_k", "d_v", "d_t_k", "d_t_v")
 
 
 def problem(case):
     p = build(case, torch.float32)
-    if case.bias == "padding":
+    if case.mask == "padding":
         p.primals[3] = torch.rand(case.B, 1, 1, case.S) > 0.5
         p.primals[3][:, :, :, : case.S // 2] = False
         p.primals[3][1] = False  # nothing is left of a sample

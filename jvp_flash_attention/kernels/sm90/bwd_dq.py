@@ -7,7 +7,7 @@
     dtS = P ∘ Hm                  dS = P ∘ (G − w) + R ∘ Hm
     dQ  = s (dS K + dtS tK)       dtQ = s dtS K
 
-The mirror image of `hopper_keys.py`: the two warpgroups share 64 queries, one computes S and tS and
+The mirror image of `bwd_dkdv.py`: the two warpgroups share 64 queries, one computes S and tS and
 passes P and R on through shared memory, the other the rest. At head dims up to 64 the portable
 kernel, whose warpgroups own queries of their own, is as fast.
 """

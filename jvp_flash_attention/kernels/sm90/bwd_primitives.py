@@ -1,4 +1,4 @@
-"""What the warp-specialised gradient passes (`hopper_keys.py`, `hopper_queries.py`) share: their
+"""What the warp-specialised gradient passes (`bwd_dkdv.py`, `bwd_dq.py`) share: their
 barriers, what their producers fetch, how P and R pass from one warpgroup to the other, and what the
 second makes of them.
 

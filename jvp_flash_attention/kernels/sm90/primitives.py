@@ -1,5 +1,5 @@
-"""What the warp-specialised passes (`hopper*.py`) are written with: turns on the tensor cores, work
-items, products of tiles, masks, row sums in lanes.
+"""What the warp-specialised passes are written with: warp-scheduler barriers, work items,
+products of tiles, masks, row sums in lanes.
 """
 
 # What is known at compile time stands in an `if` of its own.
