@@ -10,6 +10,8 @@ processes. Every length is run by
     alone      `attention_jvp` of the whole sequence on one GPU
     ring       the same of shards, keys travelling
     ulysses    the same of shards, heads dealt out
+    2d         both: pairs of GPUs deal out heads, keys travel from pair to pair (kinds=2d, four
+               GPUs or more)
 
 with two kinds of step, forward + JVP + backward each:
 
@@ -26,6 +28,7 @@ Writes OUTPUT/context_parallel_MACHINE.json after every row, and prints the tabl
 """
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -47,11 +50,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from jvp_flash_attention import attention_jvp, backends
 from jvp_flash_attention.call import Inputs, Saved, Spec, Tangents
-from jvp_flash_attention.distributed import context_parallel_attention
-from jvp_flash_attention.distributed.sharding import split
+from jvp_flash_attention.distributed import context_parallel_attention, positions
 from training.environment import environment
 
-KINDS, STEPS = ("alone", "ring", "ulysses"), ("detached", "both")
+KINDS, STEPS = ("alone", "ring", "ulysses", "2d"), ("detached", "both")
 NAMES = ("q", "k", "v", "t_q", "t_k", "t_v", "d_out", "d_t_out")
 WARM_UP = 1024  # tokens: compiles kernels and opens connections
 
@@ -95,7 +97,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, default=2, help="processes to start")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--lengths", type=several, default=[32768, 75600, 131072])
-    parser.add_argument("--kinds", type=several, default=list(KINDS))
+    parser.add_argument("--kinds", type=several, default=list(KINDS[:3]))
     parser.add_argument("--steps", type=several, default=list(STEPS))
     parser.add_argument("--heads", type=int, default=40)
     parser.add_argument("--head_dim", type=int, default=128)
@@ -186,8 +188,9 @@ def steps(
     rows, lengths = length, (length, length)
     attend: Any = partial(attention_jvp, tangent_grad=both)
     if kind != "alone":
-        rows = split(length, mesh.size())[mesh.get_local_rank()]
-        attend = context_parallel_attention(mesh, kind, lengths=lengths, tangent_grad=both).jvp
+        of = in_pairs(mesh) if kind == "2d" else mesh
+        rows = len(positions(length, of))
+        attend = context_parallel_attention(of, kind, lengths=lengths, tangent_grad=both).jvp
     torch.manual_seed(mesh.get_local_rank())
     shape = (1, options.heads, rows, options.head_dim)
     how: Any = {"device": device, "dtype": getattr(torch, options.dtype)}
@@ -207,6 +210,13 @@ def steps(
         wait(device)
         times.append([at[i].elapsed_time(at[j]) for i, j in ((0, 1), (1, 2), (0, 2))])
     return [statistics.median(x) for x in zip(*times, strict=True)]
+
+
+@functools.cache
+def in_pairs(mesh: DeviceMesh) -> DeviceMesh:
+    """The same processes as (ring, ulysses), two to a group that deals out heads."""
+    shape, names = (mesh.size() // 2, 2), ("ring", "ulysses")
+    return init_device_mesh(mesh.device_type, shape, mesh_dim_names=names)
 
 
 def event(device: str) -> Any:

@@ -2,7 +2,8 @@
 curves on the same global batches. Starts its own processes, one a GPU.
 
 python scripts/scaling.py --output scaling.json
-python scripts/scaling.py --gpus 8 --models dit_xl2=64 --curve 0
+python scripts/scaling.py --gpus 1 2 4 8 --models dit_xl2=64 --curve 0 --plot scaling.png
+python scripts/scaling.py --gpus 1 2 4 8 --models dit_xl2=256 --strong --curve 0
 
 The step is that of training: MeanFlow (equal share 0.75), bf16-mixed, blocks compiled, AdamW. Arms:
 
@@ -15,6 +16,10 @@ The step is that of training: MeanFlow (equal share 0.75), bf16-mixed, blocks co
     hybrid         two copies, each in shards of its own (four processes at least)
 
 A curve of ``one`` accumulates the gradients of all batches that ddp and fsdp have on their GPUs.
+Each row has the milliseconds a step in which the processes send each other something, and those in
+which nothing else runs meanwhile (``exposed_ms``). Several numbers of GPUs are one run each, and
+the picture shows images/s a GPU relative to the least number. ``--strong`` deals the images out:
+the number behind a model is that of all GPUs.
 """
 
 import argparse
@@ -40,6 +45,7 @@ from training.arguments import CONFIGS
 from training.build import build_data, build_net
 from training.distributed import SummedGradients
 from training.environment import environment
+from training.metrics.profile import profile_steps
 from training.randomness import Draws, generator
 from training.renamed import command_line
 from training.sharding import shard
@@ -141,11 +147,17 @@ def measure(kind: str, config: Any, device: torch.device, batch: int, steps: int
     wait(device)
     seconds = (time.perf_counter() - start) / steps
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    seconds, memory, ready = worst(device, seconds, memory, ready)
+    sent = exposed = 0.0
+    if device.type == "cuda":
+        found = profile_steps(lambda: arm(samples), 4)
+        sent, exposed = found.kinds["communication"], found.exposed
+    seconds, memory, ready, sent, exposed = worst(device, seconds, memory, ready, sent, exposed)
     return {
         "batch": batch,
         "step_ms": round(1000 * seconds, 3),
         "images_per_s_per_gpu": round(batch / seconds, 2),
+        "communication_ms": round(sent, 3),
+        "exposed_ms": round(exposed, 3),
         "peak_mib": round(memory / 2**20),
         "ready_s": round(ready, 1),
     }
@@ -216,11 +228,13 @@ def work(options: argparse.Namespace) -> None:
         "gpus": distributed.get_world_size(),
         "compile": not options.eager,
         "set": options.set,
+        "strong": options.strong,
         "gib": options.gib,
         "arms": {},
         "curves": {},
     }
-    for model, batch in options.models:
+    for model, images in options.models:
+        batch = images // distributed.get_world_size() if options.strong else images
         config = configured(options, model)
         kinds = [kind for kind in options.arms or ARMS if possible(kind, cuda)]
         for kind in kinds:
@@ -285,21 +299,99 @@ def model_and_batch(text: str) -> tuple[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="images/s, memory and loss of several GPUs")
     add = parser.add_argument
-    add("--gpus", type=int, default=torch.cuda.device_count() or 2, help="processes")
+    add("--gpus", type=int, nargs="+", default=[torch.cuda.device_count() or 2], help="processes")
     add("--models", nargs="+", type=model_and_batch, default=[("dit_b2", 128), ("dit_xl2", 64)])
     add("--arms", nargs="+", choices=ARMS, default=None, help="some of them")
     add("--steps", type=int, default=15, help="that are timed")
     add("--curve", type=int, default=100, help="steps of the loss curves of the first model")
     add("--gib", type=float, default=None, help="memory of a GPU that may be used")
+    add("--strong", action="store_true", help="the images of a model are those of all GPUs")
+    add("--plot", type=Path, default=None, help="picture of several numbers of GPUs")
     add("--eager", action="store_true", help="do not compile")
     add("--set", nargs="*", default=[], help="keys of train.py: model.depth=2 data.tokens=1024")
     add("--output", type=Path, default=Path("scaling.json"))
     options = parser.parse_args()
     if "LOCAL_RANK" in os.environ:
         return work(options)
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    start += [f"--nproc_per_node={options.gpus}", __file__, *sys.argv[1:]]
-    sys.exit(subprocess.run(start).returncode)
+    if options.strong:
+        for model, images in options.models:
+            if wrong := [n for n in options.gpus if images % n]:
+                parser.error(f"--strong deals out {model}={images}: not to {wrong[0]} GPUs")
+    if len(options.gpus) == 1:
+        sys.exit(start(options.gpus[0], sys.argv[1:]))
+    runs = {}
+    for number in options.gpus:
+        path = options.output.with_suffix(f".{number}.json")
+        if code := start(number, [*sys.argv[1:], "--output", str(path)]):
+            sys.exit(code)
+        runs[str(number)] = json.loads(path.read_text())
+        write(options.output, {"runs": runs})
+        path.unlink()
+    print(together(runs))
+    if options.plot is not None:
+        draw(runs, options.plot)
+        print(options.plot)
+    print(options.output)
+
+
+def start(gpus: int, arguments: list[str]) -> int:
+    """This script in so many processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += [f"--nproc_per_node={gpus}", __file__, *arguments]
+    return subprocess.run(launcher).returncode
+
+
+def efficiencies(runs: dict[str, Any]) -> dict[tuple[str, str], dict[int, float]]:
+    """Images/s a GPU of each model's arms, relative to the best that the least number of GPUs
+    reaches by training networks of their own, by the number of GPUs.
+    """
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    least = runs[min(runs, key=int)]["arms"]
+    for number, run in runs.items():
+        for model, arms in run["arms"].items():
+            alone = [row for kind, row in least[model].items() if kind.startswith("one")]
+            best = max((row.get("images_per_s_per_gpu", 0.0) for row in alone), default=0.0)
+            for kind, row in arms.items():
+                if "images_per_s_per_gpu" in row and best:
+                    share = row["images_per_s_per_gpu"] / best
+                    found.setdefault((model, kind), {})[int(number)] = share
+    return found
+
+
+def together(runs: dict[str, Any]) -> str:
+    """A Markdown table: of each arm the share of one GPU's rate, by the number of GPUs."""
+    numbers = sorted(map(int, runs))
+    lines = ["| model | arm | " + " | ".join(f"{n} GPUs" for n in numbers) + " |"]
+    lines.append("|" + "---|" * (2 + len(numbers)))
+    for (model, kind), shares in efficiencies(runs).items():
+        cells = [f"{shares[n]:.3f}" if n in shares else "" for n in numbers]
+        lines.append("| " + " | ".join([model, kind, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def draw(runs: dict[str, Any], path: Path) -> None:
+    """The same as lines, a panel a model."""
+    import matplotlib.pyplot as plt
+
+    shares = efficiencies(runs)
+    models = list(dict.fromkeys(model for model, _ in shares))
+    figure, panels = plt.subplots(
+        1, len(models), figsize=(4.2 * len(models), 3.4), sharey=True, squeeze=False
+    )
+    for panel, model in zip(panels[0], models, strict=True):
+        for (of, kind), values in shares.items():
+            if of == model:
+                numbers = sorted(values)
+                panel.plot(numbers, [values[n] for n in numbers], marker="o", label=kind)
+        panel.axhline(1.0, color="grey", linewidth=0.8, linestyle=":")
+        panel.set_xscale("log", base=2)
+        ticks = sorted(map(int, runs))
+        panel.set_xticks(ticks, [str(n) for n in ticks])
+        panel.set(title=model, xlabel="GPUs")
+    panels[0][0].set(ylabel="images/s a GPU, of one GPU", ylim=(0, 1.1))
+    panels[0][-1].legend(fontsize=8)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
 
 
 if __name__ == "__main__":

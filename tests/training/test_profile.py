@@ -22,6 +22,7 @@ def test_kernels_that_overlap_count_once_as_busy_and_each_in_its_kind():
     assert found.kinds["products"] == pytest.approx(1.0)
     assert found.kinds["communication"] == pytest.approx(0.5)
     assert found.kinds["attention"] == pytest.approx(0.25)
+    assert found.exposed == pytest.approx(0.25)  # half of the exchange runs beside a product
     assert found.kernels[0] == ("nvjet_tst_256x128", 1.0, 1.0)
     assert of_events([], steps=2).step_ms == 0.0
 

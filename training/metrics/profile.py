@@ -27,6 +27,7 @@ class Profile(NamedTuple):
     busy: float  # share of it in which a kernel ran
     kinds: dict[str, float]  # ms a step
     kernels: list[tuple[str, float, float]]  # (name, ms a step, launches a step), longest first
+    exposed: float  # ms a step in which only communication ran
 
 
 def profile_steps(step: Callable[[], Any], steps: int) -> Profile:
@@ -47,20 +48,29 @@ def profile_steps(step: Callable[[], Any], steps: int) -> Profile:
 def of_events(events: list[dict[str, Any]], steps: int) -> Profile:
     """``events``: with name, ts and dur in microseconds, as in a trace of Chrome's."""
     times: dict[str, list[float]] = defaultdict(list)
-    busy, end = 0.0, float("-inf")
-    for event in sorted(events, key=lambda e: e["ts"]):
-        start, stop = event["ts"], event["ts"] + event["dur"]
+    for event in events:
         times[event["name"]].append(event["dur"])
-        busy += max(0.0, stop - max(start, end))
-        end = max(end, stop)
+    end = max((e["ts"] + e["dur"] for e in events), default=0.0)
     span = end - min((e["ts"] for e in events), default=0.0)
+    busy = _covered(events)
+    exposed = busy - _covered([e for e in events if kind(e["name"]) != "communication"])
     shares: dict[str, float] = dict.fromkeys((*KINDS, REST), 0.0)
     for name, durations in times.items():
         shares[kind(name)] += sum(durations) / 1000 / steps
     kernels = [(name, sum(d) / 1000 / steps, len(d) / steps) for name, d in times.items()]
     kernels.sort(key=lambda kernel: -kernel[1])
     share = busy / span if events else 0.0
-    return Profile(span / 1000 / steps if events else 0.0, share, shares, kernels)
+    return Profile(span / 1000 / steps, share, shares, kernels, exposed / 1000 / steps)
+
+
+def _covered(events: list[dict[str, Any]]) -> float:
+    """Microseconds in which at least one of them ran."""
+    covered, end = 0.0, float("-inf")
+    for event in sorted(events, key=lambda e: e["ts"]):
+        start, stop = event["ts"], event["ts"] + event["dur"]
+        covered += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return covered
 
 
 def kind(kernel: str) -> str:
