@@ -148,7 +148,7 @@ def _figures(root: Path) -> str:
         parts.append(
             f"**Attention** on {gpu}, {targets.DTYPE}, beside `torch.func.jvp` of SDPA's MATH"
             f" backend. An {peak['gemm_size']}³ matrix product reaches {gemm} TFLOP/s in the same"
-            f" run ([{path.name}]({path}))."
+            f" run, at a lower clock than some passes, which exceed it ([{path.name}]({path}))."
         )
         parts.append(report.markdown(report.cells(README_COLUMNS, rows)))
         found = plots.pictures(result, path.with_suffix(""))
@@ -159,8 +159,8 @@ def _figures(root: Path) -> str:
         rows = [legacy_table.statistics_of(result["rows"]) for result in others.values()]
         parts.append(
             "**Short sequences**: 28 configurations of 32 to 2048 tokens, with and without masks."
-            f" Speed-up over MATH, and peak memory divided by what the call"
-            f" must hold, six clones of its inputs and two results ({files})."
+            " Speed-up over MATH, and peak memory as a multiple of inputs, tangents and results,"
+            f" which is the least possible ({files})."
         )
         parts.append(report.markdown(report.cells(SHORT_COLUMNS, rows)))
     parts += headline.steps(root)
