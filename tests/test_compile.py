@@ -1,5 +1,8 @@
 """`torch.compile(fullgraph=True)` trains with the same gradients as eager."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -77,6 +80,34 @@ def test_compiled_step_has_the_gradients_of_eager(step):
     torch.testing.assert_close(loss, eager_loss)
     for p, exact in zip(net.parameters(), eager, strict=True):
         assert p.grad is not None
+        torch.testing.assert_close(p.grad, exact, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_zeros_with_memory_let_inductor_differentiate_through_the_tangent(monkeypatch):
+    """Of a network on which it fails otherwise, by the recipe of docs/integrations.md."""
+    from torch._inductor import decomposition
+
+    page = (Path(__file__).parents[1] / "docs" / "integrations.md").read_text()
+    (recipe,) = re.findall(r"tests/test_compile.py -->\n```py\n(.*?)^```", page, re.M | re.S)
+
+    class Deeper(Net):
+        def forward(self, x, t):
+            return self.out(nn.functional.silu(super().forward(x, t)))
+
+    torch.manual_seed(0)
+    net = Deeper()
+    args = torch.randn(2, 9, 32), torch.rand(2, 1), torch.randn(2, 9, 32)
+    through_the_tangent(net, *args).backward()
+    eager = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    torch._dynamo.reset()
+    table = decomposition.decompositions.copy()
+    monkeypatch.setattr(decomposition, "decompositions", table)  # the recipe is for the process
+    monkeypatch.setattr(decomposition, "fast_random_decomps", lambda: table)
+    exec(recipe, {})
+    torch.compile(lambda *x: through_the_tangent(net, *x), fullgraph=True)(*args).backward()
+    for p, exact in zip(net.parameters(), eager, strict=True):
         torch.testing.assert_close(p.grad, exact, rtol=1e-4, atol=1e-6)
 
 
