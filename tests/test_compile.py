@@ -1,5 +1,8 @@
 """`torch.compile(fullgraph=True)` trains with the same gradients as eager."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -12,7 +15,8 @@ pytestmark = pytest.mark.compile
 
 # before 2.11 the compiler put its own words in place of an exception's, and had no gradient through
 # a compiled jvp's tangent
-OLDER = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11)
+VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
+OLDER = VERSION < (2, 11)
 
 
 def says(words: str) -> str:
@@ -78,6 +82,42 @@ def test_compiled_step_has_the_gradients_of_eager(step):
     for p, exact in zip(net.parameters(), eager, strict=True):
         assert p.grad is not None
         torch.testing.assert_close(p.grad, exact, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (2, 11) <= VERSION < (2, 14), reason="of these versions of PyTorch")
+def test_zeros_with_memory_let_inductor_differentiate_through_the_tangent(monkeypatch):
+    """Of a network on which it fails otherwise, by the recipe of docs/integrations.md."""
+    from torch._inductor import decomposition
+
+    page = (Path(__file__).parents[1] / "docs" / "integrations.md").read_text()
+    (recipe,) = re.findall(r"tests/test_compile.py -->\n```py\n(.*?)^```", page, re.M | re.S)
+
+    def step(net, x, t, v):
+        f = lambda x: nn.functional.silu(x + net(x, t))  # noqa: E731
+        u, du = jvp(f, (x,), (v,))
+        return (u - v + 0.3 * du).square().mean()
+
+    torch.manual_seed(0)
+    net = Net()
+    args = torch.randn(2, 9, 32), torch.rand(2, 1), torch.randn(2, 9, 32)
+    step(net, *args).backward()
+    eager = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    table = decomposition.decompositions.copy()
+    monkeypatch.setattr(decomposition, "decompositions", table)  # the recipe is for the process
+    monkeypatch.setattr(decomposition, "fast_random_decomps", lambda: table)
+    for helped in (False, True):
+        torch._dynamo.reset()
+        loss = torch.compile(lambda *x: step(net, *x), fullgraph=True)(*args)
+        if not helped:
+            with pytest.raises(RuntimeError, match="ZeroTensors are immutable"):
+                loss.backward()
+            exec(recipe, {})
+            continue
+        loss.backward()
+        for p, exact in zip(net.parameters(), eager, strict=True):
+            torch.testing.assert_close(p.grad, exact, rtol=1e-4, atol=1e-6)
 
 
 def value_then_tangent(q, t):

@@ -1,16 +1,16 @@
-"""Forward with its JVP on Hopper: the pass of `forward.py` with one role a warp, in Gluon.
+"""Forward with its JVP on Hopper: the pass of `portable/forward.py` with one role a warp, in Gluon.
 
 One block an SM. A producer warp fetches tiles by TMA; two consumer warpgroups own 64 queries each
 and take turns on the tensor cores, so that one's softmax runs under the other's products:
 
-    OVERLAP_P    S, tS │ turn over │ softmax │ P V, P tV │ H │ H V
-             the products of P start before tS is awaited (head dims above 64)
-    else     S, tS │ softmax, H │ P V, P tV, H V
-             the blocks [values of tile j, scores of tile j + 1] of the two warpgroups alternate; an
-             item's first scores and last values are blocks of their own, so that nobody waits while
-             results are finished and stored
+    _tile_overlapping_p         S, tS │ softmax │ P V, P tV │ R │ R V
+        the products of P start before tS is awaited (head dims above 96, no mask)
+    _tile_overlapping_softmax   S, tS │ softmax, R │ P V, P tV, R V
+        the blocks [values of tile j, scores of tile j + 1] of the two warpgroups alternate; an
+        item's first scores and last values are blocks of their own, so that nobody waits while
+        results are finished and stored
 
-Beyond the mathematics of `forward.py`, whose names are used:
+Beyond the mathematics there, whose names are used (steps of a tile: `fwd_primitives.py`):
 
 * Row sums l and r stay apart in the four lanes that share a row until the last tile: no shuffle in
   the loop.
@@ -38,33 +38,36 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from ..portable.primitives import LN2, LOG2E
+from .fwd_primitives import (
+    await_stores,
+    finish,
+    mask_scores,
+    softmax,
+    start_p_values,
+    start_r_values,
+    start_scores,
+    weigh_tangent,
+)
 from .primitives import (
     ROWS,
     advance,
     allocate_stages,
-    any_above,
     barriers,
-    exponential,
     first_row,
-    is_valid,
     keep_alive,
     keys_end,
     lane_sums,
     load,
     matrix,
-    rows_times,
-    scores,
     side_by_side,
     store,
     valid_tangent,
     warp_scheduler_barrier_arrive,
     warp_scheduler_barrier_sync,
-    weighted_mean,
     work_item,
     work_items,
 )
@@ -151,6 +154,138 @@ def _producer(
 
 
 @gluon.jit
+def _tile_overlapping_p(
+    WG: gl.constexpr, FLAG: gl.constexpr, q, q2, t_q, t_q2, buffers, bars, masks, place,
+    j, kj, k_phase, vj, v_phase,
+    stored, bj, b_phase, m, l, r, o, t, o2, t2, c,
+    D1: gl.constexpr, D2: gl.constexpr, BLOCK_N: gl.constexpr, STAGES_V: gl.constexpr,
+    STAGES_Q: gl.constexpr, STAGES_MASK: gl.constexpr, CAUSAL: gl.constexpr, EDGE: gl.constexpr,
+    MASK: gl.constexpr, BOOL: gl.constexpr, CENTER: gl.constexpr, THRESHOLD: gl.constexpr,
+    T_Q: gl.constexpr, T_K: gl.constexpr, T_V: gl.constexpr,
+):  # fmt: skip
+    """One tile of keys where the products of P start before tS is awaited."""
+    TWO: gl.constexpr = D2 > 0
+    T_S: gl.constexpr = T_Q or T_K
+    PIECES: gl.constexpr = 2 if TWO else 1
+    T_S_PRODUCTS: gl.constexpr = PIECES * ((1 if T_Q else 0) + (1 if T_K else 0))
+    PAIR: gl.constexpr = D2 == 16 and T_V
+    V2_STEP: gl.constexpr = 2 if T_V else 1
+    P_PRODUCTS: gl.constexpr = PIECES * (2 if T_V else 1) - (1 if PAIR else 0)
+    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    ADD: gl.constexpr = MASK != "none" and not BOOL
+    _q_ready, q_free, k_ready, k_free, v_ready, v_free, b_ready, b_free = bars
+    b, h, m0, S, clear, scale, scale2 = place
+    k = matrix(buffers[2][0], kj, BLOCK_N, D1)
+    k2 = matrix(buffers[2][1], kj, BLOCK_N, D2) if TWO else None
+    mbarrier.wait(k_ready.index(kj), k_phase)
+    warp_scheduler_barrier_sync(WG)
+    s, t_s = start_scores(q, q2, t_q, t_q2, k, k2, buffers, kj, D1, D2, BLOCK_N, T_Q, T_K)
+    warp_scheduler_barrier_arrive(WG)
+    s = warpgroup_mma_wait(T_S_PRODUCTS, deps=[s])
+    stored = await_stores(stored, q_free, STAGES_Q)
+
+    s, mask, edge, bj, b_phase = mask_scores(
+        WG, s, buffers, b_ready, b_free, masks, b, h, m0, S, clear, scale2, j,
+        bj, b_phase, BLOCK_N, STAGES_MASK, CAUSAL, EDGE, MASK, BOOL,
+    )  # fmt: skip
+    m, l, r, o, t, o2, t2, p, p16, p16_2 = softmax(
+        FLAG, s, scale2, m, l, r, o, t, o2, t2, q, BLOCK_N, MASK, BOOL, THRESHOLD, TWO
+    )
+    v = matrix(buffers[4][0], vj, BLOCK_N, D1)
+    v2 = matrix(buffers[4][1], V2_STEP * vj, BLOCK_N, D2) if TWO else None
+    v_w2 = side_by_side(buffers[4][1], vj, STAGES_V, BLOCK_N, D2) if PAIR else v2
+    mbarrier.wait(v_ready.index(vj), v_phase)
+    o, o2, t, t2 = start_p_values(
+        p16, p16_2, v, v_w2, buffers, vj, o, o2, t, t2, D1, D2, BLOCK_N, T_V
+    )
+    if T_S:
+        t_s = warpgroup_mma_wait(P_PRODUCTS, deps=[t_s])
+    mbarrier.arrive(k_free.index(kj), count=1)
+    if T_S:
+        t_s = valid_tangent(
+            t_s, mask, m0, j * BLOCK_N, S, edge, BLOCK_N, S_L, CAUSAL, EDGE, BOOL, ADD
+        )
+        c, r, p_t_s16, p_t_s16_2 = weigh_tangent(t_s, p, p16, c, r, scale, j, D2, BLOCK_N, CENTER)
+        t, t2 = start_r_values(p_t_s16, p_t_s16_2, v, v2, t, t2, TWO)
+    if TWO:
+        o, o2, t, t2 = warpgroup_mma_wait(0, deps=[o, o2, t, t2])
+    else:
+        o, t = warpgroup_mma_wait(0, deps=[o, t])
+    p16 = keep_alive(p16)
+    if T_S:
+        p_t_s16 = keep_alive(p_t_s16)
+    mbarrier.arrive(v_free.index(vj), count=1)
+    return stored, bj, b_phase, m, l, r, o, t, o2, t2, c
+
+
+@gluon.jit
+def _tile_overlapping_softmax(
+    WG: gl.constexpr, FLAG: gl.constexpr, q, q2, t_q, t_q2, buffers, bars, masks, place,
+    j, kj, k_phase, vj, v_phase, v_last,
+    stored, bj, b_phase, m, l, r, o, t, o2, t2, c,
+    D1: gl.constexpr, D2: gl.constexpr, BLOCK_N: gl.constexpr, STAGES_V: gl.constexpr,
+    STAGES_Q: gl.constexpr, STAGES_MASK: gl.constexpr, CAUSAL: gl.constexpr, EDGE: gl.constexpr,
+    MASK: gl.constexpr, BOOL: gl.constexpr, CENTER: gl.constexpr, THRESHOLD: gl.constexpr,
+    T_Q: gl.constexpr, T_K: gl.constexpr, T_V: gl.constexpr,
+):  # fmt: skip
+    """One tile of keys where all that comes before the values is done in one block: the warpgroup
+    has the tensor cores from the values of a tile to the scores of the next one."""
+    TWO: gl.constexpr = D2 > 0
+    T_S: gl.constexpr = T_Q or T_K
+    PAIR: gl.constexpr = D2 == 16 and T_V
+    V2_STEP: gl.constexpr = 2 if T_V else 1
+    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    ADD: gl.constexpr = MASK != "none" and not BOOL
+    _q_ready, q_free, k_ready, k_free, v_ready, v_free, b_ready, b_free = bars
+    b, h, m0, S, clear, scale, scale2 = place
+    k = matrix(buffers[2][0], kj, BLOCK_N, D1)
+    k2 = matrix(buffers[2][1], kj, BLOCK_N, D2) if TWO else None
+    mbarrier.wait(k_ready.index(kj), k_phase)
+    s, t_s = start_scores(q, q2, t_q, t_q2, k, k2, buffers, kj, D1, D2, BLOCK_N, T_Q, T_K)
+    warp_scheduler_barrier_arrive(WG)
+    if j > 0:  # the values before, whose release would have kept the scores waiting
+        mbarrier.arrive(v_free.index(v_last), count=1)
+    if T_S:
+        s, t_s = warpgroup_mma_wait(0, deps=[s, t_s])
+    else:
+        s = warpgroup_mma_wait(0, deps=[s])
+    mbarrier.arrive(k_free.index(kj), count=1)
+    stored = await_stores(stored, q_free, STAGES_Q)
+
+    s, mask, edge, bj, b_phase = mask_scores(
+        WG, s, buffers, b_ready, b_free, masks, b, h, m0, S, clear, scale2, j,
+        bj, b_phase, BLOCK_N, STAGES_MASK, CAUSAL, EDGE, MASK, BOOL,
+    )  # fmt: skip
+    if T_S:
+        t_s = valid_tangent(
+            t_s, mask, m0, j * BLOCK_N, S, edge, BLOCK_N, S_L, CAUSAL, EDGE, BOOL, ADD
+        )
+    m, l, r, o, t, o2, t2, p, p16, p16_2 = softmax(
+        FLAG, s, scale2, m, l, r, o, t, o2, t2, q, BLOCK_N, MASK, BOOL, THRESHOLD, TWO
+    )
+    v = matrix(buffers[4][0], vj, BLOCK_N, D1)
+    v2 = matrix(buffers[4][1], V2_STEP * vj, BLOCK_N, D2) if TWO else None
+    v_w2 = side_by_side(buffers[4][1], vj, STAGES_V, BLOCK_N, D2) if PAIR else v2
+    if T_S:
+        c, r, p_t_s16, p_t_s16_2 = weigh_tangent(t_s, p, p16, c, r, scale, j, D2, BLOCK_N, CENTER)
+    mbarrier.wait(v_ready.index(vj), v_phase)
+    warp_scheduler_barrier_sync(WG)
+    o, o2, t, t2 = start_p_values(
+        p16, p16_2, v, v_w2, buffers, vj, o, o2, t, t2, D1, D2, BLOCK_N, T_V
+    )
+    if T_S:
+        t, t2 = start_r_values(p_t_s16, p_t_s16_2, v, v2, t, t2, TWO)
+    if TWO:
+        o, o2, t, t2 = warpgroup_mma_wait(0, deps=[o, o2, t, t2])
+    else:
+        o, t = warpgroup_mma_wait(0, deps=[o, t])
+    p16 = keep_alive(p16)
+    if T_S:
+        p_t_s16 = keep_alive(p_t_s16)
+    return stored, bj, b_phase, m, l, r, o, t, o2, t2, c
+
+
+@gluon.jit
 def _consumer(
     WG: gl.constexpr, o_out, t_out, mask_row, b_step, h_step, LSE, MU, buffers, bars,
     scale, S, L, H, tiles, items,
@@ -167,20 +302,12 @@ def _consumer(
     W2: gl.constexpr = 32 if PAIR else max(D2, 16)
     L2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, max(D2, 16), 16])
     LW2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, W2, 16])
-    P1: gl.constexpr = gl.DotOperandLayout(0, L1, 2)
-    P2: gl.constexpr = gl.DotOperandLayout(0, L2, 2)
-    PW2: gl.constexpr = gl.DotOperandLayout(0, LW2, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, S_L)
     TWO: gl.constexpr = D2 > 0
-    DT: gl.constexpr = buffers[0][0].dtype
     FLAG: gl.constexpr = "grown0" if WG == 0 else "grown1"
     T_S: gl.constexpr = T_Q or T_K
     ADD: gl.constexpr = MASK != "none" and not BOOL
-    PIECES: gl.constexpr = 2 if TWO else 1
-    T_S_PRODUCTS: gl.constexpr = PIECES * ((1 if T_Q else 0) + (1 if T_K else 0))
-    P_PRODUCTS: gl.constexpr = PIECES * (2 if T_V else 1) - (1 if PAIR else 0)
-    V2_STEP: gl.constexpr = 2 if T_V else 1
-    q_ready, q_free, k_ready, k_free, v_ready, v_free, b_ready, b_free = bars
+    q_ready, q_free, k_ready, _k_free, _v_ready, v_free, _b_ready, _b_free = bars
     scale2 = scale * LOG2E
     kj = 0
     vj = 0
@@ -214,154 +341,26 @@ def _consumer(
         # keys below `clear` are seen by all rows of this warpgroup
         clear = keys_end(m0, 1, S, 0 if CAUSAL else None)
         mbarrier.wait(q_ready.index(qj + WG), q_phase)
-        if not OVERLAP_P:  # what the scores need comes before the turn
+        if not OVERLAP_P:  # what the scores need comes before the barrier
             mbarrier.wait(k_ready.index(kj), k_phase)
             warp_scheduler_barrier_sync(WG)
         for j in range(n):
-            k = matrix(buffers[2][0], kj, BLOCK_N, D1)
-            k2 = matrix(buffers[2][1], kj, BLOCK_N, D2) if TWO else None
-            mbarrier.wait(k_ready.index(kj), k_phase)
             if OVERLAP_P:
-                warp_scheduler_barrier_sync(WG)
-            s = scores(q, k, q2, k2, gl.zeros([ROWS, BLOCK_N], gl.float32, S_L), True)
-            t_s = gl.zeros([ROWS, BLOCK_N], gl.float32, S_L)
-            if T_Q:
-                t_s = scores(t_q, k, t_q2, k2, t_s, True)
-            if T_K:
-                t_k = matrix(buffers[3][0], kj, BLOCK_N, D1)
-                t_k2 = matrix(buffers[3][1], kj, BLOCK_N, D2) if TWO else None
-                t_s = scores(q, t_k, q2, t_k2, t_s, not T_Q)
-            warp_scheduler_barrier_arrive(WG)
-            if OVERLAP_P:
-                s = warpgroup_mma_wait(T_S_PRODUCTS, deps=[s])
+                stored, bj, b_phase, m, l, r, o, t, o2, t2, c = _tile_overlapping_p(
+                    WG, FLAG, q, q2, t_q, t_q2, buffers, bars, (mask_row, b_step, h_step),
+                    (b, h, m0, S, clear, scale, scale2), j, kj, k_phase, vj, v_phase,
+                    stored, bj, b_phase, m, l, r, o, t, o2, t2, c,
+                    D1, D2, BLOCK_N, STAGES_V, STAGES_Q, STAGES_MASK, CAUSAL, EDGE, MASK, BOOL,
+                    CENTER, THRESHOLD, T_Q, T_K, T_V,
+                )  # fmt: skip
             else:
-                if j > 0:  # the values before, whose release would have kept the scores waiting
-                    mbarrier.arrive(v_free.index(v_last), count=1)
-                if T_S:
-                    s, t_s = warpgroup_mma_wait(0, deps=[s, t_s])
-                else:
-                    s = warpgroup_mma_wait(0, deps=[s])
-                mbarrier.arrive(k_free.index(kj), count=1)
-            if STAGES_Q > 1:
-                if stored > 0:
-                    tma.store_wait(0)
-                    mbarrier.arrive(q_free.index(stored - 1), count=1)
-                    stored = 0
-
-            if MASK == "full":
-                mbarrier.wait(b_ready.index(bj), b_phase)
-                mask = buffers[6].index(2 * bj + WG).reshape((ROWS, BLOCK_N)).load(S_L)
-                mbarrier.arrive(b_free.index(bj), count=1)
-                bj, b_phase = advance(bj, b_phase, 1, STAGES_MASK)
-            elif MASK == "keys":
-                COLUMN: gl.constexpr = gl.SliceLayout(0, S_L)
-                at = j * BLOCK_N + gl.arange(0, BLOCK_N, layout=COLUMN)
-                at_b = b.to(gl.int64) * b_step + h.to(gl.int64) * h_step
-                mask = gl.expand_dims(gl.load(mask_row + at_b + at, mask=at < S, other=0), 0)
-            else:
-                mask = 0
-            if BOOL:
-                s = gl.where(mask != 0, s, -float("inf"))
-            if ADD:
-                mask = mask.to(gl.float32)
-                shift = gl.where(mask < -2e38, -3e38, mask * LOG2E)
-                s = gl.where(mask == -float("inf"), -float("inf"), s * scale2 + shift)
-            edge = (j + 1) * BLOCK_N > clear
-            if EDGE:
-                if edge:
-                    s = gl.where(
-                        is_valid(m0, j * BLOCK_N, S, BLOCK_N, S_L, CAUSAL), s, -float("inf")
-                    )
-            if T_S and not OVERLAP_P:
-                t_s = valid_tangent(
-                    t_s, mask, m0, j * BLOCK_N, S, edge, BLOCK_N, S_L, CAUSAL, EDGE, BOOL, ADD
-                )
-
-            m_new = gl.max(s, 1)
-            if not ADD:
-                m_new *= scale2
-            m_new = gl.maximum(m, m_new)
-            grown = m_new - m
-            if MASK != "none":  # from nothing to nothing is no growth, not NaN
-                grown = gl.where(m_new == -float("inf"), 0.0, grown)
-            if any_above(grown, THRESHOLD, FLAG):
-                base = m_new
-                if MASK != "none":
-                    base = gl.where(m_new == -float("inf"), 0.0, m_new)
-                alpha = gl.exp2(m - base)
-                m = m_new
-                alpha4 = gl.expand_dims(
-                    gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout)), 1
-                )
-                l = l * alpha4
-                r = r * alpha4
-                o = rows_times(o, alpha, L1)
-                t = rows_times(t, alpha, L1)
-                if TWO:
-                    o2 = rows_times(o2, alpha, LW2)
-                    t2 = rows_times(t2, alpha, L2)
-            base = m
-            if MASK != "none":
-                base = gl.where(m == -float("inf"), 0.0, m)
-            p = exponential(s, scale2, base, ADD)
-            l = l + lane_sums(p, BLOCK_N)
-            p16 = gl.convert_layout(p.to(DT), P1, assert_trivial=True)
-            if TWO:
-                p16_2 = gl.convert_layout(p16, PW2, assert_trivial=True)
-
-            v = matrix(buffers[4][0], vj, BLOCK_N, D1)
-            v2 = matrix(buffers[4][1], V2_STEP * vj, BLOCK_N, D2) if TWO else None
-            v_w2 = side_by_side(buffers[4][1], vj, STAGES_V, BLOCK_N, D2) if PAIR else v2
-            if OVERLAP_P:
-                mbarrier.wait(v_ready.index(vj), v_phase)
-                o = warpgroup_mma(p16, v, o, is_async=True)
-                if TWO:
-                    o2 = warpgroup_mma(p16_2, v_w2, o2, is_async=True)
-                if T_V:
-                    t = warpgroup_mma(p16, matrix(buffers[5][0], vj, BLOCK_N, D1), t, is_async=True)
-                    if TWO and not PAIR:
-                        t_v2 = matrix(buffers[5][1], 2 * vj + 1, BLOCK_N, D2)
-                        t2 = warpgroup_mma(p16_2, t_v2, t2, is_async=True)
-                if T_S:
-                    t_s = warpgroup_mma_wait(P_PRODUCTS, deps=[t_s])
-                mbarrier.arrive(k_free.index(kj), count=1)
-            if T_S:
-                if OVERLAP_P:
-                    t_s = valid_tangent(
-                        t_s, mask, m0, j * BLOCK_N, S, edge, BLOCK_N, S_L, CAUSAL, EDGE, BOOL, ADD
-                    )
-                if CENTER:
-                    if j == 0:
-                        c = weighted_mean(p, t_s) * scale
-                p_t_s = p * (t_s * scale - gl.expand_dims(c, 1))
-                r = r + lane_sums(p_t_s, BLOCK_N)
-                p_t_s16 = gl.convert_layout(p_t_s.to(DT), P1, assert_trivial=True)
-                if TWO:
-                    p_t_s16_2 = gl.convert_layout(p_t_s16, P2, assert_trivial=True)
-            if not OVERLAP_P:
-                mbarrier.wait(v_ready.index(vj), v_phase)
-                warp_scheduler_barrier_sync(WG)
-                o = warpgroup_mma(p16, v, o, is_async=True)
-                if TWO:
-                    o2 = warpgroup_mma(p16_2, v_w2, o2, is_async=True)
-                if T_V:
-                    t = warpgroup_mma(p16, matrix(buffers[5][0], vj, BLOCK_N, D1), t, is_async=True)
-                    if TWO and not PAIR:
-                        t_v2 = matrix(buffers[5][1], 2 * vj + 1, BLOCK_N, D2)
-                        t2 = warpgroup_mma(p16_2, t_v2, t2, is_async=True)
-            if T_S:
-                t = warpgroup_mma(p_t_s16, v, t, is_async=True)
-                if TWO:
-                    t2 = warpgroup_mma(p_t_s16_2, v2, t2, is_async=True)
-            if TWO:
-                o, o2, t, t2 = warpgroup_mma_wait(0, deps=[o, o2, t, t2])
-            else:
-                o, t = warpgroup_mma_wait(0, deps=[o, t])
-            p16 = keep_alive(p16)
-            if T_S:
-                p_t_s16 = keep_alive(p_t_s16)
-            if OVERLAP_P:
-                mbarrier.arrive(v_free.index(vj), count=1)
+                stored, bj, b_phase, m, l, r, o, t, o2, t2, c = _tile_overlapping_softmax(
+                    WG, FLAG, q, q2, t_q, t_q2, buffers, bars, (mask_row, b_step, h_step),
+                    (b, h, m0, S, clear, scale, scale2), j, kj, k_phase, vj, v_phase, v_last,
+                    stored, bj, b_phase, m, l, r, o, t, o2, t2, c,
+                    D1, D2, BLOCK_N, STAGES_V, STAGES_Q, STAGES_MASK, CAUSAL, EDGE, MASK, BOOL,
+                    CENTER, THRESHOLD, T_Q, T_K, T_V,
+                )  # fmt: skip
             v_last = vj
             kj, k_phase = advance(kj, k_phase, 1, STAGES_K)
             vj, v_phase = advance(vj, v_phase, 1, STAGES_V)
@@ -374,13 +373,13 @@ def _consumer(
         l_row = gl.where(l_row == 0.0, 1.0, l_row)  # a row that attends nothing gives 0
         inverse = 1.0 / l_row
         r_row *= inverse
-        _finish(o, t, inverse, r_row, q, t_q, L1, T_S)
+        finish(o, t, inverse, r_row, q, t_q, L1, T_S)
         if PAIR:
             o2, p_t_v2 = gl.split(o2.reshape([ROWS, 2, D2]).permute((0, 2, 1)))
             o2 = gl.convert_layout(o2, L2, assert_trivial=True)
             t2 += gl.convert_layout(p_t_v2, L2, assert_trivial=True)
         if TWO:
-            _finish(o2, t2, inverse, r_row, q2, t_q2, L2, T_S)
+            finish(o2, t2, inverse, r_row, q2, t_q2, L2, T_S)
         fence_async_shared()
         store(o_out[0], [b, h, m0, 0], buffers[0][0].index(qj + WG))
         store(t_out[0], [b, h, m0, 0], buffers[1][0].index(qj + WG))
@@ -405,17 +404,6 @@ def _consumer(
         tma.store_wait(0)
     if WG == 0:  # the named barriers end balanced
         warp_scheduler_barrier_sync(WG)
-
-
-@gluon.jit
-def _finish(o, t, inverse, r, q, t_q, L_O: gl.constexpr, T_S: gl.constexpr):
-    """O and tO from the accumulators, into the buffers that held Q and tQ."""
-    o = rows_times(o, inverse, L_O)
-    t = rows_times(t, inverse, L_O)
-    if T_S:
-        t -= rows_times(o, r, L_O)
-    q.store(o.to(q.dtype))
-    t_q.store(t.to(q.dtype))
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)

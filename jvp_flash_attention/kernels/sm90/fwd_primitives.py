@@ -1,0 +1,191 @@
+"""The steps of one tile of keys that both schedules of the warp-specialised forward take
+(`forward.py`), in the order of its mathematics. The second piece of a head dim, which is absent
+where D2 is 0, has the names with a 2.
+"""
+
+# What is known at compile time stands in an `if` of its own.
+# ruff: noqa: SIM102
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+
+from ..portable.primitives import LOG2E
+from .primitives import (
+    ROWS,
+    advance,
+    any_above,
+    exponential,
+    is_valid,
+    lane_sums,
+    matrix,
+    rows_times,
+    scores,
+    weighted_mean,
+)
+
+
+@gluon.jit
+def start_scores(
+    q, q2, t_q, t_q2, k, k2, buffers, kj, D1: gl.constexpr, D2: gl.constexpr, BLOCK_N: gl.constexpr,
+    T_Q: gl.constexpr, T_K: gl.constexpr,
+):  # fmt: skip
+    """S and tS, not awaited."""
+    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    s = scores(q, k, q2, k2, gl.zeros([ROWS, BLOCK_N], gl.float32, S_L), True)
+    t_s = gl.zeros([ROWS, BLOCK_N], gl.float32, S_L)
+    if T_Q:
+        t_s = scores(t_q, k, t_q2, k2, t_s, True)
+    if T_K:
+        t_k = matrix(buffers[3][0], kj, BLOCK_N, D1)
+        t_k2 = matrix(buffers[3][1], kj, BLOCK_N, D2) if D2 > 0 else None
+        t_s = scores(q, t_k, q2, t_k2, t_s, not T_Q)
+    return s, t_s
+
+
+@gluon.jit
+def await_stores(stored, q_free, STAGES_Q: gl.constexpr):
+    """The last item's results are out of their buffers, which are free for queries."""
+    if STAGES_Q > 1:
+        if stored > 0:
+            tma.store_wait(0)
+            mbarrier.arrive(q_free.index(stored - 1), count=1)
+            stored = 0
+    return stored
+
+
+@gluon.jit
+def mask_scores(
+    WG: gl.constexpr, s, buffers, b_ready, b_free, masks, b, h, m0, S, clear, scale2, j, bj,
+    b_phase, BLOCK_N: gl.constexpr, STAGES_MASK: gl.constexpr, CAUSAL: gl.constexpr,
+    EDGE: gl.constexpr, MASK: gl.constexpr, BOOL: gl.constexpr,
+):  # fmt: skip
+    """S with its mask, in base 2 beside an added one; the mask; whether some keys are not seen."""
+    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    ADD: gl.constexpr = MASK != "none" and not BOOL
+    mask_row, b_step, h_step = masks
+    if MASK == "full":
+        mbarrier.wait(b_ready.index(bj), b_phase)
+        mask = buffers[6].index(2 * bj + WG).reshape((ROWS, BLOCK_N)).load(S_L)
+        mbarrier.arrive(b_free.index(bj), count=1)
+        bj, b_phase = advance(bj, b_phase, 1, STAGES_MASK)
+    elif MASK == "keys":
+        COLUMN: gl.constexpr = gl.SliceLayout(0, S_L)
+        at = j * BLOCK_N + gl.arange(0, BLOCK_N, layout=COLUMN)
+        at_b = b.to(gl.int64) * b_step + h.to(gl.int64) * h_step
+        mask = gl.expand_dims(gl.load(mask_row + at_b + at, mask=at < S, other=0), 0)
+    else:
+        mask = 0
+    if BOOL:
+        s = gl.where(mask != 0, s, -float("inf"))
+    if ADD:
+        mask = mask.to(gl.float32)
+        shift = gl.where(mask < -2e38, -3e38, mask * LOG2E)
+        s = gl.where(mask == -float("inf"), -float("inf"), s * scale2 + shift)
+    edge = (j + 1) * BLOCK_N > clear
+    if EDGE:
+        if edge:
+            s = gl.where(is_valid(m0, j * BLOCK_N, S, BLOCK_N, S_L, CAUSAL), s, -float("inf"))
+    return s, mask, edge, bj, b_phase
+
+
+@gluon.jit
+def softmax(
+    FLAG: gl.constexpr, s, scale2, m, l, r, o, t, o2, t2, q, BLOCK_N: gl.constexpr,
+    MASK: gl.constexpr, BOOL: gl.constexpr, THRESHOLD: gl.constexpr, TWO: gl.constexpr,
+):  # fmt: skip
+    """P, also in 16 bits as an operand of either piece, and what was summed so far, rescaled where
+    a maximum has grown; l with the new row sums."""
+    ADD: gl.constexpr = MASK != "none" and not BOOL
+    L1: gl.constexpr = o.type.layout
+    m_new = gl.max(s, 1)
+    if not ADD:
+        m_new *= scale2
+    m_new = gl.maximum(m, m_new)
+    grown = m_new - m
+    if MASK != "none":  # from nothing to nothing is no growth, not NaN
+        grown = gl.where(m_new == -float("inf"), 0.0, grown)
+    if any_above(grown, THRESHOLD, FLAG):
+        base = m_new
+        if MASK != "none":
+            base = gl.where(m_new == -float("inf"), 0.0, m_new)
+        alpha = gl.exp2(m - base)
+        m = m_new
+        alpha4 = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout)), 1)
+        l = l * alpha4
+        r = r * alpha4
+        o = rows_times(o, alpha, L1)
+        t = rows_times(t, alpha, L1)
+        if TWO:
+            LW2: gl.constexpr = o2.type.layout
+            L2: gl.constexpr = t2.type.layout
+            o2 = rows_times(o2, alpha, LW2)
+            t2 = rows_times(t2, alpha, L2)
+    base = m
+    if MASK != "none":
+        base = gl.where(m == -float("inf"), 0.0, m)
+    p = exponential(s, scale2, base, ADD)
+    l = l + lane_sums(p, BLOCK_N)
+    p16 = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, L1, 2), assert_trivial=True)
+    p16_2 = 0
+    if TWO:
+        PW2: gl.constexpr = gl.DotOperandLayout(0, o2.type.layout, 2)
+        p16_2 = gl.convert_layout(p16, PW2, assert_trivial=True)
+    return m, l, r, o, t, o2, t2, p, p16, p16_2
+
+
+@gluon.jit
+def start_p_values(
+    p16, p16_2, v, v_w2, buffers, vj, o, o2, t, t2, D1: gl.constexpr, D2: gl.constexpr,
+    BLOCK_N: gl.constexpr, T_V: gl.constexpr,
+):  # fmt: skip
+    """P V and P tV, not awaited."""
+    o = warpgroup_mma(p16, v, o, is_async=True)
+    if D2 > 0:
+        o2 = warpgroup_mma(p16_2, v_w2, o2, is_async=True)
+    if T_V:
+        t = warpgroup_mma(p16, matrix(buffers[5][0], vj, BLOCK_N, D1), t, is_async=True)
+        if D2 > 16:
+            t_v2 = matrix(buffers[5][1], 2 * vj + 1, BLOCK_N, D2)
+            t2 = warpgroup_mma(p16_2, t_v2, t2, is_async=True)
+    return o, o2, t, t2
+
+
+@gluon.jit
+def weigh_tangent(
+    t_s, p, p16, c, r, scale, j, D2: gl.constexpr, BLOCK_N: gl.constexpr, CENTER: gl.constexpr
+):  # fmt: skip
+    """P ∘ (tS − c) in 16 bits as an operand of either piece, its row sums in r; the first tile
+    gives c."""
+    if CENTER:
+        if j == 0:
+            c = weighted_mean(p, t_s) * scale
+    p_t_s = p * (t_s * scale - gl.expand_dims(c, 1))
+    r = r + lane_sums(p_t_s, BLOCK_N)
+    p_t_s16 = gl.convert_layout(p_t_s.to(p16.dtype), p16.type.layout, assert_trivial=True)
+    p_t_s16_2 = 0
+    if D2 > 0:
+        L2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D2, 16])
+        P2: gl.constexpr = gl.DotOperandLayout(0, L2, 2)
+        p_t_s16_2 = gl.convert_layout(p_t_s16, P2, assert_trivial=True)
+    return c, r, p_t_s16, p_t_s16_2
+
+
+@gluon.jit
+def start_r_values(p_t_s16, p_t_s16_2, v, v2, t, t2, TWO: gl.constexpr):
+    """P ∘ (tS − c) V, not awaited."""
+    t = warpgroup_mma(p_t_s16, v, t, is_async=True)
+    if TWO:
+        t2 = warpgroup_mma(p_t_s16_2, v2, t2, is_async=True)
+    return t, t2
+
+
+@gluon.jit
+def finish(o, t, inverse, r, q, t_q, L_O: gl.constexpr, T_S: gl.constexpr):
+    """O and tO from the accumulators, into the buffers that held Q and tQ."""
+    o = rows_times(o, inverse, L_O)
+    t = rows_times(t, inverse, L_O)
+    if T_S:
+        t -= rows_times(o, r, L_O)
+    q.store(o.to(q.dtype))
+    t_q.store(t.to(q.dtype))
