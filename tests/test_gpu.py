@@ -1,12 +1,17 @@
 """The kernels on a GPU against the float64 reference, at lengths and head dims that people use."""
 
+import copy
+
 import pytest
 import torch
 
-from jvp_flash_attention import attention_jvp, kernels, selfcheck
+from jvp_flash_attention import attention, attention_jvp, kernels, selfcheck
 from jvp_flash_attention.kernels import launch_cache
 from tests import test_compile, tolerances
 from tests.cases import Case, check, errors
+from training.models.dit import DiT
+from training.objectives.tangents import Jvp
+from training.step import compile_blocks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 
@@ -177,3 +182,32 @@ def test_rows_of_a_wider_tensor_whose_results_are_not_aligned():
     exact, t_exact = attention_jvp(*[q.double()] * 6)
     assert (out - exact).norm() / exact.norm() < tolerances.FIRST[torch.float16]
     assert (t_out - t_exact).norm() / t_exact.norm() < tolerances.FIRST[torch.float16]
+
+
+@pytest.mark.parametrize("mode", ["single", "tangent_grad"])
+@pytest.mark.parametrize("width", [144, 128])  # of two heads: 72 and 64
+def test_a_compiled_block_has_the_gradients_of_its_layers(width, mode, record_property):
+    """Its own kernels among them: norm, GELU, the joined gradients of q, k and v."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    net = DiT(attention, 16, 4, 10, width=width, heads=2, depth=2).cuda()
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    exact = copy.deepcopy(net).double()
+    z, v = torch.randn(2, 4, 4, 16, 16, device="cuda")
+    t, r = torch.rand(2, 4, device="cuda")
+    y = torch.randint(0, 10, (4,), device="cuda")
+
+    def gradients(net, dtype):
+        given = [x.to(dtype) for x in (z, t, r)]
+        along = (v[2:].to(dtype), torch.ones(2, device="cuda", dtype=dtype), None, None)
+        u, du = Jvp(mode)(net, (*given, y), along)
+        through = du.sin().sum() if mode == "tangent_grad" else 0
+        (u.sin().sum() + through).backward()
+        return [u, du, *(p.grad for p in net.parameters() if p.grad is not None)]
+
+    compile_blocks(net, fused=True)
+    pairs = zip(gradients(net, torch.float32), gradients(exact, torch.float64), strict=True)
+    worst = max(float((ours - theirs).norm() / theirs.norm()) for ours, theirs in pairs)
+    record_property("errors", {"worst": worst})
+    assert worst < 1e-4
