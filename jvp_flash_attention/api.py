@@ -177,7 +177,7 @@ def prepare(
     numbers, and what its batch and heads broadcast to. What is of a kind that passed before is not
     checked again."""
     given = (query, key, value, attn_mask)
-    band = validation.window(window)
+    band = None if window is None else validation.window(window)
     numbers = (dropout_p, is_causal, scale, enable_gqa, backend, band)
     dtype = _autocast_dtype(query)
     kind = _kind(given, tangents, numbers, dtype)

@@ -46,6 +46,10 @@ INPUTS = (
     Case(L=276, S=200, D=64, mask="row"),
     Case(L=276, S=276, D=128, mask="full", causal=True),
     Case(L=276, S=276, D=64, H=4, Hk=2, mask="full"),
+    Case(L=276, S=276, D=64, window=(50, 20)),
+    Case(L=276, S=200, D=128, H=4, Hk=2, window=(90, None), causal=True),
+    Case(L=200, S=276, D=64, window=(None, 40), mask="full"),
+    Case(L=200, S=276, D=64, window=(-40, 100)),  # as flash_attn aligns it
     Case(L=276, S=276, D=64, tangents="q"),
     Case(L=276, S=276, D=64, tangents="k"),
     Case(L=276, S=276, D=64, tangents="v"),
