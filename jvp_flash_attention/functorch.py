@@ -111,7 +111,12 @@ def is_wanted(ctx: Any, at: int) -> bool:
 
 def inside_a_jvp() -> bool:
     """Whether dual numbers may be about: a `torch.func.jvp` or a `dual_level` lies around."""
-    return getattr(forward_ad, "_current_level", -1) >= 0
+    if getattr(forward_ad, "_current_level", -1) >= 0:
+        return True
+    # a compiled graph that holds a jvp does not tell `forward_ad`
+    if not SHORTCUTS or innermost() is None:
+        return False
+    return any(is_jvp(transform) for transform in get_interpreter_stack() or ())
 
 
 def is_jvp(transform: Any) -> bool:

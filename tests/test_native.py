@@ -178,6 +178,25 @@ def test_who_chooses_math_has_it_but_inside_a_jvp(monkeypatch):
     assert len(calls) == 3
 
 
+@pytest.mark.compile
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_jvp_inside_of_math_is_ours(backend, monkeypatch):
+    calls, attention = [], native.attention
+    monkeypatch.setattr(native, "attention", lambda *a, **k: calls.append(1) or attention(*a, **k))
+    tangent = lambda q, t: jvp(lambda q: SDPA(q, K, V), (q,), (t,))  # noqa: E731
+    native.activate()
+    counts = []
+    for chosen in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
+        calls.clear()
+        torch._dynamo.reset()
+        with sdpa_kernel(chosen):
+            found = torch.compile(tangent, backend=backend, fullgraph=True)(Q, V)
+        counts.append(len(calls))
+    assert counts[0] == counts[1] > 0
+    for x, exact in zip(found, tangent(Q, V), strict=True):
+        close(x, exact)
+
+
 def test_a_mask_and_causal_are_combined_as_pytorchs_fused_kernel_does():
     """Its MATH raises."""
     mask = torch.rand(5, 5, generator=RNG) > 0.3
