@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from . import validation
 from .api import attention
 
 
@@ -49,12 +50,14 @@ class Attention(nn.Module):
             registered as `rope`.
         dropout_p: probability of dropping an attention weight in training mode.
         is_causal: query i attends keys j <= i.
+        window: (left, right), a sliding window, as in `attention`.
         qkv_bias: biases in the projections to q, k and v.
         out_bias: bias in the output projection.
         backend: as in `attention`.
 
     Raises:
-        ValueError: the sizes do not divide, or dropout_p is not in [0, 1).
+        ValueError: the sizes do not divide, dropout_p is not in [0, 1), or the window's bounds are
+            not a pair of integers.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Attention(nn.Module):
         rope: Callable[[Tensor], Tensor] | None = None,
         dropout_p: float = 0.0,
         is_causal: bool = False,
+        window: tuple[int, int] | None = None,
         qkv_bias: bool = True,
         out_bias: bool = True,
         backend: str | None = None,
@@ -81,6 +85,7 @@ class Attention(nn.Module):
         self.dim, self.context_dim = dim, context_dim
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
         self.dropout_p, self.is_causal, self.backend = dropout_p, is_causal, backend
+        self.window = validation.window(window)
         kv_dim = 2 * num_kv_heads * self.head_dim
         if context_dim is None:
             self.qkv = nn.Linear(dim, dim + kv_dim, bias=qkv_bias)
@@ -116,6 +121,7 @@ class Attention(nn.Module):
             q, k, v, attn_mask,
             dropout_p=self.dropout_p if self.training else 0.0,
             is_causal=self.is_causal,
+            window=self.window,
             enable_gqa=self.num_kv_heads != self.num_heads,
             backend=self.backend,
         )  # (B, H, L, D)  # fmt: skip

@@ -27,6 +27,7 @@ OPTIONS = {
     "plain": {},
     "gqa": {"num_kv_heads": 2},
     "causal": {"is_causal": True},
+    "window": {"window": (2, 1)},
     "qk_norm": {"qk_norm": True},
     "rope": {"rope": rotary},
     "without biases": {"qkv_bias": False, "out_bias": False},
@@ -62,6 +63,10 @@ def dense(m, x, context=None, mask=None):
     scores = q @ k.mT / math.sqrt(m.head_dim)
     if m.is_causal:
         scores = scores.masked_fill(torch.ones(L, L, dtype=torch.bool).triu(1), -math.inf)
+    if m.window is not None:
+        left, right = m.window
+        beside = torch.arange(L) - torch.arange(L)[:, None]  # j - i
+        scores = scores.masked_fill((beside < -left) | (beside > right), -math.inf)
     if mask is not None:
         scores = scores + mask
     return m.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
@@ -186,6 +191,7 @@ def test_a_compiled_jvp_has_the_tangent_and_the_gradients_of_eager(name, backend
         ({"num_heads": 5}, "num_heads must be a positive divisor of dim = 24, got 5"),
         ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads must be a positive divisor"),
         ({"num_heads": 4, "num_kv_heads": 0}, "num_kv_heads must be a positive divisor"),
+        ({"num_heads": 4, "window": (-2, 0)}, "window must have bounds >= 0"),
         ({"num_heads": 4, "dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1.0"),
     ],
 )
