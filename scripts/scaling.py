@@ -151,6 +151,7 @@ def measure(kind: str, config: Any, device: torch.device, batch: int, steps: int
     if device.type == "cuda":
         found = profile_steps(lambda: arm(samples), 4)
         sent, exposed = found.kinds["communication"], found.exposed
+    arm.step.release()
     seconds, memory, ready, sent, exposed = worst(device, seconds, memory, ready, sent, exposed)
     return {
         "batch": batch,
@@ -170,6 +171,7 @@ def curve(
     arm, rank = Arm(kind, config, device), distributed.get_rank()
     ranks = range(arm.world) if kind == "one" else [rank]
     rows = [arm([arm.sample(batch, i, r) for r in ranks]) for i in range(steps)]
+    arm.step.release()
     losses = torch.stack(rows, dim=1)
     if kind != "one":
         distributed.all_reduce(losses)
@@ -318,6 +320,8 @@ def main() -> None:
             if wrong := [n for n in options.gpus if images % n]:
                 parser.error(f"--strong deals out {model}={images}: not to {wrong[0]} GPUs")
     if len(options.gpus) == 1:
+        if options.plot is not None:
+            parser.error("--plot needs several numbers of --gpus, as 1 2")
         sys.exit(start(options.gpus[0], sys.argv[1:]))
     runs = {}
     for number in options.gpus:
@@ -343,14 +347,15 @@ def start(gpus: int, arguments: list[str]) -> int:
 
 def efficiencies(runs: dict[str, Any]) -> dict[tuple[str, str], dict[int, float]]:
     """Images/s a GPU of each model's arms, relative to the best that the least number of GPUs
-    reaches by training networks of their own, by the number of GPUs.
+    reaches, by training networks of their own if it did, by the number of GPUs.
     """
     found: dict[tuple[str, str], dict[int, float]] = {}
     least = runs[min(runs, key=int)]["arms"]
     for number, run in runs.items():
         for model, arms in run["arms"].items():
-            alone = [row for kind, row in least[model].items() if kind.startswith("one")]
-            best = max((row.get("images_per_s_per_gpu", 0.0) for row in alone), default=0.0)
+            every = [row for row in least[model].values() if "images_per_s_per_gpu" in row]
+            alone = [r for k, r in least[model].items() if k.startswith("one") and r in every]
+            best = max((row["images_per_s_per_gpu"] for row in alone or every), default=0.0)
             for kind, row in arms.items():
                 if "images_per_s_per_gpu" in row and best:
                     share = row["images_per_s_per_gpu"] / best
@@ -375,6 +380,8 @@ def draw(runs: dict[str, Any], path: Path) -> None:
 
     shares = efficiencies(runs)
     models = list(dict.fromkeys(model for model, _ in shares))
+    if not models:
+        return
     figure, panels = plt.subplots(
         1, len(models), figsize=(4.2 * len(models), 3.4), sharey=True, squeeze=False
     )

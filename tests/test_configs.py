@@ -11,7 +11,7 @@ from omegaconf import OmegaConf, open_dict
 
 from training import config_checks, registry
 from training.build import build_data, build_module, settle_batch
-from training.config_checks import check_guidance
+from training.config_checks import check_guidance, no_cuda_graphs
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 GROUPS = sorted(p.name for p in CONFIGS.iterdir() if p.is_dir() and p.name != "hydra")
@@ -110,6 +110,17 @@ def test_gpu_trainers_name_their_devices():
     fsdp = composed("trainer=fsdp").trainer
     assert (fsdp.accelerator, fsdp.devices) == ("gpu", -1)
     assert instantiate(fsdp.strategy).replicas == 1
+
+
+def test_what_is_recorded_as_a_cuda_graph():
+    two = ["trainer.devices=2", "trainer.accelerator=gpu"]
+    assert no_cuda_graphs(composed("trainer=ddp", *two)) == ""
+    assert no_cuda_graphs(composed("trainer=fsdp", *two)) == ""
+    replicas = composed("trainer=fsdp", "trainer.strategy.replicas=2", *two)
+    assert "replicas has not been recorded" in no_cuda_graphs(replicas)
+    tokens = composed("trainer=ddp", "context_parallel=ring", *two)
+    assert "context_parallel exchanges" in no_cuda_graphs(tokens)
+    assert "on a GPU" in no_cuda_graphs(composed("trainer=cpu"))
 
 
 def test_the_main_job_is_the_experiment_of_its_name():

@@ -73,7 +73,8 @@ class GenerativeModule(LightningModule):
     def sample(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> Any:
         """The noisy batch of a step, the same however often it is asked for."""
         x, y = batch
-        alike = is_sharded(self.net)
+        # What is exchanged inside of a step, or of its graph, all processes exchange alike.
+        alike = is_sharded(self.net) or self.step.exchange is not None
         draws = Draws(*self._where(batch_idx), *data_place(self.trainer), x.device, alike)
         null_label: int = self.net.null_label  # type: ignore[assignment]
         return self.objective.sample(x, y, null_label, draws)

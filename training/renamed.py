@@ -35,6 +35,7 @@ TARGETS = {
     "training.callbacks.buckets.TimeBuckets": "training.callbacks.loss_by_timestep.LossByTimestep",
     "training.callbacks.accuracy.Accuracy": "training.callbacks.sample_quality.SampleQuality",
 }
+OURS = "training."  # how the target of a class of this project begins
 STATES = {"Guard": "NonFiniteGuard"}  # callbacks that a checkpoint holds the state of
 METHODS = {"attach": "setup", "start": "on_fit_start", "draw": "sample"}  # of an objective
 _said: set[str] = set()
@@ -119,6 +120,8 @@ def _update(config: dict[Any, Any], given: set[str]) -> list[tuple[str, str]]:
         node = config.get(group) if group else config
         if not isinstance(node, dict) or word not in node:
             continue
+        if not str(node.get("_target_", OURS)).startswith(OURS):  # a class of the user's own
+            continue
         new = key(old)
         if new in given:
             raise ValueError(_both(old, new))
@@ -188,9 +191,13 @@ def keywords(**names: str) -> Callable[[F], F]:
 
 
 def methods(objective: type) -> None:
-    """An objective of a user's own, whose methods have former names, has the present ones."""
+    """An objective of a user's own, whose methods have former names, has the present ones. Its
+    bases have both, for ``super()``.
+    """
     for old, new in METHODS.items():
         if callable(own := vars(objective).get(old)) and new not in vars(objective):
             text = f"{objective.__name__}.{old} is now {new}; the former name works for one release"
             warnings.warn(text, FutureWarning, stacklevel=3)
             setattr(objective, new, own)
+        elif new in vars(objective) and old not in vars(objective):
+            setattr(objective, old, vars(objective)[new])

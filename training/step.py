@@ -115,6 +115,11 @@ class Step:
         """Forget the graphs. What processes send each other in one keeps their connection open,
         and closing it waits for ever.
         """
+        graphs = [recorded.graph for recorded in self.recorded.values() if recorded is not None]
+        if graphs:
+            torch.cuda.synchronize()
+        for graph in graphs:
+            graph.reset()  # an error's traceback may hold it
         self.recorded.clear()
         self.pending = None
 
@@ -148,8 +153,10 @@ class Step:
                 terms = self.objective.loss(self.net, tree_unflatten(static, spec))
                 self._backward(terms.loss / self.accumulate)
         except torch.OutOfMemoryError:
+            graph.reset()
             raise
         except RuntimeError as error:
+            graph.reset()
             raise RuntimeError(
                 "the step cannot be recorded as a CUDA graph, see the error above; use"
                 " cuda_graphs=false"

@@ -131,9 +131,11 @@ class Sharded(ModelParallelStrategy):
             self.writer.wait()
 
     def teardown(self) -> None:
-        self.finish()
         release_graphs(self)
-        super().teardown()
+        try:
+            self.finish()
+        finally:
+            super().teardown()
 
 
 def release_graphs(strategy: Strategy) -> None:

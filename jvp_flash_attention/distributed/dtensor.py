@@ -5,6 +5,7 @@ that cannot use it; `context_parallel_attention` is what keeps sequences sharded
 registered when attention meets a DTensor, or by importing this module (before compiling).
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -60,11 +61,17 @@ def _placements(given: dict[str, Any], dim: int) -> dict[str, Placement] | None:
     if k.shape[dim] != q.shape[dim]:  # grouped heads: a process has whole groups
         if k.shape[dim] == 1:
             found |= dict.fromkeys(KEYS, Replicate())
-        elif k.shape[dim] % k.mesh.size():
+        elif k.shape[dim] % max(_shards(q, dim), _shards(k, dim)):
             return None
     if mask is None or mask.shape[dim] == 1:
         found |= dict.fromkeys(MASKS, Replicate())
     return found
+
+
+def _shards(x: Any, dim: int) -> int:
+    """Among how many processes the dimension `dim` lies; all, if it lies whole."""
+    sizes = [x.mesh.size(i) for i, of in enumerate(x.placements) if of.is_shard(dim)]
+    return math.prod(sizes) if sizes else x.mesh.size()
 
 
 def _gradient(of: Placement) -> Placement:

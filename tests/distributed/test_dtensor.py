@@ -2,6 +2,10 @@
 tensors, with every derivative; by batch and heads nothing is gathered.
 """
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import distributed
@@ -14,7 +18,25 @@ from torch.func import jvp
 from jvp_flash_attention import attention, attention_jvp
 from tests.training.spawn import spawn
 
-SIZE = 2
+SIZE, ROOT = 2, Path(__file__).parents[2]
+MESH = """
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from jvp_flash_attention import attention
+distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+mesh = init_device_mesh("cpu", (4, 2))
+def make(heads):
+    x = torch.randn(1, heads // 2, 5, 16)
+    return DTensor.from_local(x, mesh, [Shard(0), Shard(1)], run_check=False)
+for heads in (8, 2):
+    with CommDebugMode() as sent:
+        out = attention(make(8), make(heads), make(heads), enable_gqa=True)
+    print(sent.get_total_counts(), out.placements == (Shard(0), Shard(1)))
+"""
 # (heads of keys, mask's shape, sharding of q, of k and v, of the mask)
 CASES = {
     "batch": (4, None, 0, 0, None),
@@ -114,3 +136,8 @@ def test_a_dtensor_has_the_values_and_gradients_of_the_whole(processes, name):
 
 def test_dropout_is_refused(processes):
     assert all("DTensors has no dropout" in found["dropout"] for found in processes)
+
+
+def test_on_a_mesh_of_batch_and_heads_groups_of_heads_stay_where_they_are():
+    done = subprocess.run([sys.executable, "-c", MESH], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split("\n")[:2] == ["0 True"] * 2, done.stderr

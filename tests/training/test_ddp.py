@@ -47,6 +47,13 @@ class KeepGradients(Callback):
         self.wrapped = isinstance(trainer.strategy.model, DistributedDataParallel)
 
 
+def counts(module):
+    """Samples with a derivative, of batches of several sizes."""
+    x, y = module.trainer.datamodule.train
+    samples = [module.sample((x[:size], y[:size]), 0) for size in (1, 3, 5, 7, 9)]
+    return [int((s.r < s.t).sum()) for s in samples]
+
+
 def work(rank, world, folder):
     results = {}
     for name, (_, _, graphs) in SETTINGS.items():
@@ -72,6 +79,10 @@ def work(rank, world, folder):
         weights = [p.detach() for p in net.parameters()]
         assert keep.wrapped != graphs
         assert not module.step.recorded  # a graph would keep the connection of the processes open
+        if graphs:  # all processes replay the same kinds of steps, whatever the share of a batch
+            results["alike"] = counts(module)
+            module.step.exchange = None
+            results["unlike"] = counts(module)
         results[name] = keep.gradients, weights, float(trainer.callback_metrics["train/error"])
     torch.save(results, f"{folder}/{rank}.pt")
 
@@ -93,6 +104,12 @@ def alone(name, rank):
     terms = objective.loss(net, objective.sample(x, y, net.null_label, draws))
     terms.loss.backward()
     return [p.grad for p in net.parameters()], float(terms.metrics["error"])
+
+
+def test_a_graph_that_exchanges_is_of_the_same_kind_in_every_process(ranks):
+    first, second = ranks
+    assert first["alike"] == second["alike"]
+    assert first["unlike"] != second["unlike"]  # together they have the exact share
 
 
 @pytest.mark.parametrize("name", list(SETTINGS))

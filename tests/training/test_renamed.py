@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
@@ -18,6 +19,7 @@ from training.objectives.meanflow import MeanFlow
 from training.objectives.meanflow_distillation import MeanFlowDistillation
 from training.objectives.objective import Objective
 from training.objectives.shortcut import Shortcut
+from training.randomness import Draws
 
 
 @pytest.fixture(autouse=True)
@@ -182,6 +184,23 @@ def test_former_methods_of_an_objective_of_ones_own():
                 return x
 
     assert Mine().sample(3, None, 0, None) == 3
+
+
+def test_former_methods_may_ask_those_of_a_class_of_ours():
+    with pytest.warns(FutureWarning, match=r"Mine\.draw is now sample"):
+
+        class Mine(MeanFlow):
+            def draw(self, *given):
+                return super().draw(*given)
+
+    x, y = torch.zeros(4, 1, 2, 2), torch.zeros(4).long()
+    assert Mine().sample(x, y, 10, Draws(0, 0, 0, 1, x.device)).z.shape == x.shape
+
+
+def test_the_arguments_of_a_class_of_ones_own_keep_their_names():
+    config = {"data": {"_target_": "mine.Data", "held_out": 0.1}}
+    assert renamed._update(config, set()) == []
+    assert config["data"]["held_out"] == 0.1
 
 
 def test_the_former_module_of_trained_networks():

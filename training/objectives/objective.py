@@ -69,6 +69,9 @@ class Objective(nn.Module):
         """Called after every step of the optimizer."""
 
 
+methods(Objective)
+
+
 class ScheduledObjective(Objective):
     """An objective that changes with the number of optimizer steps taken, ``steps``."""
 

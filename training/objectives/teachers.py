@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from training.objectives.paths import expand
+from training.renamed import methods
 from training.sharding import local
 
 
@@ -113,3 +114,6 @@ class FixedTeacher:
         w = torch.where((t >= start) & (t <= end), self.teacher_guidance, 1.0)
         null = teacher(z, t, t, null_label.expand_as(y))
         return torch.lerp(null, v, expand(w.to(v), v))
+
+
+methods(FixedTeacher)
