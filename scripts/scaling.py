@@ -5,7 +5,8 @@ python scripts/scaling.py --output scaling.json
 python scripts/scaling.py --gpus 1 2 4 8 --models dit_xl2=64 --curve 0 --plot scaling.png
 python scripts/scaling.py --gpus 1 2 4 8 --models dit_xl2=256 --strong --curve 0
 
-The step is that of training: MeanFlow (equal share 0.75), bf16-mixed, blocks compiled, AdamW. Arms:
+The step is that of training: MeanFlow (``data_proportion`` 0.75), bf16-mixed, blocks compiled,
+AdamW. Arms:
 
     one            each GPU trains a network of its own, without CUDA graphs
     one, graphs    as a CUDA graph (not on a CPU)
@@ -353,9 +354,9 @@ def efficiencies(runs: dict[str, Any]) -> dict[tuple[str, str], dict[int, float]
     least = runs[min(runs, key=int)]["arms"]
     for number, run in runs.items():
         for model, arms in run["arms"].items():
-            every = [row for row in least[model].values() if "images_per_s_per_gpu" in row]
-            alone = [r for k, r in least[model].items() if k.startswith("one") and r in every]
-            best = max((row["images_per_s_per_gpu"] for row in alone or every), default=0.0)
+            rates = {k: r.get("images_per_s_per_gpu", 0.0) for k, r in least[model].items()}
+            alone = [rate for k, rate in rates.items() if k.startswith("one") and rate]
+            best = max(alone or rates.values(), default=0.0)
             for kind, row in arms.items():
                 if "images_per_s_per_gpu" in row and best:
                     share = row["images_per_s_per_gpu"] / best

@@ -7,9 +7,8 @@ step.backward(terms.loss)       gradients in p.grad, added to those that are the
 Compiled by the block: all blocks of a network share one compiled graph, so that the first step
 takes as long for 28 blocks as for one. A CUDA graph holds everything between sample and gradients,
 what the processes of a run send each other too: a step is one launch, and Python no longer keeps
-the GPU waiting. The first step of a kind (shapes,
-dtypes and options of the sample) runs eagerly, the second one is recorded and replayed, with the
-same kernels in the same order.
+the GPU waiting. The first step of a kind (shapes, dtypes and options of the sample) runs eagerly,
+the second one is recorded and replayed, with the same kernels in the same order.
 """
 
 from collections.abc import Iterator
@@ -152,11 +151,10 @@ class Step:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 terms = self.objective.loss(self.net, tree_unflatten(static, spec))
                 self._backward(terms.loss / self.accumulate)
-        except torch.OutOfMemoryError:
-            graph.reset()
-            raise
         except RuntimeError as error:
             graph.reset()
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             raise RuntimeError(
                 "the step cannot be recorded as a CUDA graph, see the error above; use"
                 " cuda_graphs=false"

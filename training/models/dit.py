@@ -115,7 +115,7 @@ class DiT(nn.Module):
     """
 
     takes_duals = True
-    fused = False  # residual, norm and modulation of a block are one kernel: set by ``Step``
+    fused = False  # kernels of ours stand between a block's products: set by ``Step``
     sequence: Any = None  # tokens are shared with other processes: set by ``context_parallel``
 
     def __init__(
