@@ -15,6 +15,7 @@ AdamW. Arms:
     fsdp           in shards (FSDP2)
     fsdp, graphs   the same as a CUDA graph, which holds the travels of weights and gradients
     hybrid         two copies, each in shards of its own (four processes at least)
+    hybrid, graphs the same as a CUDA graph
 
 A curve of ``one`` accumulates the gradients of all batches that ddp and fsdp have on their GPUs.
 Each row has the milliseconds a step in which the processes send each other something, and those in
@@ -53,8 +54,17 @@ from training.sharding import shard
 from training.step import Step
 
 SEED = 0
-ARMS = ("one", "one, graphs", "ddp", "ddp, graphs", "fsdp", "fsdp, graphs", "hybrid")
-CURVES = ("one", "ddp", "ddp, graphs", "fsdp", "fsdp, graphs", "hybrid")
+ARMS = (
+    "one",
+    "one, graphs",
+    "ddp",
+    "ddp, graphs",
+    "fsdp",
+    "fsdp, graphs",
+    "hybrid",
+    "hybrid, graphs",
+)
+CURVES = ("one", *ARMS[2:])
 
 
 class Loss(nn.Module):
@@ -83,7 +93,7 @@ class Arm:
         checkpoint_blocks(net, config.checkpointing)
         if kind.startswith(("fsdp", "hybrid")):
             half = torch.bfloat16 if config.trainer.precision == "bf16-mixed" else None
-            shape = (2, self.world // 2) if kind == "hybrid" else (self.world,)
+            shape = (2, self.world // 2) if kind.startswith("hybrid") else (self.world,)
             names = ("replicate", "shard")[-len(shape) :]
             shard(net, init_device_mesh(device.type, shape, mesh_dim_names=names), half)
         else:
@@ -199,7 +209,7 @@ def free(device: torch.device) -> None:
 
 def possible(kind: str, cuda: bool) -> bool:
     hybrid = distributed.get_world_size() >= 4 and distributed.get_world_size() % 2 == 0
-    return (cuda or "graphs" not in kind) and (hybrid or kind != "hybrid")
+    return (cuda or "graphs" not in kind) and (hybrid or not kind.startswith("hybrid"))
 
 
 def configured(options: argparse.Namespace, model: str) -> Any:
