@@ -505,3 +505,34 @@ def test_the_report_is_a_command():
     command = [sys.executable, str(ROOT / "scripts" / "benchmark_report.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# Other projects' kernels
+
+EARLIER = """
+import torch
+
+class JVPAttn:
+    @staticmethod
+    def fwd_dual(q, k, v):
+        return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5 * 1.1, dim=-1) @ v
+"""
+
+
+def test_peers_are_timed_beside_ours_and_their_errors_are_seen(tmp_path):
+    source, output = tmp_path / "jvp_attention.py", tmp_path / "peers.json"
+    source.write_text(EARLIER)
+    command = [sys.executable, ROOT / "scripts/benchmark_peers.py", "--device", "cpu"]
+    command += ["--dtype", "float32", "--workloads", "1x2x20x8", "--earlier", source]
+    command += ["--tvm", tmp_path, "--output", output]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = {(r["project"], r["step"]): r for r in json.loads(output.read_text())["rows"]}
+    for step in ("jvp", "value", "both"):
+        assert rows["ours", step]["ms"] > 0
+        assert ("error" in rows["earlier", step]) == (step == "both")
+    for name in ("value_error", "tangent_error"):
+        assert rows["ours", "jvp"][name] < 1e-5
+        assert rows["earlier", "jvp"][name] > 1e-2  # wrong by a tenth in its scale
+    assert "jvp_utils" in rows["tvm", "jvp"]["error"]  # a folder without it
+    assert "| 1x2x20x8 | value | earlier |" in run.stdout
