@@ -80,9 +80,9 @@ def tvm(path: Path) -> Attention:
 
 PROJECTS: dict[str, Callable[[Any], Attention]] = {
     "ours": ours,
-    "earlier": earlier,
     "rcm": rcm,
     "tvm": tvm,
+    "earlier": earlier,
 }
 MISSING = {
     ("earlier", "both"): "its tangent has no gradient",
