@@ -1,6 +1,5 @@
 """Numbers that all processes of a run agree on."""
 
-
 import torch
 from torch import distributed, nn
 

@@ -11,6 +11,7 @@ shards over the second one and keeps equal copies along the first one.
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -31,7 +32,9 @@ METHODS = ("heads", "log_variance")  # of a network, that use its weights beside
 OURS = ("forward", *METHODS)  # what is set on an instance when it is sharded or compiled
 
 
-def shard(net: nn.Module, mesh: DeviceMesh, half: torch.dtype | None = None) -> None:
+def shard(
+    net: nn.Module, mesh: DeviceMesh, half: torch.dtype | None = None, together: int = 1
+) -> None:
     """Shard a network in place, block by block and what is left as a whole.
 
     Its weights and buffers are those of the first process, in the others they may be on the meta
@@ -42,16 +45,20 @@ def shard(net: nn.Module, mesh: DeviceMesh, half: torch.dtype | None = None) -> 
         half: what autocast rounds the weights of linear layers to. They travel between processes
             in it then. Times, sinusoids and all that is outside of the blocks stay as they are,
             and so do the inputs of a block.
+        together: blocks whose weights are gathered, and gradients scattered, at once. More of them
+            are fewer and longer exchanges, and more gathered weights at a time.
     """
     first = distributed.get_rank() == 0
     weights = net.state_dict() if first else {}
     buffers = {name: x for name, x in net.named_buffers() if first}
     net.to("meta")
-    for block in [module for module in net.modules() if isinstance(module, Block)]:
-        dtype = half if _linear_alone(block) else None
+    every = [module for module in net.modules() if isinstance(module, Block)]
+    alike = (list(blocks) for _, blocks in groupby(every, lambda b: (_linear_alone(b), _dtype(b))))
+    for blocks in (some[i : i + together] for some in alike for i in range(0, len(some), together)):
+        dtype = half if _linear_alone(blocks[0]) else None
         # Gradients are summed in the precision of the weights.
-        policy = MixedPrecisionPolicy(dtype, _dtype(block), cast_forward_inputs=False)
-        fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+        policy = MixedPrecisionPolicy(dtype, _dtype(blocks[0]), cast_forward_inputs=False)
+        fully_shard(blocks, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     # Not the default of a root, which keeps its weights after a forward without a backward: they
     # would be old after the next step of the optimizer.
     fully_shard(net, mesh=mesh, reshard_after_forward=True)

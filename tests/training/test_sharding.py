@@ -32,7 +32,12 @@ OBJECTIVES = {
 
 # All with two processes; with four, where a hybrid mesh has two dimensions, the one with a teacher.
 CASES = [*((2, name) for name in OBJECTIVES), (4, "tvm")]
-VARIANTS = (("fsdp", "meanflow recomputed"), ("fsdp", "scm compiled"))
+VARIANTS = (
+    ("fsdp", "meanflow recomputed"),
+    ("fsdp", "meanflow together"),
+    ("fsdp", "double together recomputed"),
+    ("fsdp", "scm compiled"),
+)
 SLOW = ("fsdp", "tvm compiled")
 
 
@@ -85,17 +90,17 @@ def work(rank, world, folder, slow):
         for kind, shape in meshes.items():
             names = ("replicate", "shard")[-len(shape) :]
             mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-            for variant in ("", " recomputed", " compiled"):
+            for variant in ("", " recomputed", " compiled", " together", " together recomputed"):
                 chosen = (SLOW,) if slow else VARIANTS
                 if variant and (world > 2 or (kind, name + variant) not in chosen):
                     continue
                 net, objective = build(name)
-                if variant == " recomputed":
+                if variant.endswith(" recomputed"):
                     checkpoint_blocks(net, "block")
                 if rank:  # only the first process has weights
                     net.to("meta"), objective.to("meta")
                 for part in (net, *teachers(objective)):
-                    shard(part, mesh)
+                    shard(part, mesh, together=2 if "together" in variant else 1)
                     if variant == " compiled":
                         compile_blocks(part, backend="aot_eager")
                 Loss(net, objective)(sample).backward()
