@@ -65,6 +65,7 @@ add_batch_dim = _private("torch:_add_batch_dim", alone=True)
 remove_batch_dim = _private("torch:_remove_batch_dim", alone=True)
 # without it recorded attention drops a tangent, as every operator does
 make_autograd_impl = _private("torch._library.autograd:make_autograd_impl", alone=True)
+DispatchKeySet = _private("torch._C:DispatchKeySet", alone=True)
 _executes = _private("torch._C:_will_engine_execute_node", alone=True)
 
 # cuDNN's attention, which takes this library's own O and LSE backward
@@ -82,6 +83,18 @@ def destroy(library: Any) -> None:
 
 # inside of it tensors are what they are at the bottom of every transform
 without_functorch: Callable = getattr(torch._C, "_DisableFuncTorch", nullcontext)
+
+
+def only(*names: str) -> Any:
+    """The set of these dispatch keys, to compare with what a kernel is given; None where it cannot
+    be made."""
+    try:
+        one, *more = [DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names]
+        for other in more:
+            one = one | other
+        return one
+    except (AttributeError, TypeError):
+        return None
 
 
 def _without_memory(x: Tensor) -> bool:
@@ -300,9 +313,12 @@ def is_watched() -> bool:
     return not SHORTCUTS or len_torch_dispatch_stack() > 0
 
 
-def may_be_dual() -> bool:
-    """Whether a tensor may carry a tangent here."""
-    return not SHORTCUTS or is_fwd_grad_enabled()
+def a_dual_among(args: Iterable[Any]) -> bool:
+    """Whether one of the tensors among the arguments of an operator carries a tangent."""
+    if getattr(forward_ad, "_current_level", 0) < 0 or (SHORTCUTS and not is_fwd_grad_enabled()):
+        return False
+    tensors = (x for x in args if isinstance(x, Tensor))
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def nonzero(x: Tensor | None) -> Tensor | None:

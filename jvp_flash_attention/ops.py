@@ -14,12 +14,10 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.library import Library, custom_op
 
 from .backends import implementation
 from .call import Inputs, Saved, Spec, Tangents, empty_rows, padded, split
-from .functorch import make_autograd_impl, may_be_dual
+from .operators import operator
 
 # Another copy of this package in the same process, as `kernels` loads it, has another name and so
 # operators of its own.
@@ -84,7 +82,7 @@ def _operator(name: str, results: int, *arguments: Any) -> Any:
         named += [(prefix + field, kind) for field, kind in get_type_hints(argument).items()]
     signature = ", ".join(f"{TYPES[kind]} {field}" for field, kind in named)
     schema = f"({signature}) -> ({', '.join(['Tensor'] * results)})"
-    return custom_op(f"{NAMESPACE}::flash_attn_{name}", mutates_args=(), schema=schema)
+    return operator(f"{NAMESPACE}::flash_attn_{name}", schema, no_tangent=RECORDED)
 
 
 D_OUT, D_T_OUT, MASK_GRAD = ("d_out", Tensor), ("d_t_out", Tensor), ("mask_grad", bool)
@@ -184,33 +182,6 @@ def _forward_jvp_backward(ctx, d_out, _d_lse, d_t_out, _d_mu):
 
 forward_op.register_autograd(_forward_backward, setup_context=_save)
 forward_jvp_op.register_autograd(_forward_jvp_backward, setup_context=_save)
-
-
-def _refuse_duals(op: Any, overload: Any) -> None:
-    """An operator drops a tangent without a sign of it; one that meets these raises."""
-    differentiate = make_autograd_impl(overload, op)
-
-    def run(keyset, *args, **kwargs):
-        if may_be_dual():
-            tensors = (x for x in args if isinstance(x, Tensor))
-            if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-                raise NotImplementedError(RECORDED)
-        return differentiate(keyset, *args, **kwargs)
-
-    for device in ("CPU", "CUDA"):
-        _library.impl(overload, run, f"Autograd{device}", with_keyset=True)
-
-
-_library = Library(NAMESPACE, "IMPL")
-_overloads = getattr(torch.ops, NAMESPACE)
-for _op, _overload in (
-    (forward_op, _overloads.flash_attn_forward.default),
-    (forward_jvp_op, _overloads.flash_attn_forward_jvp.default),
-    (backward_op, _overloads.flash_attn_backward.default),
-    (backward_jvp_op, _overloads.flash_attn_backward_jvp.default),
-):
-    if make_autograd_impl is not None:
-        _refuse_duals(_op, _overload)
 
 
 def _inner(spec: Spec) -> Spec:

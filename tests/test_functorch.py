@@ -18,6 +18,7 @@ ALONE = [
     "_add_batch_dim",
     "_remove_batch_dim",
     "make_autograd_impl",
+    "DispatchKeySet",
     "_will_engine_execute_node",
 ]
 

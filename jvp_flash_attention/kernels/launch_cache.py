@@ -46,7 +46,7 @@ class Launch(NamedTuple):
     """One launch: the kernel, its grid, its arguments in order, its compile-time arguments."""
 
     kernel: Any
-    grid: tuple[int]
+    grid: tuple[int, ...]
     args: tuple
     constexprs: dict[str, Any]
 
@@ -146,7 +146,7 @@ def record(
     tensors = (*read, *results)
     made, instrumented = [], False
     for launch in launches():
-        if launch.grid[0] > 0:
+        if min(launch.grid) > 0:
             compiled = launch.run()
             if _enabled:
                 # a profiler's code wants its memory, and Triton takes another kernel without it
@@ -180,7 +180,7 @@ def _cached(launch: Launch, compiled: Any, tensors: tuple) -> CachedLaunch | Non
     which = {id(x): i for i, x in enumerate(tensors) if x is not None}
     if isinstance(compiled, CompiledKernel):
         try:
-            start = _starter(compiled, (grid[0], 1, 1))
+            start = _starter(compiled, (*grid, 1, 1)[:3])
         except AttributeError:
             return None
         pointer, later = Tensor.data_ptr, [constexprs[n] for n in kernel.arg_names[len(args) :]]

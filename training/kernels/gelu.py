@@ -17,7 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from jvp_flash_attention.kernels.launch_cache import Launch
+from jvp_flash_attention.operators import operator
 from training.dual import Dual
+from training.kernels.launch import launched
 
 CUBE = tl.constexpr(0.044715)
 TWICE = tl.constexpr(1.5957691216057308)  # 2 √(2/π)
@@ -71,15 +74,15 @@ def _gelu_backward(
         tl.store(SUMS + tl.program_id(0) * W + w, tl.sum(total, 0), mask=w < W)
 
 
-@torch.library.custom_op("flash_jvp_training::gelu", mutates_args=())
+@operator("flash_jvp_training::gelu")
 def _forward(z: Tensor, bias: Tensor | None, t_z: Tensor | None) -> tuple[Tensor, Tensor]:
-    h, t_h = _outputs(z, bias, t_z)
-    with torch.cuda.device_of(z):  # of no effect on a CPU
-        kernel: Any = _gelu_forward
-        kernel[(-(-z.numel() // BLOCK),)](
-            z, t_z, h, t_h, z.numel(), z.numel() - t_h.numel(),
-            BLOCK=BLOCK, TANGENT=t_z is not None, num_warps=4,
-        )  # fmt: skip
+    def launch(h: Tensor, t_h: Tensor) -> Launch:
+        size = z.numel()
+        constexprs = {"BLOCK": BLOCK, "TANGENT": t_z is not None, "num_warps": 4}
+        args = (z, t_z, h, t_h, size, size - t_h.numel())
+        return Launch(_gelu_forward, (-(-size // BLOCK),), args, constexprs)
+
+    h, t_h = launched(("gelu",), (z, t_z), lambda: _outputs(z, bias, t_z), launch)
     return h, t_h
 
 
@@ -88,19 +91,23 @@ def _outputs(z: Tensor, bias: Tensor | None, t_z: Tensor | None) -> tuple[Tensor
     return torch.empty_like(z), z.new_empty(0) if t_z is None else torch.empty_like(t_z)
 
 
-@torch.library.custom_op("flash_jvp_training::gelu_backward", mutates_args=())
+@operator("flash_jvp_training::gelu_backward")
 def _backward(z: Tensor, d_h: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
     """d_z and, with ``bias``, d_bias in float32."""
-    d_z, width = torch.empty_like(z), z.shape[-1]
+    width = z.shape[-1]
     rows = z.numel() // width
     chunks = -(-rows // ROWS)
-    sums = z.new_empty((chunks, width) if bias else (0,), dtype=torch.float32)
-    with torch.cuda.device_of(z):
-        kernel: Any = _gelu_backward
-        kernel[(chunks, -(-width // COLUMNS))](
-            z, d_h, d_z, sums, rows, width,
-            ROWS=ROWS, TILE=TILE, COLUMNS=COLUMNS, BIAS=bias, num_warps=4,
-        )  # fmt: skip
+
+    def outputs() -> tuple[Tensor, Tensor]:
+        size = (chunks, width) if bias else (0,)
+        return torch.empty_like(z), z.new_empty(size, dtype=torch.float32)
+
+    def launch(d_z: Tensor, sums: Tensor) -> Launch:
+        constexprs = {"ROWS": ROWS, "TILE": TILE, "COLUMNS": COLUMNS, "BIAS": bias, "num_warps": 4}
+        args = (z, d_h, d_z, sums, rows, width)
+        return Launch(_gelu_backward, (chunks, -(-width // COLUMNS)), args, constexprs)
+
+    d_z, sums = launched(("gelu backward", bias), (z, d_h), outputs, launch)
     return d_z, sums.sum(0) if bias else sums
 
 

@@ -23,7 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from jvp_flash_attention.kernels.launch_cache import Launch
+from jvp_flash_attention.operators import operator
 from training.kernels.inputs import takes
+from training.kernels.launch import launched
 
 EPSILON = tl.constexpr(1e-6)
 MAX_WIDTH = 4096
@@ -155,28 +158,33 @@ def _residual_norm_backward(
         tl.store(sums + 2 * W, d_gate, mask=valid)
 
 
-def _launch(width: int, rows: int) -> dict[str, Any]:
+def _constexprs(width: int, rows: int) -> dict[str, Any]:
     block = triton.next_power_of_2(width)
     return {"W": width, "BLOCK": block, "ROWS": rows, "num_warps": max(1, block // 1024)}
 
 
-@torch.library.custom_op("flash_jvp_training::residual_norm", mutates_args=())
+@operator("flash_jvp_training::residual_norm")
 def _forward(
     x: Tensor, gate: Tensor | None, y: Tensor | None, shift: Tensor, scale: Tensor,
     t_x: Tensor | None, t_gate: Tensor | None, t_y: Tensor | None,
     t_shift: Tensor | None, t_scale: Tensor | None, rms: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    x2, h, mean, rstd, t_x2, t_h = _outputs(x, y, t_x, dtype)
-    images, tokens, width = x.shape
-    moving = 0 if t_x is None else len(t_x)
-    with torch.cuda.device_of(x):  # of no effect on a CPU
-        kernel: Any = _residual_norm_forward
-        kernel[(images, triton.cdiv(tokens, ROWS))](
-            x, gate, y, shift, scale, t_x, t_gate, t_y, t_shift, t_scale,
-            x2, h, mean, rstd, t_x2, t_h, images, tokens, moving,
-            *(_stride(a) for a in (gate, shift, scale, t_gate, t_shift, t_scale)),
-            BRANCH=y is not None, RMS=rms, TANGENT=t_x is not None, **_launch(width, ROWS),
-        )  # fmt: skip
+    inputs = (x, gate, y, shift, scale, t_x, t_gate, t_y, t_shift, t_scale)
+
+    def launch(*results: Tensor) -> Launch:
+        images, tokens, width = x.shape
+        rows = (gate, shift, scale, t_gate, t_shift, t_scale)
+        moving = 0 if t_x is None else len(t_x)
+        constexprs = _constexprs(width, ROWS)
+        constexprs |= {"BRANCH": y is not None, "RMS": rms, "TANGENT": t_x is not None}
+        args = (*inputs, *results, images, tokens, moving, *map(_stride, rows))
+        grid = (images, -(-tokens // ROWS))
+        return Launch(_residual_norm_forward, grid, args, constexprs)
+
+    what = ("residual norm", rms, dtype)
+    x2, h, mean, rstd, t_x2, t_h = launched(
+        what, inputs, lambda: _outputs(x, y, t_x, dtype), launch
+    )
     return x2, h, mean, rstd, t_x2, t_h
 
 
@@ -201,7 +209,7 @@ def _(x, gate, y, shift, scale, t_x, t_gate, t_y, t_shift, t_scale, rms, dtype):
     return _outputs(x, y, t_x, dtype)
 
 
-@torch.library.custom_op("flash_jvp_training::residual_norm_backward", mutates_args=())
+@operator("flash_jvp_training::residual_norm_backward")
 def _backward(
     x: Tensor, gate: Tensor | None, y: Tensor | None, scale: Tensor, mean: Tensor, rstd: Tensor,
     d_x: Tensor | None, d_h: Tensor, rms: bool,
@@ -210,16 +218,20 @@ def _backward(
     images, tokens, width = x.shape
     rows = MANY_ROWS if images * tokens >= MANY_ROWS * MANY_PROGRAMS else ROWS
     chunks = -(-tokens // rows)
-    into = torch.empty_like(x)
-    d_y = x.new_empty(0) if y is None else torch.empty_like(y)
-    sums = x.new_empty((images, chunks, 3, width), dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        kernel: Any = _residual_norm_backward
-        kernel[(images, chunks)](
-            x, gate, y, scale, mean, rstd, d_x, d_h, into, d_y, sums, tokens, chunks,
-            _stride(gate), _stride(scale),
-            BRANCH=y is not None, RMS=rms, RESIDUAL=d_x is not None, **_launch(width, rows),
-        )  # fmt: skip
+    inputs = (x, gate, y, scale, mean, rstd, d_x, d_h)
+
+    def outputs() -> tuple[Tensor, Tensor, Tensor]:
+        d_y = x.new_empty(0) if y is None else torch.empty_like(y)
+        sums = x.new_empty((images, chunks, 3, width), dtype=torch.float32)
+        return torch.empty_like(x), d_y, sums
+
+    def launch(*results: Tensor) -> Launch:
+        constexprs = _constexprs(width, rows)
+        constexprs |= {"BRANCH": y is not None, "RMS": rms, "RESIDUAL": d_x is not None}
+        args = (*inputs, *results, tokens, chunks, _stride(gate), _stride(scale))
+        return Launch(_residual_norm_backward, (images, chunks), args, constexprs)
+
+    into, d_y, sums = launched(("residual norm backward", rms), inputs, outputs, launch)
     return into, d_y, sums.sum(1) if chunks > 1 else sums[:, 0].clone()
 
 

@@ -13,6 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from jvp_flash_attention.kernels.launch_cache import Launch
+from jvp_flash_attention.operators import operator
+from training.kernels.launch import launched
+
 ROWS, TILE, COLUMNS = 128, 16, 128  # of a program, at a time, and side by side
 
 
@@ -47,20 +51,24 @@ def _join(
         tl.store(into, tl.sum(total, 0), mask=head < H)
 
 
-@torch.library.custom_op("flash_jvp_training::join_heads", mutates_args=())
+@operator("flash_jvp_training::join_heads")
 def _joined(d_q: Tensor, d_k: Tensor, d_v: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
     """d_z (B, N, 3 H D) of gradients (B, H, N, D) and, with ``bias``, d_bias in float32."""
     B, H, N, D = d_q.shape
     chunks = -(-B * N // ROWS)
-    d_z = d_q.new_empty(B, N, 3 * H * D)
-    sums = d_q.new_empty((chunks, 3 * H * D) if bias else (0,), dtype=torch.float32)
-    parts = [x if x.stride(-1) == 1 else x.contiguous() for x in (d_q, d_k, d_v)]
-    with torch.cuda.device_of(d_q):  # of no effect on a CPU
-        kernel: Any = _join
-        kernel[(chunks, -(-H * D // COLUMNS), 3)](
-            *parts, d_z, sums, B * N, N, H, *(x.stride()[:3] for x in parts),
-            D=D, ROWS=ROWS, TILE=TILE, COLUMNS=COLUMNS, BIAS=bias, num_warps=4,
-        )  # fmt: skip
+    parts = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in (d_q, d_k, d_v))
+
+    def outputs() -> tuple[Tensor, Tensor]:
+        size = (chunks, 3 * H * D) if bias else (0,)
+        return d_q.new_empty(B, N, 3 * H * D), d_q.new_empty(size, dtype=torch.float32)
+
+    def launch(d_z: Tensor, sums: Tensor) -> Launch:
+        constexprs = {"D": D, "ROWS": ROWS, "TILE": TILE, "COLUMNS": COLUMNS, "BIAS": bias}
+        args = (*parts, d_z, sums, B * N, N, H, *(x.stride()[:3] for x in parts))
+        grid = (chunks, -(-H * D // COLUMNS), 3)
+        return Launch(_join, grid, args, {**constexprs, "num_warps": 4})
+
+    d_z, sums = launched(("join", bias), parts, outputs, launch)
     return d_z, sums.sum(0) if bias else sums
 
 
