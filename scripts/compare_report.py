@@ -274,7 +274,7 @@ def summary(results: dict[Path, dict[str, Any]]) -> str:
             continue
         free, test = result["free_run"], result["free_run"]["tost"]
         percent = 100 / free["baseline_mean"]
-        ratio = max(result["lockstep"]["ratios"].values())
+        ratios = result["lockstep"]["ratios"].values()
         rows.append(
             [
                 f"[{result['title']}](docs/results/{path.name})",
@@ -283,7 +283,7 @@ def summary(results: dict[Path, dict[str, Any]]) -> str:
                 f"±{test['margin'] * percent:.1f} %",
                 f"{'yes' if test['equivalent'] else 'not shown'} ({test['p']:.2g})",
                 f"{paired_p(test):.2g}",
-                f"{ratio:.2f}",
+                f"{max(ratios):.2f}" if ratios else "",
             ]
         )
     return f"\n{table(LOSS_TITLES, rows)}\n\n" if rows else ""
