@@ -110,14 +110,14 @@ def test_gpu_trainers_name_their_devices():
     fsdp = composed("trainer=fsdp").trainer
     assert (fsdp.accelerator, fsdp.devices) == ("gpu", -1)
     assert instantiate(fsdp.strategy).replicas == 1
+    assert instantiate(fsdp.strategy).blocks_together is None
 
 
 def test_what_is_recorded_as_a_cuda_graph():
     two = ["trainer.devices=2", "trainer.accelerator=gpu"]
     assert no_cuda_graphs(composed("trainer=ddp", *two)) == ""
     assert no_cuda_graphs(composed("trainer=fsdp", *two)) == ""
-    replicas = composed("trainer=fsdp", "trainer.strategy.replicas=2", *two)
-    assert "replicas has not been recorded" in no_cuda_graphs(replicas)
+    assert no_cuda_graphs(composed("trainer=fsdp", "trainer.strategy.replicas=2", *two)) == ""
     tokens = composed("trainer=ddp", "context_parallel=ring", *two)
     assert "context_parallel exchanges" in no_cuda_graphs(tokens)
     assert "on a GPU" in no_cuda_graphs(composed("trainer=cpu"))

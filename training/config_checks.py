@@ -74,8 +74,6 @@ def no_cuda_graphs(config: DictConfig) -> str:
         strategy: Any = config.trainer.strategy
         if not OmegaConf.is_dict(strategy) or strategy.get("_target_") not in (REPLICATED, SHARDED):
             return "only trainer=ddp and trainer=fsdp exchange gradients inside of a graph"
-        if strategy.get("replicas", 1) != 1:
-            return "trainer.strategy.replicas has not been recorded in a graph yet"
         if config.get("context_parallel") is not None:
             return "context_parallel exchanges tokens between the blocks"
     if precision(config.trainer) == "16-mixed":

@@ -31,7 +31,7 @@ class SummedGradients:
         parts: of about equal numbers of elements.
     """
 
-    def __init__(self, net: nn.Module, parts: int = 4) -> None:
+    def __init__(self, net: nn.Module, parts: int = 6) -> None:
         self.size = distributed.get_world_size()
         self.begun: list[distributed.Work] = []
         self.ready: list[torch.Tensor] = []  # gradients that wait for the rest of their part

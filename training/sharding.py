@@ -28,12 +28,13 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from training.models.layers import Block
 
+TOGETHER = 50_000_000  # weights, of several blocks: two of DiT-XL/2, four of DiT-B/2
 METHODS = ("heads", "log_variance")  # of a network, that use its weights beside ``forward``
 OURS = ("forward", *METHODS)  # what is set on an instance when it is sharded or compiled
 
 
 def shard(
-    net: nn.Module, mesh: DeviceMesh, half: torch.dtype | None = None, together: int = 1
+    net: nn.Module, mesh: DeviceMesh, half: torch.dtype | None = None, together: int | None = None
 ) -> None:
     """Shard a network in place, block by block and what is left as a whole.
 
@@ -46,15 +47,14 @@ def shard(
             in it then. Times, sinusoids and all that is outside of the blocks stay as they are,
             and so do the inputs of a block.
         together: blocks whose weights are gathered, and gradients scattered, at once. More of them
-            are fewer and longer exchanges, and more gathered weights at a time.
+            are fewer and longer exchanges, and more gathered weights at a time. By default as many
+            as have 50 million weights (``TOGETHER``), but one at least.
     """
     first = distributed.get_rank() == 0
     weights = net.state_dict() if first else {}
     buffers = {name: x for name, x in net.named_buffers() if first}
     net.to("meta")
-    every = [module for module in net.modules() if isinstance(module, Block)]
-    alike = (list(blocks) for _, blocks in groupby(every, lambda b: (_linear_alone(b), _dtype(b))))
-    for blocks in (some[i : i + together] for some in alike for i in range(0, len(some), together)):
+    for blocks in _parts(net, together):
         dtype = half if _linear_alone(blocks[0]) else None
         # Gradients are summed in the precision of the weights.
         policy = MixedPrecisionPolicy(dtype, _dtype(blocks[0]), cast_forward_inputs=False)
@@ -72,6 +72,23 @@ def shard(
         if first:
             buffer.copy_(buffers[name])
         distributed.broadcast(buffer, 0)
+
+
+def at_once(weights: int) -> int:
+    """How many blocks of so many weights travel together by default."""
+    return max(1, TOGETHER // weights)
+
+
+def _parts(net: nn.Module, together: int | None) -> Iterator[list[nn.Module]]:
+    """The blocks of a network, those together that travel together: of one list, which runs whole
+    or not at all, and with weights of one kind.
+    """
+    named = [(name, module) for name, module in net.named_modules() if isinstance(module, Block)]
+    kind = lambda x: (x[0].rpartition(".")[0], _linear_alone(x[1]), _dtype(x[1]))  # noqa: E731
+    for _, some in groupby(named, kind):
+        blocks: list[nn.Module] = [block for _, block in some]
+        size = together or at_once(sum(weight.numel() for weight in blocks[0].parameters()))
+        yield from (blocks[i : i + size] for i in range(0, len(blocks), size))
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
