@@ -377,7 +377,7 @@ def efficiencies(runs: dict[str, Any]) -> dict[tuple[str, str], dict[int, float]
 def together(runs: dict[str, Any]) -> str:
     """A Markdown table: of each arm the share of one GPU's rate, by the number of GPUs."""
     numbers = sorted(map(int, runs))
-    lines = ["| model | arm | " + " | ".join(f"{n} GPUs" for n in numbers) + " |"]
+    lines = ["| model | arm | " + " | ".join(f"GPUs: {n}" for n in numbers) + " |"]
     lines.append("|" + "---|" * (2 + len(numbers)))
     for (model, kind), shares in efficiencies(runs).items():
         cells = [f"{shares[n]:.3f}" if n in shares else "" for n in numbers]
@@ -406,7 +406,8 @@ def draw(runs: dict[str, Any], path: Path) -> None:
         ticks = sorted(map(int, runs))
         panel.set_xticks(ticks, [str(n) for n in ticks])
         panel.set(title=model, xlabel="GPUs")
-    panels[0][0].set(ylabel="images/s a GPU, of one GPU", ylim=(0, 1.1))
+    least = min(share for values in shares.values() for share in values.values())
+    panels[0][0].set(ylabel="images/s a GPU, of one GPU", ylim=(0.8 if least > 0.8 else 0, 1.05))
     panels[0][-1].legend(fontsize=8)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
