@@ -17,12 +17,15 @@ from . import (
     validation,
 )
 from .broadcast import Sizes
-from .call import Band, Inputs, Spec, Tangents
+from .call import Band, Inputs, Packed, Spec, Tangents
+from .call import band as band_of
 from .functorch import PLAIN, SHORTCUTS, Pairs, below_duals, pack, unpack, unpack_compiled
 
 shadowed.check()
 
 Window = tuple[int | None, int | None] | None
+Seqlens = Tensor | tuple[Tensor, Tensor] | Packed | None
+UNPACKED = Packed()
 TANGENTS = ("t_query", "t_key", "t_value", "t_attn_mask")
 UNDETACHED = (
     "tangent_grad=False in a compiled torch.func.jvp must not lie inside another transform (grad,"
@@ -41,6 +44,7 @@ def attention(
     enable_gqa: bool = False,
     *,
     window: Window = None,
+    cu_seqlens: Seqlens = None,
     backend: str | None = None,
     tangent_grad: bool = True,
 ) -> Tensor:
@@ -71,6 +75,13 @@ def attention(
             also when L != S (`flash_attn_func` counts from the last), and may be combined with
             `is_causal` and `attn_mask`. Keys outside cost nothing in any pass. A GPU compiles
             kernels for each pair of bounds.
+        cu_seqlens: sequences of different lengths that lie behind one another in L and S: one
+            (sequences + 1,) int32 tensor on query's device, from 0 up, of where each begins and the
+            last ends, or a pair, of the queries and of the keys. Queries attend the keys of their
+            own sequence, and pairs of two sequences cost nothing in the kernels. `is_causal` and
+            `window` count from the first query and key of each (`flash_attn_varlen_func` from the
+            last). Rows behind the last one give 0. All batch entries are packed alike. There is no
+            `attn_mask` beside it. On a GPU nothing waits for the lengths, so they are not checked.
         backend: "triton", "reference" (plain PyTorch, O(L) memory), or None: the kernels for CUDA
             tensors in float16, bfloat16 and float32 with head dims up to 256, the reference
             otherwise.
@@ -89,9 +100,11 @@ def attention(
     compiling = torch.compiler.is_compiling()
     numbers = (dropout_p, is_causal, scale, enable_gqa)
     if compiling and not SHORTCUTS:
-        how = {"window": window, "backend": backend, "tangent_grad": tangent_grad}
+        how = {"window": window, "cu_seqlens": cu_seqlens}
+        how |= {"backend": backend, "tangent_grad": tangent_grad}
         return _uncompiled(attention)(query, key, value, attn_mask, *numbers, **how)
-    x, _, spec, sizes = prepare(query, key, value, attn_mask, *numbers, backend, window)
+    numbers = (*numbers, backend, window, cu_seqlens)
+    x, _, spec, sizes = prepare(query, key, value, attn_mask, *numbers)
     if compiling:
         route, pairs = ops, unpack_compiled(*x, nested=None if tangent_grad else UNDETACHED)
     else:
@@ -123,6 +136,7 @@ def attention_jvp(
     *,
     t_attn_mask: Tensor | None = None,
     window: Window = None,
+    cu_seqlens: Seqlens = None,
     backend: str | None = None,
     tangent_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
@@ -145,11 +159,13 @@ def attention_jvp(
     numbers = (dropout_p, is_causal, scale, enable_gqa)
     if compiling and not SHORTCUTS:
         args = (query, key, value, t_query, t_key, t_value, attn_mask, *numbers)
-        how = {"window": window, "backend": backend, "tangent_grad": tangent_grad}
+        how = {"window": window, "cu_seqlens": cu_seqlens}
+        how |= {"backend": backend, "tangent_grad": tangent_grad}
         how["t_attn_mask"] = t_attn_mask
         return _uncompiled(attention_jvp)(*args, **how)
     tangents = (t_query, t_key, t_value, t_attn_mask)
-    x, t, spec, sizes = prepare(query, key, value, attn_mask, *numbers, backend, window, tangents)
+    numbers = (*numbers, backend, window, cu_seqlens)
+    x, t, spec, sizes = prepare(query, key, value, attn_mask, *numbers, tangents)
     route = ops if compiling else autograd
     out, t_out = route.attention_jvp(x, t, spec, tangent_grad)
     return broadcast.result(out, sizes), broadcast.result(t_out, sizes)
@@ -171,6 +187,7 @@ def prepare(
     enable_gqa,
     backend,
     window: Window = None,
+    cu_seqlens: Seqlens = None,
     tangents: tuple | None = None,
 ) -> tuple[Inputs, Any, Spec, Sizes]:
     """The checked call: its tensors four-dimensional, the `Tangents` if any are given, its
@@ -178,9 +195,11 @@ def prepare(
     checked again."""
     given = (query, key, value, attn_mask)
     band = None if window is None else validation.window(window)
-    numbers = (dropout_p, is_causal, scale, enable_gqa, backend, band)
+    cu = UNPACKED if cu_seqlens is None else validation.packed(cu_seqlens)
+    cu_q, cu_k, lower_right = cu
+    numbers = (dropout_p, is_causal, scale, enable_gqa, backend, band, lower_right)
     dtype = _autocast_dtype(query)
-    kind = _kind(given, tangents, numbers, dtype)
+    kind = _kind((*given, cu_q, cu_k), tangents, numbers, dtype)
     checked = None if kind is None else _checked.get(kind)
     q, k, v = query, key, value
     t_q, t_k, t_v, t_mask = tangents or Tangents()
@@ -188,7 +207,7 @@ def prepare(
         q, k, v, t_q, t_k, t_v = (_cast(x, dtype) for x in (q, k, v, t_q, t_k, t_v))
     if checked is None:
         attn_mask = _with_elements(attn_mask, query)
-        checked = _check(q, k, v, attn_mask, *numbers)
+        checked = _check(q, k, v, attn_mask, *numbers, cu)
         for name, t, primal in zip(TANGENTS, tangents or (), given, strict=False):
             validation.tangent(name, t, primal)
         if kind is not None and not validation.looks_transposed(q, k):
@@ -196,15 +215,17 @@ def prepare(
                 _checked.clear()
             _checked[kind] = checked
     spec, sizes, fits = checked
+    if cu_q is not None:
+        validation.lengths(cu, q.shape[-2], k.shape[-2])
     t: Any = tangents
     if fits:
         if tangents is not None:
             t = Tangents(t_q, t_k, t_v, t_mask)
-        return Inputs(q, k, v, attn_mask, _seed(q, dropout_p)), t, spec, sizes
+        return Inputs(q, k, v, attn_mask, _seed(q, dropout_p), cu_q, cu_k), t, spec, sizes
     mask = None if attn_mask is None else broadcast.mask(attn_mask, sizes)
     q, k, v = broadcast.queries(q, sizes), broadcast.keys(k, sizes), broadcast.keys(v, sizes)
     t = broadcast.tangents(t_q, t_k, t_v, t_mask, sizes)
-    return Inputs(q, k, v, mask, _seed(q, dropout_p)), t, spec, sizes
+    return Inputs(q, k, v, mask, _seed(q, dropout_p), cu_q, cu_k), t, spec, sizes
 
 
 class _Checked(NamedTuple):
@@ -234,9 +255,13 @@ def _kind(given: tuple, tangents: tuple | None, numbers: tuple, dtype: Any) -> t
     return kind
 
 
-def _check(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend, band) -> _Checked:
+def _check(
+    q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend, band, lower_right,
+    cu: Packed,
+) -> _Checked:  # fmt: skip
     validation.scalars(dropout_p, is_causal, scale)
     validation.tensors(q, k, v)
+    validation.sequences(cu, attn_mask, q.device)
     sizes = validation.shapes(q, k, v, enable_gqa)
     validation.mask(attn_mask, (*sizes.lead, q.shape[-2], k.shape[-2]), q.device)
     q_, k_, v_ = broadcast.queries(q, sizes), broadcast.keys(k, sizes), broadcast.keys(v, sizes)
@@ -247,7 +272,10 @@ def _check(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend,
         backend=backends.choose(backend, q_, v_),
     )
     if band is not None:
-        spec = _banded(spec, band, q.shape[-2], k.shape[-2])
+        L, S = q.shape[-2], k.shape[-2]
+        spec = _banded(spec, band, max(L, S) if lower_right else L, max(L, S) if lower_right else S)
+    if lower_right and band_of(spec) != Band():
+        spec = spec._replace(lower_right=True)
     fits = q_ is q and k_ is k and v_ is v and (attn_mask is None or attn_mask.dim() == 4)
     return _Checked(spec, sizes, fits)
 

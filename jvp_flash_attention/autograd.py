@@ -54,6 +54,10 @@ THIRD_ORDER = (
     " torch.func.jvp of torch.func.grad for torch.autograd.functional.hvp, or use plain PyTorch"
     " attention in float64"
 )
+MAPPED_SEQUENCES = (
+    "vmap over cu_seqlens is not supported, all entries are packed alike; pack the sequences of all"
+    " entries behind one another into one call"
+)
 NESTED_JVP = (
     "jvp of a jvp of attention is not supported; take the second directional derivative in reverse"
     " over forward (torch.func.grad or vjp of torch.func.jvp)"
@@ -168,7 +172,13 @@ class _Folded(Function):
     def vmap(cls, info, in_dims, *args):
         V = info.batch_size
         B = _batch(args[cls.query], in_dims[cls.query])
-        outputs = cls.apply(*(_fold(x, dim, V, B) for x, dim in zip(args, in_dims, strict=True)))
+        shared = [cls.query + Inputs._fields.index(name) for name in ("cu_q", "cu_k")]
+        if any(in_dims[i] is not None for i in shared):
+            raise NotImplementedError(MAPPED_SEQUENCES)
+        folded = [_fold(x, dim, V, B) for x, dim in zip(args, in_dims, strict=True)]
+        for i in shared:
+            folded[i] = args[i]
+        outputs = cls.apply(*folded)
         outputs = [x.unflatten(0, (V, B)) for x in outputs]
         at = cls.query + Inputs._fields.index("mask")
         for i in cls.mask_grads if args[-1] else ():

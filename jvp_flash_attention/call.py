@@ -21,6 +21,7 @@ class Spec(NamedTuple):
     backend: str = "reference"  # a name that `backends.implementation` knows
     left: int | None = None  # query i attends keys j >= i - left; None: no bound
     right: int | None = None  # and keys j <= i + right; a bound may be negative
+    lower_right: bool = False  # i and j are counted from the last row of each packed sequence
     rows_first: bool = False  # results lie in memory as (B, L, H, D), whatever the inputs do
     compiled: bool = False  # runs below an operator, in code that returns to the same shapes
     sharded: bool = False  # keys are a part of each row's; O, tO, LSE and μ handed in are of all
@@ -31,6 +32,15 @@ class Band(NamedTuple):
 
     left: int | None = None
     right: int | None = None
+
+
+class Packed(NamedTuple):
+    """Sequences that lie behind one another in one row of queries, and in one of keys: sequence n
+    is rows cu[n] ... cu[n + 1] of them. What lies behind the last one belongs to none."""
+
+    cu_q: Tensor | None = None  # (sequences + 1,) int32; None: nothing is packed
+    cu_k: Tensor | None = None  # of the keys; None: as the queries
+    lower_right: bool = False  # as in `Spec`
 
 
 def band(spec: Spec) -> Band:
@@ -56,6 +66,8 @@ class Inputs(NamedTuple):
     v: Tensor  # (B, Hk, S, Dv)
     mask: Tensor | None = None  # broadcastable to (B, H, L, S); bool, or floating: added
     seed: Tensor | None = None  # key of the dropout mask
+    cu_q: Tensor | None = None  # (sequences + 1,) int32: where packed sequences begin, by `Packed`
+    cu_k: Tensor | None = None  # of the keys; None: as the queries
 
 
 class Tangents(NamedTuple):

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from . import validation
 from .api import attention
-from .call import Band
-from .errors import ArgumentValueError
+from .call import Band, Packed
 
 _NOT_YET = {
     "softcap": 0.0,
@@ -99,16 +98,16 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
 ) -> Tensor:
-    """Attention of sequences of different lengths that lie behind one another.
+    """Attention of sequences of different lengths that lie behind one another, in one call.
 
-    There is no kernel for it yet: each sequence is a call of its own, and the lengths are read by
-    the host, which makes it wait for the GPU. Equal lengths are one call. `torch.compile` breaks
-    its graph here.
+    Rows behind the last sequence give 0. On a GPU the host does not read the lengths, and nothing
+    checks them.
 
     Args:
         q: (sum of L, H, D).
         k, v: (sum of S, Hk, D).
         cu_seqlens_q, cu_seqlens_k: (sequences + 1), int32: where each begins, and the last ends.
+            One tensor given twice is two lengths that are equal, which costs less.
         max_seqlen_q, max_seqlen_k: the longest; not needed here.
 
     The other arguments and the errors are those of `flash_attn_func`.
@@ -122,23 +121,30 @@ def flash_attn_varlen_func(
         return_attn_probs=return_attn_probs,
         block_table=block_table,
     )
-    lengths_q, lengths_k = (c.diff().tolist() for c in (cu_seqlens_q, cu_seqlens_k))
-    for name, lengths, x in (("cu_seqlens_q", lengths_q, q), ("cu_seqlens_k", lengths_k, k)):
-        if sum(lengths) != x.shape[0] or min(lengths, default=0) < 0:
-            raise ArgumentValueError(
-                f"{name} must rise from 0 to {x.shape[0]}, the number of rows, got {lengths}"
-            )
-    if len(lengths_q) != len(lengths_k):
-        raise ArgumentValueError(
-            "cu_seqlens_q and cu_seqlens_k must be of equally many sequences,"
-            f" got {len(lengths_q)} and {len(lengths_k)}"
-        )
-    numbers = (dropout_p, softmax_scale, causal, window_size)
-    if len(set(lengths_q)) == len(set(lengths_k)) == 1:
-        q, k, v = (x.unflatten(0, (len(lengths_q), -1)) for x in (q, k, v))
-        return _attend(q, k, v, *numbers).flatten(0, 1)
-    parts = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)
-    return torch.cat([_attend(q[None], k[None], v[None], *numbers)[0] for q, k, v in parts])
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    gqa = q.shape[0] != k.shape[0]
+    out = attention(
+        q, k, v, None, dropout_p, False, softmax_scale, gqa,
+        window=_band(causal, window_size),
+        cu_seqlens=Packed(cu_seqlens_q, cu_seqlens_k, lower_right=True),
+    )  # fmt: skip
+    return out.transpose(0, 1)
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *args, **kwargs
+) -> Tensor:
+    """`flash_attn_varlen_func` of one tensor qkv (sum of L, 3, H, D), with its other arguments."""
+    q, k, v = qkv.unbind(1)
+    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return flash_attn_varlen_func(q, k, v, *lengths, *args, **kwargs)
+
+
+def flash_attn_varlen_kvpacked_func(q: Tensor, kv: Tensor, *args, **kwargs) -> Tensor:
+    """`flash_attn_varlen_func` of q (sum of L, H, D) and kv (sum of S, 2, Hk, D), with its other
+    arguments."""
+    k, v = kv.unbind(1)
+    return flash_attn_varlen_func(q, k, v, *args, **kwargs)
 
 
 def flash_attn_with_kvcache(

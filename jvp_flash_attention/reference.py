@@ -20,7 +20,7 @@ arithmetic is float64 for float64 inputs and float32 for everything else. Each f
 of the same signature in `kernels`.
 
 Shapes: q (B, H, L, D), k (B, Hk, S, D), v (B, Hk, S, Dv), mask b broadcastable to (B, H, L, S), LSE
-and μ (B, H, L).
+and μ (B, H, L). Of packed sequences every pair is computed, and those of two sequences are masked.
 """
 
 from collections.abc import Callable, Iterator
@@ -77,13 +77,13 @@ def _as_written(run: Callable) -> Callable:
 @_as_written
 def forward(x: Inputs, t: Tangents | None, spec: Spec) -> Saved:
     """O and LSE; with tangents, of which an absent one is zero, tO and μ too."""
-    q, k, v, mask, _seed = x
+    q, k, v, *_ = x
     out, lse = _outputs(q, v, spec)
     t_out, mu = (None, None) if t is None else (torch.zeros_like(out), torch.zeros_like(lse))
     t_q, t_k, t_v, t_mask = Tangents() if t is None else t
     q, k, v, t_q, t_k, t_v = _wide(q, k, v, t_q, t_k, t_v)
-    v_rows = _rows(v, mask, spec)
-    t_v_rows = None if t_v is None else _rows(t_v, mask, spec)
+    v_rows = _rows(v, x, spec)
+    t_v_rows = None if t_v is None else _rows(t_v, x, spec)
     for block in _blocks(x._replace(q=q, k=k), Tangents(t_q, t_k, None, t_mask), spec):
         p_z = _times(block.p, block.z)
         o = _values(p_z, v_rows, block)
@@ -122,12 +122,12 @@ def backward(
 
 
 def _backward(d_out, _d_t_out, x: Inputs, _t, saved: Saved, spec: Spec, mask_grad: bool):
-    q, k, v, mask, _seed = x
+    q, k, v, mask, *_ = x
     grads: Any = [_zeros(y, spec) for y in (q, k, v)]
     d_q, d_k, d_v = grads
     d_mask = _zeros(mask, spec, mask=True) if mask is not None and mask_grad else None
     q, k, v, out, d_out = _wide(q, k, v, saved.out, d_out)
-    q_rows, k_rows, d_out_rows = (_rows(y, mask, spec) for y in (q, k, d_out))
+    q_rows, k_rows, d_out_rows = (_rows(y, x, spec) for y in (q, k, d_out))
     for block in _blocks(x._replace(q=q, k=k), Tangents(), spec, saved.lse):
         rows = block.rows
         d_o = d_out[:, :, rows]
@@ -141,7 +141,7 @@ def _backward(d_out, _d_t_out, x: Inputs, _t, saved: Saved, spec: Spec, mask_gra
 
 
 def _backward_jvp(d_out, d_t_out, x: Inputs, t: Tangents, saved: Saved, spec: Spec, mask_grad):
-    q, k, v, mask, _seed = x
+    q, k, v, mask, *_ = x
     inputs = (q, k, v, mask if mask_grad else None)
     grads: Any = [
         None if y is None else _zeros(y, spec, mask=y is mask) for y in (*inputs, *inputs)
@@ -150,7 +150,7 @@ def _backward_jvp(d_out, d_t_out, x: Inputs, t: Tangents, saved: Saved, spec: Sp
     q, k, v, t_q, t_k, t_v = _wide(q, k, v, *t[:3])
     out, t_out, mu, d_out, d_t_out = _wide(saved.out, saved.t_out, saved.mu, d_out, d_t_out)
     operands = (q, k, t_q, t_k, d_out, d_t_out)
-    rows_of: Any = [None if y is None else _rows(y, mask, spec) for y in operands]
+    rows_of: Any = [None if y is None else _rows(y, x, spec) for y in operands]
     q_all, k_all, t_q_all, t_k_all, d_out_all, d_t_out_all = rows_of
     scale = spec.scale
     tangents = Tangents(t_q, t_k, None, t.mask)
@@ -190,8 +190,7 @@ def _backward_jvp(d_out, d_t_out, x: Inputs, t: Tangents, saved: Saved, spec: Sp
 
 def _blocks(x: Inputs, t: Tangents, spec: Spec, lse: Tensor | None = None) -> Iterator[Block]:
     """`lse` is given in a backward pass; it may be of more keys than these, as in a shard."""
-    q, k, _v, mask, _seed = x
-    seed: Any = x.seed
+    q, k, _v, mask, seed, *_ = x
     t_q, t_k, _t_v, t_mask = t
     B, H, L, _ = q.shape
     S = k.shape[2]
@@ -213,7 +212,7 @@ def _blocks(x: Inputs, t: Tangents, spec: Spec, lse: Tensor | None = None) -> It
         elif mask is not None:
             s = s + mask[:, :, rows].to(s.dtype)
             masked = mask[:, :, rows] == float("-inf")
-        for outside in _outside(rows, S, spec, q.device):
+        for outside in _outside(rows, x, spec):
             masked = outside if masked is None else masked | outside
         if masked is not None:
             # scores and tangents of masked pairs count for nothing, even where they are not finite
@@ -226,24 +225,48 @@ def _blocks(x: Inputs, t: Tangents, spec: Spec, lse: Tensor | None = None) -> It
         if lse is not None:
             p = p * torch.exp(here - lse[:, :, rows]).unsqueeze(-1)
         p = p.masked_fill((here == float("-inf")).unsqueeze(-1), 0.0)  # attends nothing here
+        if masked is not None:  # of a query that is not finite
+            p = p.masked_fill(masked, 0.0)
         z = None
         if spec.dropout_p > 0.0:
-            keep = keep_mask(seed, (B, H, L, S), rows, spec.dropout_p)
+            keep = keep_mask(seed, (B, H, L, S), rows, spec.dropout_p)  # type: ignore[arg-type]
             z = keep.to(s.dtype) / (1.0 - spec.dropout_p)
         yield Block(rows, p, t_s, z, here, masked)
 
 
-def _outside(rows: slice, S: int, spec: Spec, device: torch.device) -> Iterator[Tensor]:
-    """(l, S), for each bound of the band: the pairs beyond it."""
+def _outside(rows: slice, x: Inputs, spec: Spec) -> Iterator[Tensor]:
+    """(l, S): the pairs of two sequences, and for each bound of the band those beyond it."""
     left, right = band(spec)
-    if left is None and right is None:
+    if not _hides(x, spec):
         return
-    i = torch.arange(rows.start, rows.stop, device=device).unsqueeze(-1)
-    j = torch.arange(S, device=device)
+    i = torch.arange(rows.start, rows.stop, device=x.q.device).unsqueeze(-1)
+    j = torch.arange(x.k.shape[2], device=x.q.device)
+    if x.cu_q is not None:
+        cu_k = x.cu_q if x.cu_k is None else x.cu_k
+        n, n_k = _sequences(i, x.cu_q), _sequences(j, cu_k)
+        yield (n != n_k) | (n < 0)
+        at = int(spec.lower_right)  # of the diagonal: the first row of a sequence, or the last
+        i = i - _starts(x.cu_q, n + at)
+        j = j - _starts(cu_k, n_k + at)
     if right is not None:
         yield j > i + right
     if left is not None:
         yield j < i - left
+
+
+def _hides(x: Inputs, spec: Spec) -> bool:
+    """Whether positions alone hide pairs."""
+    return x.cu_q is not None or band(spec) != Band()
+
+
+def _sequences(rows: Tensor, cu: Tensor) -> Tensor:
+    """The packed sequence of each row; −1 of those that lie in none."""
+    n = torch.bucketize(rows, cu, right=True) - 1
+    return n.masked_fill(n == len(cu) - 1, -1)
+
+
+def _starts(cu: Tensor, n: Tensor) -> Tensor:
+    return cu[n.clamp(0, len(cu) - 1)]
 
 
 def _scores(x: Tensor, y: Tensor) -> Tensor:
@@ -276,11 +299,11 @@ def _group(H: int, Hk: int) -> int:
     return H // Hk if Hk else 1
 
 
-def _rows(x: Tensor, mask: Tensor | None, spec: Spec) -> Rows:
-    if mask is None and band(spec) == Band():
-        return Rows(x)
-    finite = x.isfinite()
-    return Rows(x) if finite.all() else Rows(x.masked_fill(~finite, 0.0), (~finite).to(x.dtype))
+def _rows(y: Tensor, x: Inputs, spec: Spec) -> Rows:
+    if x.mask is None and not _hides(x, spec):
+        return Rows(y)
+    finite = y.isfinite()
+    return Rows(y) if finite.all() else Rows(y.masked_fill(~finite, 0.0), (~finite).to(y.dtype))
 
 
 def _spoil(product: Tensor, times: Callable, x: Rows, block: Block) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from itertools import pairwise
 from numbers import Real
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch.fx
 from torch import Tensor
 
 from .broadcast import Sizes, together
-from .call import Band
+from .call import Band, Packed
 from .errors import ArgumentTypeError, ArgumentValueError
+from .functorch import is_functorch_wrapped_tensor, is_watched
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -183,6 +185,69 @@ def window(given: Any) -> Band | None:
             f"window must have bounds >= 0, with -1 or None for no bound, got {given!r}"
         )
     return Band(*[None if x == -1 else x for x in pair])
+
+
+def packed(given: Any) -> Packed:
+    """`cu_seqlens`: one tensor, or one of the queries and one of the keys. A `Packed`, as callers
+    inside the library give it, keeps where it is aligned."""
+    pair = given if isinstance(given, (tuple, list)) else (given, given)
+    if len(pair) not in (2, 3) or not all(isinstance(cu, Tensor) for cu in pair[:2]):
+        raise ArgumentTypeError(
+            "cu_seqlens must be a tensor, or a pair of tensors (of the queries, of the keys),"
+            f" got {given!r}"
+        )
+    if pair[1] is pair[0]:  # both ends of a sequence are aligned
+        return Packed(pair[0])
+    return Packed(*pair)
+
+
+def sequences(cu: Packed, attn_mask: Tensor | None, device: torch.device) -> None:
+    """Kinds and number of the packed sequences, and what does not go with them."""
+    if cu.cu_q is None:
+        return
+    for name, x in (("cu_seqlens_q", cu.cu_q), ("cu_seqlens_k", cu.cu_k)):
+        if x is None:
+            continue
+        if x.dtype != torch.int32:
+            raise ArgumentTypeError(f"{name} must be int32, got {x.dtype}; use {name}.int()")
+        if x.dim() != 1 or x.shape[0] == 0:
+            raise ArgumentValueError(
+                f"{name} must have shape (sequences + 1,), got {tuple(x.shape)}"
+            )
+        if x.device != device:
+            raise ArgumentValueError(
+                f"{name} must be on query's device {device}, got {x.device}; move it there"
+            )
+    if cu.cu_k is not None and cu.cu_k.shape != cu.cu_q.shape:
+        raise ArgumentValueError(
+            "cu_seqlens_q and cu_seqlens_k must be of equally many sequences,"
+            f" got {cu.cu_q.shape[0] - 1} and {cu.cu_k.shape[0] - 1}"
+        )
+    if attn_mask is not None:
+        raise NotImplementedError(
+            "attn_mask is not supported beside cu_seqlens; call attention once for each sequence,"
+            " or pad the sequences to (B, H, L, D) and let the mask hide the padding"
+        )
+
+
+def lengths(cu: Packed, L: int, S: int) -> None:
+    """Packed sequences lie inside of the rows, where reading them waits for no device."""
+    cu_k = cu.cu_q if cu.cu_k is None else cu.cu_k
+    for name, x, rows in (("cu_seqlens_q", cu.cu_q, L), ("cu_seqlens_k", cu_k, S)):
+        if x is None or not _is_read(x):
+            continue
+        ends = x.tolist()
+        if ends[0] != 0 or ends[-1] > rows or any(a > b for a, b in pairwise(ends)):
+            raise ArgumentValueError(
+                f"{name} must rise from 0 to at most {rows}, the number of rows, got {ends}"
+            )
+
+
+def _is_read(x: Tensor) -> bool:
+    """Whether the elements of a tensor may be looked at, and that costs nothing."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
+        return False
+    return not is_watched() and not is_functorch_wrapped_tensor(x)
 
 
 def scalars(dropout_p: float, is_causal: bool, scale: float | None) -> None:

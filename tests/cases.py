@@ -25,6 +25,8 @@ class Case:
     Dv: int | None = None
     causal: bool = False
     window: tuple[int | None, int | None] = (None, None)
+    packed: tuple | None = None  # (cu_q, cu_k or None) as tuples: sequences behind one another
+    lower_right: bool = False
     mask: str | None = None  # bool, key (B,1,1,S), row (1,H,L,1), full (B,H,L,S) with a row of -inf
     tangents: str = "qkvb"
     dropout_p: float = 0.0
@@ -37,6 +39,9 @@ class Case:
         more = [f"Dv{self.Dv}"] if self.Dv else []
         more += ["causal"] if self.causal else []
         more += [f"window{self.window[0]}_{self.window[1]}"] if any_bound(self.window) else []
+        for cu in self.packed or ():
+            more += ["packed" + "_".join(map(str, cu))] if cu else []
+        more += ["lower_right"] if self.lower_right else []
         more += [self.mask] if self.mask else []
         more += [f"t_{self.tangents}"] if self.tangents != "qkvb" else []
         more += [f"drop{self.dropout_p}"] if self.dropout_p else []
@@ -47,6 +52,26 @@ class Case:
 
 def any_bound(window) -> bool:
     return any(bound is not None for bound in window)
+
+
+def visible(case: Case) -> Tensor:
+    """(L, S), bool: the pairs that positions let attend, written out."""
+    left, right = case.window
+    cu_q, cu_k = case.packed or ((0, case.L), (0, case.S))
+    cu_k = cu_q if cu_k is None else cu_k
+    valid = torch.zeros(case.L, case.S, dtype=torch.bool)
+    for n in range(len(cu_q) - 1):
+        i = torch.arange(cu_q[n + 1] - cu_q[n])[:, None]
+        j = torch.arange(cu_k[n + 1] - cu_k[n])[None, :]
+        if case.lower_right:
+            i = i + len(j[0]) - len(i)
+        here = (j <= i) if case.causal else torch.ones(len(i), len(j[0]), dtype=torch.bool)
+        if left is not None:
+            here = here & (j >= i - left)
+        if right is not None:
+            here = here & (j <= i + right)
+        valid[cu_q[n] : cu_q[n + 1], cu_k[n] : cu_k[n + 1]] = here
+    return valid
 
 
 @dataclass
@@ -60,10 +85,11 @@ class Problem:
     d_t_out: Tensor
     spec: Spec
     mask_grad: bool
+    packed: tuple = ()
 
     @property
     def x(self) -> Inputs:
-        return Inputs(*self.primals, self.seed)
+        return Inputs(*self.primals, self.seed, *self.packed)
 
     @property
     def t(self) -> Tangents:
@@ -73,7 +99,7 @@ class Problem:
         wide = lambda x: x.double() if x is not None and x.is_floating_point() else x  # noqa: E731
         return Problem(
             list(map(wide, self.primals)), list(map(wide, self.tangents)), self.seed,
-            wide(self.d_out), wide(self.d_t_out), self.spec, self.mask_grad,
+            wide(self.d_out), wide(self.d_t_out), self.spec, self.mask_grad, self.packed,
         )  # fmt: skip
 
 
@@ -113,10 +139,13 @@ def build(case: Case, dtype: torch.dtype, device="cpu", backend="triton") -> Pro
     tangents.append(draw(*mask.shape) if floating and "b" in case.tangents else None)
     seed = torch.tensor([2**40 + 7], device=device) if case.dropout_p else None
     scale = D**-0.5 if case.scale is None else case.scale
-    spec = Spec(scale, case.causal, case.dropout_p, backend, *case.window)
-    return Problem(
-        [q, k, v, mask], tangents, seed, tile(B, H, L, Dv), tile(B, H, L, Dv), spec, floating
-    )
+    spec = Spec(scale, case.causal, case.dropout_p, backend, *case.window, case.lower_right)
+    packed = [
+        None if cu is None else torch.tensor(cu, dtype=torch.int32, device=device)
+        for cu in case.packed or ()
+    ]
+    d_out, d_t_out = tile(B, H, L, Dv), tile(B, H, L, Dv)
+    return Problem([q, k, v, mask], tangents, seed, d_out, d_t_out, spec, floating, tuple(packed))
 
 
 def close(got: Tensor, exact: Tensor) -> None:

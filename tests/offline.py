@@ -14,6 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from jvp_flash_attention import call
 from jvp_flash_attention.call import Inputs, Saved, Spec, Tangents
 from jvp_flash_attention.kernels import launches
 from jvp_flash_attention.kernels.merge import merge_launch
@@ -69,15 +70,19 @@ def compile_passes(
     tma: bool | None = None,
     dropout_p=0.0,
     window=(None, None),
+    sequences: int | None = None,
 ) -> list[Compiled]:
-    """Compiles every kernel of the named passes at (1, 2, length, head_dim)."""
+    """Compiles every kernel of the named passes at (1, 2, length, head_dim), which may be so many
+    packed `sequences`; a band is aligned at their ends."""
     q, k, v, t_q, t_k, t_v, d, d_t = (
         torch.zeros(1, 2, length, head_dim, dtype=dtype) for _ in range(8)
     )
     spec = Spec(head_dim**-0.5, causal, dropout_p, "triton", *window)
+    cu = [None] * 2 if sequences is None else torch.zeros(2, sequences + 1, dtype=torch.int32)
+    spec = spec._replace(lower_right=sequences is not None and call.band(spec) != call.Band())
     seed = torch.zeros(1, dtype=torch.int64) if dropout_p else None
     mask_grad = mask is not None and mask.is_floating_point()
-    x = Inputs(q, k, v, mask, seed)
+    x = Inputs(q, k, v, mask, seed, *cu)
     t = Tangents(t_q, t_k, t_v, torch.zeros_like(mask) if mask_grad else None)
     rows = torch.zeros(1, 2, length)
     saved = Saved(q, rows, q, rows)
@@ -135,6 +140,8 @@ def table(target: str, head_dims, dtypes, variants=("plain",), **kwargs):
         "bias": {"mask": torch.zeros(1, 1, 200, 200), "length": 200},
         "dropout": {"dropout_p": 0.1},
         "window": {"window": (96, 32), "length": 200},
+        "packed": {"sequences": 9},
+        "packed causal": {"sequences": 9, "causal": True},
         "tiles": {"mask": torch.zeros(1, 1, 256, 256, dtype=torch.bool)},  # a mask that TMA reads
         "keys": {"mask": torch.zeros(1, 1, 1, 256, dtype=torch.bool)},
     }

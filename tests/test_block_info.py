@@ -30,11 +30,13 @@ def parts_kernel(
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     QUERIES: tl.constexpr,
+    shift,
+    SHIFTED: tl.constexpr,
 ):
     if QUERIES:
-        parts = block_info.query_parts(at, n, M, N, LEFT, RIGHT)
+        parts = block_info.query_parts(at - shift, n, M, N, LEFT, RIGHT, SHIFTED)
     else:
-        parts = block_info.key_parts(at, n, M, N, LEFT, RIGHT)
+        parts = block_info.key_parts(at + shift, n, M, N, LEFT, RIGHT, SHIFTED)
     for i in tl.static_range(6):
         tl.store(OUT + i, parts[i])
 
@@ -74,30 +76,38 @@ def test_pairs_that_count(left, right, device):
 def test_parts_hold_what_counts_once_and_skip_tiles_without(
     queries, L, S, M, N, left, right, device
 ):
+    """The queries stand at i, or where lengths differ and the ends are aligned at i + shift."""
     out = torch.empty(6, dtype=torch.int32, device=device)
     rows, length, step, other = (S, L, M, N) if queries else (L, S, N, M)
-    # the last tile is a whole one to the ranges
-    valid = band(L, S + N, left, right).T if queries else band(L + M, S, left, right)
-    for at in range(0, rows, other):
-        parts_kernel[(1,)](out, at, length, M, N, left, right, queries)
-        tile, seen = valid[at : at + other], []
-        for phase, (begin, end) in enumerate(out.view(3, 2).tolist()):
-            if phase == 1 and queries and right is None:
-                continue  # nothing: the kernel has no such phase
-            if phase == 2 and left is None:
-                continue
-            for start in range(begin, end, step):
-                assert start % step == 0
-                seen += range(start, min(start + step, length))
-                if phase == 0:
-                    assert tile[:, start : start + step].all()
-        assert len(seen) == len(set(seen))
-        mine = torch.zeros(length, dtype=torch.bool)
-        mine[seen] = True
-        assert (tile.any(0) <= mine).all()
-        tiles = {x // step for x in seen}
-        needed = {x // step for x in tile.any(0).nonzero().flatten().tolist()}
-        assert len(tiles - needed) <= (left is not None or right is not None)
+    for shift in (0, -37, 25) if M < N else (0,):
+        bounds = left if left is None else left - shift, right if right is None else right + shift
+        # the last tile is a whole one to the ranges
+        valid = band(L, S + N, *bounds).T if queries else band(L + M, S, *bounds)
+        for at in range(0, rows, other):
+            how = (M, N, left, right, queries, shift, shift != 0)
+            parts_kernel[(1,)](out, at, length, *how)
+            check_parts(out, valid[at : at + other], length, step, left, right, queries)
+
+
+def check_parts(out, tile, length, step, left, right, queries):
+    seen = []
+    for phase, (begin, end) in enumerate(out.view(3, 2).tolist()):
+        if phase == 1 and queries and right is None:
+            continue  # nothing: the kernel has no such phase
+        if phase == 2 and left is None:
+            continue
+        for start in range(begin, end, step):
+            assert start % step == 0
+            seen += range(start, min(start + step, length))
+            if phase == 0:
+                assert tile[:, start : start + step].all()
+    assert len(seen) == len(set(seen))
+    mine = torch.zeros(length, dtype=torch.bool)
+    mine[seen] = True
+    assert (tile.any(0) <= mine).all()
+    tiles = {x // step for x in seen}
+    needed = {x // step for x in tile.any(0).nonzero().flatten().tolist()}
+    assert len(tiles - needed) <= (left is not None or right is not None)
 
 
 @pytest.mark.parametrize(

@@ -80,8 +80,17 @@ def test_varlen_is_each_sequence_alone(lengths):
     ]
     close(out, torch.cat([o for o, _ in pairs]))
     close(t_out, torch.cat([t for _, t in pairs]))
+    assert out.is_contiguous()
+    close(fa.flash_attn_varlen_kvpacked_func(q, torch.stack([k, v], 1), *starts, 9, 9, **how), out)
     with pytest.raises(ValueError, match="cu_seqlens_q must rise"):
         fa.flash_attn_varlen_func(q[1:], k, v, *starts, 9, 9)
+
+
+def test_varlen_packed_form():
+    qkv, starts = draw(7, 3, 4, 8), torch.tensor([0, 3, 7]).int()
+    out = fa.flash_attn_varlen_qkvpacked_func(qkv, starts, 4, causal=True)
+    for begin, end in ((0, 3), (3, 7)):
+        close(out[begin:end], exact(*qkv[None, begin:end].unbind(2), causal=True)[0])
 
 
 def test_kvcache_counts_what_is_filled():

@@ -35,6 +35,7 @@ def test_every_output_at_all_pairs_of_lengths(dtype, head_dim, causal, record_pr
     check(worst, dtype)
 
 
+PACKED = ((0, 100, 100, 101, 230, 270), (0, 40, 140, 290, 290, 300))
 INPUTS = (
     Case(H=4, Hk=2, L=276, S=196, D=64),
     Case(H=6, Hk=1, L=130, S=300, D=72, causal=True),
@@ -50,6 +51,12 @@ INPUTS = (
     Case(L=276, S=200, D=128, H=4, Hk=2, window=(90, None), causal=True),
     Case(L=200, S=276, D=64, window=(None, 40), mask="full"),
     Case(L=200, S=276, D=64, window=(-40, 100)),  # as flash_attn aligns it
+    Case(L=276, S=300, D=64, packed=PACKED),
+    Case(L=276, S=300, D=128, packed=PACKED),
+    Case(L=276, S=276, D=64, H=4, Hk=2, packed=(PACKED[0], None), causal=True),
+    Case(L=276, S=300, D=72, packed=PACKED, causal=True, lower_right=True, layout="blhd"),
+    Case(L=276, S=300, D=128, packed=PACKED, window=(50, 20), lower_right=True),
+    Case(L=276, S=300, D=64, packed=PACKED, dropout_p=0.3),
     Case(L=276, S=276, D=64, tangents="q"),
     Case(L=276, S=276, D=64, tangents="k"),
     Case(L=276, S=276, D=64, tangents="v"),
@@ -69,6 +76,33 @@ def test_every_output_for_every_kind_of_input(dtype, case, record_property):
     found = errors(kernels, case, dtype, "cuda")
     record_property("errors", found)
     check(found, dtype)
+
+
+def test_packed_sequences_keep_to_themselves_behind_tma_and_nothing_waits_for_their_lengths():
+    """A step is captured, and replayed with other lengths; NaN in the next one is not felt."""
+    x = [torch.randn(2, 300, 64, device="cuda", dtype=torch.bfloat16) for _ in range(8)]
+    cu = torch.tensor([0, 100, 270], dtype=torch.int32, device="cuda")
+
+    def step():
+        leaves = [z.detach().requires_grad_() for z in x[:6]]
+        out, t_out = attention_jvp(*leaves, cu_seqlens=cu)
+        return out, t_out, *torch.autograd.grad((out, t_out), leaves, x[6:])
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for end in (100, 133):
+        cu[1] = end
+        graph.replay()
+        wanted = [z[:, :end].clone() for z in step()]
+        for got, e in zip(captured, wanted, strict=True):
+            assert torch.equal(got[:, :end], e)
+            assert not got[:, 270:].any()
+    for z in x:
+        z[:, end:] = float("nan")
+    for got, e in zip(step(), wanted, strict=True):
+        assert torch.equal(got[:, :end], e)
 
 
 @pytest.mark.parametrize("name", selfcheck.COMPOSITIONS)

@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from jvp_flash_attention import attention, attention_jvp, kernels
-from jvp_flash_attention.call import Band
+from jvp_flash_attention.call import Band, Packed
 from jvp_flash_attention.selfcheck import dense
-from tests.cases import Case, build, check, close, errors
+from tests.cases import Case, build, check, close, errors, visible
 
-EXAMPLES = 70  # of each of the 18 compiled tests
+EXAMPLES = 70  # of each of the 21 compiled tests
 QUIET = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 
 
@@ -24,21 +24,33 @@ BOUNDS = st.one_of(st.none(), st.integers(-3, 20))
 
 
 @st.composite
+def sequences(draw, L, S) -> tuple:
+    """Up to five in L rows and S keys; empty ones, and rows behind the last one."""
+    n = draw(st.integers(0, 5))
+    ends = lambda rows: st.lists(st.integers(0, rows), min_size=n, max_size=n).map(sorted)  # noqa: E731
+    cu_q = (0, *draw(ends(L)))
+    return cu_q, None if cu_q[-1] <= S and draw(st.booleans()) else (0, *draw(ends(S)))
+
+
+@st.composite
 def cases(draw, lengths, head_dims, tangents) -> Case:
     """Any problem with lengths and head dims from the given strategies."""
     Hk, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    D = draw(head_dims)
+    D, L, S = draw(head_dims), draw(lengths), draw(lengths)
+    packed = draw(st.one_of(st.none(), sequences(L, S)))
     return Case(
         B=draw(st.integers(1, 3)),
         H=Hk * group,
         Hk=Hk,
-        L=draw(lengths),
-        S=draw(lengths),
+        L=L,
+        S=S,
         D=D,
         Dv=draw(st.sampled_from([None, None, 2 * D])),
         causal=draw(st.booleans()),
         window=draw(st.one_of(st.just((None, None)), st.tuples(BOUNDS, BOUNDS))),
-        mask=draw(st.sampled_from([None, None, "bool", "key", "row", "full"])),
+        packed=packed,
+        lower_right=packed is not None and draw(st.booleans()),
+        mask=None if packed else draw(st.sampled_from([None, None, "bool", "key", "row", "full"])),
         tangents=draw(tangents),
         scale=draw(st.sampled_from([None, 0.3, -0.5])),
         layout=draw(st.sampled_from(["bhld", "blhd", "padded"])),
@@ -56,6 +68,9 @@ def test_the_public_functions_equal_dense_attention(case):
     p = build(case, torch.float64)
     options = {"is_causal": case.causal, "scale": case.scale, "enable_gqa": True}
     options["window"] = Band(*case.window)
+    if case.packed:
+        cu_q, cu_k = p.packed
+        options["cu_seqlens"] = Packed(cu_q, cu_q if cu_k is None else cu_k, case.lower_right)
     q, k, v, mask = p.primals
     t_q, t_k, t_v, t_mask = p.tangents
     out, t_out = attention_jvp(q, k, v, t_q, t_k, t_v, mask, t_attn_mask=t_mask, **options)
@@ -66,7 +81,10 @@ def test_the_public_functions_equal_dense_attention(case):
         if x is not None and x.is_floating_point()
     ]
     masks = () if len(inputs) == 4 else (mask,)
+    seen = (visible(case), False, case.scale)
     f = lambda *x: dense(*x, *masks, case.causal, case.scale, case.window)  # noqa: E731
+    if case.packed:
+        f = lambda *x: dense(*x, *seen)  # noqa: E731
     exact, t_exact = torch.func.jvp(f, tuple(inputs), tuple(tangents))
     close(out, exact)
     close(t_out, t_exact)
@@ -95,7 +113,7 @@ def test_the_kernels_equal_the_reference(examples):
 
 @pytest.mark.gpu
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("mask", [None, "window", "bool", "key", "row", "full"], ids=str)
+@pytest.mark.parametrize("mask", [None, "window", "packed", "bool", "key", "row", "full"], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_the_compiled_kernels_equal_the_reference(dtype, mask, record_property):
     """Fixed by the test, and so compiled once: dtype, head dim, kind of mask. Groups go with
@@ -105,11 +123,16 @@ def test_the_compiled_kernels_equal_the_reference(dtype, mask, record_property):
 
     @seed(0)
     @settings(max_examples=EXAMPLES, **QUIET)
-    @given(cases(st.integers(1, 300), head_dim, st.just("qkvb")))
-    def run(case):
+    @given(cases(st.integers(1, 300), head_dim, st.just("qkvb")), st.data())
+    def run(case, data):
         H = case.Hk * (2 if case.layout == "blhd" else 1)
         window = (33, 7) if mask == "window" else (None, None)
-        case = replace(case, H=H, Dv=None, scale=None, mask=mask, window=window)
+        case = replace(case, H=H, Dv=None, scale=None, window=window, packed=None)
+        if mask == "packed":
+            packed = data.draw(sequences(case.L, case.S))
+            case = replace(case, mask=None, packed=packed)
+        else:
+            case = replace(case, lower_right=False, mask=None if mask == "window" else mask)
         found = errors(kernels, case, dtype, "cuda", rows=16)  # hypothesis likes single rows
         for name, error in found.items():
             worst[name] = max(worst.get(name, 0.0), error)

@@ -125,7 +125,7 @@ class Ring(NamedTuple):
     def forward(self, x: Inputs, t: Tangents | None, spec: Spec) -> Saved:
         jvp = t is not None
         t = t or Tangents()
-        q, k, v, mask, _seed = x
+        q, k, v, mask, *_ = x
         lengths = self._agree("forward", x, (*t[:3], jvp or None), spec)
         size, rank = self.group.size(), self.group.rank()
         held = shard_lengths(lengths[1], size, self.layout)
@@ -155,7 +155,7 @@ class Ring(NamedTuple):
         self, d_out, d_t_out, x: Inputs, t: Tangents, saved: Saved, spec: Spec, mask_grad: bool
     ) -> tuple[Tangents, Tangents]:
         jvp = d_t_out is not None
-        q, k, v, mask, _seed = x
+        q, k, v, mask, *_ = x
         lengths = self._agree("backward", x, (*t[:3], d_out, d_t_out), spec)
         size, rank = self.group.size(), self.group.rank()
         held = shard_lengths(lengths[1], size, self.layout)
@@ -193,7 +193,12 @@ class Ring(NamedTuple):
         """(L, S) of the whole sequences, once all processes have said that they make this call."""
         if not is_default(spec, but=("causal", "backend", "rows_first", "compiled")):
             raise NotImplementedError(f"ring_attention supports scale and is_causal, got {spec}")
-        q, k, v, mask, _seed = x
+        if x.cu_q is not None:
+            raise NotImplementedError(
+                "ring_attention takes no cu_seqlens; give each process whole sequences, and call"
+                " attention"
+            )
+        q, k, v, mask, *_ = x
         size, rank = self.group.size(), self.group.rank()
         lengths = self.lengths or (size * q.shape[2], size * k.shape[2])
         call = (

@@ -9,9 +9,16 @@ from .sharding import LAYOUTS
 
 
 def numbers(
-    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa=False
-) -> tuple[float, bool, float | None, bool]:
-    """SDPA's arguments after the mask, in their order."""
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa=False,
+    *, window=None, cu_seqlens=None,
+) -> tuple[float, bool, float | None, bool]:  # fmt: skip
+    """SDPA's arguments after the mask, in their order; those of `attention` alone are refused."""
+    for name, x in (("window", window), ("cu_seqlens", cu_seqlens)):
+        if x is not None:
+            raise NotImplementedError(
+                f"context parallel attention takes no {name}; give each process whole sequences,"
+                " and call attention"
+            )
     return dropout_p, is_causal, scale, enable_gqa
 
 

@@ -205,7 +205,7 @@ def _between(
 
 
 def _agree(who: Members, x: Inputs, given, spec: Spec, lengths: tuple[int, int]) -> None:
-    q, k, v, mask, _seed = x
+    q, k, v, mask, *_ = x
     call = (
         *(("lengths", lengths), ("dtype", q.dtype)),
         ("batch, heads, head dim", (*q.shape[:2], q.shape[3], k.shape[1], v.shape[3])),

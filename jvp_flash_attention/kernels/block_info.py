@@ -11,6 +11,10 @@ take them in this order:
     PHASE 1     crossed by the right bound, or by the end of the keys
     PHASE 2     crossed by the left bound
 
+Packed sequences lie behind one another in one row. CU, (sequences + 1,), says where each begins,
+and None that there is one. A program has a tile of one sequence, and all ranges are of its queries
+and keys. What lies behind the last one is a sequence whose other side is empty.
+
 The functions are Triton's; the Gluon kernels of sm90 compile the same ones
 (sm90/primitives.py).
 """
@@ -32,11 +36,37 @@ FAR = 2**30  # further than any row is long
 
 def band(spec: Spec) -> dict[str, Any]:
     """The compile-time arguments of a kernel that say which pairs count. Kernels look for rows that
-    see nothing where LEFT is given, so a negative RIGHT comes with one."""
+    see nothing where LEFT is given, so a negative RIGHT comes with one, and LOWER_RIGHT."""
     left, right = call.band(spec)
-    if left is None and right is not None and right < 0:
+    if left is None and right is not None and (right < 0 or spec.lower_right):
         left = FAR
-    return {"LEFT": left, "RIGHT": right}
+    return {"LEFT": left, "RIGHT": right, "LOWER_RIGHT": spec.lower_right}
+
+
+@triton.jit
+def tiles_of(CU, rows, BLOCK: tl.constexpr, sequences):
+    """How many tiles the rows of a head have, at most: each packed sequence begins a new one."""
+    tiles = tl.cdiv(rows, BLOCK) if CU is None else rows // BLOCK + sequences + 1
+    return tiles
+
+
+@triton.jit
+def sequence_of(
+    CU, CU_OTHER, tile, rows, others, sequences, BLOCK: tl.constexpr, SEQUENCES: tl.constexpr
+):  # fmt: skip
+    """Of a tile among `tiles_of`, its sequence: (tile of it, its first row, its rows; the first row
+    and the rows of its other side). Sequence n is given the tiles from cu[n] // BLOCK + n on; those
+    that it does not need begin behind its rows. SEQUENCES: a power of two above `sequences`."""
+    n = tl.arange(0, SEQUENCES)
+    begins = tl.load(CU + n, mask=n <= sequences, other=rows) // BLOCK + n
+    n = tl.max(tl.where((begins <= tile) & (n <= sequences), n, 0))
+    first = tl.load(CU + n)
+    end = tl.load(CU + n + 1, mask=n < sequences, other=rows)
+    first_other = tl.load(CU_OTHER + n)
+    end_other = tl.load(CU_OTHER + n + 1, mask=n < sequences, other=0)
+    end_other = tl.where(n < sequences, end_other, first_other)
+    tile -= first // BLOCK + n
+    return tile, first, end - first, first_other, end_other - first_other
 
 
 @triton.jit
@@ -64,24 +94,26 @@ def pair_at(X, b, h, i, j):
 
 
 @triton.jit
-def keys_end(m0, rows: tl.constexpr, S, RIGHT: tl.constexpr):
+def keys_end(m0, rows: tl.constexpr, S, RIGHT: tl.constexpr, SHIFTED: tl.constexpr = False):
     """The first key on the right of those that rows m0 ... m0 + rows see; of one row, how many keys
-    it and all after it see."""
+    it and all after it see. SHIFTED: m0 may be negative."""
     end = S
     if RIGHT is not None:
         end = min(S, m0 + (rows + RIGHT))
-        if RIGHT < 0:
+        if RIGHT < 0 or SHIFTED:
             end = max(end, 0)
     return end
 
 
 @triton.jit
 def key_parts(
-    m0, S, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr
-):
-    """Where the keys that rows m0 ... m0 + BLOCK_M see begin and end, in phases 0, 1 and 2."""
-    end = keys_end(m0, BLOCK_M, S, RIGHT)
-    clear_end = keys_end(m0, 1, S, RIGHT) // BLOCK_N * BLOCK_N
+    m0, S, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    SHIFTED: tl.constexpr = False,
+):  # fmt: skip
+    """Where the keys that rows m0 ... m0 + BLOCK_M see begin and end, in phases 0, 1 and 2.
+    SHIFTED: m0 is any number, as where rows are counted from the last one."""
+    end = keys_end(m0, BLOCK_M, S, RIGHT, SHIFTED)
+    clear_end = keys_end(m0, 1, S, RIGHT, SHIFTED) // BLOCK_N * BLOCK_N
     begin = 0
     clear = 0
     if LEFT is not None:
@@ -94,21 +126,23 @@ def key_parts(
 
 @triton.jit
 def query_parts(
-    n0, L, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr
-):
-    """Where the queries that see keys n0 ... n0 + BLOCK_N begin and end, in phases 0, 1 and 2."""
+    n0, L, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    SHIFTED: tl.constexpr = False,
+):  # fmt: skip
+    """Where the queries that see keys n0 ... n0 + BLOCK_N begin and end, in phases 0, 1 and 2.
+    SHIFTED: n0 is any number."""
     begin = 0
     clear = 0
     end = L
     clear_end = L
     if LEFT is not None:
         end = min(L, n0 + (BLOCK_N + LEFT))
-        if LEFT < 0:
+        if LEFT < 0 or SHIFTED:
             end = max(end, 0)
     if RIGHT is not None:
         begin = n0 // BLOCK_M * BLOCK_M
         clear = n0 + BLOCK_N - 1
-        if RIGHT != 0:
+        if RIGHT != 0 or SHIFTED:
             begin = max(n0 - RIGHT, 0) // BLOCK_M * BLOCK_M
             clear = max(clear - RIGHT, 0)
         clear = min(tl.cdiv(clear, BLOCK_M) * BLOCK_M, tl.cdiv(end, BLOCK_M) * BLOCK_M)
@@ -131,11 +165,12 @@ def in_band(i, j, LEFT: tl.constexpr, RIGHT: tl.constexpr):
 
 
 @triton.jit
-def is_valid(i, j, S, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """Which pairs of queries i and keys j count: inside the keys and the band."""
+def is_valid(i, j, S, LEFT: tl.constexpr, RIGHT: tl.constexpr, shift=0):
+    """Which pairs of queries i and keys j count: inside the keys and the band, in which the queries
+    stand at i + shift."""
     valid = (j < S) & (i >= 0)
     if LEFT is not None or RIGHT is not None:
-        valid = valid & in_band(i, j, LEFT, RIGHT)
+        valid = valid & in_band(i + shift, j, LEFT, RIGHT)
     return valid
 
 

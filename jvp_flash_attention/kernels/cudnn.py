@@ -34,6 +34,7 @@ def supports(x: Inputs, spec: Spec, *more: Tensor) -> bool:
         and architecture(x.q.device) == "sm90"
         and x.q.element_size() == 2
         and x.mask is None
+        and x.cu_q is None
         and is_default(spec, but=("causal", "backend", "rows_first", "compiled", "sharded"))
         and Hk == H
         and D == DV <= 128

@@ -176,7 +176,7 @@ def _forward_call(x: Inputs, t: Tangents | None, spec: Spec) -> Call:
 def _backward_call(
     d_out, d_t_out, x: Inputs, t: Tangents, saved: Saved, spec: Spec, mask_grad: bool, arch=None
 ) -> Call:
-    q, k, v, mask, _seed = x
+    q, k, v, mask, *_ = x
     jvp = d_t_out is not None
     d_mask, d_t_mask = (
         _mask_accumulator(mask, q, k) if mask_grad and mask is not None and there else None
@@ -187,7 +187,7 @@ def _backward_call(
     d_out, d_t_out = readable(d_out), readable(d_t_out)
     out: Any = readable(saved.out)
     statistics = None
-    if jvp and mask is None and (arch or architecture(q.device)) == "sm90":
+    if jvp and mask is None and x.cu_q is None and (arch or architecture(q.device)) == "sm90":
         statistics = q.new_empty(*q.shape[:2], 4, cdiv(q.shape[2], 64) * 64, dtype=torch.float32)
     return Call(
         _inputs(x),
@@ -213,10 +213,11 @@ def _readable(x: Inputs) -> Inputs:
 
 
 def _inputs(x: Inputs) -> Inputs:
-    """Mask and seed too; q, k and v are so already."""
-    if x.mask is None and x.seed is None:
+    """All the others too; q, k and v are so already."""
+    q, k, v, mask, *others = x
+    if mask is None and not any(y is not None for y in others):
         return x
-    return x._replace(mask=readable_mask(x.mask), seed=maybe_contiguous(x.seed))
+    return Inputs(q, k, v, readable_mask(mask), *map(maybe_contiguous, others))
 
 
 def _tangents(t: Tangents) -> Tangents:

@@ -52,6 +52,7 @@ class Problem(NamedTuple):
     spec: Spec
     mask: bool
     bool_mask: bool
+    sequences: int | None  # packed ones
 
     @property
     def block_d(self) -> int:
@@ -68,6 +69,7 @@ class Problem(NamedTuple):
     def tile(self, name: str) -> configs.Tile:
         """The tile of a pass, by the wider of the two head dims."""
         window = self.spec.left is not None or self.spec.right is not None
+        window = window or (self.spec.causal and self.sequences is not None)
         extras = self.mask or self.spec.dropout_p > 0.0 or window
         return configs.tile(self.table(name), name, self.widest, extras)
 
@@ -93,10 +95,12 @@ class Problem(NamedTuple):
         return "bf16x6" if six else "tf32x3"
 
     def scalars(self, seed: Tensor | None) -> tuple:
-        """scale, dropout threshold, 1 / keep probability, batch entries a seed, H, L, S."""
+        """scale, dropout threshold, 1 / keep probability, batch entries a seed, H, L, S, packed
+        sequences."""
         p = self.spec.dropout_p
         group = 1 if seed is None else max(self.B // seed.numel(), 1)
-        return self.spec.scale, int(p * 2**32), 1.0 / (1.0 - p), group, self.H, self.L, self.S
+        sizes = (self.H, self.L, self.S, self.sequences)
+        return self.spec.scale, int(p * 2**32), 1.0 / (1.0 - p), group, *sizes
 
 
 def problem(c: Call, spec: Spec, arch: str | None = None, tma: bool | None = None) -> Problem:
@@ -111,7 +115,8 @@ def problem(c: Call, spec: Spec, arch: str | None = None, tma: bool | None = Non
         tma = arch in TMA and itemsize == 2 and all(map(tma_can_read, read))
     bool_mask = c.x.mask is not None and c.x.mask.dtype == torch.int8
     sizes = (B, H, Hk, L, S, D, DV)
-    return Problem(*sizes, arch, tma, itemsize, spec, c.x.mask is not None, bool_mask)
+    sequences = None if c.x.cu_q is None else c.x.cu_q.shape[0] - 1
+    return Problem(*sizes, arch, tma, itemsize, spec, c.x.mask is not None, bool_mask, sequences)
 
 
 @cache

@@ -23,7 +23,7 @@ shard of each row's (`Spec.sharded`) they are not: a tile's sums are a part of t
 import triton
 import triton.language as tl
 
-from ..block_info import first_row, query_parts
+from ..block_info import first_row, query_parts, sequence_of, tiles_of
 from .primitives import (
     LOG2E,
     OUTSIDE,
@@ -43,12 +43,14 @@ from .primitives import (
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def bwd_dkdv_kernel(
-    Q, K, V, T_Q, T_K, T_V, MASK, T_MASK, SEED, D_O, D_T_O, LSE, MU, H_SUM, W_SUM,
+    Q, K, V, T_Q, T_K, T_V, MASK, T_MASK, SEED, CU_Q, CU_K,
+    D_O, D_T_O, LSE, MU, H_SUM, W_SUM,
     D_K, D_T_K, D_V, D_T_V,
-    scale, threshold, keep_scale, batch_per_seed, H, L, S,
+    scale, threshold, keep_scale, batch_per_seed, H, L, S, sequences,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, BOOL: tl.constexpr, WHOLE: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, LOWER_RIGHT: tl.constexpr, SEQUENCES: tl.constexpr,
+    BOOL: tl.constexpr, WHOLE: tl.constexpr,
     SINGLE: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -59,16 +61,28 @@ def bwd_dkdv_kernel(
     SPLIT: tl.constexpr = MASK is not None and not BOOL
     EMPTY: tl.constexpr = MASK is not None or LEFT is not None  # rows may attend nothing
 
-    b, hk, tile = head_of(tl.program_id(0), tl.cdiv(S, BLOCK_N), H // GROUP, False)
+    pid = tl.program_id(0)
+    tiles = tiles_of(CU_Q, S, BLOCK_N, sequences)
+    b, hk, tile = head_of(pid, tiles, H // GROUP, False)
+    rows = L
+    q0 = 0
+    k0 = 0
+    if CU_Q is not None:
+        tile, k0, S, q0, L = sequence_of(
+            CU_Q if CU_K is None else CU_K, CU_Q, tile, S, L, sequences, BLOCK_N, SEQUENCES
+        )
+        if tile * BLOCK_N >= S:
+            return
+    shift = S - L if LOWER_RIGHT else 0
     n0 = tile * BLOCK_N
     j = n0 + tl.arange(0, BLOCK_N)
-    k = load_tile(K, b, hk, n0, S, BLOCK_N, D, BLOCK_D, True, TMA)
+    k = load_tile(K, b, hk, k0 + n0, k0 + S, BLOCK_N, D, BLOCK_D, True, TMA)
     if D_K is not None:
-        v = load_tile(V, b, hk, n0, S, BLOCK_N, DV, BLOCK_DV, True, TMA)
+        v = load_tile(V, b, hk, k0 + n0, k0 + S, BLOCK_N, DV, BLOCK_DV, True, TMA)
     if T_K is not None:
-        t_k = load_tile(T_K, b, hk, n0, S, BLOCK_N, D, BLOCK_D, True, TMA)
+        t_k = load_tile(T_K, b, hk, k0 + n0, k0 + S, BLOCK_N, D, BLOCK_D, True, TMA)
     if T_V is not None and D_K is not None:
-        t_v = load_tile(T_V, b, hk, n0, S, BLOCK_N, DV, BLOCK_DV, True, TMA)
+        t_v = load_tile(T_V, b, hk, k0 + n0, k0 + S, BLOCK_N, DV, BLOCK_DV, True, TMA)
 
     d_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     d_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
@@ -76,18 +90,18 @@ def bwd_dkdv_kernel(
     d_t_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     scale2 = scale * LOG2E
 
-    parts = query_parts(n0, L, BLOCK_M, BLOCK_N, LEFT, RIGHT)
+    parts = query_parts(n0 - shift, L, BLOCK_M, BLOCK_N, LEFT, RIGHT, LOWER_RIGHT)
     for g in range(GROUP):
         h = hk * GROUP + g
-        row = first_row(b, h, H, L)
+        row = first_row(b, h, H, rows) + q0
         for PHASE in tl.static_range(3 if LEFT is not None else 2 if RIGHT is not None else 1):
             for m0 in tl.range(parts[2 * PHASE], parts[2 * PHASE + 1], BLOCK_M):
                 i = m0 + tl.arange(0, BLOCK_M)
-                q = load_tile(Q, b, h, m0, L, BLOCK_M, D, BLOCK_D, not WHOLE, TMA)
+                q = load_tile(Q, b, h, q0 + m0, q0 + L, BLOCK_M, D, BLOCK_D, not WHOLE, TMA)
                 zero = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
                 s = dot(k, q.T, zero, PRECISION) * scale2
                 if T_Q is not None:
-                    t_q = load_tile(T_Q, b, h, m0, L, BLOCK_M, D, BLOCK_D, not WHOLE, TMA)
+                    t_q = load_tile(T_Q, b, h, q0 + m0, q0 + L, BLOCK_M, D, BLOCK_D, not WHOLE, TMA)
                 if T_S:
                     t_s = zero
                     if T_Q is not None:
@@ -111,7 +125,9 @@ def bwd_dkdv_kernel(
                 if SPLIT:
                     counted = hidden == 0
                 if PHASE != 0 or BOOL or SINGLE:
-                    valid = valid_pairs(i[None, :], j[:, None], S, mask, LEFT, RIGHT, PHASE, BOOL)
+                    valid = valid_pairs(
+                        i[None, :], j[:, None], S, mask, LEFT, RIGHT, PHASE, BOOL, shift
+                    )
                     if PHASE != 0:
                         valid = valid & (i < L)[None, :]
                     p = tl.where(valid, p, 0.0)
@@ -121,14 +137,19 @@ def bwd_dkdv_kernel(
                 p_z = p
                 if SEED is not None:
                     z = dropout_factor(
-                        SEED, b, h, i[None, :], j[:, None], H, batch_per_seed, threshold, keep_scale
-                    )
+                        SEED, b, h, q0 + i[None, :], k0 + j[:, None],
+                        H, batch_per_seed, threshold, keep_scale,
+                    )  # fmt: skip
                     p_z = p * z
 
                 if D_O is not None:
-                    d_o = load_tile(D_O, b, h, m0, L, BLOCK_M, DV, BLOCK_DV, not WHOLE, TMA)
+                    d_o = load_tile(
+                        D_O, b, h, q0 + m0, q0 + L, BLOCK_M, DV, BLOCK_DV, not WHOLE, TMA
+                    )
                 if JVP:
-                    d_t_o = load_tile(D_T_O, b, h, m0, L, BLOCK_M, DV, BLOCK_DV, not WHOLE, TMA)
+                    d_t_o = load_tile(
+                        D_T_O, b, h, q0 + m0, q0 + L, BLOCK_M, DV, BLOCK_DV, not WHOLE, TMA
+                    )
                     if T_S:
                         t_s -= tl.load(MU + row + i, mask=i < L, other=0.0)[None, :]
 
@@ -173,10 +194,10 @@ def bwd_dkdv_kernel(
                     d_k = dot((p * d_p).to(k.dtype), q, d_k, PRECISION)
 
     if D_K is not None:
-        store_tile(D_K, d_k * scale, b, hk, n0, S, BLOCK_N, D, BLOCK_D)
+        store_tile(D_K, d_k * scale, b, hk, k0 + n0, k0 + S, BLOCK_N, D, BLOCK_D)
         if JVP:
-            store_tile(D_T_K, d_t_k * scale, b, hk, n0, S, BLOCK_N, D, BLOCK_D)
+            store_tile(D_T_K, d_t_k * scale, b, hk, k0 + n0, k0 + S, BLOCK_N, D, BLOCK_D)
     if D_V is not None:
-        store_tile(D_V, d_v, b, hk, n0, S, BLOCK_N, DV, BLOCK_DV)
+        store_tile(D_V, d_v, b, hk, k0 + n0, k0 + S, BLOCK_N, DV, BLOCK_DV)
         if JVP:
-            store_tile(D_T_V, d_t_v, b, hk, n0, S, BLOCK_N, DV, BLOCK_DV)
+            store_tile(D_T_V, d_t_v, b, hk, k0 + n0, k0 + S, BLOCK_N, DV, BLOCK_DV)

@@ -8,7 +8,7 @@ with dS, dtS and SINGLE of `bwd_dkdv.py`.
 import triton
 import triton.language as tl
 
-from ..block_info import first_row, head_at, key_parts, pair_at
+from ..block_info import first_row, head_at, key_parts, pair_at, sequence_of, tiles_of
 from .primitives import (
     LOG2E,
     OUTSIDE,
@@ -29,12 +29,14 @@ from .primitives import (
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def bwd_dq_kernel(
-    Q, K, V, T_Q, T_K, T_V, MASK, T_MASK, SEED, D_O, D_T_O, LSE, MU, H_SUM, W_SUM,
+    Q, K, V, T_Q, T_K, T_V, MASK, T_MASK, SEED, CU_Q, CU_K,
+    D_O, D_T_O, LSE, MU, H_SUM, W_SUM,
     D_Q, D_T_Q, D_MASK, D_T_MASK,
-    scale, threshold, keep_scale, batch_per_seed, H, L, S,
+    scale, threshold, keep_scale, batch_per_seed, H, L, S, sequences,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, BOOL: tl.constexpr, WHOLE: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, LOWER_RIGHT: tl.constexpr, SEQUENCES: tl.constexpr,
+    BOOL: tl.constexpr, WHOLE: tl.constexpr,
     SINGLE: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr,
@@ -45,18 +47,30 @@ def bwd_dq_kernel(
     SPLIT: tl.constexpr = MASK is not None and not BOOL
     DT: tl.constexpr = D_Q[0].dtype.element_ty
 
-    b, h, tile = head_of(tl.program_id(0), tl.cdiv(L, BLOCK_M), H, RIGHT is not None)
+    pid = tl.program_id(0)
+    tiles = tiles_of(CU_Q, L, BLOCK_M, sequences)
+    b, h, tile = head_of(pid, tiles, H, RIGHT is not None)
     hk = h // GROUP
+    rows = L
+    q0 = 0
+    k0 = 0
+    if CU_Q is not None:
+        tile, q0, L, k0, S = sequence_of(
+            CU_Q, CU_Q if CU_K is None else CU_K, tile, L, S, sequences, BLOCK_M, SEQUENCES
+        )
+        if tile * BLOCK_M >= L:
+            return
+    shift = S - L if LOWER_RIGHT else 0
     m0 = tile * BLOCK_M
     i = m0 + tl.arange(0, BLOCK_M)
-    row = first_row(b, h, H, L) + i
-    q = load_tile(Q, b, h, m0, L, BLOCK_M, D, BLOCK_D, True, TMA)
+    row = first_row(b, h, H, rows) + q0 + i
+    q = load_tile(Q, b, h, q0 + m0, q0 + L, BLOCK_M, D, BLOCK_D, True, TMA)
     if T_Q is not None:
-        t_q = load_tile(T_Q, b, h, m0, L, BLOCK_M, D, BLOCK_D, True, TMA)
+        t_q = load_tile(T_Q, b, h, q0 + m0, q0 + L, BLOCK_M, D, BLOCK_D, True, TMA)
     if D_O is not None:
-        d_o = load_tile(D_O, b, h, m0, L, BLOCK_M, DV, BLOCK_DV, True, TMA)
+        d_o = load_tile(D_O, b, h, q0 + m0, q0 + L, BLOCK_M, DV, BLOCK_DV, True, TMA)
     if JVP:
-        d_t_o = load_tile(D_T_O, b, h, m0, L, BLOCK_M, DV, BLOCK_DV, True, TMA)
+        d_t_o = load_tile(D_T_O, b, h, q0 + m0, q0 + L, BLOCK_M, DV, BLOCK_DV, True, TMA)
         h_sum = tl.load(H_SUM + row, mask=i < L, other=0.0)
         if T_S:
             mu = tl.load(MU + row, mask=i < L, other=0.0)
@@ -67,16 +81,16 @@ def bwd_dq_kernel(
     d_t_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     scale2 = scale * LOG2E
 
-    BANDED: tl.constexpr = LEFT is not None or RIGHT is not None
-    parts = key_parts(m0, S, BLOCK_M, BLOCK_N, LEFT, RIGHT)
+    BANDED: tl.constexpr = LEFT is not None or RIGHT is not None or CU_Q is not None
+    parts = key_parts(m0 + shift, S, BLOCK_M, BLOCK_N, LEFT, RIGHT, LOWER_RIGHT)
     for PHASE in tl.static_range(1 if WHOLE else 2 if LEFT is None else 3):
         for n0 in tl.range(parts[2 * PHASE], parts[2 * PHASE + 1], BLOCK_N):
             j = n0 + tl.arange(0, BLOCK_N)
-            k = load_tile(K, b, hk, n0, S, BLOCK_N, D, BLOCK_D, PHASE != 0, TMA)
+            k = load_tile(K, b, hk, k0 + n0, k0 + S, BLOCK_N, D, BLOCK_D, PHASE != 0, TMA)
             zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             s = dot(q, k.T, zero, PRECISION) * scale2
             if T_K is not None:
-                t_k = load_tile(T_K, b, hk, n0, S, BLOCK_N, D, BLOCK_D, PHASE != 0, TMA)
+                t_k = load_tile(T_K, b, hk, k0 + n0, k0 + S, BLOCK_N, D, BLOCK_D, PHASE != 0, TMA)
             if T_S:
                 t_s = zero
                 if T_Q is not None:
@@ -97,7 +111,9 @@ def bwd_dq_kernel(
             if SPLIT:
                 counted = hidden == 0
             if PHASE != 0 or BOOL:
-                valid = valid_pairs(i[:, None], j[None, :], S, mask, LEFT, RIGHT, PHASE, BOOL)
+                valid = valid_pairs(
+                    i[:, None], j[None, :], S, mask, LEFT, RIGHT, PHASE, BOOL, shift
+                )
                 p = tl.where(valid, p, 0.0)
                 if T_S:
                     t_s = tl.where(valid, t_s, 0.0)
@@ -107,19 +123,20 @@ def bwd_dq_kernel(
                 if T_K is not None:
                     t_k = finite(t_k)
 
-            v = load_tile(V, b, hk, n0, S, BLOCK_N, DV, BLOCK_DV, PHASE != 0, TMA)
+            v = load_tile(V, b, hk, k0 + n0, k0 + S, BLOCK_N, DV, BLOCK_DV, PHASE != 0, TMA)
             d_p = zero
             if D_O is not None:
                 d_p = dot(d_o, v.T, d_p, PRECISION)
             if JVP and T_V is not None:
-                t_v = load_tile(T_V, b, hk, n0, S, BLOCK_N, DV, BLOCK_DV, PHASE != 0, TMA)
+                t_v = load_tile(T_V, b, hk, k0 + n0, k0 + S, BLOCK_N, DV, BLOCK_DV, PHASE != 0, TMA)
                 d_p = dot(d_t_o, t_v.T, d_p, PRECISION)
             if MASK is not None or (BANDED and PHASE != 0):
                 d_p = tl.where(counted, d_p, 0.0)
             if SEED is not None:
                 z = dropout_factor(
-                    SEED, b, h, i[:, None], j[None, :], H, batch_per_seed, threshold, keep_scale
-                )
+                    SEED, b, h, q0 + i[:, None], k0 + j[None, :],
+                    H, batch_per_seed, threshold, keep_scale,
+                )  # fmt: skip
                 d_p *= z
             if JVP:
                 h_m = dot(d_t_o, v.T, zero, PRECISION)
@@ -145,9 +162,9 @@ def bwd_dq_kernel(
             if D_MASK is not None:
                 add_mask_grad(D_MASK, d_s, b, h, i, j, L, S, MASK_ROWS, MASK_COLUMNS)
 
-    store_tile(D_Q, d_q * scale, b, h, m0, L, BLOCK_M, D, BLOCK_D)
+    store_tile(D_Q, d_q * scale, b, h, q0 + m0, q0 + L, BLOCK_M, D, BLOCK_D)
     if JVP:
-        store_tile(D_T_Q, d_t_q * scale, b, h, m0, L, BLOCK_M, D, BLOCK_D)
+        store_tile(D_T_Q, d_t_q * scale, b, h, q0 + m0, q0 + L, BLOCK_M, D, BLOCK_D)
 
 
 @triton.jit

@@ -22,7 +22,7 @@ else.
 import triton
 import triton.language as tl
 
-from ..block_info import first_row, key_parts
+from ..block_info import first_row, key_parts, sequence_of, tiles_of
 from .primitives import (
     LOG2E,
     OUTSIDE,
@@ -43,11 +43,12 @@ from .primitives import (
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def forward_kernel(
-    Q, K, V, T_Q, T_K, T_V, MASK, T_MASK, SEED, O, T_O, LSE, MU,
-    scale, threshold, keep_scale, batch_per_seed, H, L, S,
+    Q, K, V, T_Q, T_K, T_V, MASK, T_MASK, SEED, CU_Q, CU_K, O, T_O, LSE, MU,
+    scale, threshold, keep_scale, batch_per_seed, H, L, S, sequences,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, BOOL: tl.constexpr, WHOLE: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, LOWER_RIGHT: tl.constexpr, SEQUENCES: tl.constexpr,
+    BOOL: tl.constexpr, WHOLE: tl.constexpr,
     PRESCALE: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -58,13 +59,25 @@ def forward_kernel(
     JVP: tl.constexpr = T_O is not None
     DT: tl.constexpr = O[0].dtype.element_ty
 
-    b, h, tile = head_of(tl.program_id(0), tl.cdiv(L, BLOCK_M), H, RIGHT is not None)
+    pid = tl.program_id(0)
+    tiles = tiles_of(CU_Q, L, BLOCK_M, sequences)
+    b, h, tile = head_of(pid, tiles, H, RIGHT is not None)
     hk = h // GROUP
+    rows = L
+    q0 = 0
+    k0 = 0
+    if CU_Q is not None:
+        tile, q0, L, k0, S = sequence_of(
+            CU_Q, CU_Q if CU_K is None else CU_K, tile, L, S, sequences, BLOCK_M, SEQUENCES
+        )
+        if tile * BLOCK_M >= L:
+            return
+    shift = S - L if LOWER_RIGHT else 0
     m0 = tile * BLOCK_M
     i = m0 + tl.arange(0, BLOCK_M)
-    q = load_tile(Q, b, h, m0, L, BLOCK_M, D, BLOCK_D, True, TMA)
+    q = load_tile(Q, b, h, q0 + m0, q0 + L, BLOCK_M, D, BLOCK_D, True, TMA)
     if T_Q is not None:
-        t_q = load_tile(T_Q, b, h, m0, L, BLOCK_M, D, BLOCK_D, True, TMA)
+        t_q = load_tile(T_Q, b, h, q0 + m0, q0 + L, BLOCK_M, D, BLOCK_D, True, TMA)
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
@@ -77,11 +90,12 @@ def forward_kernel(
     scale2 = scale * LOG2E
 
     BANDED: tl.constexpr = LEFT is not None or RIGHT is not None
-    parts = key_parts(m0, S, BLOCK_M, BLOCK_N, LEFT, RIGHT)
+    CUT: tl.constexpr = CU_Q is not None and not BANDED
+    parts = key_parts(m0 + shift, S, BLOCK_M, BLOCK_N, LEFT, RIGHT, LOWER_RIGHT)
     for PHASE in tl.static_range(1 if WHOLE else 2 if LEFT is None else 3):
         for n0 in tl.range(parts[2 * PHASE], parts[2 * PHASE + 1], BLOCK_N):
             j = n0 + tl.arange(0, BLOCK_N)
-            k = load_tile(K, b, hk, n0, S, BLOCK_N, D, BLOCK_D, PHASE != 0, TMA)
+            k = load_tile(K, b, hk, k0 + n0, k0 + S, BLOCK_N, D, BLOCK_D, PHASE != 0, TMA)
             zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             s = dot(q, k.T, zero, PRECISION)
             if T_S:
@@ -89,7 +103,9 @@ def forward_kernel(
                 if T_Q is not None:
                     t_s = dot(t_q, k.T, t_s, PRECISION)
                 if T_K is not None:
-                    t_k = load_tile(T_K, b, hk, n0, S, BLOCK_N, D, BLOCK_D, PHASE != 0, TMA)
+                    t_k = load_tile(
+                        T_K, b, hk, k0 + n0, k0 + S, BLOCK_N, D, BLOCK_D, PHASE != 0, TMA
+                    )
                     t_s = dot(q, t_k.T, t_s, PRECISION)
                 t_s *= scale
                 if T_MASK is not None:
@@ -104,7 +120,9 @@ def forward_kernel(
                     if T_S:
                         t_s = tl.where(hidden, 0.0, t_s)
             if PHASE != 0 or BOOL:
-                valid = valid_pairs(i[:, None], j[None, :], S, mask, LEFT, RIGHT, PHASE, BOOL)
+                valid = valid_pairs(
+                    i[:, None], j[None, :], S, mask, LEFT, RIGHT, PHASE, BOOL, shift
+                )
                 s = tl.where(valid, s, float("-inf"))
                 if T_S:
                     t_s = tl.where(valid, t_s, 0.0)
@@ -138,13 +156,17 @@ def forward_kernel(
                 t = t * alpha[:, None]
             if SEED is not None:
                 z = dropout_factor(
-                    SEED, b, h, i[:, None], j[None, :], H, batch_per_seed, threshold, keep_scale
-                )
+                    SEED, b, h, q0 + i[:, None], k0 + j[None, :],
+                    H, batch_per_seed, threshold, keep_scale,
+                )  # fmt: skip
                 p = p * z
                 if T_S:
                     p_t_s = p_t_s * z
 
-            v = load_tile(V, b, hk, n0, S, BLOCK_N, DV, BLOCK_DV, PHASE != 0, TMA)
+            v = load_tile(
+                V, b, hk, k0 + n0, k0 + S, BLOCK_N, DV, BLOCK_DV, PHASE != 0, TMA,
+                CUT and PHASE != 0,
+            )  # fmt: skip
             if MASK is not None or (BANDED and PHASE != 0):
                 spoil = tl.maximum(spoil, spoiled(v, s))
                 v = finite(v)
@@ -152,7 +174,10 @@ def forward_kernel(
             if T_S:
                 t = dot(p_t_s.to(DT), v, t, PRECISION)
             if T_V is not None:
-                t_v = load_tile(T_V, b, hk, n0, S, BLOCK_N, DV, BLOCK_DV, PHASE != 0, TMA)
+                t_v = load_tile(
+                    T_V, b, hk, k0 + n0, k0 + S, BLOCK_N, DV, BLOCK_DV, PHASE != 0, TMA,
+                    CUT and PHASE != 0,
+                )  # fmt: skip
                 if MASK is not None or (BANDED and PHASE != 0):
                     t_spoil = tl.maximum(t_spoil, spoiled(t_v, s))
                     t_v = finite(t_v)
@@ -162,8 +187,8 @@ def forward_kernel(
     o = o * inverse[:, None]
     if MASK is not None or BANDED:
         o = tl.where(spoil[:, None] > 0.0, float("nan"), o)
-    row = first_row(b, h, H, L) + i
-    store_tile(O, o, b, h, m0, L, BLOCK_M, DV, BLOCK_DV)
+    row = first_row(b, h, H, rows) + q0 + i
+    store_tile(O, o, b, h, q0 + m0, q0 + L, BLOCK_M, DV, BLOCK_DV)
     store_row_statistics(LSE, row, m, l, i < L, MASK is not None and not BOOL)
     if JVP:
         t = t * inverse[:, None]
@@ -172,5 +197,5 @@ def forward_kernel(
         r = r * inverse
         if T_S:
             t -= r[:, None] * o
-        store_tile(T_O, t, b, h, m0, L, BLOCK_M, DV, BLOCK_DV)
+        store_tile(T_O, t, b, h, q0 + m0, q0 + L, BLOCK_M, DV, BLOCK_DV)
         tl.store(MU + row, r + c, mask=i < L)

@@ -3,6 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
+import triton
+
+from ... import call
+from ...call import Band
 from .. import configs
 from ..block_info import band
 from ..launch_cache import Launch
@@ -31,7 +35,7 @@ def _fwd(name: str, p: Problem, c: Call) -> Iterator[Launch]:
         **_constexprs(name, p, tile),
         "WHOLE": _keys_whole(p, tile),
     }
-    yield Launch(forward_kernel, (cdiv(p.L, tile.BLOCK_M) * p.B * p.H,), args, constexprs)
+    yield Launch(forward_kernel, _grid(p, p.L, tile.BLOCK_M, p.H), args, constexprs)
 
 
 def _bwd_preprocess(_name: str, p: Problem, c: Call) -> Iterator[Launch]:
@@ -46,6 +50,8 @@ def _bwd_preprocess(_name: str, p: Problem, c: Call) -> Iterator[Launch]:
 
 
 def _bwd_dkdv(name: str, p: Problem, c: Call) -> Iterator[Launch]:
+    if p.sequences is not None:  # queries of the next one are not checked for behind TMA
+        p = p._replace(tma=False)
     tile = p.tile(name)
     d, d_t = c.grads, c.t_grads
     results = [(d.k, d_t.k, d.v, d_t.v)]
@@ -53,12 +59,12 @@ def _bwd_dkdv(name: str, p: Problem, c: Call) -> Iterator[Launch]:
         results = [(None, None, d.v, d_t.v), (d.k, d_t.k, None, None)]
     constexprs = {
         **_constexprs(name, p, tile),
-        "WHOLE": p.L % tile.BLOCK_M == 0,
+        "WHOLE": p.L % tile.BLOCK_M == 0 and p.sequences is None,
         "SINGLE": _single(p, tile),
     }
     for grads in results:
         args = (*_given(p, c, tile), *map(pointer, grads), *p.scalars(c.x.seed))
-        grid = (cdiv(p.S, tile.BLOCK_N) * p.B * p.Hk,)
+        grid = _grid(p, p.S, tile.BLOCK_N, p.Hk)
         yield Launch(bwd_dkdv_kernel, grid, args, constexprs)
 
 
@@ -78,7 +84,7 @@ def _bwd_dq(name: str, p: Problem, c: Call) -> Iterator[Launch]:
         "MASK_ROWS": d.mask is not None and d.mask.shape[2] == p.L,
         "MASK_COLUMNS": d.mask is not None and d.mask.shape[3] == p.S,
     }
-    yield Launch(bwd_dq_kernel, (cdiv(p.L, tile.BLOCK_M) * p.B * p.H,), args, constexprs)
+    yield Launch(bwd_dq_kernel, _grid(p, p.L, tile.BLOCK_M, p.H), args, constexprs)
 
 
 PASSES = {
@@ -91,7 +97,7 @@ PASSES = {
 
 def _operands(p: Problem, c: Call, tile: configs.Tile) -> tuple:
     """The arguments that every kernel but the first begins with."""
-    (q, k, v, mask, seed), (t_q, t_k, t_v, t_mask) = c.x, c.t
+    (q, k, v, mask, *others), (t_q, t_k, t_v, t_mask) = c.x, c.t
     return (
         operand(q, p, tile.BLOCK_M, p.block_d),
         operand(k, p, tile.BLOCK_N, p.block_d),
@@ -99,7 +105,7 @@ def _operands(p: Problem, c: Call, tile: configs.Tile) -> tuple:
         operand(t_q, p, tile.BLOCK_M, p.block_d),
         operand(t_k, p, tile.BLOCK_N, p.block_d),
         operand(t_v, p, tile.BLOCK_N, p.block_dv),
-        *(mask_pointer(mask, p), mask_pointer(t_mask, p), seed),
+        *(mask_pointer(mask, p), mask_pointer(t_mask, p), *others),
     )
 
 
@@ -122,6 +128,7 @@ def _constexprs(name: str, p: Problem, tile: configs.Tile) -> dict[str, Any]:
         "BLOCK_D": p.block_d,
         "BLOCK_DV": p.block_dv,
         **band(p.spec),
+        "SEQUENCES": None if p.sequences is None else triton.next_power_of_2(p.sequences + 1),
         "BOOL": p.bool_mask,
         "PRECISION": p.precision(name),
         "TMA": p.tma,
@@ -129,9 +136,17 @@ def _constexprs(name: str, p: Problem, tile: configs.Tile) -> dict[str, Any]:
     }
 
 
+def _grid(p: Problem, rows: int, block: int, heads: int) -> tuple[int]:
+    """A program for each tile of rows of each head; as `block_info.tiles_of` counts them."""
+    tiles = cdiv(rows, block)
+    if p.sequences is not None and rows > 0:
+        tiles = rows // block + p.sequences + 1
+    return (tiles * p.B * heads,)
+
+
 def _keys_whole(p: Problem, tile: configs.Tile) -> bool:
     """Whether every query sees every key of every tile, but for a mask."""
-    return p.S % tile.BLOCK_N == 0 and not any(x is not None for x in band(p.spec).values())
+    return p.S % tile.BLOCK_N == 0 and p.sequences is None and call.band(p.spec) == Band()
 
 
 def _single(p: Problem, tile: configs.Tile) -> bool:

@@ -17,19 +17,21 @@ LN2 = tl.constexpr(0.6931471805599453)
 OUTSIDE = tl.constexpr(float("-inf"))  # of a floating mask: no pair outside of the tensors counts
 
 # lengths and counts that must not make a kernel compile anew
-UNSPECIALIZED = ("threshold", "batch_per_seed", "H", "L", "S")
+UNSPECIALIZED = ("threshold", "batch_per_seed", "H", "L", "S", "sequences")
 
 
 @triton.jit
 def load_tile(
     X, b, h, row, rows,
     BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    CHECK: tl.constexpr, TMA: tl.constexpr,
+    CHECK: tl.constexpr, TMA: tl.constexpr, CUT: tl.constexpr = False,
 ):  # fmt: skip
     """Rows row ... row + BLOCK of head (b, h) as (BLOCK, BLOCK_D); CHECK where they may pass the
-    end, `rows`."""
+    end, `rows`. CUT where they may pass it and the tensor does not end, which TMA cannot know."""
     if TMA:
         x = X.load([b, h, row, 0]).reshape(BLOCK, BLOCK_D)
+        if CUT:
+            x = tl.where((row + tl.arange(0, BLOCK) < rows)[:, None], x, 0.0)
     else:
         i = tl.arange(0, BLOCK)
         d = tl.arange(0, BLOCK_D)
@@ -113,12 +115,13 @@ def probabilities(s, m, log_l, SPLIT: tl.constexpr):
 
 @triton.jit
 def valid_pairs(
-    i, j, S, mask, LEFT: tl.constexpr, RIGHT: tl.constexpr, PHASE: tl.constexpr, BOOL: tl.constexpr
-):
+    i, j, S, mask, LEFT: tl.constexpr, RIGHT: tl.constexpr, PHASE: tl.constexpr, BOOL: tl.constexpr,
+    shift,
+):  # fmt: skip
     """Which pairs of rows i and columns j attend: inside the keys, in a tile at an edge inside the
-    band, selected by a bool mask."""
+    band (`is_valid`), selected by a bool mask."""
     EDGE: tl.constexpr = PHASE != 0
-    valid = is_valid(i, j, S, LEFT if EDGE else None, RIGHT if EDGE else None)
+    valid = is_valid(i, j, S, LEFT if EDGE else None, RIGHT if EDGE else None, shift)
     if BOOL:
         valid = valid & (mask != 0)
     return valid

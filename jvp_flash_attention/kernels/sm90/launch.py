@@ -35,6 +35,8 @@ def unsupported_reason(name: str, p: Problem, c: Call) -> str | None:
         return f"needs D = Dv up to 128, a multiple of 8, got {p.D} and {p.DV}"
     if not is_default(p.spec, but=SUPPORTED):
         return f"supports scale and causal, got {p.spec}"
+    if p.sequences is not None:
+        return "leaves packed sequences to the portable kernels"
     if min(p.B, p.H, p.L, p.S) == 0:
         return "needs elements"
     if name == "fwd_jvp":
@@ -60,7 +62,7 @@ def launches(name: str, p: Problem, c: Call) -> Iterator[Launch]:
 
 
 def _fwd_jvp(p: Problem, c: Call) -> Launch:
-    q, k, v, mask, _seed = c.x
+    q, k, v, mask, *_ = c.x
     kind = "none" if mask is None else _mask_kind(mask, p)
     schedule = configs.schedule(p.D, 0 if mask is None else mask.element_size())
     N, D1, D2 = schedule.BLOCK_N, schedule.D1, schedule.D2
