@@ -45,7 +45,9 @@ def plan(config: DictConfig) -> tuple[str, list[Plan]]:
         f"{counted.all / 1e6:.1f} M parameters, {batch} images {tuple(data.shape)} a GPU,"
         f" {precision(config.trainer)}, GiB of each of {nodes * devices} GPUs"
     )
-    return title, plans(counted, activations, nodes * devices, nodes, averages(config), half)
+    graphs = config.cuda_graphs is not False
+    found = plans(counted, activations, nodes * devices, nodes, averages(config), half, graphs)
+    return title, found
 
 
 def averages(config: DictConfig) -> int:

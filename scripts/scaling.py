@@ -49,7 +49,7 @@ from training.environment import environment
 from training.metrics.profile import profile_steps
 from training.randomness import Draws, generator
 from training.renamed import command_line
-from training.sharding import shard
+from training.sharding import UNIT, shard
 from training.step import Step
 
 SEED = 0
@@ -85,7 +85,8 @@ class Arm:
             half = torch.bfloat16 if config.trainer.precision == "bf16-mixed" else None
             shape = (2, self.world // 2) if kind == "hybrid" else (self.world,)
             names = ("replicate", "shard")[-len(shape) :]
-            shard(net, init_device_mesh(device.type, shape, mesh_dim_names=names), half)
+            mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+            shard(net, mesh, half, 0 if "graphs" in kind else UNIT)
         else:
             net.to(device)
         self.half = config.trainer.precision == "bf16-mixed"

@@ -23,6 +23,7 @@ from training.activation_checkpointing import CHOICES as CHECKPOINTING
 from training.activation_checkpointing import checkpoint_blocks
 from training.models.layers import Block
 from training.randomness import Draws
+from training.sharding import UNIT, units, weights_of
 from training.step import compile_blocks, teachers
 
 SHARDINGS = ("none", "ddp", "hybrid", "fsdp")
@@ -52,13 +53,16 @@ class Counted(NamedTuple):
 
     all: int
     block: int  # of the largest block
+    unit: int  # of the blocks that travel together without a CUDA graph
     teachers: int
 
 
 def count(net: nn.Module, objective: nn.Module) -> Counted:
-    size = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
-    blocks = [size(module) for module in net.modules() if isinstance(module, Block)]
-    return Counted(size(net), max(blocks, default=0), sum(map(size, teachers(objective))))  # type: ignore[arg-type]
+    block, unit = (
+        max((sum(map(weights_of, blocks)) for blocks in units(net, least)), default=0)
+        for least in (0, UNIT)
+    )
+    return Counted(weights_of(net), block, unit, sum(map(weights_of, teachers(objective))))  # type: ignore[arg-type]
 
 
 def plans(
@@ -68,6 +72,7 @@ def plans(
     nodes: int = 1,
     averages: int = 1,
     half: bool = True,
+    graphs: bool = True,
 ) -> list[Plan]:
     """Every sharding that so many processes can have, with every choice of checkpointing.
 
@@ -75,6 +80,7 @@ def plans(
         activations: bytes for each choice of checkpointing, see ``saved_bytes``.
         averages: how many averages of the weights there are.
         half: weights travel in half precision.
+        graphs: the step is a CUDA graph where it can be one, not with hybrid sharding.
     """
     found = []
     kept = averages * counted.all + counted.teachers
@@ -82,8 +88,9 @@ def plans(
         parts = {"none": 1, "ddp": 1, "hybrid": processes // nodes, "fsdp": processes}[sharding]
         if (processes == 1) != (sharding == "none") or (sharding == "hybrid" and nodes == 1):
             continue
-        # A block in work and the next one, whole: weights as they travel, and gradients likewise.
-        gathered = 2 * counted.block * 2 * (FULL / 2 if half else FULL) if parts > 1 else 0.0
+        # A unit in work and the next one, whole: weights as they travel, and gradients likewise.
+        unit = counted.block if graphs and sharding != "hybrid" else counted.unit
+        gathered = 2 * unit * 2 * (FULL / 2 if half else FULL) if parts > 1 else 0.0
         # Views of what DDP exchanges: no second copy.
         share = FULL * counted.all / parts
         for checkpointing, saved in activations.items():

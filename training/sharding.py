@@ -1,8 +1,10 @@
 """A network in shards: each process keeps a part of every weight (PyTorch's FSDP2).
 
-A block's weights are gathered when it is reached and let go after it, forward and backward. Value
-and tangent travel between blocks as ordinary tensors (``models.jvp_layers``), so that the hooks of
-FSDP2 see nothing but tensors, whatever the objective differentiates.
+A block's weights are gathered when it is reached and let go after it, forward and backward; those
+of several small blocks together where Python starts every kernel (``units``), because their travels
+take it longer than the blocks do. Value and tangent travel between blocks as ordinary tensors
+(``models.jvp_layers``), so that the hooks of FSDP2 see nothing but tensors, whatever the objective
+differentiates.
 
 A mesh of one dimension shards over all its processes; of two dimensions (replicate, shard) it
 shards over the second one and keeps equal copies along the first one.
@@ -29,9 +31,14 @@ from training.models.layers import Block
 
 METHODS = ("heads", "log_variance")  # of a network, that use its weights beside ``forward``
 OURS = ("forward", *METHODS)  # what is set on an instance when it is sharded or compiled
+UNIT = (
+    2**25
+)  # weights that travel together at least, without a CUDA graph: 64 MiB in half precision
 
 
-def shard(net: nn.Module, mesh: DeviceMesh, half: torch.dtype | None = None) -> None:
+def shard(
+    net: nn.Module, mesh: DeviceMesh, half: torch.dtype | None = None, least: int = 0
+) -> None:
     """Shard a network in place, block by block and what is left as a whole.
 
     Its weights and buffers are those of the first process, in the others they may be on the meta
@@ -42,16 +49,18 @@ def shard(net: nn.Module, mesh: DeviceMesh, half: torch.dtype | None = None) -> 
         half: what autocast rounds the weights of linear layers to. They travel between processes
             in it then. Times, sinusoids and all that is outside of the blocks stay as they are,
             and so do the inputs of a block.
+        least: see ``units``.
     """
     first = distributed.get_rank() == 0
     weights = net.state_dict() if first else {}
     buffers = {name: x for name, x in net.named_buffers() if first}
     net.to("meta")
-    for block in [module for module in net.modules() if isinstance(module, Block)]:
-        dtype = half if _linear_alone(block) else None
+    for blocks in units(net, least):
+        dtype = half if all(map(_linear_alone, blocks)) else None
         # Gradients are summed in the precision of the weights.
-        policy = MixedPrecisionPolicy(dtype, _dtype(block), cast_forward_inputs=False)
-        fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+        policy = MixedPrecisionPolicy(dtype, _dtype(blocks[0]), cast_forward_inputs=False)
+        unit: Any = blocks if len(blocks) > 1 else blocks[0]
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     # Not the default of a root, which keeps its weights after a forward without a backward: they
     # would be old after the next step of the optimizer.
     fully_shard(net, mesh=mesh, reshard_after_forward=True)
@@ -65,6 +74,26 @@ def shard(net: nn.Module, mesh: DeviceMesh, half: torch.dtype | None = None) -> 
         if first:
             buffer.copy_(buffers[name])
         distributed.broadcast(buffer, 0)
+
+
+def units(net: nn.Module, least: int) -> list[list[nn.Module]]:
+    """Blocks whose weights travel together: each alone, or consecutive ones of at least so many
+    weights. A unit is entered at its first block and left at its last one alone.
+    """
+    found: list[list[nn.Module]] = []
+    second = len(getattr(net, "second_blocks", None) or ())
+    for parent in net.modules():
+        blocks = [child for child in parent.children() if isinstance(child, Block)]
+        for place, block in enumerate(blocks):
+            begins = place in (0, len(blocks) - second)  # where a second head may leave the trunk
+            if begins or sum(map(weights_of, found[-1])) >= least:
+                found.append([])
+            found[-1].append(block)
+    return found
+
+
+def weights_of(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

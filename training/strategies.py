@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from training.checkpoints import load_checkpoint
 from training.distributed import SummedGradients
 from training.sharded_checkpoints import Key, Writer
-from training.sharding import is_sharded, shard
+from training.sharding import UNIT, is_sharded, shard
 from training.validation import positive_integer
 
 HALVES = {"bf16-mixed": torch.bfloat16}
@@ -72,7 +72,9 @@ class Sharded(ModelParallelStrategy):
     def shard(self, net: nn.Module) -> None:
         """Once; the weights are the first process's."""
         if not is_sharded(net):
-            shard(net, self.mesh, HALVES.get(str(self.precision_plugin.precision)))
+            half = HALVES.get(str(self.precision_plugin.precision))
+            step = getattr(self.lightning_module, "step", None)
+            shard(net, self.mesh, half, 0 if getattr(step, "cuda_graphs", False) else UNIT)
 
     # Checkpoints: shards of every process, in the structure of a checkpoint in one file.
 

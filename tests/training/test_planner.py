@@ -27,7 +27,7 @@ def test_weights_are_counted_as_by_hand():
     rest = linear(4, w) + 2 * (linear(256, w) + linear(w, w)) + 11 * w  # patches, times, labels
     rest += linear(w, 2 * w) + linear(w, 4)  # the final layer
     net, objective = build()
-    assert count(net, objective) == Counted(2 * block + rest, block, 0)
+    assert count(net, objective) == Counted(2 * block + rest, block, 2 * block, 0)
     tvm = TVM()
     tvm.setup(net)
     assert count(net, tvm).teachers == 2 * block + rest
@@ -50,15 +50,17 @@ def test_what_a_block_saves_is_counted_as_by_hand():
 
 
 def test_shards_are_shares_and_averages_count():
-    counted = Counted(all=1000, block=100, teachers=500)
+    counted = Counted(all=1000, block=100, unit=300, teachers=500)
     found = plans(counted, {"none": 8.0, "block": 2.0}, processes=4, nodes=2, averages=2)
     by = {(p.sharding, p.checkpointing): p for p in found}
     assert len(by) == 6
     ddp, hybrid, fsdp = (by[kind, "none"] for kind in ("ddp", "hybrid", "fsdp"))
     assert ddp[2:] == (4000, 4000, 8000, 10000, 0, 8)
-    assert hybrid[2:] == (2000, 2000, 4000, 5000, 800, 8)
+    assert hybrid[2:] == (2000, 2000, 4000, 5000, 2400, 8)
     assert fsdp[2:] == (1000, 1000, 2000, 2500, 800, 8)
     assert by["fsdp", "block"].total == 1000 + 1000 + 2000 + 2500 + 800 + 2 + OVERHEAD
+    (eager,) = plans(counted, {"none": 8.0}, 4, graphs=False)[1:]
+    assert (eager.sharding, eager.gathered) == ("fsdp", 2400)
     (alone, *others) = plans(counted, {"none": 8.0}, processes=1)
     assert (alone.sharding, others) == ("none", [])
 
