@@ -188,7 +188,13 @@ def test_a_tangent_without_gradient_saves_no_tangent_and_copies_no_view(monkeypa
 
 
 @pytest.mark.parametrize(
-    "case", [Case(L=5, S=6, D=4), Case(L=5, S=6, D=4, Dv=3, mask="key", causal=True)], ids=str
+    "case",
+    [
+        Case(L=5, S=6, D=4),
+        Case(L=5, S=6, D=4, Dv=3, mask="key", causal=True),
+        Case(L=5, S=6, D=4, packed=((0, 2, 5), (0, 4, 5)), causal=True),
+    ],
+    ids=str,
 )
 def test_operators_pass_opcheck(case):
     p = build(case, torch.float64)
@@ -200,7 +206,7 @@ def test_operators_pass_opcheck(case):
         "test_aot_dispatch_dynamic",
         "test_autograd_registration",
     )
-    x, t = (q, k, v, mask, None), p.tangents
+    x, t = p.x._replace(q=q, k=k, v=v, mask=mask), p.tangents
     torch.library.opcheck(ops.forward_op, (*x, *spec), test_utils=checks)
     torch.library.opcheck(ops.forward_jvp_op, (*x, *t, *spec), test_utils=checks)
     saved = [y.detach() for y in ops.forward_jvp_op(*x, *t, *spec)]

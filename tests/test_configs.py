@@ -110,7 +110,6 @@ def test_gpu_trainers_name_their_devices():
     fsdp = composed("trainer=fsdp").trainer
     assert (fsdp.accelerator, fsdp.devices) == ("gpu", -1)
     assert instantiate(fsdp.strategy).replicas == 1
-    assert instantiate(fsdp.strategy).blocks_together is None
 
 
 def test_what_is_recorded_as_a_cuda_graph():

@@ -23,7 +23,7 @@ from training.activation_checkpointing import CHOICES as CHECKPOINTING
 from training.activation_checkpointing import checkpoint_blocks
 from training.models.layers import Block
 from training.randomness import Draws
-from training.sharding import at_once
+from training.sharding import units, weights_of
 from training.step import compile_blocks, teachers
 
 SHARDINGS = ("none", "ddp", "hybrid", "fsdp")
@@ -52,16 +52,13 @@ class Counted(NamedTuple):
     """Numbers of weights."""
 
     all: int
-    together: int  # of the blocks that are gathered at once
+    unit: int  # of the blocks that travel together
     teachers: int
 
 
 def count(net: nn.Module, objective: nn.Module) -> Counted:
-    size = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
-    blocks = [size(module) for module in net.modules() if isinstance(module, Block)]
-    block = max(blocks, default=0)
-    together = block * min(len(blocks), at_once(block)) if block else 0
-    return Counted(size(net), together, sum(map(size, teachers(objective))))  # type: ignore[arg-type]
+    unit = max((sum(map(weights_of, blocks)) for blocks in units(net)), default=0)
+    return Counted(weights_of(net), unit, sum(map(weights_of, teachers(objective))))  # type: ignore[arg-type]
 
 
 def plans(
@@ -85,8 +82,8 @@ def plans(
         parts = {"none": 1, "ddp": 1, "hybrid": processes // nodes, "fsdp": processes}[sharding]
         if (processes == 1) != (sharding == "none") or (sharding == "hybrid" and nodes == 1):
             continue
-        # The blocks in work and the next ones, whole: weights as they travel, and gradients too.
-        gathered = 2 * counted.together * 2 * (FULL / 2 if half else FULL) if parts > 1 else 0.0
+        # A unit in work and the next one, whole: weights as they travel, and gradients likewise.
+        gathered = 2 * counted.unit * 2 * (FULL / 2 if half else FULL) if parts > 1 else 0.0
         # Views of what DDP exchanges: no second copy.
         share = FULL * counted.all / parts
         for checkpointing, saved in activations.items():

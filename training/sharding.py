@@ -1,8 +1,9 @@
 """A network in shards: each process keeps a part of every weight (PyTorch's FSDP2).
 
-A block's weights are gathered when it is reached and let go after it, forward and backward. Value
-and tangent travel between blocks as ordinary tensors (``models.jvp_layers``), so that the hooks of
-FSDP2 see nothing but tensors, whatever the objective differentiates.
+A block's weights are gathered when it is reached and let go after it, forward and backward, those
+of several small blocks together (``units``): few large exchanges keep GPU and Python for a shorter
+time. Value and tangent travel between blocks as ordinary tensors (``models.jvp_layers``), so that
+the hooks of FSDP2 see nothing but tensors, whatever the objective differentiates.
 
 A mesh of one dimension shards over all its processes; of two dimensions (replicate, shard) it
 shards over the second one and keeps equal copies along the first one.
@@ -11,7 +12,6 @@ shards over the second one and keeps equal copies along the first one.
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -28,13 +28,13 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from training.models.layers import Block
 
-TOGETHER = 50_000_000  # weights, of several blocks: two of DiT-XL/2, four of DiT-B/2
 METHODS = ("heads", "log_variance")  # of a network, that use its weights beside ``forward``
 OURS = ("forward", *METHODS)  # what is set on an instance when it is sharded or compiled
+UNIT = 2**25  # weights that travel together at least, 64 MiB in half precision
 
 
 def shard(
-    net: nn.Module, mesh: DeviceMesh, half: torch.dtype | None = None, together: int | None = None
+    net: nn.Module, mesh: DeviceMesh, half: torch.dtype | None = None, least: int = UNIT
 ) -> None:
     """Shard a network in place, block by block and what is left as a whole.
 
@@ -46,19 +46,18 @@ def shard(
         half: what autocast rounds the weights of linear layers to. They travel between processes
             in it then. Times, sinusoids and all that is outside of the blocks stay as they are,
             and so do the inputs of a block.
-        together: blocks whose weights are gathered, and gradients scattered, at once. More of them
-            are fewer and longer exchanges, and more gathered weights at a time. By default as many
-            as have 50 million weights (``TOGETHER``), but one at least.
+        least: see ``units``.
     """
     first = distributed.get_rank() == 0
     weights = net.state_dict() if first else {}
     buffers = {name: x for name, x in net.named_buffers() if first}
     net.to("meta")
-    for blocks in _parts(net, together):
-        dtype = half if _linear_alone(blocks[0]) else None
+    for blocks in units(net, least):
+        dtype = half if all(map(_linear_alone, blocks)) else None
         # Gradients are summed in the precision of the weights.
         policy = MixedPrecisionPolicy(dtype, _dtype(blocks[0]), cast_forward_inputs=False)
-        fully_shard(blocks, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+        unit: Any = blocks if len(blocks) > 1 else blocks[0]
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     # Not the default of a root, which keeps its weights after a forward without a backward: they
     # would be old after the next step of the optimizer.
     fully_shard(net, mesh=mesh, reshard_after_forward=True)
@@ -74,21 +73,24 @@ def shard(
         distributed.broadcast(buffer, 0)
 
 
-def at_once(weights: int) -> int:
-    """How many blocks of so many weights travel together by default."""
-    return max(1, TOGETHER // weights)
-
-
-def _parts(net: nn.Module, together: int | None) -> Iterator[list[nn.Module]]:
-    """The blocks of a network, those together that travel together: of one list, which runs whole
-    or not at all, and with weights of one kind.
+def units(net: nn.Module, least: int = UNIT) -> list[list[nn.Module]]:
+    """Blocks whose weights travel together: each alone, or consecutive ones of at least so many
+    weights. A unit is entered at its first block and left at its last one alone.
     """
-    named = [(name, module) for name, module in net.named_modules() if isinstance(module, Block)]
-    kind = lambda x: (x[0].rpartition(".")[0], _linear_alone(x[1]), _dtype(x[1]))  # noqa: E731
-    for _, some in groupby(named, kind):
-        blocks: list[nn.Module] = [block for _, block in some]
-        size = together or at_once(sum(weight.numel() for weight in blocks[0].parameters()))
-        yield from (blocks[i : i + size] for i in range(0, len(blocks), size))
+    found: list[list[nn.Module]] = []
+    second = len(getattr(net, "second_blocks", None) or ())
+    for parent in net.modules():
+        blocks = [child for child in parent.children() if isinstance(child, Block)]
+        for place, block in enumerate(blocks):
+            begins = place in (0, len(blocks) - second)  # where a second head may leave the trunk
+            if begins or sum(map(weights_of, found[-1])) >= least:
+                found.append([])
+            found[-1].append(block)
+    return found
+
+
+def weights_of(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

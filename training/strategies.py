@@ -41,15 +41,12 @@ class Sharded(ModelParallelStrategy):
         replicas: hybrid sharding: so many copies of the network, each in shards of its own. With
             one a node (``trainer.num_nodes``) weights travel inside of nodes only, gradients
             between them too. 1: all processes share one network.
-        blocks_together: so many blocks travel at once, see ``sharding.shard``.
     """
 
-    def __init__(self, replicas: int = 1, blocks_together: int | None = None) -> None:
+    def __init__(self, replicas: int = 1) -> None:
         positive_integer("trainer.strategy.replicas", replicas)
-        if blocks_together is not None:
-            positive_integer("trainer.strategy.blocks_together", blocks_together)
         super().__init__()
-        self.replicas, self.blocks_together = replicas, blocks_together
+        self.replicas = replicas
         self.writer: Writer | None = None
 
     def setup_environment(self) -> None:
@@ -75,8 +72,7 @@ class Sharded(ModelParallelStrategy):
     def shard(self, net: nn.Module) -> None:
         """Once; the weights are the first process's."""
         if not is_sharded(net):
-            half = HALVES.get(str(self.precision_plugin.precision))
-            shard(net, self.mesh, half, self.blocks_together)
+            shard(net, self.mesh, HALVES.get(str(self.precision_plugin.precision)))
 
     # Checkpoints: shards of every process, in the structure of a checkpoint in one file.
 

@@ -50,7 +50,7 @@ def test_what_a_block_saves_is_counted_as_by_hand():
 
 
 def test_shards_are_shares_and_averages_count():
-    counted = Counted(all=1000, together=100, teachers=500)
+    counted = Counted(all=1000, unit=100, teachers=500)
     found = plans(counted, {"none": 8.0, "block": 2.0}, processes=4, nodes=2, averages=2)
     by = {(p.sharding, p.checkpointing): p for p in found}
     assert len(by) == 6

@@ -11,17 +11,18 @@ from tests.training.spawn import spawn
 from training.activation_checkpointing import checkpoint_blocks
 from training.attentions import sdpa
 from training.models.dit import DiT
+from training.models.layers import Block
 from training.objectives.imf import IMF
 from training.objectives.meanflow import MeanFlow
 from training.objectives.scm import SCM
 from training.objectives.tangents import Jvp
 from training.objectives.tvm import TVM
 from training.randomness import Draws
-from training.sharding import beside, copy_whole, exchanged, shard, whole
+from training.sharding import beside, copy_whole, exchanged, shard, units, weights_of, whole
 from training.step import compile_blocks, teachers
 
 B, SEED = 4, 3  # examples of a process
-NETS = {"imf": {"guided": True, "second_head": 1}, "scm": {"log_variance": True}}
+NETS = {"imf": {"guided": True, "second_head": 1, "depth": 3}, "scm": {"log_variance": True}}
 OBJECTIVES = {
     "meanflow": lambda: MeanFlow(Jvp("single"), data_proportion=0.5, omega=2.0, kappa=0.5),
     "double": lambda: MeanFlow(Jvp("double"), data_proportion=0.5),
@@ -34,16 +35,16 @@ OBJECTIVES = {
 CASES = [*((2, name) for name in OBJECTIVES), (4, "tvm")]
 VARIANTS = (
     ("fsdp", "meanflow recomputed"),
-    ("fsdp", "meanflow together"),
-    ("fsdp", "double together recomputed"),
     ("fsdp", "scm compiled"),
+    ("fsdp", "imf in units"),
+    ("hybrid", "tvm in units"),
 )
 SLOW = ("fsdp", "tvm compiled")
 
 
 def build(name):
     torch.manual_seed(SEED)
-    net = DiT(sdpa, 8, 1, 10, depth=2, width=32, **NETS.get(name, {})).double()
+    net = DiT(sdpa, 8, 1, 10, **{"depth": 2, "width": 32} | NETS.get(name, {})).double()
     for parameter in net.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
@@ -90,17 +91,17 @@ def work(rank, world, folder, slow):
         for kind, shape in meshes.items():
             names = ("replicate", "shard")[-len(shape) :]
             mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-            for variant in ("", " recomputed", " compiled", " together", " together recomputed"):
+            for variant in ("", " recomputed", " compiled", " in units"):
                 chosen = (SLOW,) if slow else VARIANTS
                 if variant and (world > 2 or (kind, name + variant) not in chosen):
                     continue
                 net, objective = build(name)
-                if variant.endswith(" recomputed"):
+                if variant == " recomputed":
                     checkpoint_blocks(net, "block")
                 if rank:  # only the first process has weights
                     net.to("meta"), objective.to("meta")
                 for part in (net, *teachers(objective)):
-                    shard(part, mesh, together=2 if "together" in variant else 1)
+                    shard(part, mesh, least=2**40 if variant == " in units" else 0)
                     if variant == " compiled":
                         compile_blocks(part, backend="aot_eager")
                 Loss(net, objective)(sample).backward()
@@ -134,8 +135,26 @@ def test_gradients_are_those_of_one_process_on_all_batches(ranks, name):
             for weight, gradient in expected.items():
                 error = (found[weight] - gradient).norm() / (gradient.norm() + 1e-300)
                 assert error < 1e-12, (kind, weight, float(error))
+                alone = rank[name, kind.removesuffix(" in units")]
+                assert torch.equal(found[weight], alone[weight])
     for weight, gradient in expected.items():
         assert gradient.any(), weight
+
+
+def test_units_are_consecutive_blocks_that_a_second_head_does_not_leave_half_way():
+    def sizes(least, **options):
+        net = DiT(sdpa, 8, 1, 10, width=32, **options)
+        blocks = [m for m in net.modules() if isinstance(m, Block)]
+        assert [block for unit in units(net, least) for block in unit] == blocks
+        return [len(unit) for unit in units(net, least)]
+
+    block = weights_of(DiT(sdpa, 8, 1, 10, depth=1, width=32).blocks)
+    assert sizes(0, depth=5) == [1, 1, 1, 1, 1]
+    assert sizes(block, depth=5) == [1, 1, 1, 1, 1]
+    assert sizes(block + 1, depth=5) == [2, 2, 1]
+    assert sizes(2**40, depth=5) == [5]
+    assert sizes(2**40, depth=5, second_head=2) == [3, 2, 2]
+    assert sizes(2**40, depth=5, second_head=0) == [5]
 
 
 @pytest.fixture
