@@ -44,6 +44,8 @@ class SummedGradients:
         self.part = trained / parts
 
     def _add(self, parameter: torch.Tensor) -> None:
+        if self.ready and self.ready[0].dtype != parameter.dtype:  # a part has one
+            self._begin()
         self.ready.append(parameter.grad)  # type: ignore[arg-type]
         if sum(gradient.numel() for gradient in self.ready) >= self.part:
             self._begin()

@@ -11,6 +11,7 @@ from tests.training.spawn import spawn
 from training.activation_checkpointing import checkpoint_blocks
 from training.attentions import sdpa
 from training.data.digits import Digits
+from training.distributed import SummedGradients
 from training.models.dit import DiT
 from training.module import GenerativeModule
 from training.objectives.meanflow import MeanFlow
@@ -54,6 +55,36 @@ def counts(module):
     return [int((s.r < s.t).sum()) for s in samples]
 
 
+class Mixed(torch.nn.Module):
+    """Weights of two dtypes, and one that no loss reaches."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(SEED)
+        linear = functools.partial(torch.nn.Linear, dtype=torch.float64)
+        self.first, self.last, self.unused = linear(3, 5), linear(7, 2), linear(2, 2)
+        self.middle = torch.nn.Linear(5, 7)
+
+    def forward(self, x):
+        middle = self.middle(self.first(x).tanh().float()).double()
+        return self.last(middle.tanh()).square().mean()
+
+
+def exchanged_in(parts, rank):
+    """How many exchanges began in the backward pass, and the gradients after them all."""
+    net = Mixed()
+    gradients = SummedGradients(net, parts)
+    (net(rows()[rank]) / gradients.size).backward()
+    begun = len(gradients.begun)
+    gradients.wait()
+    return begun, [p.grad for p in net.parameters()]
+
+
+def rows():
+    torch.manual_seed(SEED)
+    return torch.randn(2, 4, 3, dtype=torch.float64)
+
+
 def work(rank, world, folder):
     results = {}
     for name, (_, _, graphs) in SETTINGS.items():
@@ -84,6 +115,7 @@ def work(rank, world, folder):
             module.step.exchange = None
             results["unlike"] = counts(module)
         results[name] = keep.gradients, weights, float(trainer.callback_metrics["train/error"])
+    results["parts"] = [exchanged_in(parts, rank) for parts in (1, 8, 50)]
     torch.save(results, f"{folder}/{rank}.pt")
 
 
@@ -110,6 +142,19 @@ def test_a_graph_that_exchanges_is_of_the_same_kind_in_every_process(ranks):
     first, second = ranks
     assert first["alike"] == second["alike"]
     assert first["unlike"] != second["unlike"]  # together they have the exact share
+
+
+def test_gradients_are_summed_in_any_number_of_parts(ranks):
+    net = Mixed()
+    torch.stack([net(x) for x in rows()]).mean().backward()
+    for rank in ranks:
+        begun, found = zip(*rank["parts"], strict=True)
+        assert begun[0] < begun[1] < begun[2] == 6  # of six weights with a gradient
+        for gradients in found:
+            for got, p in zip(gradients, net.parameters(), strict=True):
+                assert (got is None) == (p.grad is None)
+                if got is not None:
+                    torch.testing.assert_close(got, p.grad, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", list(SETTINGS))
