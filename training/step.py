@@ -19,10 +19,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from training.attentions import ours
 from training.distributed import SummedGradients
 from training.models.dit import DiT
-from training.models.layers import Block, CrossAttention, FinalLayer, SelfAttention
+from training.models.layers import Block, FinalLayer
 from training.objectives.objective import Objective, Terms
 from training.objectives.teachers import AveragedTeacher
 from training.sharding import is_sharded
@@ -70,7 +69,7 @@ class Step:
         """Once, before the first step, when the objective's teachers are there."""
         if self.compile:
             for module in (self.net, *teachers(self.objective)):
-                compile_blocks(module, self.fused, checked=self.cuda_graphs)
+                compile_blocks(module, self.fused)
 
     def __call__(self, sample: Any) -> Terms:
         if not self.cuda_graphs:
@@ -176,35 +175,17 @@ def _copy(x: Any) -> Any:
     return x.clone() if isinstance(x, torch.Tensor) else x
 
 
-def compile_blocks(
-    net: nn.Module, fused: bool = False, checked: bool = True, **options: Any
-) -> None:
-    """In place, and not in copies of the network: a copy is for samples, of any number.
-
-    ``checked``: each call compares the layout of every tensor with what the compiler took it for;
-    without, not in blocks of this project's operators, which lay out their results themselves. It
-    is a tenth of the host's time.
-    """
+def compile_blocks(net: nn.Module, fused: bool = False, **options: Any) -> None:
+    """In place, and not in copies of the network: a copy is for samples, of any number."""
     options |= {"fullgraph": True, "dynamic": False}
     for module in net.modules():
-        if isinstance(module, Block | FinalLayer):
-            chosen = options if checked else options | _unchecked(module)
-            if is_sharded(module):  # its hooks gather weights, which is no part of a graph
-                module.forward = torch.compile(module.forward, **chosen)  # type: ignore[assignment]
-            else:
-                module.compile(**chosen)
+        if is_sharded(module):  # its hooks gather weights, which is no part of a graph
+            if isinstance(module, Block):
+                module.forward = torch.compile(module.forward, **options)  # type: ignore[assignment]
+        elif isinstance(module, Block | FinalLayer):
+            module.compile(**options)
         if isinstance(module, DiT):
             module.fused = fused
-
-
-def _unchecked(module: nn.Module) -> dict[str, Any]:
-    """Options of the compiler."""
-    parts = [m for m in module.modules() if isinstance(m, SelfAttention | CrossAttention)]
-    if any(ours(m.attention) is None or getattr(m, "sequence", None) is not None for m in parts):
-        return {}
-    known = torch._inductor.list_options()
-    checks = ("size_asserts", "alignment_asserts")
-    return {"options": {name: False for name in checks if name in known}}
 
 
 def teachers(objective: Objective) -> Iterator[nn.Module]:

@@ -1,7 +1,6 @@
 """Layers of value and tangent against torch.func.jvp of the same layers, in float64."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
@@ -204,27 +203,6 @@ def test_blocks_are_compiled_once_whatever_their_number(through):
     compiled = step(net, _by_blocks, 2, through)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # a block, the last layer
     assert max(map(error, compiled, eager)) < 1e-12
-
-
-@pytest.mark.parametrize(
-    ("attention", "cross", "together", "unchecked"),
-    [(jvp_attention, 0, None, True), (partial(jvp_attention, backend="reference"), 2, None, True),
-     (sdpa, 0, None, False), (jvp_attention, 0, object(), False)],
-)  # fmt: skip
-def test_layouts_stay_checked_beside_operators_of_others(
-    attention, cross, together, unchecked, monkeypatch
-):
-    net = DiT(attention, 8, 1, 10, depth=1, width=16, heads=2, cross_tokens=cross)
-    net.blocks[0].attention.sequence = together
-    given = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: given.append(options))
-    for checked in (True, False):
-        compile_blocks(net, checked=checked)
-    off = {"size_asserts": False, "alignment_asserts": False}
-    block, _, unchecked_block, unchecked_end = (options.get("options") for options in given)
-    assert block is None
-    assert unchecked_end == off
-    assert unchecked_block == (off if unchecked else None)
 
 
 @pytest.mark.slow
