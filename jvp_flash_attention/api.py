@@ -16,8 +16,9 @@ from . import (
     transforms,  # noqa: F401 (registers what transforms make of the operators)
     validation,
 )
+from .block_mask import block_mask as lists_of
 from .broadcast import Sizes
-from .call import Band, Inputs, Packed, Spec, Tangents
+from .call import Band, Blocks, Inputs, Packed, Spec, Tangents
 from .call import band as band_of
 from .functorch import PLAIN, SHORTCUTS, Pairs, below_duals, pack, unpack, unpack_compiled
 
@@ -25,7 +26,7 @@ shadowed.check()
 
 Window = tuple[int | None, int | None] | None
 Seqlens = Tensor | tuple[Tensor, Tensor] | Packed | None
-UNPACKED = Packed()
+UNPACKED, UNBLOCKED = Packed(), Blocks()
 TANGENTS = ("t_query", "t_key", "t_value", "t_attn_mask")
 UNDETACHED = (
     "tangent_grad=False in a compiled torch.func.jvp must not lie inside another transform (grad,"
@@ -45,6 +46,7 @@ def attention(
     *,
     window: Window = None,
     cu_seqlens: Seqlens = None,
+    block_mask: Any = None,
     backend: str | None = None,
     tangent_grad: bool = True,
 ) -> Tensor:
@@ -82,6 +84,11 @@ def attention(
             `window` count from the first query and key of each (`flash_attn_varlen_func` from the
             last). Rows behind the last one give 0. All batch entries are packed alike. There is no
             `attn_mask` beside it. On a GPU nothing waits for the lengths, so they are not checked.
+        block_mask: which blocks of queries see which blocks of keys: what
+            `jvp_flash_attention.block_mask.block_mask` returns, or outside of compiled code a
+            `BlockMask` of flex_attention whose blocks are seen whole or not at all. Blocks that are
+            not seen cost nothing in the kernels. It stands alone: no other mask, causal, window or
+            cu_seqlens beside it.
         backend: "triton", "reference" (plain PyTorch, O(L) memory), or None: the kernels for CUDA
             tensors in float16, bfloat16 and float32 with head dims up to 256, the reference
             otherwise.
@@ -100,10 +107,10 @@ def attention(
     compiling = torch.compiler.is_compiling()
     numbers = (dropout_p, is_causal, scale, enable_gqa)
     if compiling and not SHORTCUTS:
-        how = {"window": window, "cu_seqlens": cu_seqlens}
+        how = {"window": window, "cu_seqlens": cu_seqlens, "block_mask": block_mask}
         how |= {"backend": backend, "tangent_grad": tangent_grad}
         return _uncompiled(attention)(query, key, value, attn_mask, *numbers, **how)
-    numbers = (*numbers, backend, window, cu_seqlens)
+    numbers = (*numbers, backend, window, cu_seqlens, block_mask)
     x, _, spec, sizes = prepare(query, key, value, attn_mask, *numbers)
     if compiling:
         route, pairs = ops, unpack_compiled(*x, nested=None if tangent_grad else UNDETACHED)
@@ -137,6 +144,7 @@ def attention_jvp(
     t_attn_mask: Tensor | None = None,
     window: Window = None,
     cu_seqlens: Seqlens = None,
+    block_mask: Any = None,
     backend: str | None = None,
     tangent_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
@@ -159,12 +167,12 @@ def attention_jvp(
     numbers = (dropout_p, is_causal, scale, enable_gqa)
     if compiling and not SHORTCUTS:
         args = (query, key, value, t_query, t_key, t_value, attn_mask, *numbers)
-        how = {"window": window, "cu_seqlens": cu_seqlens}
+        how = {"window": window, "cu_seqlens": cu_seqlens, "block_mask": block_mask}
         how |= {"backend": backend, "tangent_grad": tangent_grad}
         how["t_attn_mask"] = t_attn_mask
         return _uncompiled(attention_jvp)(*args, **how)
     tangents = (t_query, t_key, t_value, t_attn_mask)
-    numbers = (*numbers, backend, window, cu_seqlens)
+    numbers = (*numbers, backend, window, cu_seqlens, block_mask)
     x, t, spec, sizes = prepare(query, key, value, attn_mask, *numbers, tangents)
     route = ops if compiling else autograd
     out, t_out = route.attention_jvp(x, t, spec, tangent_grad)
@@ -188,6 +196,7 @@ def prepare(
     backend,
     window: Window = None,
     cu_seqlens: Seqlens = None,
+    block_mask: Any = None,
     tangents: tuple | None = None,
 ) -> tuple[Inputs, Any, Spec, Sizes]:
     """The checked call: its tensors four-dimensional, the `Tangents` if any are given, its
@@ -197,9 +206,10 @@ def prepare(
     band = None if window is None else validation.window(window)
     cu = UNPACKED if cu_seqlens is None else validation.packed(cu_seqlens)
     cu_q, cu_k, lower_right = cu
-    numbers = (dropout_p, is_causal, scale, enable_gqa, backend, band, lower_right)
+    blocks = UNBLOCKED if block_mask is None else lists_of(block_mask)
+    numbers = (dropout_p, is_causal, scale, enable_gqa, backend, band, lower_right, blocks[2:])
     dtype = _autocast_dtype(query)
-    kind = _kind((*given, cu_q, cu_k), tangents, numbers, dtype)
+    kind = _kind((*given, cu_q, cu_k, *blocks[:2]), tangents, numbers, dtype)
     checked = None if kind is None else _checked.get(kind)
     q, k, v = query, key, value
     t_q, t_k, t_v, t_mask = tangents or Tangents()
@@ -207,7 +217,7 @@ def prepare(
         q, k, v, t_q, t_k, t_v = (_cast(x, dtype) for x in (q, k, v, t_q, t_k, t_v))
     if checked is None:
         attn_mask = _with_elements(attn_mask, query)
-        checked = _check(q, k, v, attn_mask, *numbers, cu)
+        checked = _check(q, k, v, attn_mask, *numbers, cu, blocks)
         for name, t, primal in zip(TANGENTS, tangents or (), given, strict=False):
             validation.tangent(name, t, primal)
         if kind is not None and not validation.looks_transposed(q, k):
@@ -221,11 +231,13 @@ def prepare(
     if fits:
         if tangents is not None:
             t = Tangents(t_q, t_k, t_v, t_mask)
-        return Inputs(q, k, v, attn_mask, _seed(q, dropout_p), cu_q, cu_k), t, spec, sizes
+        others = (_seed(q, dropout_p), cu_q, cu_k, *blocks[:2])
+        return Inputs(q, k, v, attn_mask, *others), t, spec, sizes
     mask = None if attn_mask is None else broadcast.mask(attn_mask, sizes)
     q, k, v = broadcast.queries(q, sizes), broadcast.keys(k, sizes), broadcast.keys(v, sizes)
     t = broadcast.tangents(t_q, t_k, t_v, t_mask, sizes)
-    return Inputs(q, k, v, mask, _seed(q, dropout_p), cu_q, cu_k), t, spec, sizes
+    others = (_seed(q, dropout_p), cu_q, cu_k, *blocks[:2])
+    return Inputs(q, k, v, mask, *others), t, spec, sizes
 
 
 class _Checked(NamedTuple):
@@ -257,7 +269,7 @@ def _kind(given: tuple, tangents: tuple | None, numbers: tuple, dtype: Any) -> t
 
 def _check(
     q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend, band, lower_right,
-    cu: Packed,
+    _block_sizes, cu: Packed, blocks: Blocks,
 ) -> _Checked:  # fmt: skip
     validation.scalars(dropout_p, is_causal, scale)
     validation.tensors(q, k, v)
@@ -270,7 +282,12 @@ def _check(
         causal=bool(is_causal),
         dropout_p=float(dropout_p),
         backend=backends.choose(backend, q_, v_),
+        block_q=blocks.block_q,
+        block_k=blocks.block_k,
     )
+    if blocks.kv_blocks is not None:
+        beside = {"attn_mask": attn_mask, "is_causal": is_causal or None, "window": band}
+        validation.blocks(blocks, q_, k_, beside | {"cu_seqlens": cu.cu_q})
     if band is not None:
         L, S = q.shape[-2], k.shape[-2]
         spec = _banded(spec, band, max(L, S) if lower_right else L, max(L, S) if lower_right else S)

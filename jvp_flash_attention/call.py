@@ -22,6 +22,8 @@ class Spec(NamedTuple):
     left: int | None = None  # query i attends keys j >= i - left; None: no bound
     right: int | None = None  # and keys j <= i + right; a bound may be negative
     lower_right: bool = False  # i and j are counted from the last row of each packed sequence
+    block_q: int | None = None  # rows of a block of queries, where there is a block mask
+    block_k: int | None = None  # and of a block of keys
     rows_first: bool = False  # results lie in memory as (B, L, H, D), whatever the inputs do
     compiled: bool = False  # runs below an operator, in code that returns to the same shapes
     sharded: bool = False  # keys are a part of each row's; O, tO, LSE and μ handed in are of all
@@ -41,6 +43,16 @@ class Packed(NamedTuple):
     cu_q: Tensor | None = None  # (sequences + 1,) int32; None: nothing is packed
     cu_k: Tensor | None = None  # of the keys; None: as the queries
     lower_right: bool = False  # as in `Spec`
+
+
+class Blocks(NamedTuple):
+    """A static block mask: of each block of queries how many blocks of keys it sees, then which, in
+    order; and the same of each block of keys. b and h are full or 1."""
+
+    kv_blocks: Tensor | None = None
+    q_blocks: Tensor | None = None
+    block_q: int | None = None
+    block_k: int | None = None
 
 
 def band(spec: Spec) -> Band:
@@ -68,6 +80,8 @@ class Inputs(NamedTuple):
     seed: Tensor | None = None  # key of the dropout mask
     cu_q: Tensor | None = None  # (sequences + 1,) int32: where packed sequences begin, by `Packed`
     cu_k: Tensor | None = None  # of the keys; None: as the queries
+    kv_blocks: Tensor | None = None  # (b, h, nQ, 1 + nK) int32, by `Blocks`
+    q_blocks: Tensor | None = None  # (b, h, nK, 1 + nQ) int32
 
 
 class Tangents(NamedTuple):

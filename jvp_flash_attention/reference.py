@@ -248,6 +248,9 @@ def _outside(rows: slice, x: Inputs, spec: Spec) -> Iterator[Tensor]:
         at = int(spec.lower_right)  # of the diagonal: the first row of a sequence, or the last
         i = i - _starts(x.cu_q, n + at)
         j = j - _starts(cu_k, n_k + at)
+    if x.kv_blocks is not None:
+        sizes: Any = spec.block_q, spec.block_k
+        yield ~_listed(x.kv_blocks)[:, :, i.squeeze(-1) // sizes[0]][..., j // sizes[1]]
     if right is not None:
         yield j > i + right
     if left is not None:
@@ -256,13 +259,20 @@ def _outside(rows: slice, x: Inputs, spec: Spec) -> Iterator[Tensor]:
 
 def _hides(x: Inputs, spec: Spec) -> bool:
     """Whether positions alone hide pairs."""
-    return x.cu_q is not None or band(spec) != Band()
+    return x.cu_q is not None or x.kv_blocks is not None or band(spec) != Band()
 
 
 def _sequences(rows: Tensor, cu: Tensor) -> Tensor:
     """The packed sequence of each row; −1 of those that lie in none."""
     n = torch.bucketize(rows, cu, right=True) - 1
     return n.masked_fill(n == len(cu) - 1, -1)
+
+
+def _listed(blocks: Tensor) -> Tensor:
+    """Lists of blocks (`Blocks`) as bool (b, h, nQ, nK)."""
+    counts, indices = blocks[..., :1], blocks[..., 1:].long()
+    n = torch.arange(indices.shape[-1], device=blocks.device)
+    return torch.zeros_like(indices, dtype=torch.bool).scatter_(-1, indices, n < counts)
 
 
 def _starts(cu: Tensor, n: Tensor) -> Tensor:

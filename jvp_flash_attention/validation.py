@@ -230,6 +230,31 @@ def sequences(cu: Packed, attn_mask: Tensor | None, device: torch.device) -> Non
         )
 
 
+def blocks(given: Any, q: Tensor, k: Tensor, beside: dict[str, Any]) -> None:
+    """A block mask covers the rows and keys of q and k (B, H, rows, D), alone."""
+    for name, x in beside.items():
+        if x is not None:
+            raise NotImplementedError(
+                f"{name} is not supported beside block_mask; leave out of the block mask what it"
+                " hides, or give all of it as a bool attn_mask"
+            )
+    found, sizes = given.kv_blocks, (given.block_q, given.block_k)
+    if found is None:
+        return
+    B, H, L, _ = q.shape
+    wanted = (B, H, -(-L // sizes[0]), -(-k.shape[2] // sizes[1]))
+    got = (*found.shape[:3], found.shape[3] - 1)
+    if got[2:] != wanted[2:] or any(n not in (1, m) for n, m in zip(got[:2], (B, H), strict=True)):
+        raise ArgumentValueError(
+            f"block_mask must broadcast to (B, H, nQ, nK) = {wanted} in blocks of"
+            f" {sizes[0]} x {sizes[1]}, got {got}"
+        )
+    if found.device != q.device:
+        raise ArgumentValueError(
+            f"block_mask must be on query's device {q.device}, got {found.device}; make it there"
+        )
+
+
 def lengths(cu: Packed, L: int, S: int) -> None:
     """Packed sequences lie inside of the rows, where reading them waits for no device."""
     cu_k = cu.cu_q if cu.cu_k is None else cu.cu_k

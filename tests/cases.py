@@ -3,11 +3,13 @@ alike.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from jvp_flash_attention import reference
+from jvp_flash_attention.block_mask import block_mask
 from jvp_flash_attention.call import Inputs, Spec, Tangents
 from tests import tolerances
 
@@ -27,6 +29,8 @@ class Case:
     window: tuple[int | None, int | None] = (None, None)
     packed: tuple | None = None  # (cu_q, cu_k or None) as tuples: sequences behind one another
     lower_right: bool = False
+    blocks: Any = None  # a block mask: bool (.., nQ, nK) as nested tuples, in blocks of
+    block_sizes: tuple[int, int] = (128, 256)
     mask: str | None = None  # bool, key (B,1,1,S), row (1,H,L,1), full (B,H,L,S) with a row of -inf
     tangents: str = "qkvb"
     dropout_p: float = 0.0
@@ -42,6 +46,7 @@ class Case:
         for cu in self.packed or ():
             more += ["packed" + "_".join(map(str, cu))] if cu else []
         more += ["lower_right"] if self.lower_right else []
+        more += ["blocks"] if self.blocks else []
         more += [self.mask] if self.mask else []
         more += [f"t_{self.tangents}"] if self.tangents != "qkvb" else []
         more += [f"drop{self.dropout_p}"] if self.dropout_p else []
@@ -71,6 +76,10 @@ def visible(case: Case) -> Tensor:
         if right is not None:
             here = here & (j <= i + right)
         valid[cu_q[n] : cu_q[n + 1], cu_k[n] : cu_k[n + 1]] = here
+    if case.blocks is not None:
+        rows, columns = case.block_sizes
+        seen = torch.tensor(case.blocks).repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+        valid = valid & seen[: case.L, : case.S]
     return valid
 
 
@@ -85,7 +94,7 @@ class Problem:
     d_t_out: Tensor
     spec: Spec
     mask_grad: bool
-    packed: tuple = ()
+    packed: tuple = ()  # the last fields of `Inputs`
 
     @property
     def x(self) -> Inputs:
@@ -144,6 +153,10 @@ def build(case: Case, dtype: torch.dtype, device="cpu", backend="triton") -> Pro
         None if cu is None else torch.tensor(cu, dtype=torch.int32, device=device)
         for cu in case.packed or ()
     ]
+    if case.blocks is not None:
+        blocks = block_mask(torch.tensor(case.blocks, device=device), 128)
+        packed = [None, None, *blocks[:2]]
+        spec = spec._replace(block_q=case.block_sizes[0], block_k=case.block_sizes[1])
     d_out, d_t_out = tile(B, H, L, Dv), tile(B, H, L, Dv)
     return Problem([q, k, v, mask], tangents, seed, d_out, d_t_out, spec, floating, tuple(packed))
 

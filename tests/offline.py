@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from jvp_flash_attention import call
+from jvp_flash_attention.block_mask import block_mask
 from jvp_flash_attention.call import Inputs, Saved, Spec, Tangents
 from jvp_flash_attention.kernels import launches
 from jvp_flash_attention.kernels.merge import merge_launch
@@ -71,6 +72,7 @@ def compile_passes(
     dropout_p=0.0,
     window=(None, None),
     sequences: int | None = None,
+    blocks: call.Blocks | None = None,
 ) -> list[Compiled]:
     """Compiles every kernel of the named passes at (1, 2, length, head_dim), which may be so many
     packed `sequences`; a band is aligned at their ends."""
@@ -83,6 +85,9 @@ def compile_passes(
     seed = torch.zeros(1, dtype=torch.int64) if dropout_p else None
     mask_grad = mask is not None and mask.is_floating_point()
     x = Inputs(q, k, v, mask, seed, *cu)
+    if blocks is not None:
+        spec = spec._replace(block_q=blocks.block_q, block_k=blocks.block_k)
+        x = x._replace(kv_blocks=blocks.kv_blocks, q_blocks=blocks.q_blocks)
     t = Tangents(t_q, t_k, t_v, torch.zeros_like(mask) if mask_grad else None)
     rows = torch.zeros(1, 2, length)
     saved = Saved(q, rows, q, rows)
@@ -140,6 +145,7 @@ def table(target: str, head_dims, dtypes, variants=("plain",), **kwargs):
         "bias": {"mask": torch.zeros(1, 1, 200, 200), "length": 200},
         "dropout": {"dropout_p": 0.1},
         "window": {"window": (96, 32), "length": 200},
+        "blocks": {"blocks": block_mask(torch.ones(2, 2, dtype=torch.bool), 128)},
         "packed": {"sequences": 9},
         "packed causal": {"sequences": 9, "causal": True},
         "tiles": {"mask": torch.zeros(1, 1, 256, 256, dtype=torch.bool)},  # a mask that TMA reads

@@ -36,6 +36,7 @@ def test_every_output_at_all_pairs_of_lengths(dtype, head_dim, causal, record_pr
 
 
 PACKED = ((0, 100, 100, 101, 230, 270), (0, 40, 140, 290, 290, 300))
+LAYOUT = ((True, False, True), (False, False, False), (False, True, True))
 INPUTS = (
     Case(H=4, Hk=2, L=276, S=196, D=64),
     Case(H=6, Hk=1, L=130, S=300, D=72, causal=True),
@@ -57,6 +58,8 @@ INPUTS = (
     Case(L=276, S=300, D=72, packed=PACKED, causal=True, lower_right=True, layout="blhd"),
     Case(L=276, S=300, D=128, packed=PACKED, window=(50, 20), lower_right=True),
     Case(L=276, S=300, D=64, packed=PACKED, dropout_p=0.3),
+    Case(L=300, S=700, D=64, blocks=LAYOUT),
+    Case(L=300, S=700, D=128, H=4, Hk=2, blocks=LAYOUT, dropout_p=0.1),
     Case(L=276, S=276, D=64, tangents="q"),
     Case(L=276, S=276, D=64, tangents="k"),
     Case(L=276, S=276, D=64, tangents="v"),

@@ -39,8 +39,8 @@ def test_every_pass_compiles_and_fits(hopper):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-def test_every_pass_compiles_and_fits_with_a_mask_a_window_or_packed_too(target):
-    variants = ("plain", "bias", "window", "packed")
+def test_every_pass_compiles_and_fits_with_every_kind_of_mask_too(target):
+    variants = ("plain", "bias", "window", "packed", "blocks")
     table = compile_for(
         target, "--head-dims", "64", "--dtypes", "bfloat16", "--variants", *variants
     )

@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from jvp_flash_attention import attention, attention_jvp, kernels
-from jvp_flash_attention.call import Band, Packed
+from jvp_flash_attention.call import Band, Blocks, Packed
 from jvp_flash_attention.selfcheck import dense
 from tests.cases import Case, build, check, close, errors, visible
 
-EXAMPLES = 70  # of each of the 21 compiled tests
+EXAMPLES = 70  # of each of the 24 compiled tests
 QUIET = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 
 
@@ -30,6 +30,13 @@ def sequences(draw, L, S) -> tuple:
     ends = lambda rows: st.lists(st.integers(0, rows), min_size=n, max_size=n).map(sorted)  # noqa: E731
     cu_q = (0, *draw(ends(L)))
     return cu_q, None if cu_q[-1] <= S and draw(st.booleans()) else (0, *draw(ends(S)))
+
+
+@st.composite
+def layouts(draw, L, S, rows, columns) -> tuple:
+    """Any block mask of L rows and S keys."""
+    line = st.tuples(*[st.booleans()] * -(-S // columns))
+    return draw(st.tuples(*[line] * -(-L // rows)))
 
 
 @st.composite
@@ -63,14 +70,21 @@ SUBSETS = st.sets(st.sampled_from("qkvb"), min_size=1).map(lambda s: "".join(sor
 
 @seed(0)
 @settings(max_examples=120, **QUIET)
-@given(cases(st.integers(1, 12), st.integers(1, 9), SUBSETS))
-def test_the_public_functions_equal_dense_attention(case):
+@given(cases(st.integers(1, 12), st.integers(1, 9), SUBSETS), st.data())
+def test_the_public_functions_equal_dense_attention(case, data):
+    alone = case.mask is None and case.packed is None and case.window == (None, None)
+    if alone and not case.causal:  # sizes that only the reference has
+        layout = data.draw(layouts(case.L, case.S, 3, 5))
+        case = replace(case, blocks=layout, block_sizes=(3, 5))
     p = build(case, torch.float64)
     options = {"is_causal": case.causal, "scale": case.scale, "enable_gqa": True}
-    options["window"] = Band(*case.window)
+    if case.window != (None, None):
+        options["window"] = Band(*case.window)
     if case.packed:
         cu_q, cu_k = p.packed
         options["cu_seqlens"] = Packed(cu_q, cu_q if cu_k is None else cu_k, case.lower_right)
+    if case.blocks:
+        options["block_mask"] = Blocks(*p.packed[2:], *case.block_sizes)
     q, k, v, mask = p.primals
     t_q, t_k, t_v, t_mask = p.tangents
     out, t_out = attention_jvp(q, k, v, t_q, t_k, t_v, mask, t_attn_mask=t_mask, **options)
@@ -83,7 +97,7 @@ def test_the_public_functions_equal_dense_attention(case):
     masks = () if len(inputs) == 4 else (mask,)
     seen = (visible(case), False, case.scale)
     f = lambda *x: dense(*x, *masks, case.causal, case.scale, case.window)  # noqa: E731
-    if case.packed:
+    if case.packed or case.blocks:
         f = lambda *x: dense(*x, *seen)  # noqa: E731
     exact, t_exact = torch.func.jvp(f, tuple(inputs), tuple(tangents))
     close(out, exact)
@@ -113,7 +127,9 @@ def test_the_kernels_equal_the_reference(examples):
 
 @pytest.mark.gpu
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("mask", [None, "window", "packed", "bool", "key", "row", "full"], ids=str)
+@pytest.mark.parametrize(
+    "mask", [None, "window", "packed", "blocks", "bool", "key", "row", "full"], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_the_compiled_kernels_equal_the_reference(dtype, mask, record_property):
     """Fixed by the test, and so compiled once: dtype, head dim, kind of mask. Groups go with
@@ -131,6 +147,10 @@ def test_the_compiled_kernels_equal_the_reference(dtype, mask, record_property):
         if mask == "packed":
             packed = data.draw(sequences(case.L, case.S))
             case = replace(case, mask=None, packed=packed)
+        elif mask == "blocks":
+            layout = data.draw(layouts(case.L, case.S, 128, 128))
+            how = {"causal": False, "lower_right": False, "mask": None}
+            case = replace(case, blocks=layout, block_sizes=(128, 128), **how)
         else:
             case = replace(case, lower_right=False, mask=None if mask == "window" else mask)
         found = errors(kernels, case, dtype, "cuda", rows=16)  # hypothesis likes single rows

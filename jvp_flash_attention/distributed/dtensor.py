@@ -36,10 +36,10 @@ def _rule(overload: Any) -> Callable[..., list[Sharding]]:
                 "attention of DTensors has no dropout: each process would draw a mask of its own;"
                 " drop in other layers"
             )
-        if given["cu_q"] is not None:
+        if given["cu_q"] is not None or given["kv_blocks"] is not None:
             raise NotImplementedError(
-                "attention of DTensors takes no cu_seqlens; give it the local tensors, which heads"
-                " may be sharded in"
+                "attention of DTensors takes no cu_seqlens and no block_mask; give it the local"
+                " tensors, which heads may be sharded in"
             )
         tensors = {name: hasattr(x, "placements") for name, x in given.items()}
         whole: list[Placement | None] = [Replicate() if tensors[name] else None for name in names]

@@ -11,6 +11,9 @@ take them in this order:
     PHASE 1     crossed by the right bound, or by the end of the keys
     PHASE 2     crossed by the left bound
 
+A block mask lists the blocks that a block sees. Ranges are then of the rows of the listed blocks,
+one after the other, and `listed_row` says which row that is. Tiles divide blocks.
+
 Packed sequences lie behind one another in one row. CU, (sequences + 1,), says where each begins,
 and None that there is one. A program has a tile of one sequence, and all ranges are of its queries
 and keys. What lies behind the last one is a sequence whose other side is empty.
@@ -67,6 +70,21 @@ def sequence_of(
     end_other = tl.where(n < sequences, end_other, first_other)
     tile -= first // BLOCK + n
     return tile, first, end - first, first_other, end_other - first_other
+
+
+@triton.jit
+def listed_rows(LIST, rows, BLOCK: tl.constexpr):
+    """How many rows the blocks of a list (`call.Blocks`) have; the last one of all ends with the
+    rows."""
+    n = tl.load(LIST)
+    last = tl.load(LIST + n)
+    return tl.where(n > 0, n * BLOCK - tl.maximum((last + 1) * BLOCK - rows, 0), 0)
+
+
+@triton.jit
+def listed_row(LIST, x, BLOCK: tl.constexpr):
+    """Which row is the x-th of the blocks of a list."""
+    return tl.load(LIST + 1 + x // BLOCK) * BLOCK + x % BLOCK
 
 
 @triton.jit

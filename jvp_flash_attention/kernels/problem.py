@@ -182,6 +182,11 @@ def mask_pointer(mask: Tensor | None, p: Problem):
     return None if mask is None else (mask, *mask.expand(p.B, p.H, p.L, p.S).stride())
 
 
+def blocks_pointer(blocks: Tensor | None, p: Problem):
+    """(pointer, stride_b, stride_h, stride_row) of lists of blocks broadcast to (B, H, n, ...)."""
+    return None if blocks is None else (blocks, *blocks.expand(p.B, p.H, -1, -1).stride()[:3])
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)

@@ -23,7 +23,15 @@ shard of each row's (`Spec.sharded`) they are not: a tile's sums are a part of t
 import triton
 import triton.language as tl
 
-from ..block_info import first_row, query_parts, sequence_of, tiles_of
+from ..block_info import (
+    first_row,
+    listed_row,
+    listed_rows,
+    query_parts,
+    row_at,
+    sequence_of,
+    tiles_of,
+)
 from .primitives import (
     LOG2E,
     OUTSIDE,
@@ -43,14 +51,14 @@ from .primitives import (
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def bwd_dkdv_kernel(
-    Q, K, V, T_Q, T_K, T_V, MASK, T_MASK, SEED, CU_Q, CU_K,
+    Q, K, V, T_Q, T_K, T_V, MASK, T_MASK, SEED, CU_Q, CU_K, Q_BLOCKS,
     D_O, D_T_O, LSE, MU, H_SUM, W_SUM,
     D_K, D_T_K, D_V, D_T_V,
     scale, threshold, keep_scale, batch_per_seed, H, L, S, sequences,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, LOWER_RIGHT: tl.constexpr, SEQUENCES: tl.constexpr,
-    BOOL: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BOOL: tl.constexpr, WHOLE: tl.constexpr,
     SINGLE: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -90,12 +98,20 @@ def bwd_dkdv_kernel(
     d_t_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     scale2 = scale * LOG2E
 
-    parts = query_parts(n0 - shift, L, BLOCK_M, BLOCK_N, LEFT, RIGHT, LOWER_RIGHT)
+    if Q_BLOCKS is None:
+        parts = query_parts(n0 - shift, L, BLOCK_M, BLOCK_N, LEFT, RIGHT, LOWER_RIGHT)
     for g in range(GROUP):
         h = hk * GROUP + g
         row = first_row(b, h, H, rows) + q0
+        if Q_BLOCKS is not None:
+            blocks = row_at(Q_BLOCKS, b, h, n0 // BLOCK_K)
+            seen = listed_rows(blocks, L, BLOCK_Q)
+            parts = query_parts(n0, seen, BLOCK_M, BLOCK_N, LEFT, RIGHT)
         for PHASE in tl.static_range(3 if LEFT is not None else 2 if RIGHT is not None else 1):
-            for m0 in tl.range(parts[2 * PHASE], parts[2 * PHASE + 1], BLOCK_M):
+            for x0 in tl.range(parts[2 * PHASE], parts[2 * PHASE + 1], BLOCK_M):
+                m0 = x0
+                if Q_BLOCKS is not None:
+                    m0 = listed_row(blocks, x0, BLOCK_Q)
                 i = m0 + tl.arange(0, BLOCK_M)
                 q = load_tile(Q, b, h, q0 + m0, q0 + L, BLOCK_M, D, BLOCK_D, not WHOLE, TMA)
                 zero = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)

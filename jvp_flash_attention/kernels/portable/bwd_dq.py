@@ -8,7 +8,17 @@ with dS, dtS and SINGLE of `bwd_dkdv.py`.
 import triton
 import triton.language as tl
 
-from ..block_info import first_row, head_at, key_parts, pair_at, sequence_of, tiles_of
+from ..block_info import (
+    first_row,
+    head_at,
+    key_parts,
+    listed_row,
+    listed_rows,
+    pair_at,
+    row_at,
+    sequence_of,
+    tiles_of,
+)
 from .primitives import (
     LOG2E,
     OUTSIDE,
@@ -29,14 +39,14 @@ from .primitives import (
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def bwd_dq_kernel(
-    Q, K, V, T_Q, T_K, T_V, MASK, T_MASK, SEED, CU_Q, CU_K,
+    Q, K, V, T_Q, T_K, T_V, MASK, T_MASK, SEED, CU_Q, CU_K, KV_BLOCKS,
     D_O, D_T_O, LSE, MU, H_SUM, W_SUM,
     D_Q, D_T_Q, D_MASK, D_T_MASK,
     scale, threshold, keep_scale, batch_per_seed, H, L, S, sequences,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, LOWER_RIGHT: tl.constexpr, SEQUENCES: tl.constexpr,
-    BOOL: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BOOL: tl.constexpr, WHOLE: tl.constexpr,
     SINGLE: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr,
@@ -82,9 +92,16 @@ def bwd_dq_kernel(
     scale2 = scale * LOG2E
 
     BANDED: tl.constexpr = LEFT is not None or RIGHT is not None or CU_Q is not None
-    parts = key_parts(m0 + shift, S, BLOCK_M, BLOCK_N, LEFT, RIGHT, LOWER_RIGHT)
+    seen = S
+    if KV_BLOCKS is not None:
+        blocks = row_at(KV_BLOCKS, b, h, m0 // BLOCK_Q)
+        seen = listed_rows(blocks, S, BLOCK_K)
+    parts = key_parts(m0 + shift, seen, BLOCK_M, BLOCK_N, LEFT, RIGHT, LOWER_RIGHT)
     for PHASE in tl.static_range(1 if WHOLE else 2 if LEFT is None else 3):
-        for n0 in tl.range(parts[2 * PHASE], parts[2 * PHASE + 1], BLOCK_N):
+        for x0 in tl.range(parts[2 * PHASE], parts[2 * PHASE + 1], BLOCK_N):
+            n0 = x0
+            if KV_BLOCKS is not None:
+                n0 = listed_row(blocks, x0, BLOCK_K)
             j = n0 + tl.arange(0, BLOCK_N)
             k = load_tile(K, b, hk, k0 + n0, k0 + S, BLOCK_N, D, BLOCK_D, PHASE != 0, TMA)
             zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)

@@ -22,7 +22,15 @@ else.
 import triton
 import triton.language as tl
 
-from ..block_info import first_row, key_parts, sequence_of, tiles_of
+from ..block_info import (
+    first_row,
+    key_parts,
+    listed_row,
+    listed_rows,
+    row_at,
+    sequence_of,
+    tiles_of,
+)
 from .primitives import (
     LOG2E,
     OUTSIDE,
@@ -43,12 +51,12 @@ from .primitives import (
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def forward_kernel(
-    Q, K, V, T_Q, T_K, T_V, MASK, T_MASK, SEED, CU_Q, CU_K, O, T_O, LSE, MU,
+    Q, K, V, T_Q, T_K, T_V, MASK, T_MASK, SEED, CU_Q, CU_K, KV_BLOCKS, O, T_O, LSE, MU,
     scale, threshold, keep_scale, batch_per_seed, H, L, S, sequences,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, LOWER_RIGHT: tl.constexpr, SEQUENCES: tl.constexpr,
-    BOOL: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BOOL: tl.constexpr, WHOLE: tl.constexpr,
     PRESCALE: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -91,9 +99,16 @@ def forward_kernel(
 
     BANDED: tl.constexpr = LEFT is not None or RIGHT is not None
     CUT: tl.constexpr = CU_Q is not None and not BANDED
-    parts = key_parts(m0 + shift, S, BLOCK_M, BLOCK_N, LEFT, RIGHT, LOWER_RIGHT)
+    seen = S
+    if KV_BLOCKS is not None:
+        blocks = row_at(KV_BLOCKS, b, h, m0 // BLOCK_Q)
+        seen = listed_rows(blocks, S, BLOCK_K)
+    parts = key_parts(m0 + shift, seen, BLOCK_M, BLOCK_N, LEFT, RIGHT, LOWER_RIGHT)
     for PHASE in tl.static_range(1 if WHOLE else 2 if LEFT is None else 3):
-        for n0 in tl.range(parts[2 * PHASE], parts[2 * PHASE + 1], BLOCK_N):
+        for x0 in tl.range(parts[2 * PHASE], parts[2 * PHASE + 1], BLOCK_N):
+            n0 = x0
+            if KV_BLOCKS is not None:
+                n0 = listed_row(blocks, x0, BLOCK_K)
             j = n0 + tl.arange(0, BLOCK_N)
             k = load_tile(K, b, hk, k0 + n0, k0 + S, BLOCK_N, D, BLOCK_D, PHASE != 0, TMA)
             zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -148,7 +163,7 @@ def forward_kernel(
             if T_S:
                 p_t_s = p * t_s
                 row_t_s = tl.sum(p_t_s, 1)
-                if n0 == parts[0]:  # the first tile
+                if x0 == parts[0]:  # the first tile
                     c = row_t_s / tl.where(row_p == 0.0, 1.0, row_p)
                 p_t_s -= p * c[:, None]
                 r = r * alpha + (row_t_s - row_p * c)

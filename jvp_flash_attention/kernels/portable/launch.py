@@ -4,13 +4,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import triton
+from torch import Tensor
 
 from ... import call
 from ...call import Band
 from .. import configs
 from ..block_info import band
 from ..launch_cache import Launch
-from ..problem import Call, Problem, cdiv, mask_pointer, operand, pointer
+from ..problem import Call, Problem, blocks_pointer, cdiv, mask_pointer, operand, pointer
 from .bwd_dkdv import bwd_dkdv_kernel
 from .bwd_dq import bwd_dq_kernel
 from .bwd_preprocess import bwd_preprocess_kernel
@@ -29,7 +30,14 @@ def launches(name: str, p: Problem, c: Call) -> Iterator[Launch]:
 def _fwd(name: str, p: Problem, c: Call) -> Iterator[Launch]:
     tile = p.tile(name)
     out, lse, t_out, mu = c.saved
-    args = (*_operands(p, c, tile), pointer(out), pointer(t_out), lse, mu, *p.scalars(c.x.seed))
+    args = (
+        *_operands(p, c, tile, c.x.kv_blocks),
+        pointer(out),
+        pointer(t_out),
+        lse,
+        mu,
+        *p.scalars(c.x.seed),
+    )
     constexprs = {
         "PRESCALE": p.mask or p.spec.scale <= 0.0,
         **_constexprs(name, p, tile),
@@ -63,7 +71,7 @@ def _bwd_dkdv(name: str, p: Problem, c: Call) -> Iterator[Launch]:
         "SINGLE": _single(p, tile),
     }
     for grads in results:
-        args = (*_given(p, c, tile), *map(pointer, grads), *p.scalars(c.x.seed))
+        args = (*_given(p, c, tile, c.x.q_blocks), *map(pointer, grads), *p.scalars(c.x.seed))
         grid = _grid(p, p.S, tile.BLOCK_N, p.Hk)
         yield Launch(bwd_dkdv_kernel, grid, args, constexprs)
 
@@ -72,7 +80,7 @@ def _bwd_dq(name: str, p: Problem, c: Call) -> Iterator[Launch]:
     tile = p.tile(name)
     d, d_t = c.grads, c.t_grads
     args = (
-        *_given(p, c, tile),
+        *_given(p, c, tile, c.x.kv_blocks),
         *map(pointer, (d.q, d_t.q)),
         *(mask_pointer(d.mask, p), mask_pointer(d_t.mask, p)),
         *p.scalars(c.x.seed),
@@ -95,9 +103,9 @@ PASSES = {
 }
 
 
-def _operands(p: Problem, c: Call, tile: configs.Tile) -> tuple:
+def _operands(p: Problem, c: Call, tile: configs.Tile, blocks: Tensor | None) -> tuple:
     """The arguments that every kernel but the first begins with."""
-    (q, k, v, mask, *others), (t_q, t_k, t_v, t_mask) = c.x, c.t
+    (q, k, v, mask, seed, cu_q, cu_k, *_), (t_q, t_k, t_v, t_mask) = c.x, c.t
     return (
         operand(q, p, tile.BLOCK_M, p.block_d),
         operand(k, p, tile.BLOCK_N, p.block_d),
@@ -105,14 +113,15 @@ def _operands(p: Problem, c: Call, tile: configs.Tile) -> tuple:
         operand(t_q, p, tile.BLOCK_M, p.block_d),
         operand(t_k, p, tile.BLOCK_N, p.block_d),
         operand(t_v, p, tile.BLOCK_N, p.block_dv),
-        *(mask_pointer(mask, p), mask_pointer(t_mask, p), *others),
+        *(mask_pointer(mask, p), mask_pointer(t_mask, p), seed, cu_q, cu_k),
+        blocks_pointer(blocks, p),
     )
 
 
-def _given(p: Problem, c: Call, tile: configs.Tile) -> tuple:
+def _given(p: Problem, c: Call, tile: configs.Tile, blocks: Tensor | None) -> tuple:
     """The arguments that both gradient kernels begin with."""
     return (
-        *_operands(p, c, tile),
+        *_operands(p, c, tile, blocks),
         operand(c.d_out, p, tile.BLOCK_M, p.block_dv),
         operand(c.d_t_out, p, tile.BLOCK_M, p.block_dv),
         *(c.saved.lse, c.saved.mu if c.jvp else None, c.h_sum, c.w_sum),
@@ -129,6 +138,8 @@ def _constexprs(name: str, p: Problem, tile: configs.Tile) -> dict[str, Any]:
         "BLOCK_DV": p.block_dv,
         **band(p.spec),
         "SEQUENCES": None if p.sequences is None else triton.next_power_of_2(p.sequences + 1),
+        "BLOCK_Q": p.spec.block_q,
+        "BLOCK_K": p.spec.block_k,
         "BOOL": p.bool_mask,
         "PRECISION": p.precision(name),
         "TMA": p.tma,
