@@ -13,15 +13,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from functorch.compile import min_cut_rematerialization_partition, nop
 from torch import nn
-from torch._dynamo.backends.common import aot_autograd
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from training.activation_checkpointing import CHOICES as CHECKPOINTING
 from training.activation_checkpointing import checkpoint_blocks
 from training.models.layers import Block
+from training.private import cut_and_not_compiled, fake_tensors, identity
 from training.randomness import Draws
 from training.sharding import units, weights_of
 from training.step import compile_blocks, teachers
@@ -124,26 +122,24 @@ def _saved(
     compile: bool,
 ) -> tuple[int, int]:
     """Bytes, and how many blocks there are."""
-    torch._dynamo.reset()
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    torch.compiler.reset()
+    mode = fake_tensors(allow_non_fake_inputs=True)
     with mode:
         net, objective = build()
     checkpoint_blocks(net, keep)
     if compile:
-        options: Any = {"partition_fn": min_cut_rematerialization_partition}
         for part in (net, *teachers(objective)):
-            compile_blocks(part, backend=aot_autograd(fw_compiler=nop, **options))
+            compile_blocks(part, backend=cut_and_not_compiled())
     draws = Draws(0)
     x, y = torch.zeros(batch, *shape), torch.zeros(batch, dtype=torch.int64)
     sample = objective.sample(x, y, net.null_label, draws)
-    key = lambda storage: storage._cdata  # noqa: E731
-    own = {key(p.untyped_storage()) for p in (*net.parameters(), *net.buffers())}
+    own = {identity(p.untyped_storage()) for p in (*net.parameters(), *net.buffers())}
     held: dict[int, Any] = {}  # kept alive, so that no other one has the same key
 
     def pack(x: torch.Tensor) -> torch.Tensor:
         storage = x.untyped_storage()
-        if key(storage) not in own:
-            held[key(storage)] = storage
+        if identity(storage) not in own:
+            held[identity(storage)] = storage
         return x
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)

@@ -12,6 +12,7 @@ the second one is recorded and replayed, with the same kernels in the same order
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -102,13 +103,8 @@ class Step:
         if recorded is None:
             self._backward(loss)
             return
-        for p, gradient in zip(self.net.parameters(), recorded.gradients, strict=True):
-            if gradient is None:
-                continue
-            if p.grad is not None:
-                p.grad += gradient
-            else:  # the next replay writes there again
-                p.grad = gradient if self.accumulate == 1 else gradient.clone()
+        # The next replay writes there again.
+        self._add(recorded.gradients, copied=self.accumulate > 1)
 
     def release(self) -> None:
         """Forget the graphs. What processes send each other in one keeps their connection open,
@@ -127,28 +123,47 @@ class Step:
             loss.backward()
             return
         # Sums over the processes are of this batch alone: what is there already is a mean.
+        with self._alone() as gradients:
+            (loss / self.exchange.size).backward()
+            self.exchange.wait()
+        self._add(gradients)
+
+    @contextmanager
+    def _alone(self) -> Iterator[list[torch.Tensor | None]]:
+        """The gradients of what runs inside, by the end of it; those that were there are there
+        again afterwards.
+        """
         parameters = list(self.net.parameters())
         before = [p.grad for p in parameters]
+        found: list[torch.Tensor | None] = []
         for p in parameters:
             p.grad = None
-        (loss / self.exchange.size).backward()
-        self.exchange.wait()
-        for p, earlier in zip(parameters, before, strict=True):
-            if earlier is not None and p.grad is not None:
-                p.grad += earlier
+        try:
+            yield found
+            found += [p.grad for p in parameters]
+        finally:
+            for p, gradient in zip(parameters, before, strict=True):
+                p.grad = gradient
+
+    def _add(self, gradients: list[torch.Tensor | None], copied: bool = False) -> None:
+        """To those that are there; where there is none, they are taken as they are or copied."""
+        for p, gradient in zip(self.net.parameters(), gradients, strict=True):
+            if gradient is None:
+                continue
+            if p.grad is not None:
+                p.grad += gradient
+            else:
+                p.grad = gradient.clone() if copied else gradient
 
     def _record(self, leaves: list[Any], spec: Any) -> Recorded:
-        parameters = list(self.net.parameters())
-        before = [p.grad for p in parameters]
-        for p in parameters:
-            p.grad = None
         static = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graph has memory of its own
         graph = torch.cuda.CUDAGraph()
         # Other threads (loaders, loggers) may use the device meanwhile.
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            captured = torch.cuda.graph(graph, capture_error_mode="thread_local")
+            with self._alone() as gradients, captured:
                 terms = self.objective.loss(self.net, tree_unflatten(static, spec))
                 self._backward(terms.loss / self.accumulate)
         except RuntimeError as error:
@@ -160,9 +175,6 @@ class Step:
                 " cuda_graphs=false"
             ) from error
         terms = terms._replace(loss=terms.loss.detach())
-        gradients = [p.grad for p in parameters]
-        for p, gradient in zip(parameters, before, strict=True):
-            p.grad = gradient
         inputs = [x for x in static if isinstance(x, torch.Tensor)]
         return Recorded(graph, inputs, terms, gradients)
 

@@ -1,6 +1,7 @@
 """Two processes: gradients are those of one process on both batches together."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from training.objectives.meanflow import MeanFlow
 from training.objectives.tangents import Jvp
 from training.optimizers import adamw
 from training.randomness import Draws
+from training.step import Step
 from training.strategies import Replicated
 
 BATCH, SEED = 12, 3
@@ -136,6 +138,17 @@ def alone(name, rank):
     terms = objective.loss(net, objective.sample(x, y, net.null_label, draws))
     terms.loss.backward()
     return [p.grad for p in net.parameters()], float(terms.metrics["error"])
+
+
+def test_a_mean_that_is_there_is_neither_summed_again_nor_lost():
+    net = torch.nn.Linear(2, 1)
+    step = Step(net, torch.nn.Module())
+    step.exchange = SimpleNamespace(size=2, wait=lambda: None)
+    net.bias.grad = torch.ones(1)
+    for times in (1, 2):
+        step.backward(4 * net.weight.sum())  # not of the bias
+        assert torch.equal(net.weight.grad, torch.full((1, 2), 2.0 * times))
+        assert torch.equal(net.bias.grad, torch.ones(1))
 
 
 def test_a_graph_that_exchanges_is_of_the_same_kind_in_every_process(ranks):

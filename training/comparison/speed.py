@@ -167,7 +167,7 @@ def _head_dim(net: Any) -> int:
 
 def clear() -> None:
     """Forget compiled code and cached memory of an earlier cell."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,6 +12,7 @@ from training.attentions import sdpa
 from training.context_parallel import join
 from training.models.jvp_layers import Linear
 from training.models.layers import Block
+from training.private import fake_tensors
 from training.randomness import Draws
 from training.sharding import copy_whole
 
@@ -29,7 +29,7 @@ def step_flops(net: nn.Module, objective: Any, x: torch.Tensor, y: torch.Tensor)
     every attention, for the modes single and double, with and without activation checkpointing.
     Counted by PyTorch on fake tensors, with which nothing is computed.
     """
-    mode = FakeTensorMode()
+    mode = fake_tensors()
     net, objective = _plain(net, mode), _plain(objective, mode)
     jvp = getattr(objective, "jvp", None)
     if jvp is not None and jvp.mode == "double":
@@ -55,7 +55,7 @@ def _modules(thing: nn.Module) -> list[nn.Module]:
     return [*thing.modules(), *(module for teacher in teachers for module in teacher.modules())]
 
 
-def _fake(thing: nn.Module, mode: FakeTensorMode) -> Any:
+def _fake(thing: nn.Module, mode: Any) -> Any:
     """A copy whose parameters and buffers are shapes on the CPU: no memory is taken."""
     fakes = {}
     whole = nn.ModuleList(_modules(thing))
@@ -67,7 +67,7 @@ def _fake(thing: nn.Module, mode: FakeTensorMode) -> Any:
     return copy_whole(thing, _modules(thing), fakes)
 
 
-def _plain(thing: nn.Module, mode: FakeTensorMode) -> Any:
+def _plain(thing: nn.Module, mode: Any) -> Any:
     """A copy without memory that computes what has to be computed, and nothing twice."""
     thing = _fake(thing, mode)
     for module in _modules(thing):
