@@ -9,6 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from jvp_flash_attention.functorch import make_autograd_impl, only
 from jvp_flash_attention.operators import operator
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KNOWN = make_autograd_impl is not None and only("CPU") is not None
 
 
@@ -51,7 +52,7 @@ def further(monkeypatch):
 
 @pytest.mark.skipif(not KNOWN, reason="this version of PyTorch lacks the names")
 def test_values_go_straight_to_the_code_and_all_else_does_not(further):
-    x, p = torch.randn(3), torch.randn(3, requires_grad=True)
+    x, p = torch.randn(3, device=DEVICE), torch.randn(3, device=DEVICE, requires_grad=True)
     assert further(lambda: overload(x, 2.0)) == 0
     assert further(lambda: overload(p, 2.0)) == 1
     with torch.no_grad():
