@@ -11,6 +11,7 @@ from . import (
     autograd,
     backends,
     broadcast,
+    jagged,
     ops,
     shadowed,
     transforms,  # noqa: F401 (registers what transforms make of the operators)
@@ -58,7 +59,9 @@ def attention(
     the keys in O(L) memory (mathematics: docs/mathematics.md).
 
     Args:
-        query: (..., H, L, D), float16, bfloat16, float32 or float64.
+        query: (..., H, L, D), float16, bfloat16, float32 or float64. Jagged nested tensors (B, H,
+            L*, D) are packed sequences, and the result is jagged too; PyTorch gives them no forward
+            mode, so their tangent is that of `attention_jvp`.
         key: (..., Hk, S, D), query's dtype and device; Hk = H, or a divisor of H with `enable_gqa`.
         value: (..., Hk, S, Dv), query's dtype and device. Batch and head dimensions of the three
             broadcast, with stride 0.
@@ -104,6 +107,13 @@ def attention(
         NotImplementedError: the requested backend cannot serve the inputs, or a third derivative or
             a jvp of a jvp is asked for.
     """
+    if jagged.is_jagged(query):
+        return jagged.attend(
+            attention, {"query": query, "key": key, "value": value}, attn_mask=attn_mask,
+            dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
+            window=window, cu_seqlens=cu_seqlens, block_mask=block_mask, backend=backend,
+            tangent_grad=tangent_grad,
+        )  # fmt: skip
     compiling = torch.compiler.is_compiling()
     numbers = (dropout_p, is_causal, scale, enable_gqa)
     if compiling and not SHORTCUTS:
@@ -163,6 +173,15 @@ def attention_jvp(
         (out, t_out), both (..., H, L, Dv) in query's dtype, both differentiable in every input and
         tangent; with `tangent_grad=False` only `out`, in the inputs.
     """
+    if jagged.is_jagged(query):
+        given = {"query": query, "key": key, "value": value}
+        given |= {"t_query": t_query, "t_key": t_key, "t_value": t_value}
+        return jagged.attend(
+            attention_jvp, given, attn_mask=attn_mask, t_attn_mask=t_attn_mask,
+            dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
+            window=window, cu_seqlens=cu_seqlens, block_mask=block_mask, backend=backend,
+            tangent_grad=tangent_grad,
+        )  # fmt: skip
     compiling = torch.compiler.is_compiling()
     numbers = (dropout_p, is_causal, scale, enable_gqa)
     if compiling and not SHORTCUTS:

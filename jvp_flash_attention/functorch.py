@@ -326,6 +326,11 @@ def nonzero(x: Tensor | None) -> Tensor | None:
     return None if x is None or is_zerotensor(x) else x
 
 
+def ragged_dim(x: Tensor) -> int:
+    """Which dimension of a jagged nested tensor has lengths; 0 where that is not to be known."""
+    return getattr(x, "_ragged_idx", 0)
+
+
 def materialized(x: Tensor) -> Tensor:
     """The elements in memory: a symbolic zero has none, a negative view holds the others."""
     if is_zerotensor(x):

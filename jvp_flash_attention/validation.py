@@ -27,8 +27,8 @@ def tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise ArgumentTypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}{hint}")
         if x.is_nested:
             raise NotImplementedError(
-                f"{name} must be a dense tensor, got a nested one; pad it and give a mask, or use"
-                " jvp_flash_attention.flash_attn.flash_attn_varlen_func"
+                f"{name} must be a dense tensor, got a nested one; make query a jagged one too, or"
+                " use jvp_flash_attention.flash_attn.flash_attn_varlen_func"
             )
         if x.layout != torch.strided:
             raise NotImplementedError(

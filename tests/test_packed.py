@@ -298,3 +298,68 @@ def test_what_is_not_supported_beside_it_raises():
     made = {"arch": "sm90", "tma": True, "force": "sm90"}
     with pytest.raises(NotImplementedError, match="leaves packed sequences"):
         kernels.launches(Call(q, q, q, None, None, CU_Q), Tangents(q, q, q), Spec(0.1), **made)
+
+
+def ragged(lengths, H, D, like=None):
+    """(B, H, L*, D), with the offsets of another where one is given."""
+    offsets = starts(lengths).long() if like is None else like.offsets()
+    rows = torch.randn(sum(lengths), H, D, dtype=torch.float64, requires_grad=True)
+    return rows, torch.nested.nested_tensor_from_jagged(rows, offsets).transpose(1, 2)
+
+
+def test_jagged_in_is_jagged_out_with_tangent_and_gradients():
+    """PyTorch's own attention of the same tensors has the values; there is none with a tangent."""
+    (q_rows, q), (k_rows, k) = ragged((3, 1, 4), 4, 8), ragged((2, 5, 1), 2, 8)
+    v_rows, v = ragged((2, 5, 1), 2, 8, like=k)
+    tangents = [ragged(*a, like=b) for *a, b in (((3, 1, 4), 4, 8, q), ((2, 5, 1), 2, 8, k))]
+    (tq_rows, t_q), (tk_rows, t_k) = tangents
+    leaves = (q_rows, k_rows, v_rows, tq_rows, tk_rows)
+    out, t_out = attention_jvp(q, k, v, t_q, t_k, None, enable_gqa=True, is_causal=True)
+    assert out.is_nested
+    assert out.offsets() is q.offsets()
+    packed = [x.transpose(0, 1) for x in leaves]
+    how = {"enable_gqa": True, "is_causal": True}
+    how["cu_seqlens"] = starts((3, 1, 4)), starts((2, 5, 1))
+    wanted = attention_jvp(*packed, None, **how)
+    for got, e in zip((out, t_out), wanted, strict=True):
+        close(got.values(), e)
+    d = torch.randn_like(wanted[0]), torch.randn_like(wanted[0])
+    grads = [
+        torch.autograd.grad(sum((x * y).sum() for x, y in zip(results, d, strict=True)), leaves)
+        for results in ((out.values(), t_out.values()), wanted)
+    ]
+    for got, e in zip(*grads, strict=True):
+        close(got, e)
+    close(attention(q, k, v, **how | {"cu_seqlens": None}).values(), wanted[0])
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        x = q.detach()
+        theirs = torch.nn.functional.scaled_dot_product_attention(x, x, x)
+    close(attention(x, x, x).values(), theirs.values())
+
+
+def test_jagged_ones_that_do_not_fit_together_are_refused():
+    _, q = ragged((3, 1), 2, 4)
+    _, k = ragged((3, 1), 2, 4)
+    for given, error, message in (
+        ((q, k, q), ValueError, "value must have the offsets of key"),
+        ((q, Q, Q), ValueError, "key must be a jagged nested tensor"),
+        ((Q, q, q), NotImplementedError, "key must be a dense tensor, got a nested one"),
+        ((q.transpose(1, 2),) * 3, NotImplementedError, "make it of .length, heads, head dim."),
+    ):
+        with pytest.raises(error, match=message):
+            attention(*given)
+    with pytest.raises(ValueError, match="cu_seqlens must be None"):
+        attention(q, q, q, cu_seqlens=CU_Q)
+    with pytest.raises(NotImplementedError, match="attn_mask is not supported"):
+        attention(q, q, q, torch.ones(4, 4) > 0)
+
+
+@pytest.mark.compile
+def test_jagged_compiled():
+    torch._dynamo.reset()
+    rows, q = ragged((3, 1, 4), 2, 4)
+    step = torch.compile(lambda q: attention(q, q, q), backend="aot_eager", fullgraph=True)
+    got, wanted = step(q), attention(q, q, q)
+    close(got.values(), wanted.values())
+    grads = [torch.autograd.grad(x.values().square().sum(), rows)[0] for x in (got, wanted)]
+    close(*grads)
