@@ -34,13 +34,14 @@ PASSES = ("forward", "forward_jvp", "backward", "backward_jvp", "merge")
 
 class Compiled(NamedTuple):
     """One kernel as assembled: registers a thread, bytes of stack a thread (spills), bytes of
-    shared memory a block."""
+    shared memory a block, Hopper's products, columns of tensor memory a block."""
 
     kernel: str
     registers: int
     stack: int
     shared: int
     hgmma: int
+    columns: int = 0
 
 
 class _Driver:
@@ -119,7 +120,8 @@ def _inspect(name: str, compiled) -> Compiled:
         usage = _output(tools / "cuobjdump", "-res-usage", file.name)
         sass = _output(tools / "cuobjdump", "-sass", file.name)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    return Compiled(name, registers, stack, shared, sass.count("HGMMA"))
+    columns = getattr(compiled.metadata, "tmem_size", None) or 0
+    return Compiled(name, registers, stack, shared, sass.count("HGMMA"), columns)
 
 
 def _output(*command) -> str:
@@ -133,6 +135,7 @@ SHARED = {
     "sm_100": 227,
     "gfx942": 64,
 }  # KiB a block may use
+COLUMNS = 512  # of tensor memory, where there is any; a kernel of more is compiled to a trap
 
 
 def table(target: str, head_dims, dtypes, variants=("plain",), **kwargs):
@@ -179,12 +182,12 @@ if __name__ == "__main__":
     for head_dim, dtype, variant, c in table(
         arguments.target, arguments.head_dims, dtypes, arguments.variants, passes=arguments.passes
     ):
-        fits = c.shared <= SHARED[arguments.target] * 1024
+        fits = c.shared <= SHARED[arguments.target] * 1024 and c.columns <= COLUMNS
         failed |= not fits
         print(
             f"{arguments.target:7} D{head_dim:<4} {dtype:9} {variant:8} {c.kernel:17}"
             f" registers {c.registers:3}"
-            f" stack {c.stack:5} shared {c.shared:6} wgmma {c.hgmma:3}"
+            f" stack {c.stack:5} shared {c.shared:6} wgmma {c.hgmma:3} columns {c.columns:3}"
             f"{'' if fits else '  DOES NOT FIT'}",
             flush=True,
         )
