@@ -187,7 +187,7 @@ if __name__ == "__main__":
         print(
             f"{arguments.target:7} D{head_dim:<4} {dtype:9} {variant:8} {c.kernel:17}"
             f" registers {c.registers:3}"
-            f" stack {c.stack:5} shared {c.shared:6} wgmma {c.hgmma:3} columns {c.columns:3}"
+            f" stack {c.stack:5} shared {c.shared:6} columns {c.columns:3} wgmma {c.hgmma:3}"
             f"{'' if fits else '  DOES NOT FIT'}",
             flush=True,
         )
