@@ -29,6 +29,28 @@ def device() -> str:
     return DEVICE
 
 
+@pytest.fixture
+def products(monkeypatch) -> list[str]:
+    """The names of the portable kernels, one for each product of tiles that the interpreter makes
+    from here on."""
+    pytest.importorskip("triton")
+    from triton import knobs
+
+    from jvp_flash_attention.kernels.portable import bwd_dkdv, bwd_dq, forward
+
+    if not knobs.runtime.interpret:
+        pytest.skip("counts what the interpreter calls")
+    found = []
+    for name, module in (("forward", forward), ("bwd_dkdv", bwd_dkdv), ("bwd_dq", bwd_dq)):
+
+        def counted(*args, dot=module.dot.fn, name=name):
+            found.append(name)
+            return dot(*args)
+
+        monkeypatch.setattr(module, "dot", counted)
+    return found
+
+
 def pytest_addoption(parser):
     parser.addoption("--report", help="write the errors that the tests recorded to this JSON file")
 
