@@ -1,4 +1,4 @@
-"""Writes the figures in README.md and docs/benchmarks.md, and the plots, from docs/results alone.
+"""Writes the figures in the documents, and the plots, from docs/results alone.
 
 python scripts/benchmark_report.py            # after new result files were copied to docs/results
 python scripts/benchmark_report.py --check    # exit status 1 where a document differs

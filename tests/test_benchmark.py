@@ -356,14 +356,19 @@ def test_the_headline_has_the_ratios_of_the_files(tmp_path):
         row("long_16k_128", "jvp", "sdpa-math", None, mib=None) | LOST,
     ]
     targets = TARGETS_RESULT | {"rows": pair}
+    gpu = ENVIRONMENT["gpu"]
     step = {
         "images_per_s": 2000.0,
         "step_ms": 50.0,
         "mfu": 0.41,
-        "environment": {"gpu": "NVIDIA H200"},
+        "batch": 64,
+        "first_step_s": 9.0,
+        "reserved_mib": 2048,
+        "environment": {"gpu": gpu},
     }
-    names = (headline.B2, headline.XL2, headline.LONG)
-    steps = dict.fromkeys(names, step) | {headline.B2_SDPA: step | {"step_ms": 80.0}}
+    steps: dict[str, dict] = dict.fromkeys((headline.B2, headline.XL2, headline.LONG), step)
+    for name, ms in ((headline.B2_SDPA, 80.0), (headline.XL2_SDPA, 75.0)):
+        steps[name] = step | {"step_ms": ms}
     steps[headline.LONG_SDPA] = step | {"step_ms": 120.0}
     report.write_json(tmp_path / headline.TARGETS, targets)
     report.write_json(tmp_path / headline.STEP, steps)
@@ -373,11 +378,24 @@ def test_the_headline_has_the_ratios_of_the_files(tmp_path):
     assert "The backward at the first: 6x and 7x" in told
     assert "1.60x faster at 256 tokens, 2.40x at 1024**" in told
     assert "2,000 images/s, 41% of the GPU's peak" in told
-    assert "the step on one NVIDIA H200" in told
-    assert "2.40x at 1024" in told
+    assert "DiT-XL/2: 1.50x, 2000 images/s, 41%" in told
+    assert f"On one {gpu}, in bfloat16" in told
     ((picture, draw),) = headline.pictures(tmp_path).items()
     draw(picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "| 64 | 2,000 | 50.0 | 41.0% | 9.00 | 2.00 |" in headline.steps(tmp_path)[1]
+
+    other = step | {"step_ms": 40.0, "environment": {"gpu": "NVIDIA H200"}}
+    more = dict.fromkeys((headline.B2, f"{headline.B2}, residual_in_fp32=false"), other)
+    report.write_json(tmp_path / headline.STEPS[1], more)
+    (table,) = headline.steps_by_gpu(tmp_path)
+    title, _, first, *_ = table.splitlines()
+    assert "H200: ms | H200: images/s | H200: MFU" in title
+    assert "| 50.0 | 2,000 | 41.0% | 40.0 | 2,000 | 41.0% |" in first
+    assert "residual_in_fp32=false | 64 |  |  |  | 40.0 |" in table, "of one GPU alone"
+    report.write_json(tmp_path / headline.STEP, dict.fromkeys(steps, other))
+    with pytest.raises(ValueError, match="the headline is of one kind of GPU"):
+        headline.lines(tmp_path)
 
 
 def test_a_document_is_written_from_files_and_a_section_without_files_is_left_out(tmp_path):

@@ -13,7 +13,7 @@ from . import accuracy, headline, legacy_table, plots, report, tables, targets
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path("docs/results")
-DOCUMENTS = (Path("README.md"), Path("docs/benchmarks.md"))
+DOCUMENTS = tuple(map(Path, ("README.md", "docs/benchmarks.md", "docs/training/performance.md")))
 SUITES = {  # suite -> heading of its section
     "targets": "Kernels",
     "legacy_table": "The earlier package's table",
@@ -170,5 +170,6 @@ def _figures(root: Path) -> str:
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "headline": lambda root: _spaced(headline.lines(root)),
     "figures": _figures,
+    "steps": lambda root: _spaced(headline.steps_by_gpu(root)),
     **{suite: _section(suite) for suite in SUITES},
 }

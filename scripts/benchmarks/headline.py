@@ -1,7 +1,8 @@
 """What a reader of README.md sees first: three lines and a picture of attention and of a training
-step, ours beside SDPA's, from targets_h100.json and step_h200.json."""
+step, ours beside SDPA's, all of one kind of GPU; and the tables of training steps."""
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -10,13 +11,13 @@ from .measure import OUT_OF_MEMORY
 from .plots import COLOURS, Draw
 
 TARGETS = Path("docs/results/targets_h100.json")
-STEP = Path("docs/results/step_h200.json")
+STEP = Path("docs/results/step_h100.json")
+STEPS = (STEP, Path("docs/results/step_h200.json"))  # the columns of docs/training/performance.md
 PICTURE = Path("docs/results/headline.png")
 WORKLOADS = ("long_4k_128", "long_8k_64", "long_16k_128")
 OURS, MATH = "ours", "sdpa-math"
-B2, XL2 = "DiT-B/2, 256 tokens", "DiT-XL/2, 256 tokens"
-B2_SDPA = "DiT-B/2, 256 tokens, attention=sdpa"
-LONG, LONG_SDPA = "DiT-B/2, 1024 tokens", "DiT-B/2, 1024 tokens, attention=sdpa"
+B2, XL2, LONG = "DiT-B/2, 256 tokens", "DiT-XL/2, 256 tokens", "DiT-B/2, 1024 tokens"
+B2_SDPA, XL2_SDPA, LONG_SDPA = (f"{name}, attention=sdpa" for name in (B2, XL2, LONG))
 
 
 def lines(root: Path) -> list[str]:
@@ -27,32 +28,39 @@ def lines(root: Path) -> list[str]:
     pairs = _pairs(targets)
     first, second = pairs[WORKLOADS[0]], pairs[WORKLOADS[1]]
     back = _pairs(targets, "full")[WORKLOADS[0]]
-    b2, xl2, sdpa = step[B2], step[XL2], step[B2_SDPA]
+    b2, xl2, gpu = step[B2], step[XL2], targets["environment"]["gpu"]
+    if b2["environment"]["gpu"] != gpu:
+        raise ValueError(
+            f"{TARGETS.name} is of one {gpu}, {STEP.name} of one {b2['environment']['gpu']}: the"
+            " headline is of one kind of GPU; name a step file of the same in headline.py"
+        )
     bullets = (
         f"**Attention, forward + JVP: {_ratio(first, 'ms')}x faster and"
         f" {_ratio(first, 'mib')}x less memory** than SDPA at (B, H, L, D) ="
         f" {report.shape(first[OURS])}, {_ratio(second, 'ms')}x and {_ratio(second, 'mib')}x at"
         f" {report.shape(second[OURS])}. The backward at the first: {_ratio(back, 'ms')}x and"
         f" {_ratio(back, 'mib')}x.",
-        f"**A whole MeanFlow step of DiT-B/2: {sdpa['step_ms'] / b2['step_ms']:.2f}x faster at 256"
-        f" tokens, {step[LONG_SDPA]['step_ms'] / step[LONG]['step_ms']:.2f}x at 1024**, both in"
+        f"**A whole MeanFlow step of DiT-B/2: {_gain(step, B2, B2_SDPA)}x faster at 256"
+        f" tokens, {_gain(step, LONG, LONG_SDPA)}x at 1024**, both in"
         f" this trainer, compiled and as a CUDA graph. {b2['images_per_s']:,.0f} images/s,"
-        f" {b2['mfu']:.0%} of the GPU's peak (MFU). DiT-XL/2: {xl2['images_per_s']:.0f} images/s,"
-        f" {xl2['mfu']:.0%}.",
+        f" {b2['mfu']:.0%} of the GPU's peak (MFU). DiT-XL/2: {_gain(step, XL2, XL2_SDPA)}x,"
+        f" {xl2['images_per_s']:.0f} images/s, {xl2['mfu']:.0%}.",
     )
     return [
         f"![Time, memory and training throughput beside SDPA]({PICTURE})",
-        f"In bfloat16, attention on one {targets['environment']['gpu']}"
-        f" ([{TARGETS.name}]({TARGETS})), the step on one {b2['environment']['gpu']}"
-        f" ([{STEP.name}]({STEP})):",
+        f"On one {gpu}, in bfloat16 ([{TARGETS.name}]({TARGETS}), [{STEP.name}]({STEP})):",
         "\n".join(f"- {bullet}" for bullet in bullets),
-        "SDPA is PyTorch's `MATH` backend, its only one with a forward derivative. Memory is what"
-        " a call takes beyond its inputs.",
+        "SDPA is PyTorch's `MATH` backend, its only one with a forward derivative. It multiplies in"
+        " float32. Memory is what a call takes beyond its inputs.",
     ]
 
 
+def _gain(step: dict, ours: str, sdpa: str) -> str:
+    return f"{step[sdpa]['step_ms'] / step[ours]['step_ms']:.2f}"
+
+
 STEP_COLUMNS: report.Columns = {
-    "MeanFlow step, bfloat16": lambda r: r["name"],
+    "step, bfloat16": lambda r: r["name"],
     "batch": lambda r: str(r["batch"]),
     "images/s": lambda r: f"{r['images_per_s']:,.0f}",
     "ms": lambda r: report.number(r["step_ms"]),
@@ -63,16 +71,52 @@ STEP_COLUMNS: report.Columns = {
 
 
 def steps(root: Path) -> list[str]:
-    """The table of training steps; none where the result file is absent."""
+    """README's table of training steps; none where the result file is absent."""
     if not (root / STEP).exists():
         return []
     rows = [row | {"name": name} for name, row in _load(root, STEP).items()]
     return [
-        f"**A training step** on one {rows[0]['environment']['gpu']}, blocks compiled and the step"
-        " a CUDA graph, forward, backward and optimizer. `residual_in_fp32=false` keeps the"
-        f" residual stream in bfloat16 ([{STEP.name}]({STEP})).",
+        f"**A training step** on one {rows[0]['environment']['gpu']}: forward, backward and"
+        " optimizer. Blocks are compiled and the step is a CUDA graph, except with"
+        " `compile=false`. The objective is MeanFlow where the row names none."
+        " `residual_in_fp32=false` keeps the residual stream in bfloat16"
+        f" ([{STEP.name}]({STEP})).",
         report.markdown(report.cells(STEP_COLUMNS, rows)),
     ]
+
+
+def steps_by_gpu(root: Path) -> list[str]:
+    """The table of docs/training/performance.md: the steps of every file side by side."""
+    files = {path: _load(root, path) for path in STEPS if (root / path).exists()}
+    columns: report.Columns = {"step": lambda r: r["name"], "batch": lambda r: str(r["batch"])}
+    for path, found in files.items():
+        gpu = _short(next(iter(found.values()))["environment"]["gpu"])
+        for title, key, write in (
+            ("ms", "step_ms", report.number),
+            ("images/s", "images_per_s", "{:,.0f}".format),
+            ("MFU", "mfu", "{:.1%}".format),
+        ):
+            columns[f"{gpu}: {title}"] = partial(_cell, path, key, write)
+    rows: dict[str, dict] = {}
+    for path, found in files.items():
+        for name, row in found.items():
+            rows.setdefault(name, {"name": name, "batch": row["batch"]})[path] = row
+    groups = [_group(name) for name in rows]
+    ordered = sorted(rows.values(), key=lambda row: groups.index(_group(row["name"])))
+    return [report.markdown(report.cells(columns, ordered))] if rows else []
+
+
+def _group(name: str) -> list[str]:
+    """Model and tokens."""
+    return name.split(", ")[:2]
+
+
+def _cell(path: Path, key: str, write: Callable[[float], str], row: dict) -> str:
+    return write(row[path][key]) if path in row else ""
+
+
+def _short(gpu: str) -> str:
+    return gpu.removeprefix("NVIDIA ").split()[0]
 
 
 def pictures(root: Path) -> dict[Path, Draw]:
@@ -104,8 +148,7 @@ def _draw(targets: dict, step: dict, path: Path) -> None:
     from matplotlib.figure import Figure
 
     pairs = list(_pairs(targets).values())
-    names = [x["environment"]["gpu"] for x in (targets, step[B2])]
-    gpus = [name.removeprefix("NVIDIA ").split()[0] for name in names]
+    gpu = _short(targets["environment"]["gpu"])
     figure = Figure(figsize=(9.5, 2.9), layout="constrained")
     times, memory, steps = figure.subplots(1, 3, width_ratios=(3, 3, 2))
     for axis, key, unit in ((times, "ms", "ms"), (memory, "mib", "MiB")):
@@ -133,14 +176,14 @@ def _draw(targets: dict, step: dict, path: Path) -> None:
         axis.margins(y=0.15)
         axis.set_xticks(range(len(pairs)), [report.shape(p[OURS]) for p in pairs], fontsize=7)
         axis.set_ylabel(unit, fontsize=8)
-    times.set_title(f"attention, value + tangent: time, {gpus[0]}", fontsize=9)
-    memory.set_title(f"attention, value + tangent: memory, {gpus[0]}", fontsize=9)
+    times.set_title(f"attention, value + tangent: time, {gpu}", fontsize=9)
+    memory.set_title(f"attention, value + tangent: memory, {gpu}", fontsize=9)
     rates = [step[B2]["images_per_s"], step[B2_SDPA]["images_per_s"]]
     bars = steps.bar([0, 1], rates, 0.6, color=[COLOURS[OURS], COLOURS[MATH]])
     steps.bar_label(bars, [f"{rate:,.0f}" for rate in rates], fontsize=8)
     steps.set_xticks([0, 1], ["flash-jvp", "SDPA (MATH)"], fontsize=8)
     steps.set_ylabel("images/s", fontsize=8)
-    steps.set_title(f"MeanFlow step, DiT-B/2, {gpus[1]}", fontsize=9)
+    steps.set_title(f"MeanFlow step, DiT-B/2, {gpu}", fontsize=9)
     steps.margins(y=0.12)
     for axis in (times, memory, steps):
         axis.tick_params(axis="y", labelsize=7)
