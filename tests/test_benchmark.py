@@ -133,6 +133,18 @@ def test_every_implementation_computes_the_pass(name, mask):
         assert max(errors.values()) < 2e-6, (implementation, errors)
 
 
+def test_math_multiplies_in_float32_unless_its_16_bit_form_is_asked_for():
+    p = draw(SMALL, torch.bfloat16, "cpu")
+    sample, errors = accuracy.Sample(p), {}
+    for name in ("sdpa-math", "sdpa-math-16bit"):
+        found = implementations.find(name)
+        with found.around():
+            results = implementations.prepare(found, "jvp", p)()
+        errors[name] = max(sample.errors("jvp", results).values())
+    assert 1.3 * errors["sdpa-math"] < errors["sdpa-math-16bit"] < 1e-2
+    assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+
+
 def test_an_error_is_seen_in_the_result_that_has_it():
     p = draw(SMALL, torch.float32, "cpu")
     sample = accuracy.Sample(p)

@@ -1,8 +1,8 @@
 """Who is measured: this library, PyTorch's attention by backend, and anything importable."""
 
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from operator import attrgetter
@@ -50,9 +50,22 @@ def _only(backend: SDPBackend) -> Callable[[], AbstractContextManager]:
     return lambda: sdpa_kernel(backend)
 
 
+@contextmanager
+def _math_in_16_bits() -> Iterator[None]:
+    """MATH with products of the inputs' own 16 bits. PyTorch casts them to float32 by default."""
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
+
+
 BUILT_IN = {
     "ours": Implementation(_ours, _ours_jvp),
     "sdpa-math": Implementation(_sdpa, _sdpa_jvp, _only(SDPBackend.MATH)),
+    "sdpa-math-16bit": Implementation(_sdpa, _sdpa_jvp, _math_in_16_bits),
     "flash": Implementation(_sdpa, around=_only(SDPBackend.FLASH_ATTENTION)),
     "cudnn": Implementation(_sdpa, around=_only(SDPBackend.CUDNN_ATTENTION)),
 }
