@@ -277,12 +277,14 @@ def test_what_is_not_supported_beside_it_raises():
             rules.numbers(**{name: CU_Q})
     from jvp_flash_attention import kernels
     from jvp_flash_attention.call import Inputs as Call
-    from jvp_flash_attention.call import Spec, Tangents
+    from jvp_flash_attention.call import Saved, Spec, Tangents
 
     q = torch.empty(1, 2, 256, 64, dtype=torch.bfloat16)
     made = {"arch": "sm90", "tma": True, "force": "sm90"}
+    x, t, rows = Call(q, q, q, None, None, CU_Q), Tangents(q, q, q), torch.empty(1, 2, 256)
+    assert len(kernels.launches(x, t, Spec(0.1), **made)) == 1
     with pytest.raises(NotImplementedError, match="leaves packed sequences"):
-        kernels.launches(Call(q, q, q, None, None, CU_Q), Tangents(q, q, q), Spec(0.1), **made)
+        kernels.launches(x, t, Spec(0.1), Saved(q, rows, q, rows), q, q, **made)
 
 
 def ragged(lengths, H, D, like=None):

@@ -54,13 +54,10 @@ def tiles_of(CU, rows, BLOCK: tl.constexpr, sequences):
 
 
 @triton.jit
-def sequence_of(
-    CU, CU_OTHER, tile, rows, others, sequences, BLOCK: tl.constexpr, SEQUENCES: tl.constexpr
-):  # fmt: skip
+def sequence_of(CU, CU_OTHER, tile, n, rows, others, sequences, BLOCK: tl.constexpr):
     """Of a tile among `tiles_of`, its sequence: (tile of it, its first row, its rows; the first row
     and the rows of its other side). Sequence n is given the tiles from cu[n] // BLOCK + n on; those
-    that it does not need begin behind its rows. SEQUENCES: a power of two above `sequences`."""
-    n = tl.arange(0, SEQUENCES)
+    that it does not need begin behind its rows. n: 0, 1, ... up to `sequences` or more."""
     begins = tl.load(CU + n, mask=n <= sequences, other=rows) // BLOCK + n
     n = tl.max(tl.where((begins <= tile) & (n <= sequences), n, 0))
     first = tl.load(CU + n)
@@ -124,6 +121,15 @@ def keys_end(m0, rows: tl.constexpr, S, RIGHT: tl.constexpr, SHIFTED: tl.constex
 
 
 @triton.jit
+def keys_begin(m0, LEFT: tl.constexpr):
+    """The first key that row m0, and no row after it, may see."""
+    begin = 0
+    if LEFT is not None:
+        begin = max(m0 - LEFT, 0)
+    return begin
+
+
+@triton.jit
 def key_parts(
     m0, S, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     SHIFTED: tl.constexpr = False,
@@ -135,8 +141,8 @@ def key_parts(
     begin = 0
     clear = 0
     if LEFT is not None:
-        begin = max(m0 - LEFT, 0) // BLOCK_N * BLOCK_N
-        clear = tl.cdiv(max(m0 + (BLOCK_M - 1 - LEFT), 0), BLOCK_N) * BLOCK_N
+        begin = keys_begin(m0, LEFT) // BLOCK_N * BLOCK_N
+        clear = tl.cdiv(keys_begin(m0 + (BLOCK_M - 1), LEFT), BLOCK_N) * BLOCK_N
         clear = max(min(clear, tl.cdiv(end, BLOCK_N) * BLOCK_N), begin)
         clear_end = max(clear_end, clear)
     return clear, clear_end, clear_end, end, begin, clear

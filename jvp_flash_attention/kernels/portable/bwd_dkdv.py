@@ -77,8 +77,9 @@ def bwd_dkdv_kernel(
     k0 = 0
     if CU_Q is not None:
         tile, k0, S, q0, L = sequence_of(
-            CU_Q if CU_K is None else CU_K, CU_Q, tile, S, L, sequences, BLOCK_N, SEQUENCES
-        )
+            CU_Q if CU_K is None else CU_K, CU_Q, tile, tl.arange(0, SEQUENCES), S, L, sequences,
+            BLOCK_N,
+        )  # fmt: skip
         if tile * BLOCK_N >= S:
             return
     shift = S - L if LOWER_RIGHT else 0

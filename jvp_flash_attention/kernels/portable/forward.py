@@ -76,8 +76,9 @@ def forward_kernel(
     k0 = 0
     if CU_Q is not None:
         tile, q0, L, k0, S = sequence_of(
-            CU_Q, CU_Q if CU_K is None else CU_K, tile, L, S, sequences, BLOCK_M, SEQUENCES
-        )
+            CU_Q, CU_Q if CU_K is None else CU_K, tile, tl.arange(0, SEQUENCES), L, S, sequences,
+            BLOCK_M,
+        )  # fmt: skip
         if tile * BLOCK_M >= L:
             return
     shift = S - L if LOWER_RIGHT else 0

@@ -107,7 +107,9 @@ def _scores(
             mbarrier.arrive(k_free.index(slot), count=1)
             r = p * (t_s * scale - gl.expand_dims(mu, 1))
             if EDGE:
-                valid = is_valid(tile * ROWS, j * BLOCK_N, S, BLOCK_N, S_L, CAUSAL)
+                valid = is_valid(
+                    tile * ROWS, j * BLOCK_N, S, BLOCK_N, S_L, None, 0 if CAUSAL else None
+                )
                 p = gl.where(valid, p, 0.0)
                 r = gl.where(valid, r, 0.0)
             store_p(p, r, p_tile, r_tile, p_ready, p_free, p_phase)
@@ -168,7 +170,9 @@ def _gradients(
             d_t_s, d_s = load_p(h_m, g, p_tile, r_tile, p_ready, p_free, p_phase, S_L)
             p_phase ^= 1
             if CAUSAL:
-                valid = is_valid(tile * ROWS, j * BLOCK_N, S, BLOCK_N, S_L, CAUSAL)
+                valid = is_valid(
+                    tile * ROWS, j * BLOCK_N, S, BLOCK_N, S_L, None, 0 if CAUSAL else None
+                )
                 d_t_s = gl.where(valid, d_t_s, 0.0)
                 d_s = gl.where(valid, d_s, 0.0)
             d_q, d_t_q = add_products(d_s, d_t_s, k, t_k, d_q, d_t_q, P_L)

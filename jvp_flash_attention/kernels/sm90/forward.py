@@ -21,8 +21,12 @@ Beyond the mathematics there, whose names are used (steps of a tile: `fwd_primit
   by side and share the product with P.
 * Where there are two pairs of query buffers, the stores of an item's results are awaited under the
   next one's first scores.
-* Under a causal mask a block takes query tiles in pairs (first, last), (second, last but one) ...,
-  which all cost the same.
+* Under a causal or a block mask a block takes query tiles in pairs (first, last), (second, last but
+  one) ..., which all cost the same where the mask is a triangle.
+* A work item walks the tiles of keys between two bounds, which a band, the item's sequence or its
+  list of blocks gives. Only the warp that fetches knows where they lie: the others see the rows of
+  the listed blocks, or of the sequence, as keys 0, 1, ... At least one tile is walked, so that both
+  roles agree where nothing is seen.
 
 Operands and results are TMA descriptors of (B, H, rows, D), what lies outside reads as zero and is
 not written. An absent tangent removes its loads and products. A mask is read as a tile by TMA
@@ -50,7 +54,9 @@ from .fwd_primitives import (
     start_p_values,
     start_r_values,
     start_scores,
+    store_results,
     weigh_tangent,
+    work_range,
 )
 from .primitives import (
     ROWS,
@@ -59,28 +65,21 @@ from .primitives import (
     barriers,
     first_row,
     keep_alive,
+    keys_begin,
     keys_end,
     lane_sums,
+    listed_row,
     load,
     matrix,
     side_by_side,
-    store,
+    store_part,
     valid_tangent,
     warp_scheduler_barrier_arrive,
     warp_scheduler_barrier_sync,
-    work_item,
     work_items,
 )
 
-UNSPECIALIZED = ("H", "L", "S", "tiles", "items", "b_step", "h_step")
-
-
-@gluon.jit
-def _item(e, tiles, H, S, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
-    """Batch entry, head, first query and number of key tiles of a work item."""
-    b, h, tile = work_item(e, tiles, H, CAUSAL)
-    m0 = tile * 2 * ROWS
-    return b, h, m0, (keys_end(m0, 2 * ROWS, S, 0 if CAUSAL else None) + BLOCK_N - 1) // BLOCK_N
+UNSPECIALIZED = ("H", "L", "S", "sequences", "tiles", "items", "b_step", "h_step")
 
 
 @gluon.jit
@@ -97,10 +96,12 @@ def _fetch(x, buffers, at: gl.constexpr, b, h, row, barrier, slot):
 
 @gluon.jit
 def _producer(
-    x, mask_tiles, b_step, h_step, buffers, bars, S, H, tiles, items,
+    x, mask_tiles, b_step, h_step, buffers, bars, work,
     BLOCK_N: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr,
     STAGES_Q: gl.constexpr, STAGES_MASK: gl.constexpr,
-    GROUP: gl.constexpr, CAUSAL: gl.constexpr, MASK: gl.constexpr, ROW_BYTES: gl.constexpr,
+    GROUP: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOWER_RIGHT: gl.constexpr,
+    PAIRS: gl.constexpr, SEQUENCES: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    MASK: gl.constexpr, ROW_BYTES: gl.constexpr,
 ):  # fmt: skip
     """The warp that fetches. x: the operands Q, tQ, K, tK, V, tV, each in two pieces; ROW_BYTES: of
     both."""
@@ -116,25 +117,30 @@ def _producer(
     v_phase = 1
     q_phase = 1
     b_phase = 1
-    for e in range(work_items(items, CAUSAL)):
-        b, h, m0, n = _item(e, tiles, H, S, BLOCK_N, CAUSAL)
+    for e in range(work_items(work[8], PAIRS)):
+        b, h, q0, _L, k0, _S, m0, _shift, begin, end, blocks = work_range(
+            e, work, BLOCK_N, LEFT, RIGHT, LOWER_RIGHT, PAIRS, SEQUENCES, BLOCK_Q, BLOCK_K, 1
+        )
         hk = h // GROUP
-        for j in range(n):
+        for j in range(begin, end):
+            n0 = k0 + j * BLOCK_N
+            if work[2] is not None:
+                n0 = listed_row(blocks, n0, BLOCK_K)
             mbarrier.wait(k_free.index(kj), k_phase)
             ready = k_ready.index(kj)
             mbarrier.expect(ready, BLOCK_N * ROW_BYTES * (2 if T_K else 1))
-            _fetch(x, buffers, 2, b, hk, j * BLOCK_N, ready, kj)
+            _fetch(x, buffers, 2, b, hk, n0, ready, kj)
             if T_K:
-                _fetch(x, buffers, 3, b, hk, j * BLOCK_N, ready, kj)
+                _fetch(x, buffers, 3, b, hk, n0, ready, kj)
             kj, k_phase = advance(kj, k_phase, 1, STAGES_K)
-            if j == 0:  # after the first keys, which need not wait until the last item is stored
+            if j == begin:  # after the first keys, which need not wait until results are stored
                 for g in gl.static_range(2):
                     mbarrier.wait(q_free.index(qj + g), q_phase)
                     q_bar = q_ready.index(qj + g)
                     mbarrier.expect(q_bar, ROWS * ROW_BYTES * (2 if T_Q else 1))
-                    _fetch(x, buffers, 0, b, h, m0 + g * ROWS, q_bar, qj + g)
+                    _fetch(x, buffers, 0, b, h, q0 + m0 + g * ROWS, q_bar, qj + g)
                     if T_Q:
-                        _fetch(x, buffers, 1, b, h, m0 + g * ROWS, q_bar, qj + g)
+                        _fetch(x, buffers, 1, b, h, q0 + m0 + g * ROWS, q_bar, qj + g)
                 qj, q_phase = advance(qj, q_phase, 2, 2 * STAGES_Q)
             if MASK == "full":
                 mbarrier.wait(b_free.index(bj), b_phase)
@@ -147,20 +153,21 @@ def _producer(
             mbarrier.wait(v_free.index(vj), v_phase)
             v_bar = v_ready.index(vj)
             mbarrier.expect(v_bar, BLOCK_N * ROW_BYTES * (2 if T_V else 1))
-            _fetch(x, buffers, 4, b, hk, j * BLOCK_N, v_bar, vj)
+            _fetch(x, buffers, 4, b, hk, n0, v_bar, vj)
             if T_V:
-                _fetch(x, buffers, 5, b, hk, j * BLOCK_N, v_bar, vj)
+                _fetch(x, buffers, 5, b, hk, n0, v_bar, vj)
             vj, v_phase = advance(vj, v_phase, 1, STAGES_V)
 
 
 @gluon.jit
 def _tile_overlapping_p(
     WG: gl.constexpr, FLAG: gl.constexpr, q, q2, t_q, t_q2, buffers, bars, masks, place,
-    j, kj, k_phase, vj, v_phase,
+    scale, scale2, j, first, kj, k_phase, vj, v_phase,
     stored, bj, b_phase, m, l, r, o, t, o2, t2, c,
     D1: gl.constexpr, D2: gl.constexpr, BLOCK_N: gl.constexpr, STAGES_V: gl.constexpr,
-    STAGES_Q: gl.constexpr, STAGES_MASK: gl.constexpr, CAUSAL: gl.constexpr, EDGE: gl.constexpr,
-    MASK: gl.constexpr, BOOL: gl.constexpr, CENTER: gl.constexpr, THRESHOLD: gl.constexpr,
+    STAGES_Q: gl.constexpr, STAGES_MASK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    EMPTY: gl.constexpr, EDGE: gl.constexpr, MASK: gl.constexpr, BOOL: gl.constexpr,
+    CENTER: gl.constexpr, THRESHOLD: gl.constexpr,
     T_Q: gl.constexpr, T_K: gl.constexpr, T_V: gl.constexpr,
 ):  # fmt: skip
     """One tile of keys where the products of P start before tS is awaited."""
@@ -174,7 +181,7 @@ def _tile_overlapping_p(
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     ADD: gl.constexpr = MASK != "none" and not BOOL
     _q_ready, q_free, k_ready, k_free, v_ready, v_free, b_ready, b_free = bars
-    b, h, m0, S, clear, scale, scale2 = place
+    _b, _h, m0, S, shift, _clear_begin, _clear_end = place
     k = matrix(buffers[2][0], kj, BLOCK_N, D1)
     k2 = matrix(buffers[2][1], kj, BLOCK_N, D2) if TWO else None
     mbarrier.wait(k_ready.index(kj), k_phase)
@@ -185,11 +192,11 @@ def _tile_overlapping_p(
     stored = await_stores(stored, q_free, STAGES_Q)
 
     s, mask, edge, bj, b_phase = mask_scores(
-        WG, s, buffers, b_ready, b_free, masks, b, h, m0, S, clear, scale2, j,
-        bj, b_phase, BLOCK_N, STAGES_MASK, CAUSAL, EDGE, MASK, BOOL,
+        WG, s, buffers, b_ready, b_free, masks, place, scale2, j, bj, b_phase,
+        BLOCK_N, STAGES_MASK, LEFT, RIGHT, EDGE, MASK, BOOL,
     )  # fmt: skip
     m, l, r, o, t, o2, t2, p, p16, p16_2 = softmax(
-        FLAG, s, scale2, m, l, r, o, t, o2, t2, q, BLOCK_N, MASK, BOOL, THRESHOLD, TWO
+        FLAG, s, scale2, m, l, r, o, t, o2, t2, q, BLOCK_N, EMPTY, ADD, THRESHOLD, TWO
     )
     v = matrix(buffers[4][0], vj, BLOCK_N, D1)
     v2 = matrix(buffers[4][1], V2_STEP * vj, BLOCK_N, D2) if TWO else None
@@ -203,9 +210,11 @@ def _tile_overlapping_p(
     mbarrier.arrive(k_free.index(kj), count=1)
     if T_S:
         t_s = valid_tangent(
-            t_s, mask, m0, j * BLOCK_N, S, edge, BLOCK_N, S_L, CAUSAL, EDGE, BOOL, ADD
+            t_s, mask, m0, j * BLOCK_N, S, shift, edge, BLOCK_N, S_L, LEFT, RIGHT, EDGE, BOOL, ADD
         )
-        c, r, p_t_s16, p_t_s16_2 = weigh_tangent(t_s, p, p16, c, r, scale, j, D2, BLOCK_N, CENTER)
+        c, r, p_t_s16, p_t_s16_2 = weigh_tangent(
+            t_s, p, p16, c, r, scale, first, D2, BLOCK_N, CENTER
+        )
         t, t2 = start_r_values(p_t_s16, p_t_s16_2, v, v2, t, t2, TWO)
     if TWO:
         o, o2, t, t2 = warpgroup_mma_wait(0, deps=[o, o2, t, t2])
@@ -221,11 +230,12 @@ def _tile_overlapping_p(
 @gluon.jit
 def _tile_overlapping_softmax(
     WG: gl.constexpr, FLAG: gl.constexpr, q, q2, t_q, t_q2, buffers, bars, masks, place,
-    j, kj, k_phase, vj, v_phase, v_last,
+    scale, scale2, j, first, kj, k_phase, vj, v_phase, v_last,
     stored, bj, b_phase, m, l, r, o, t, o2, t2, c,
     D1: gl.constexpr, D2: gl.constexpr, BLOCK_N: gl.constexpr, STAGES_V: gl.constexpr,
-    STAGES_Q: gl.constexpr, STAGES_MASK: gl.constexpr, CAUSAL: gl.constexpr, EDGE: gl.constexpr,
-    MASK: gl.constexpr, BOOL: gl.constexpr, CENTER: gl.constexpr, THRESHOLD: gl.constexpr,
+    STAGES_Q: gl.constexpr, STAGES_MASK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    EMPTY: gl.constexpr, EDGE: gl.constexpr, MASK: gl.constexpr, BOOL: gl.constexpr,
+    CENTER: gl.constexpr, THRESHOLD: gl.constexpr,
     T_Q: gl.constexpr, T_K: gl.constexpr, T_V: gl.constexpr,
 ):  # fmt: skip
     """One tile of keys where all that comes before the values is done in one block: the warpgroup
@@ -237,13 +247,13 @@ def _tile_overlapping_softmax(
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     ADD: gl.constexpr = MASK != "none" and not BOOL
     _q_ready, q_free, k_ready, k_free, v_ready, v_free, b_ready, b_free = bars
-    b, h, m0, S, clear, scale, scale2 = place
+    _b, _h, m0, S, shift, _clear_begin, _clear_end = place
     k = matrix(buffers[2][0], kj, BLOCK_N, D1)
     k2 = matrix(buffers[2][1], kj, BLOCK_N, D2) if TWO else None
     mbarrier.wait(k_ready.index(kj), k_phase)
     s, t_s = start_scores(q, q2, t_q, t_q2, k, k2, buffers, kj, D1, D2, BLOCK_N, T_Q, T_K)
     warp_scheduler_barrier_arrive(WG)
-    if j > 0:  # the values before, whose release would have kept the scores waiting
+    if not first:  # the values before, whose release would have kept the scores waiting
         mbarrier.arrive(v_free.index(v_last), count=1)
     if T_S:
         s, t_s = warpgroup_mma_wait(0, deps=[s, t_s])
@@ -253,21 +263,23 @@ def _tile_overlapping_softmax(
     stored = await_stores(stored, q_free, STAGES_Q)
 
     s, mask, edge, bj, b_phase = mask_scores(
-        WG, s, buffers, b_ready, b_free, masks, b, h, m0, S, clear, scale2, j,
-        bj, b_phase, BLOCK_N, STAGES_MASK, CAUSAL, EDGE, MASK, BOOL,
+        WG, s, buffers, b_ready, b_free, masks, place, scale2, j, bj, b_phase,
+        BLOCK_N, STAGES_MASK, LEFT, RIGHT, EDGE, MASK, BOOL,
     )  # fmt: skip
     if T_S:
         t_s = valid_tangent(
-            t_s, mask, m0, j * BLOCK_N, S, edge, BLOCK_N, S_L, CAUSAL, EDGE, BOOL, ADD
+            t_s, mask, m0, j * BLOCK_N, S, shift, edge, BLOCK_N, S_L, LEFT, RIGHT, EDGE, BOOL, ADD
         )
     m, l, r, o, t, o2, t2, p, p16, p16_2 = softmax(
-        FLAG, s, scale2, m, l, r, o, t, o2, t2, q, BLOCK_N, MASK, BOOL, THRESHOLD, TWO
+        FLAG, s, scale2, m, l, r, o, t, o2, t2, q, BLOCK_N, EMPTY, ADD, THRESHOLD, TWO
     )
     v = matrix(buffers[4][0], vj, BLOCK_N, D1)
     v2 = matrix(buffers[4][1], V2_STEP * vj, BLOCK_N, D2) if TWO else None
     v_w2 = side_by_side(buffers[4][1], vj, STAGES_V, BLOCK_N, D2) if PAIR else v2
     if T_S:
-        c, r, p_t_s16, p_t_s16_2 = weigh_tangent(t_s, p, p16, c, r, scale, j, D2, BLOCK_N, CENTER)
+        c, r, p_t_s16, p_t_s16_2 = weigh_tangent(
+            t_s, p, p16, c, r, scale, first, D2, BLOCK_N, CENTER
+        )
     mbarrier.wait(v_ready.index(vj), v_phase)
     warp_scheduler_barrier_sync(WG)
     o, o2, t, t2 = start_p_values(
@@ -287,13 +299,15 @@ def _tile_overlapping_softmax(
 
 @gluon.jit
 def _consumer(
-    WG: gl.constexpr, o_out, t_out, mask_row, b_step, h_step, LSE, MU, buffers, bars,
-    scale, S, L, H, tiles, items,
+    WG: gl.constexpr, o_out, t_out, o_rows, t_rows, mask_row, b_step, h_step, LSE, MU, buffers,
+    bars, scale, work,
     D1: gl.constexpr, D2: gl.constexpr, BLOCK_N: gl.constexpr, STAGES_K: gl.constexpr,
     STAGES_V: gl.constexpr, STAGES_Q: gl.constexpr, STAGES_MASK: gl.constexpr,
-    OVERLAP_P: gl.constexpr, CAUSAL: gl.constexpr,
-    EDGE: gl.constexpr, MASK: gl.constexpr, BOOL: gl.constexpr, CENTER: gl.constexpr,
-    THRESHOLD: gl.constexpr, T_Q: gl.constexpr, T_K: gl.constexpr, T_V: gl.constexpr,
+    OVERLAP_P: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOWER_RIGHT: gl.constexpr,
+    PAIRS: gl.constexpr, SEQUENCES: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    EMPTY: gl.constexpr, EDGE: gl.constexpr, MASK: gl.constexpr, BOOL: gl.constexpr,
+    CENTER: gl.constexpr, THRESHOLD: gl.constexpr,
+    T_Q: gl.constexpr, T_K: gl.constexpr, T_V: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup of the two: 64 queries of each work item against all keys they see."""
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -323,8 +337,10 @@ def _consumer(
     gl.inline_asm_elementwise(declare, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     if WG == 1:
         warp_scheduler_barrier_arrive(WG)
-    for e in range(work_items(items, CAUSAL)):
-        b, h, m0, n = _item(e, tiles, H, S, BLOCK_N, CAUSAL)
+    for e in range(work_items(work[8], PAIRS)):
+        b, h, q0, L, _k0, S, m0, shift, begin, end, _blocks = work_range(
+            e, work, BLOCK_N, LEFT, RIGHT, LOWER_RIGHT, PAIRS, SEQUENCES, BLOCK_Q, BLOCK_K, 4
+        )
         m0 += WG * ROWS
         m = gl.full([ROWS], -float("inf"), gl.float32, ROW)
         c = gl.zeros([ROWS], gl.float32, ROW)
@@ -338,28 +354,30 @@ def _consumer(
         q2 = matrix(buffers[0][1], qj + WG, ROWS, D2) if TWO else None
         t_q = matrix(buffers[1][0], qj + WG, ROWS, D1)
         t_q2 = matrix(buffers[1][1], qj + WG, ROWS, D2) if TWO else None
-        # keys below `clear` are seen by all rows of this warpgroup
-        clear = keys_end(m0, 1, S, 0 if CAUSAL else None)
+        # keys between these are seen by all rows of this warpgroup
+        clear_begin = keys_begin(m0 + shift + (ROWS - 1), LEFT)
+        clear_end = keys_end(m0 + shift, 1, S, RIGHT, LOWER_RIGHT)
+        place = (b, h, m0, S, shift, clear_begin, clear_end)
         mbarrier.wait(q_ready.index(qj + WG), q_phase)
         if not OVERLAP_P:  # what the scores need comes before the barrier
             mbarrier.wait(k_ready.index(kj), k_phase)
             warp_scheduler_barrier_sync(WG)
-        for j in range(n):
+        for j in range(begin, end):
             if OVERLAP_P:
                 stored, bj, b_phase, m, l, r, o, t, o2, t2, c = _tile_overlapping_p(
                     WG, FLAG, q, q2, t_q, t_q2, buffers, bars, (mask_row, b_step, h_step),
-                    (b, h, m0, S, clear, scale, scale2), j, kj, k_phase, vj, v_phase,
+                    place, scale, scale2, j, j == begin, kj, k_phase, vj, v_phase,
                     stored, bj, b_phase, m, l, r, o, t, o2, t2, c,
-                    D1, D2, BLOCK_N, STAGES_V, STAGES_Q, STAGES_MASK, CAUSAL, EDGE, MASK, BOOL,
-                    CENTER, THRESHOLD, T_Q, T_K, T_V,
+                    D1, D2, BLOCK_N, STAGES_V, STAGES_Q, STAGES_MASK, LEFT, RIGHT, EMPTY, EDGE,
+                    MASK, BOOL, CENTER, THRESHOLD, T_Q, T_K, T_V,
                 )  # fmt: skip
             else:
                 stored, bj, b_phase, m, l, r, o, t, o2, t2, c = _tile_overlapping_softmax(
                     WG, FLAG, q, q2, t_q, t_q2, buffers, bars, (mask_row, b_step, h_step),
-                    (b, h, m0, S, clear, scale, scale2), j, kj, k_phase, vj, v_phase, v_last,
+                    place, scale, scale2, j, j == begin, kj, k_phase, vj, v_phase, v_last,
                     stored, bj, b_phase, m, l, r, o, t, o2, t2, c,
-                    D1, D2, BLOCK_N, STAGES_V, STAGES_Q, STAGES_MASK, CAUSAL, EDGE, MASK, BOOL,
-                    CENTER, THRESHOLD, T_Q, T_K, T_V,
+                    D1, D2, BLOCK_N, STAGES_V, STAGES_Q, STAGES_MASK, LEFT, RIGHT, EMPTY, EDGE,
+                    MASK, BOOL, CENTER, THRESHOLD, T_Q, T_K, T_V,
                 )  # fmt: skip
             v_last = vj
             kj, k_phase = advance(kj, k_phase, 1, STAGES_K)
@@ -381,13 +399,19 @@ def _consumer(
         if TWO:
             finish(o2, t2, inverse, r_row, q2, t_q2, L2, T_S)
         fence_async_shared()
-        store(o_out[0], [b, h, m0, 0], buffers[0][0].index(qj + WG))
-        store(t_out[0], [b, h, m0, 0], buffers[1][0].index(qj + WG))
-        if TWO:
-            store(o_out[1], [b, h, m0, D1], buffers[0][1].index(qj + WG))
-            store(t_out[1], [b, h, m0, D1], buffers[1][1].index(qj + WG))
+        if o_rows is None:
+            store_results(o_out, t_out, buffers, b, h, m0, qj + WG, D1, TWO)
+        else:
+            if m0 + ROWS <= L:
+                store_results(o_out, t_out, buffers, b, h, q0 + m0, qj + WG, D1, TWO)
+            else:
+                store_part(o_rows, q, b, h, q0 + m0, L - m0, 0, D1)
+                store_part(t_rows, t_q, b, h, q0 + m0, L - m0, 0, D1)
+                if TWO:
+                    store_part(o_rows, q2, b, h, q0 + m0, L - m0, D1, D2)
+                    store_part(t_rows, t_q2, b, h, q0 + m0, L - m0, D1, D2)
         i = m0 + gl.arange(0, ROWS, layout=ROW)
-        row = first_row(b, h, H, L) + i
+        row = first_row(b, h, work[4], work[5]) + q0 + i
         if ADD:
             gl.store(LSE + 2 * row, m, mask=i < L)
             gl.store(LSE + 2 * row + 1, gl.log2(l_row), mask=i < L)
@@ -409,16 +433,20 @@ def _consumer(
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
 def forward_jvp_kernel(
     Q, K, V, T_Q, T_K, T_V, O, T_O, Q2, K2, V2, T_Q2, T_K2, T_V2, O2, T_O2,
-    MASK_TILES, MASK_ROW, b_step, h_step, LSE, MU, scale, H, L, S, tiles, items,
+    MASK_TILES, MASK_ROW, b_step, h_step, CU_Q, CU_K, KV_BLOCKS, O_ROWS, T_O_ROWS, LSE, MU,
+    scale, H, L, S, sequences, tiles, items,
     GROUP: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES_K: gl.constexpr, STAGES_V: gl.constexpr, STAGES_Q: gl.constexpr,
     STAGES_MASK: gl.constexpr, OVERLAP_P: gl.constexpr,
-    CAUSAL: gl.constexpr, EDGE: gl.constexpr, MASK: gl.constexpr, BOOL: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, LOWER_RIGHT: gl.constexpr, PAIRS: gl.constexpr,
+    SEQUENCES: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, EMPTY: gl.constexpr,
+    EDGE: gl.constexpr, MASK: gl.constexpr, BOOL: gl.constexpr,
     CENTER: gl.constexpr, THRESHOLD: gl.constexpr,
 ):  # fmt: skip
     """D1 + D2 columns; STAGES_K tiles of keys, STAGES_V of values, STAGES_Q pairs of query tiles
     and STAGES_MASK masks in flight; EDGE: a key tile may be cut by the end of the keys or the
-    diagonal."""
+    band; EMPTY: a row may see nothing of a tile before it has seen a key. O_ROWS, T_O_ROWS: the
+    results once more (pointer, strides), where packed sequences end inside of a tile."""
     HAS_T_Q: gl.constexpr = T_Q is not None
     HAS_T_K: gl.constexpr = T_K is not None
     HAS_T_V: gl.constexpr = T_V is not None
@@ -454,30 +482,31 @@ def forward_jvp_kernel(
         barriers(STAGES_MASK, 1),
         barriers(STAGES_MASK, 2),
     )
+    work = (CU_Q, CU_K, KV_BLOCKS, sequences, H, L, S, tiles, items)
     fence_async_shared()
     gl.warp_specialize(
         [
             (
                 _consumer,
-                (0, (O, O2), (T_O, T_O2), MASK_ROW, b_step, h_step, LSE, MU, buffers, bars, scale,
-                 S, L, H, tiles, items,
+                (0, (O, O2), (T_O, T_O2), O_ROWS, T_O_ROWS, MASK_ROW, b_step, h_step, LSE, MU,
+                 buffers, bars, scale, work,
                  D1, D2, BLOCK_N, STAGES_K, STAGES_V, STAGES_Q, STAGES_MASK, OVERLAP_P,
-                 CAUSAL, EDGE, MASK, BOOL, CENTER, THRESHOLD,
-                 HAS_T_Q, HAS_T_K, HAS_T_V),
+                 LEFT, RIGHT, LOWER_RIGHT, PAIRS, SEQUENCES, BLOCK_Q, BLOCK_K, EMPTY, EDGE, MASK,
+                 BOOL, CENTER, THRESHOLD, HAS_T_Q, HAS_T_K, HAS_T_V),
             ),
             (
                 _consumer,
-                (1, (O, O2), (T_O, T_O2), MASK_ROW, b_step, h_step, LSE, MU, buffers, bars, scale,
-                 S, L, H, tiles, items,
+                (1, (O, O2), (T_O, T_O2), O_ROWS, T_O_ROWS, MASK_ROW, b_step, h_step, LSE, MU,
+                 buffers, bars, scale, work,
                  D1, D2, BLOCK_N, STAGES_K, STAGES_V, STAGES_Q, STAGES_MASK, OVERLAP_P,
-                 CAUSAL, EDGE, MASK, BOOL, CENTER, THRESHOLD,
-                 HAS_T_Q, HAS_T_K, HAS_T_V),
+                 LEFT, RIGHT, LOWER_RIGHT, PAIRS, SEQUENCES, BLOCK_Q, BLOCK_K, EMPTY, EDGE, MASK,
+                 BOOL, CENTER, THRESHOLD, HAS_T_Q, HAS_T_K, HAS_T_V),
             ),
             (
                 _producer,
-                (x, MASK_TILES, b_step, h_step, buffers, bars, S, H, tiles, items,
-                 BLOCK_N, STAGES_K, STAGES_V, STAGES_Q, STAGES_MASK, GROUP, CAUSAL, MASK,
-                 ROW_BYTES),
+                (x, MASK_TILES, b_step, h_step, buffers, bars, work,
+                 BLOCK_N, STAGES_K, STAGES_V, STAGES_Q, STAGES_MASK, GROUP, LEFT, RIGHT,
+                 LOWER_RIGHT, PAIRS, SEQUENCES, BLOCK_Q, BLOCK_K, MASK, ROW_BYTES),
             ),
         ],
         [4, 1],

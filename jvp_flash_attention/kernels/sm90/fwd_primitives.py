@@ -1,5 +1,5 @@
-"""The steps of one tile of keys that both schedules of the warp-specialised forward take
-(`forward.py`), in the order of its mathematics. The second piece of a head dim, which is absent
+"""A work item of the warp-specialised forward (`forward.py`), and the steps of one tile of keys that
+both of its schedules take, in the order of its mathematics. The second piece of a head dim, which is absent
 where D2 is 0, has the names with a 2.
 """
 
@@ -17,12 +17,54 @@ from .primitives import (
     any_above,
     exponential,
     is_valid,
+    keys_begin,
+    keys_end,
     lane_sums,
+    listed_rows,
     matrix,
+    row_at,
     rows_times,
     scores,
+    sequence_of,
+    store,
     weighted_mean,
+    work_item,
 )
+
+
+@gluon.jit
+def work_range(
+    e, work, BLOCK_N: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    LOWER_RIGHT: gl.constexpr, PAIRS: gl.constexpr, SEQUENCES: gl.constexpr,
+    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """A work item: batch entry and head; where its sequence begins among queries and keys, and the
+    rows of both; its first query; how far queries are shifted in the band; its first tile of keys
+    and the one behind its last; the list of blocks that it sees."""
+    CU_Q, CU_K, KV_BLOCKS, sequences, H, L, S, tiles, _items = work
+    b, h, tile = work_item(e, tiles, H, PAIRS)
+    q0 = 0
+    k0 = 0
+    shift = 0
+    blocks = 0
+    if CU_Q is not None:
+        n = gl.arange(0, SEQUENCES, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+        tile, q0, L, k0, S = sequence_of(
+            CU_Q, CU_Q if CU_K is None else CU_K, tile, n, L, S, sequences, 2 * ROWS
+        )
+    m0 = tile * 2 * ROWS
+    if LOWER_RIGHT:
+        shift = S - L
+    if CU_Q is not None:
+        S = gl.where(m0 < L, S, 0)
+    if KV_BLOCKS is not None:
+        blocks = row_at(KV_BLOCKS, b, h, m0 // BLOCK_Q)
+        S = listed_rows(blocks, S, BLOCK_K)
+    begin = keys_begin(m0 + shift, LEFT) // BLOCK_N
+    end = (keys_end(m0 + shift, 2 * ROWS, S, RIGHT, LOWER_RIGHT) + BLOCK_N - 1) // BLOCK_N
+    if LEFT is not None or CU_Q is not None or KV_BLOCKS is not None:
+        end = max(end, begin + 1)
+    return b, h, q0, L, k0, S, m0, shift, begin, end, blocks
 
 
 @gluon.jit
@@ -56,14 +98,15 @@ def await_stores(stored, q_free, STAGES_Q: gl.constexpr):
 
 @gluon.jit
 def mask_scores(
-    WG: gl.constexpr, s, buffers, b_ready, b_free, masks, b, h, m0, S, clear, scale2, j, bj,
-    b_phase, BLOCK_N: gl.constexpr, STAGES_MASK: gl.constexpr, CAUSAL: gl.constexpr,
+    WG: gl.constexpr, s, buffers, b_ready, b_free, masks, place, scale2, j, bj, b_phase,
+    BLOCK_N: gl.constexpr, STAGES_MASK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
     EDGE: gl.constexpr, MASK: gl.constexpr, BOOL: gl.constexpr,
 ):  # fmt: skip
     """S with its mask, in base 2 beside an added one; the mask; whether some keys are not seen."""
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     ADD: gl.constexpr = MASK != "none" and not BOOL
     mask_row, b_step, h_step = masks
+    b, h, m0, S, shift, clear_begin, clear_end = place
     if MASK == "full":
         mbarrier.wait(b_ready.index(bj), b_phase)
         mask = buffers[6].index(2 * bj + WG).reshape((ROWS, BLOCK_N)).load(S_L)
@@ -82,32 +125,34 @@ def mask_scores(
         mask = mask.to(gl.float32)
         shift = gl.where(mask < -2e38, -3e38, mask * LOG2E)
         s = gl.where(mask == -float("inf"), -float("inf"), s * scale2 + shift)
-    edge = (j + 1) * BLOCK_N > clear
+    edge = (j + 1) * BLOCK_N > clear_end
+    if LEFT is not None:
+        edge = edge | (j * BLOCK_N < clear_begin)
     if EDGE:
         if edge:
-            s = gl.where(is_valid(m0, j * BLOCK_N, S, BLOCK_N, S_L, CAUSAL), s, -float("inf"))
+            valid = is_valid(m0, j * BLOCK_N, S, BLOCK_N, S_L, LEFT, RIGHT, shift)
+            s = gl.where(valid, s, -float("inf"))
     return s, mask, edge, bj, b_phase
 
 
 @gluon.jit
 def softmax(
     FLAG: gl.constexpr, s, scale2, m, l, r, o, t, o2, t2, q, BLOCK_N: gl.constexpr,
-    MASK: gl.constexpr, BOOL: gl.constexpr, THRESHOLD: gl.constexpr, TWO: gl.constexpr,
+    EMPTY: gl.constexpr, ADD: gl.constexpr, THRESHOLD: gl.constexpr, TWO: gl.constexpr,
 ):  # fmt: skip
     """P, also in 16 bits as an operand of either piece, and what was summed so far, rescaled where
-    a maximum has grown; l with the new row sums."""
-    ADD: gl.constexpr = MASK != "none" and not BOOL
+    a maximum has grown; l with the new row sums. EMPTY: rows may have seen nothing yet."""
     L1: gl.constexpr = o.type.layout
     m_new = gl.max(s, 1)
     if not ADD:
         m_new *= scale2
     m_new = gl.maximum(m, m_new)
     grown = m_new - m
-    if MASK != "none":  # from nothing to nothing is no growth, not NaN
+    if EMPTY:  # from nothing to nothing is no growth, not NaN
         grown = gl.where(m_new == -float("inf"), 0.0, grown)
     if any_above(grown, THRESHOLD, FLAG):
         base = m_new
-        if MASK != "none":
+        if EMPTY:
             base = gl.where(m_new == -float("inf"), 0.0, m_new)
         alpha = gl.exp2(m - base)
         m = m_new
@@ -122,7 +167,7 @@ def softmax(
             o2 = rows_times(o2, alpha, LW2)
             t2 = rows_times(t2, alpha, L2)
     base = m
-    if MASK != "none":
+    if EMPTY:
         base = gl.where(m == -float("inf"), 0.0, m)
     p = exponential(s, scale2, base, ADD)
     l = l + lane_sums(p, BLOCK_N)
@@ -153,12 +198,12 @@ def start_p_values(
 
 @gluon.jit
 def weigh_tangent(
-    t_s, p, p16, c, r, scale, j, D2: gl.constexpr, BLOCK_N: gl.constexpr, CENTER: gl.constexpr
+    t_s, p, p16, c, r, scale, first, D2: gl.constexpr, BLOCK_N: gl.constexpr, CENTER: gl.constexpr
 ):  # fmt: skip
     """P ∘ (tS − c) in 16 bits as an operand of either piece, its row sums in r; the first tile
     gives c."""
     if CENTER:
-        if j == 0:
+        if first:
             c = weighted_mean(p, t_s) * scale
     p_t_s = p * (t_s * scale - gl.expand_dims(c, 1))
     r = r + lane_sums(p_t_s, BLOCK_N)
@@ -189,3 +234,13 @@ def finish(o, t, inverse, r, q, t_q, L_O: gl.constexpr, T_S: gl.constexpr):
         t -= rows_times(o, r, L_O)
     q.store(o.to(q.dtype))
     t_q.store(t.to(q.dtype))
+
+
+@gluon.jit
+def store_results(o_out, t_out, buffers, b, h, row, slot, D1: gl.constexpr, TWO: gl.constexpr):
+    """O and tO of a warpgroup, not awaited."""
+    store(o_out[0], [b, h, row, 0], buffers[0][0].index(slot))
+    store(t_out[0], [b, h, row, 0], buffers[1][0].index(slot))
+    if TWO:
+        store(o_out[1], [b, h, row, D1], buffers[0][1].index(slot))
+        store(t_out[1], [b, h, row, D1], buffers[1][1].index(slot))

@@ -7,18 +7,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton import next_power_of_2
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...call import is_default
 from .. import configs
+from ..block_info import band
 from ..launch_cache import Launch
-from ..problem import Call, Problem, cdiv, multiprocessors, tma_can_read
+from ..problem import (
+    Call,
+    Problem,
+    blocks_pointer,
+    cdiv,
+    multiprocessors,
+    pointer,
+    tma_can_read,
+)
 from .bwd_dkdv import bwd_dkdv_jvp_kernel
 from .bwd_dq import bwd_dq_jvp_kernel
 from .forward import forward_jvp_kernel
 
 SUPPORTED = ("causal", "backend", "rows_first", "compiled", "sharded")
+FORWARD = (*SUPPORTED, "left", "right", "lower_right", "block_q", "block_k")
 LAYOUT_TYPES = {
     torch.float16: gl.float16,
     torch.bfloat16: gl.bfloat16,
@@ -33,18 +44,20 @@ def unsupported_reason(name: str, p: Problem, c: Call) -> str | None:
         return "needs operands that TMA reads, in 16 bits"
     if not (p.D == p.DV <= 128 and p.D % 8 == 0):  # rows of the results, which TMA writes
         return f"needs D = Dv up to 128, a multiple of 8, got {p.D} and {p.DV}"
-    if not is_default(p.spec, but=SUPPORTED):
-        return f"supports scale and causal, got {p.spec}"
-    if p.sequences is not None:
-        return "leaves packed sequences to the portable kernels"
+    if not is_default(p.spec, but=FORWARD if name == "fwd_jvp" else SUPPORTED):
+        return f"supports no such call, got {p.spec}"
     if min(p.B, p.H, p.L, p.S) == 0:
         return "needs elements"
     if name == "fwd_jvp":
+        if p.mask and p.sequences is not None:
+            return "leaves masks of packed sequences to the portable kernel"
         if p.spec.scale <= 0.0 or c.t.mask is not None:
             return "needs a scale > 0 and a mask without a tangent"
         if c.x.mask is not None and _mask_kind(c.x.mask, p) == "":
             return "needs a mask that TMA or a row of keys can hold"
         return None
+    if p.sequences is not None:
+        return "leaves packed sequences to the portable kernels"
     if p.mask or None in c.t[:3]:
         return "needs every tangent and no mask but causal"
     if p.S <= 64:
@@ -66,8 +79,13 @@ def _fwd_jvp(p: Problem, c: Call) -> Launch:
     kind = "none" if mask is None else _mask_kind(mask, p)
     schedule = configs.schedule(p.D, 0 if mask is None else mask.element_size())
     N, D1, D2 = schedule.BLOCK_N, schedule.D1, schedule.D2
-    tiles = cdiv(p.L, 128)
+    packed, listed = p.sequences is not None, c.x.kv_blocks is not None
+    tiles = p.L // 128 + p.sequences + 1 if p.sequences is not None else cdiv(p.L, 128)
     items = tiles * p.B * p.H
+    bounds = band(p.spec)
+    left, right = bounds["LEFT"], bounds["RIGHT"]
+    banded = left is not None or right is not None
+    pairs = listed or (right is not None and left is None)  # late tiles may see more than early
 
     def pieces(x: Tensor | None, rows: int):
         if x is None:
@@ -83,21 +101,28 @@ def _fwd_jvp(p: Problem, c: Call) -> Launch:
         *(first for first, _ in operands),
         *(second for _, second in operands),
         *_mask(mask, kind, p, N),
-        *(c.saved.lse, c.saved.mu, p.spec.scale, p.H, p.L, p.S, tiles, items),
+        *(c.x.cu_q, c.x.cu_k, blocks_pointer(c.x.kv_blocks, p)),
+        *(pointer(x if packed else None) for x in (c.saved.out, c.saved.t_out)),
+        *(c.saved.lse, c.saved.mu, p.spec.scale, p.H, p.L, p.S, p.sequences, tiles, items),
     )
     constexprs = {
         "GROUP": p.H // p.Hk,
         **schedule._asdict(),
-        "CAUSAL": p.spec.causal,
-        "EDGE": p.spec.causal or p.S % N != 0,
+        **bounds,
+        "PAIRS": pairs,
+        "SEQUENCES": None if p.sequences is None else next_power_of_2(p.sequences + 1),
+        "BLOCK_Q": p.spec.block_q,
+        "BLOCK_K": p.spec.block_k,
+        "EMPTY": mask is not None or left is not None or packed or listed,
+        "EDGE": banded or packed or listed or p.S % N != 0,
         "MASK": kind,
         "BOOL": p.bool_mask,
-        "CENTER": p.spec.causal or p.S <= 128,  # c matters to rows that see few keys
+        "CENTER": banded or packed or p.S <= 128,  # c matters to rows that see few keys
         # 8 and 2: p̃ times a tangent score must fit float16
         "THRESHOLD": "0f41000000" if q.dtype == torch.bfloat16 else "0f40000000",
         "num_warps": 4,
     }
-    return Launch(forward_jvp_kernel, _grid(p, items, q), args, constexprs)
+    return Launch(forward_jvp_kernel, _grid(items, q, pairs), args, constexprs)
 
 
 def _bwd_dkdv_jvp(p: Problem, c: Call) -> Launch:
@@ -111,7 +136,7 @@ def _bwd_dkdv_jvp(p: Problem, c: Call) -> Launch:
         *(p.spec.scale, p.L, p.Hk, tiles, items),
     )
     constexprs = {"STAGES_Q": pipeline.stages, "BLOCK_M": 64, **_constexprs(p, pipeline)}
-    return Launch(bwd_dkdv_jvp_kernel, _grid(p, items, c.x.q), args, constexprs)
+    return Launch(bwd_dkdv_jvp_kernel, _grid(items, c.x.q, p.spec.causal), args, constexprs)
 
 
 def _bwd_dq_jvp(p: Problem, c: Call) -> Launch:
@@ -126,7 +151,7 @@ def _bwd_dq_jvp(p: Problem, c: Call) -> Launch:
     edge = p.spec.causal or p.S % 64 != 0
     constexprs = {"STAGES_K": pipeline.stages, "BLOCK_N": 64, "EDGE": edge}
     constexprs |= _constexprs(p, pipeline)
-    return Launch(bwd_dq_jvp_kernel, _grid(p, items, c.x.q), args, constexprs)
+    return Launch(bwd_dq_jvp_kernel, _grid(items, c.x.q, p.spec.causal), args, constexprs)
 
 
 def _given(c: Call, columns: int) -> tuple:
@@ -144,8 +169,8 @@ def _constexprs(p: Problem, pipeline: configs.Pipeline) -> dict[str, Any]:
     return {"GROUP": p.H // p.Hk, "D": pipeline.D, "CAUSAL": causal, "num_warps": 4}
 
 
-def _grid(p: Problem, items: int, x: Tensor) -> tuple[int]:
-    blocks = cdiv(items, 2) if p.spec.causal else items  # which takes pairs
+def _grid(items: int, x: Tensor, pairs: bool) -> tuple[int]:
+    blocks = cdiv(items, 2) if pairs else items
     return (min(blocks, multiprocessors(x.device)),)
 
 

@@ -12,17 +12,18 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from .. import block_info
 
 # block_info's functions, as Gluon's
-first_row, keys_end, square_key_tiles, square_first_query_tile, _in_band, _is_valid = (
+(
+    first_row, row_at, keys_begin, keys_end, listed_rows, listed_row, sequence_of,
+    square_key_tiles, square_first_query_tile, _in_band, _is_valid,
+) = (
     gluon.jit(function.fn)
     for function in (
-        block_info.first_row,
-        block_info.keys_end,
-        block_info.square_key_tiles,
-        block_info.square_first_query_tile,
-        block_info.in_band,
+        block_info.first_row, block_info.row_at, block_info.keys_begin, block_info.keys_end,
+        block_info.listed_rows, block_info.listed_row, block_info.sequence_of,
+        block_info.square_key_tiles, block_info.square_first_query_tile, block_info.in_band,
         block_info.is_valid,
     )
-)
+)  # fmt: skip
 
 ROWS = gl.constexpr(64)  # queries, or keys, of a warpgroup
 
@@ -118,11 +119,11 @@ def any_above(x, THRESHOLD: gl.constexpr, FLAG: gl.constexpr):
 
 
 @gluon.jit
-def work_items(items, CAUSAL: gl.constexpr):
+def work_items(items, PAIRS: gl.constexpr):
     """How many work items this block has."""
     pid = gl.program_id(0)
     blocks = gl.num_programs(0)
-    if CAUSAL:
+    if PAIRS:
         pairs = (items + 1) // 2
         mine = 2 * ((pairs - pid + blocks - 1) // blocks)
         if (items % 2 == 1) & ((pairs - 1) % blocks == pid):
@@ -133,19 +134,19 @@ def work_items(items, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
-def work_item(e, tiles, H, CAUSAL: gl.constexpr):
-    """Batch entry, head and tile of this block's e-th work item, of `tiles` tiles a head. Causal:
-    the first, the last, the second, the last but one ..., two to a block, whose costs add up to the
-    same."""
+def work_item(e, tiles, H, PAIRS: gl.constexpr):
+    """Batch entry, head and tile of this block's e-th work item, of `tiles` tiles a head. PAIRS:
+    the first, the last, the second, the last but one ..., two to a block, whose costs under a
+    causal mask add up to the same."""
     pid = gl.program_id(0)
     blocks = gl.num_programs(0)
-    if CAUSAL:
+    if PAIRS:
         w = 2 * (e // 2 * blocks + pid) + e % 2
     else:
         w = e * blocks + pid
     bh = w // tiles
     tile = w % tiles
-    if CAUSAL:
+    if PAIRS:
         tile = gl.where(tile % 2 == 0, tile // 2, tiles - 1 - tile // 2)
     return bh // H, bh % H, tile
 
@@ -169,6 +170,16 @@ def side_by_side(buffers, pair, COUNT: gl.constexpr, N: gl.constexpr, D: gl.cons
 
 
 @gluon.jit
+def store_part(x, tile, b, h, row, rows, D0: gl.constexpr, D: gl.constexpr):
+    """The first `rows` rows of a tile in shared memory, for columns D0 ... D0 + D of a tensor
+    (pointer, strides): where those behind belong to others, which TMA would overwrite."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    i = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)), 1)
+    column = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, layout)), 0)
+    gl.store(row_at(x, b, h, row + i) + D0 + column, tile.load(layout), mask=i < rows)
+
+
+@gluon.jit
 def scores(q, k, q2, k2, s, START: gl.constexpr):
     """s + q kᵀ over both pieces; START: s counts as zero."""
     s = warpgroup_mma(q, k.permute((1, 0)), s, use_acc=not START, is_async=True)
@@ -184,11 +195,14 @@ def rows_times(o, a, L_O: gl.constexpr):
 
 
 @gluon.jit
-def is_valid(m0, n0, S, BLOCK_N: gl.constexpr, S_L: gl.constexpr, CAUSAL: gl.constexpr):
+def is_valid(
+    m0, n0, S, BLOCK_N: gl.constexpr, S_L: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    shift=0,
+):  # fmt: skip
     """Which pairs of a tile, queries by keys, count."""
     j = gl.expand_dims(n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_L)), 0)
     i = gl.expand_dims(m0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_L)), 1)
-    return _is_valid(i, j, S, None, 0 if CAUSAL else None)
+    return _is_valid(i, j, S, LEFT, RIGHT, shift)
 
 
 @gluon.jit
@@ -201,8 +215,9 @@ def not_future(n0, m0, BLOCK_M: gl.constexpr, S_L: gl.constexpr):
 
 @gluon.jit
 def valid_tangent(
-    t_s, mask, m0, n0, S, edge, BLOCK_N: gl.constexpr, S_L: gl.constexpr, CAUSAL: gl.constexpr,
-    EDGE: gl.constexpr, BOOL: gl.constexpr, ADD: gl.constexpr,
+    t_s, mask, m0, n0, S, shift, edge, BLOCK_N: gl.constexpr, S_L: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, EDGE: gl.constexpr, BOOL: gl.constexpr,
+    ADD: gl.constexpr,
 ):  # fmt: skip
     """tS, 0 where a pair is masked: its P is 0, but 0 · NaN would not be."""
     if BOOL:
@@ -211,7 +226,8 @@ def valid_tangent(
         t_s = gl.where(mask == -float("inf"), 0.0, t_s)
     if EDGE:
         if edge:
-            t_s = gl.where(is_valid(m0, n0, S, BLOCK_N, S_L, CAUSAL), t_s, 0.0)
+            valid = is_valid(m0, n0, S, BLOCK_N, S_L, LEFT, RIGHT, shift)
+            t_s = gl.where(valid, t_s, 0.0)
     return t_s
 
 
