@@ -405,11 +405,12 @@ def _consumer(
             if m0 + ROWS <= L:
                 store_results(o_out, t_out, buffers, b, h, q0 + m0, qj + WG, D1, TWO)
             else:
-                store_part(o_rows, q, b, h, q0 + m0, L - m0, 0, D1)
-                store_part(t_rows, t_q, b, h, q0 + m0, L - m0, 0, D1)
+                columns = o_out[0].shape[3]
+                store_part(o_rows, q, b, h, q0 + m0, L - m0, columns, 0, D1)
+                store_part(t_rows, t_q, b, h, q0 + m0, L - m0, columns, 0, D1)
                 if TWO:
-                    store_part(o_rows, q2, b, h, q0 + m0, L - m0, D1, D2)
-                    store_part(t_rows, t_q2, b, h, q0 + m0, L - m0, D1, D2)
+                    store_part(o_rows, q2, b, h, q0 + m0, L - m0, columns, D1, D2)
+                    store_part(t_rows, t_q2, b, h, q0 + m0, L - m0, columns, D1, D2)
         i = m0 + gl.arange(0, ROWS, layout=ROW)
         row = first_row(b, h, work[4], work[5]) + q0 + i
         if ADD:

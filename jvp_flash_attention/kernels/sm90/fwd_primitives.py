@@ -1,6 +1,6 @@
-"""A work item of the warp-specialised forward (`forward.py`), and the steps of one tile of keys that
-both of its schedules take, in the order of its mathematics. The second piece of a head dim, which is absent
-where D2 is 0, has the names with a 2.
+"""A work item of the warp-specialised forward (`forward.py`), and the steps of one tile of keys
+that both of its schedules take, in the order of its mathematics. The second piece of a head dim,
+which is absent where D2 is 0, has the names with a 2.
 """
 
 # What is known at compile time stands in an `if` of its own.
@@ -123,8 +123,8 @@ def mask_scores(
         s = gl.where(mask != 0, s, -float("inf"))
     if ADD:
         mask = mask.to(gl.float32)
-        shift = gl.where(mask < -2e38, -3e38, mask * LOG2E)
-        s = gl.where(mask == -float("inf"), -float("inf"), s * scale2 + shift)
+        added = gl.where(mask < -2e38, -3e38, mask * LOG2E)
+        s = gl.where(mask == -float("inf"), -float("inf"), s * scale2 + added)
     edge = (j + 1) * BLOCK_N > clear_end
     if LEFT is not None:
         edge = edge | (j * BLOCK_N < clear_begin)

@@ -170,13 +170,15 @@ def side_by_side(buffers, pair, COUNT: gl.constexpr, N: gl.constexpr, D: gl.cons
 
 
 @gluon.jit
-def store_part(x, tile, b, h, row, rows, D0: gl.constexpr, D: gl.constexpr):
+def store_part(x, tile, b, h, row, rows, columns, D0: gl.constexpr, D: gl.constexpr):
     """The first `rows` rows of a tile in shared memory, for columns D0 ... D0 + D of a tensor
-    (pointer, strides): where those behind belong to others, which TMA would overwrite."""
+    (pointer, strides) of so many: where those behind belong to others, which TMA would
+    overwrite."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     i = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)), 1)
-    column = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, layout)), 0)
-    gl.store(row_at(x, b, h, row + i) + D0 + column, tile.load(layout), mask=i < rows)
+    column = D0 + gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, layout)), 0)
+    inside = (i < rows) & (column < columns)
+    gl.store(row_at(x, b, h, row + i) + column, tile.load(layout), mask=inside)
 
 
 @gluon.jit
