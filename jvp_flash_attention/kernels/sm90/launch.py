@@ -85,7 +85,8 @@ def _fwd_jvp(p: Problem, c: Call) -> Launch:
     bounds = band(p.spec)
     left, right = bounds["LEFT"], bounds["RIGHT"]
     banded = left is not None or right is not None
-    pairs = listed or (right is not None and left is None)  # late tiles may see more than early
+    triangle = right is not None and left is None and not packed
+    pairs = listed or triangle  # late tiles may see more than early ones
 
     def pieces(x: Tensor | None, rows: int):
         if x is None:

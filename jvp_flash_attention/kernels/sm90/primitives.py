@@ -134,18 +134,23 @@ def work_items(items, PAIRS: gl.constexpr):
 
 
 @gluon.jit
-def work_item(e, tiles, H, PAIRS: gl.constexpr):
+def work_item(e, tiles, H, PAIRS: gl.constexpr, heads=None):
     """Batch entry, head and tile of this block's e-th work item, of `tiles` tiles a head. PAIRS:
     the first, the last, the second, the last but one ..., two to a block, whose costs under a
-    causal mask add up to the same."""
+    causal mask add up to the same. heads: of all batch entries, where a tile of all heads comes
+    before the next tile: each block then meets every packed sequence about as often."""
     pid = gl.program_id(0)
     blocks = gl.num_programs(0)
     if PAIRS:
         w = 2 * (e // 2 * blocks + pid) + e % 2
     else:
         w = e * blocks + pid
-    bh = w // tiles
-    tile = w % tiles
+    if heads is None:
+        bh = w // tiles
+        tile = w % tiles
+    else:
+        bh = w % heads
+        tile = w // heads
     if PAIRS:
         tile = gl.where(tile % 2 == 0, tile // 2, tiles - 1 - tile // 2)
     return bh // H, bh % H, tile
