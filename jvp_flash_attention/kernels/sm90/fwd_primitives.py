@@ -98,11 +98,12 @@ def await_stores(stored, q_free, STAGES_Q: gl.constexpr):
 
 @gluon.jit
 def mask_scores(
-    WG: gl.constexpr, s, buffers, b_ready, b_free, masks, place, scale2, j, bj, b_phase,
+    WG: gl.constexpr, s, t_s, buffers, b_ready, b_free, masks, place, scale, scale2, j, bj, b_phase,
     BLOCK_N: gl.constexpr, STAGES_MASK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
     EDGE: gl.constexpr, MASK: gl.constexpr, BOOL: gl.constexpr,
 ):  # fmt: skip
-    """S with its mask, in base 2 beside an added one; the mask; whether some keys are not seen."""
+    """S with its mask, in base 2 beside an added one; tS with the mask's tangent; the mask; whether
+    some keys are not seen."""
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     ADD: gl.constexpr = MASK != "none" and not BOOL
     mask_row, b_step, h_step = masks
@@ -110,6 +111,9 @@ def mask_scores(
     if MASK == "full":
         mbarrier.wait(b_ready.index(bj), b_phase)
         mask = buffers[6].index(2 * bj + WG).reshape((ROWS, BLOCK_N)).load(S_L)
+        if buffers[7] is not None:  # tS is multiplied by the scale later
+            t_mask = buffers[7].index(2 * bj + WG).reshape((ROWS, BLOCK_N)).load(S_L)
+            t_s += t_mask.to(gl.float32) * (1.0 / scale)
         mbarrier.arrive(b_free.index(bj), count=1)
         bj, b_phase = advance(bj, b_phase, 1, STAGES_MASK)
     elif MASK == "keys":
@@ -132,7 +136,7 @@ def mask_scores(
         if edge:
             valid = is_valid(m0, j * BLOCK_N, S, BLOCK_N, S_L, LEFT, RIGHT, shift)
             s = gl.where(valid, s, -float("inf"))
-    return s, mask, edge, bj, b_phase
+    return s, t_s, mask, edge, bj, b_phase
 
 
 @gluon.jit

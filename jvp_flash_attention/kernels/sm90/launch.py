@@ -11,7 +11,7 @@ from triton import next_power_of_2
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ...call import is_default
+from ...call import Tangents, is_default
 from .. import configs
 from ..block_info import band
 from ..launch_cache import Launch
@@ -51,11 +51,11 @@ def unsupported_reason(name: str, p: Problem, c: Call) -> str | None:
     if name == "fwd_jvp":
         if p.mask and p.sequences is not None:
             return "leaves masks of packed sequences to the portable kernel"
-        if p.spec.scale <= 0.0 or c.t.mask is not None:
-            return "needs a scale > 0 and a mask without a tangent"
+        if p.spec.scale <= 0.0:
+            return "needs a scale > 0"
         if c.x.mask is not None and _mask_kind(c.x.mask, p) == "":
             return "needs a mask that TMA or a row of keys can hold"
-        return None
+        return None if c.t.mask is None else _no_tangent_of(c.x.mask, c.t, p)
     if p.sequences is not None:
         return "leaves packed sequences to the portable kernels"
     if p.mask or None in c.t[:3]:
@@ -77,7 +77,8 @@ def launches(name: str, p: Problem, c: Call) -> Iterator[Launch]:
 def _fwd_jvp(p: Problem, c: Call) -> Launch:
     q, k, v, mask, *_ = c.x
     kind = "none" if mask is None else _mask_kind(mask, p)
-    schedule = configs.schedule(p.D, 0 if mask is None else mask.element_size())
+    mask_bytes = 0 if mask is None else mask.element_size()
+    schedule = configs.schedule(p.D, mask_bytes, c.t.mask is not None)
     N, D1, D2 = schedule.BLOCK_N, schedule.D1, schedule.D2
     packed, listed = p.sequences is not None, c.x.kv_blocks is not None
     tiles = p.L // 128 + p.sequences + 1 if p.sequences is not None else cdiv(p.L, 128)
@@ -101,7 +102,7 @@ def _fwd_jvp(p: Problem, c: Call) -> Launch:
     args = (
         *(first for first, _ in operands),
         *(second for _, second in operands),
-        *_mask(mask, kind, p, N),
+        *_mask(mask, c.t.mask, kind, p, N),
         *(c.x.cu_q, c.x.cu_k, blocks_pointer(c.x.kv_blocks, p)),
         *(pointer(x if packed else None) for x in (c.saved.out, c.saved.t_out)),
         *(c.saved.lse, c.saved.mu, p.spec.scale, p.H, p.L, p.S, p.sequences, tiles, items),
@@ -185,15 +186,32 @@ def _mask_kind(mask: Tensor, p: Problem) -> str:
     return "full" if mask.stride(3) == 1 and tma_can_read(solid) else ""
 
 
-def _mask(mask: Tensor | None, kind: str, p: Problem, BLOCK_N: int):
-    """Descriptor of tiles, pointer to rows, and how far a batch entry and a head move either."""
+def _no_tangent_of(mask: Any, t: Tangents, p: Problem) -> str | None:
+    """Why the tangent of a mask cannot be read beside it, if so."""
+    t_mask: Any = t.mask
+    alike = mask is not None and (mask.shape, mask.dtype) == (t_mask.shape, t_mask.dtype)
+    if not alike or {_mask_kind(x, p) for x in (mask, t_mask)} != {"full"}:
+        return "needs a mask (L, S) with a tangent of its own shape and dtype"
+    if t.q is None and t.k is None:
+        return "needs a tangent of q or k beside that of a mask"
+    if p.D > 96 and mask.element_size() > 2:
+        return "has no room for a float32 mask and its tangent above head dim 96"
+    return None
+
+
+def _mask(mask: Tensor | None, t_mask: Tensor | None, kind: str, p: Problem, BLOCK_N: int):
+    """Descriptors of tiles, also of the tangent's, pointer to rows, and how far a batch entry and a
+    head move either."""
     if mask is None:
-        return None, None, 0, 0
+        return None, None, None, 0, 0
     if kind == "full":
-        tiles = _descriptor(mask, 64, BLOCK_N, _solid_strides(mask))
-        return tiles, None, int(mask.shape[0] > 1), int(mask.shape[1] > 1)
+        tiles, t_tiles = (
+            None if x is None else _descriptor(x, 64, BLOCK_N, _solid_strides(x))
+            for x in (mask, t_mask)
+        )
+        return tiles, t_tiles, None, int(mask.shape[0] > 1), int(mask.shape[1] > 1)
     b, h = (step if n > 1 else 0 for step, n in zip(mask.stride()[:2], mask.shape[:2], strict=True))
-    return None, mask, b, h
+    return None, None, mask, b, h
 
 
 def _solid_strides(x: Tensor) -> list[int]:
