@@ -10,7 +10,8 @@ import torch
 
 pytest.importorskip("triton")
 from jvp_flash_attention import kernels
-from jvp_flash_attention.call import Inputs, Spec
+from jvp_flash_attention.block_mask import block_mask
+from jvp_flash_attention.call import Inputs, Saved, Spec, Tangents
 from jvp_flash_attention.kernels import configs, cudnn
 from tests.cases import Case, build
 
@@ -60,6 +61,34 @@ def test_compiled_code_takes_cudnn_earlier_and_the_layout_of_results_does_not_sa
     assert cudnn.pays(x, Spec(1.0, compiled=True))
     assert not cudnn.pays(x, Spec(1.0, rows_first=True))
     assert not cudnn.pays(x._replace(k=x.k[:, :, 1:]), Spec(1.0, compiled=True))
+
+
+def test_structure_and_a_bias_with_its_tangent_stay_on_hoppers_forward():
+    """Their gradients are the portable kernels'."""
+    x = torch.empty(1, 2, 512, 64, dtype=torch.bfloat16)
+    bias, cu = torch.empty(1, 2, 512, 512), torch.zeros(4, dtype=torch.int32)
+    blocks = block_mask(torch.ones(4, 4, dtype=torch.bool), 128)
+    spec, inputs, tangents = Spec(0.1), Inputs(x, x, x), Tangents(x, x, x)
+    calls = {
+        "band": (inputs, tangents, spec._replace(left=5, right=-2)),
+        "packed": (inputs._replace(cu_q=cu), tangents, spec._replace(causal=True)),
+        "blocks": (
+            inputs._replace(kv_blocks=blocks.kv_blocks, q_blocks=blocks.q_blocks),
+            tangents,
+            spec._replace(block_q=128, block_k=128),
+        ),
+        "bias": (inputs._replace(mask=bias), tangents._replace(mask=bias), spec),
+    }
+    rows = torch.empty(1, 2, 512)
+    saved = Saved(x, rows, x, rows)
+    for name, (given, t, how) in calls.items():
+        (forward,) = kernels.launches(given, t, how, arch="sm90")
+        assert forward.kernel.fn.__name__ == "forward_jvp_kernel", name
+        for launch in kernels.launches(given, t, how, saved, x, x, name == "bias", arch="sm90"):
+            assert "jvp" not in launch.kernel.fn.__name__, name
+    wide = Inputs(*(torch.empty(1, 2, 512, 128, dtype=torch.bfloat16),) * 3, bias)
+    with pytest.raises(NotImplementedError, match="no room for a float32 mask and its tangent"):
+        kernels.launches(wide, Tangents(*wide[:4]), spec, arch="sm90", force="sm90")
 
 
 def test_an_implementation_that_is_named_serves_or_raises(device):
