@@ -31,13 +31,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks import peers, report
 from benchmarks.timing import median_ms
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from training.environment import environment
 
-STEPS = ("jvp", "value", "both")
 WORKLOADS = ("4x16x4096x128", "64x12x256x64")
 SMALL = 2, 3, 512  # batch, heads and tokens whose errors are taken
 PATIENCE = 240  # seconds for all of one project: some tune for long
@@ -153,7 +153,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
         return
     for workload in options.workloads:
         shape = [int(n) for n in workload.split("x")]
-        for step in STEPS:
+        for step in peers.STEPS:
             row: dict[str, Any] = {"project": name, "workload": workload, "step": step}
             try:
                 if reason := MISSING.get((name, step)):
@@ -195,27 +195,12 @@ def main() -> int:
         rows = [line for line in printed.decode().splitlines() if line.startswith("{")]
         result["rows"] += map(json.loads, rows)
         options.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(result["rows"]))
+    print(report.markdown(peers.table(result["rows"])))
+    for row in result["rows"]:
+        if "error" in row:
+            print(f"{row['project']} {row['workload']} {row['step']}: {row['error']}")
     print(options.output)
     return 0
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table; a ratio is the project's time over ours."""
-    mine = {(r["workload"], r["step"]): r.get("ms") for r in rows if r["project"] == "ours"}
-    lines = ["| workload | step | project | ms | over ours | error of value | of tangent |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    for row in sorted(rows, key=lambda r: (r["workload"], STEPS.index(r["step"]))):
-        cells = [row["workload"], row["step"], row["project"]]
-        if "error" in row:
-            cells += [row["error"], "", "", ""]
-        else:
-            base = mine.get((row["workload"], row["step"]))
-            cells += [f"{row['ms']:.3g}", f"{row['ms'] / base:.2f}" if base else ""]
-            shown = (row.get("value_error"), row.get("tangent_error"))
-            cells += ["" if x is None else f"{x:.1e}" for x in shown]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -565,4 +565,5 @@ def test_peers_are_timed_beside_ours_and_their_errors_are_seen(tmp_path):
         assert rows["ours", "jvp"][name] < 1e-5
         assert rows["earlier", "jvp"][name] > 1e-2  # wrong by a tenth in its scale
     assert "jvp_utils" in rows["tvm", "jvp"]["error"]  # a folder without it
-    assert "| 1x2x20x8 | value | earlier |" in run.stdout
+    assert "| (1, 2, 20, 8) | the same, and the gradient of both |" in run.stdout
+    assert "earlier 1x2x20x8 both: NotImplementedError: its tangent has no gradient" in run.stdout

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from . import accuracy, headline, legacy_table, plots, report, tables, targets
+from . import accuracy, headline, legacy_table, peers, plots, report, tables, targets
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path("docs/results")
@@ -167,9 +167,25 @@ def _figures(root: Path) -> str:
     return _spaced(parts)
 
 
+def _peers(root: Path) -> str:
+    """Other projects' kernels."""
+    parts = []
+    for path, result in peers.load(root).items():
+        gpu, rows = result["environment"]["gpu"], result["rows"]
+        parts.append(
+            f"**Other kernels with a tangent** on {gpu}, {result['dtype']}, one layer without a"
+            f" mask. Short calls include their Python ([{path.name}]({path}))."
+            f" {peers.errors(rows)} – marks a step that does not exist, or that needs another"
+            " package."
+        )
+        parts.append(report.markdown(peers.table(rows)))
+    return _spaced(parts)
+
+
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "headline": lambda root: _spaced(headline.lines(root)),
     "figures": _figures,
+    "peers": _peers,
     "steps": lambda root: _spaced(headline.steps_by_gpu(root)),
     **{suite: _section(suite) for suite in SUITES},
 }
