@@ -57,6 +57,7 @@ from .primitives import (
     advance,
     allocate_stages,
     barriers,
+    declare_flag,
     first_row,
     keep_alive,
     keys_end,
@@ -293,7 +294,8 @@ def _consumer(
     STAGES_V: gl.constexpr, STAGES_Q: gl.constexpr, STAGES_MASK: gl.constexpr,
     OVERLAP_P: gl.constexpr, CAUSAL: gl.constexpr,
     EDGE: gl.constexpr, MASK: gl.constexpr, BOOL: gl.constexpr, CENTER: gl.constexpr,
-    THRESHOLD: gl.constexpr, T_Q: gl.constexpr, T_K: gl.constexpr, T_V: gl.constexpr,
+    THRESHOLD: gl.constexpr, HIDES: gl.constexpr,
+    T_Q: gl.constexpr, T_K: gl.constexpr, T_V: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup of the two: 64 queries of each work item against all keys they see."""
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -319,8 +321,7 @@ def _consumer(
     q_phase = 0
     b_phase = 0
     stored = 0  # number + 1 of the buffers that the last stores may still read
-    declare: gl.constexpr = ".reg .b32 " + FLAG + "; mov.b32 " + FLAG + ", 0; mov.b32 $0, 0;"
-    gl.inline_asm_elementwise(declare, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    declare_flag(FLAG)
     if WG == 1:
         warp_scheduler_barrier_arrive(WG)
     for e in range(work_items(items, CAUSAL)):
@@ -373,13 +374,13 @@ def _consumer(
         l_row = gl.where(l_row == 0.0, 1.0, l_row)  # a row that attends nothing gives 0
         inverse = 1.0 / l_row
         r_row *= inverse
-        finish(o, t, inverse, r_row, q, t_q, L1, T_S)
+        spoiled = finish(o, t, inverse, r_row, q, t_q, L1, T_S)
         if PAIR:
             o2, p_t_v2 = gl.split(o2.reshape([ROWS, 2, D2]).permute((0, 2, 1)))
             o2 = gl.convert_layout(o2, L2, assert_trivial=True)
             t2 += gl.convert_layout(p_t_v2, L2, assert_trivial=True)
         if TWO:
-            finish(o2, t2, inverse, r_row, q2, t_q2, L2, T_S)
+            spoiled += finish(o2, t2, inverse, r_row, q2, t_q2, L2, T_S)
         fence_async_shared()
         store(o_out[0], [b, h, m0, 0], buffers[0][0].index(qj + WG))
         store(t_out[0], [b, h, m0, 0], buffers[1][0].index(qj + WG))
@@ -388,6 +389,8 @@ def _consumer(
             store(t_out[1], [b, h, m0, D1], buffers[1][1].index(qj + WG))
         i = m0 + gl.arange(0, ROWS, layout=ROW)
         row = first_row(b, h, H, L) + i
+        if HIDES:  # NaN where O or tO is not finite: portable/repair.py computes it anew
+            m += spoiled
         if ADD:
             gl.store(LSE + 2 * row, m, mask=i < L)
             gl.store(LSE + 2 * row + 1, gl.log2(l_row), mask=i < L)
@@ -414,11 +417,11 @@ def forward_jvp_kernel(
     STAGES_K: gl.constexpr, STAGES_V: gl.constexpr, STAGES_Q: gl.constexpr,
     STAGES_MASK: gl.constexpr, OVERLAP_P: gl.constexpr,
     CAUSAL: gl.constexpr, EDGE: gl.constexpr, MASK: gl.constexpr, BOOL: gl.constexpr,
-    CENTER: gl.constexpr, THRESHOLD: gl.constexpr,
+    CENTER: gl.constexpr, THRESHOLD: gl.constexpr, HIDES: gl.constexpr,
 ):  # fmt: skip
     """D1 + D2 columns; STAGES_K tiles of keys, STAGES_V of values, STAGES_Q pairs of query tiles
     and STAGES_MASK masks in flight; EDGE: a key tile may be cut by the end of the keys or the
-    diagonal."""
+    diagonal. HIDES: a key of a tile may be hidden from a row."""
     HAS_T_Q: gl.constexpr = T_Q is not None
     HAS_T_K: gl.constexpr = T_K is not None
     HAS_T_V: gl.constexpr = T_V is not None
@@ -462,7 +465,7 @@ def forward_jvp_kernel(
                 (0, (O, O2), (T_O, T_O2), MASK_ROW, b_step, h_step, LSE, MU, buffers, bars, scale,
                  S, L, H, tiles, items,
                  D1, D2, BLOCK_N, STAGES_K, STAGES_V, STAGES_Q, STAGES_MASK, OVERLAP_P,
-                 CAUSAL, EDGE, MASK, BOOL, CENTER, THRESHOLD,
+                 CAUSAL, EDGE, MASK, BOOL, CENTER, THRESHOLD, HIDES,
                  HAS_T_Q, HAS_T_K, HAS_T_V),
             ),
             (
@@ -470,7 +473,7 @@ def forward_jvp_kernel(
                 (1, (O, O2), (T_O, T_O2), MASK_ROW, b_step, h_step, LSE, MU, buffers, bars, scale,
                  S, L, H, tiles, items,
                  D1, D2, BLOCK_N, STAGES_K, STAGES_V, STAGES_Q, STAGES_MASK, OVERLAP_P,
-                 CAUSAL, EDGE, MASK, BOOL, CENTER, THRESHOLD,
+                 CAUSAL, EDGE, MASK, BOOL, CENTER, THRESHOLD, HIDES,
                  HAS_T_Q, HAS_T_K, HAS_T_V),
             ),
             (
