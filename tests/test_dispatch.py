@@ -21,13 +21,18 @@ import torch
 from jvp_flash_attention.call import Inputs, Saved, Spec, Tangents
 from jvp_flash_attention.kernels import launches
 
-def names(arch, head_dim=128, length=256, **how):
-    x, t = ([torch.zeros(1, 2, length, head_dim, dtype=torch.bfloat16)] * 3 for _ in range(2))
+def made(arch, head_dim=128, length=256, keys=None, causal=False, mask=None, **how):
+    q, k = (torch.zeros(1, 2, n, head_dim, dtype=torch.bfloat16) for n in (length, keys or length))
     rows = torch.zeros(1, 2, length)
-    x, t, saved, spec = Inputs(*x), Tangents(*t), Saved(x[0], rows, x[0], rows), Spec(0.1)
-    found = launches(x, t, spec, arch=arch, **how)
-    found += launches(x, t, spec, saved, x.q, x.q, arch=arch, **how)
-    return [launch.kernel.fn.__name__.removesuffix("_kernel") for launch in found]
+    x, t, saved = Inputs(q, k, k, mask), Tangents(q, k, k), Saved(q, rows, q, rows)
+    spec = Spec(0.1, causal)
+    return [
+        *launches(x, t, spec, arch=arch, **how),
+        *launches(x, t, spec, saved, q, q, arch=arch, **how),
+    ]
+
+def names(*args, **how):
+    return [launch.kernel.fn.__name__.removesuffix("_kernel") for launch in made(*args, **how)]
 
 portable = ["forward", "bwd_preprocess", "bwd_dkdv", "bwd_dkdv", "bwd_dq"]
 for arch in ("sm80", "sm89", "sm100", "sm120", "gfx942"):
@@ -37,6 +42,18 @@ special = ["forward_jvp", "bwd_preprocess", "bwd_dkdv_jvp", "bwd_dq_jvp"]
 assert names("sm90") == special
 assert names("sm90", 64) == [*special[:3], "bwd_dq"]
 assert names("sm90", 64, 64) == ["forward_jvp", "bwd_preprocess", "bwd_dkdv", "bwd_dq"]
+masked = ["forward_jvp", "repair", "bwd_preprocess"]  # the repair follows where pairs are hidden
+assert names("sm90", causal=True) == [*masked, "bwd_dkdv_jvp", "bwd_dq_jvp"]
+for shape in ((1, 1, 256, 256), (1, 1, 1, 256)):
+    for dtype in (torch.bool, torch.bfloat16):
+        mask = torch.zeros(shape, dtype=dtype)
+        assert names("sm90", mask=mask) == [*masked, *portable[2:]]
+for launch in made("sm90", length=100, keys=256, causal=True):  # no row sees a key from 100 on
+    if launch.kernel.fn.__name__.endswith("jvp_kernel"):
+        read = dict(zip(launch.kernel.arg_names, launch.args))
+        assert {read[name].shape[2] for name in ("K", "V", "T_K", "T_V")} == {100}
+        if "D_K" in read:
+            assert read["D_K"].shape[2] == 256
 assert names("sm90", 256) == names("sm90", tma=False) == names("sm90", force="portable") == portable
 """
 
@@ -82,7 +99,7 @@ def test_structure_and_a_bias_with_its_tangent_stay_on_hoppers_forward():
     rows = torch.empty(1, 2, 512)
     saved = Saved(x, rows, x, rows)
     for name, (given, t, how) in calls.items():
-        (forward,) = kernels.launches(given, t, how, arch="sm90")
+        forward, *_ = kernels.launches(given, t, how, arch="sm90")
         assert forward.kernel.fn.__name__ == "forward_jvp_kernel", name
         for launch in kernels.launches(given, t, how, saved, x, x, name == "bias", arch="sm90"):
             assert "jvp" not in launch.kernel.fn.__name__, name

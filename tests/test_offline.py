@@ -72,5 +72,17 @@ def test_float32_on_hopper_uses_wgmma_forward_alone(variant):
 
 
 @pytest.mark.slow
+def test_what_keeps_hidden_values_out_on_hopper_compiles_and_costs_dq_no_spills():
+    table = compile_for(
+        "sm_90", "--head-dims", "128", "--dtypes", "bfloat16", "--variants", "causal",
+        "--passes", "forward_jvp", "backward_jvp",
+    )  # fmt: skip
+    rows = table.splitlines()
+    stacks = {row.split()[4]: int(row.split("stack")[1].split()[0]) for row in rows}
+    assert stacks["bwd_dq_jvp_kernel"] == 0
+    assert {"forward_jvp_kernel", "repair_kernel"} < stacks.keys()
+
+
+@pytest.mark.slow
 def test_float32_compiles_for_amd():
     compile_for("gfx942", "--head-dims", "64", "--dtypes", "float32", "--variants", "plain")

@@ -15,7 +15,8 @@ KINDS = {
     "communication": ("nccl",),
     "optimizer": ("multi_tensor_apply", "adam", "lerp"),
     "attention": ("flash", "fmha", "attention", "cudnn", "bwd_", "keys_kernel", "keys_jvp",
-                  "queries_kernel", "queries_jvp", "row_sums", "forward_kernel", "forward_jvp"),
+                  "queries_kernel", "queries_jvp", "row_sums", "forward_kernel", "forward_jvp",
+                  "repair_kernel"),
     "products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk", "gemv"),
     "copies": ("memcpy", "memset", "direct_copy", "catarray"),
 }  # fmt: skip

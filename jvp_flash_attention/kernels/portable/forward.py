@@ -52,7 +52,7 @@ from .primitives import (
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def forward_kernel(
     Q, K, V, T_Q, T_K, T_V, MASK, T_MASK, SEED, CU_Q, CU_K, KV_BLOCKS, O, T_O, LSE, MU,
-    scale, threshold, keep_scale, batch_per_seed, H, L, S, sequences,
+    scale, threshold, keep_scale, batch_per_seed, H, L, S, sequences, ITEM,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, LOWER_RIGHT: tl.constexpr, SEQUENCES: tl.constexpr,
@@ -60,14 +60,14 @@ def forward_kernel(
     PRESCALE: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M queries of one head. WHOLE: every tile of keys is full and needs no
-    check. PRESCALE: scores are scaled before their maximum is taken, as a mask or a scale <= 0
-    requires."""
+    """One program: BLOCK_M queries of one head, those of another program where ITEM names it
+    (`repair.py`). WHOLE: every tile of keys is full and needs no check. PRESCALE: scores are scaled
+    before their maximum is taken, as a mask or a scale <= 0 requires."""
     T_S: tl.constexpr = T_Q is not None or T_K is not None or T_MASK is not None
     JVP: tl.constexpr = T_O is not None
     DT: tl.constexpr = O[0].dtype.element_ty
 
-    pid = tl.program_id(0)
+    pid = tl.program_id(0) if ITEM is None else ITEM
     tiles = tiles_of(CU_Q, L, BLOCK_M, sequences)
     b, h, tile = head_of(pid, tiles, H, RIGHT is not None)
     hk = h // GROUP

@@ -11,11 +11,23 @@ from ...call import Band
 from .. import configs
 from ..block_info import band
 from ..launch_cache import Launch
-from ..problem import Call, Problem, blocks_pointer, cdiv, mask_pointer, operand, pointer
+from ..problem import (
+    Call,
+    Problem,
+    blocks_pointer,
+    cdiv,
+    mask_pointer,
+    multiprocessors,
+    operand,
+    pointer,
+)
 from .bwd_dkdv import bwd_dkdv_kernel
 from .bwd_dq import bwd_dq_kernel
 from .bwd_preprocess import bwd_preprocess_kernel
 from .forward import forward_kernel
+from .repair import repair_kernel
+
+MOST_ITEMS = 16  # tiles that one program of the repair looks at
 
 
 def unsupported_reason(_name: str, _p: Problem, _c: Call) -> str | None:
@@ -37,6 +49,7 @@ def _fwd(name: str, p: Problem, c: Call) -> Iterator[Launch]:
         lse,
         mu,
         *p.scalars(c.x.seed),
+        None,
     )
     constexprs = {
         "PRESCALE": p.mask or p.spec.scale <= 0.0,
@@ -44,6 +57,18 @@ def _fwd(name: str, p: Problem, c: Call) -> Iterator[Launch]:
         "WHOLE": _keys_whole(p, tile),
     }
     yield Launch(forward_kernel, _grid(p, p.L, tile.BLOCK_M, p.H), args, constexprs)
+
+
+def repair(p: Problem, c: Call) -> Launch:
+    """The forward with its JVP once more, of those tiles where another kernel left an LSE NaN."""
+    (whole,) = _fwd("fwd_jvp", p, c)
+    (items,) = whole.grid
+    share = 1
+    if p.sequences is None:
+        share = min(cdiv(items, multiprocessors(c.x.q.device)), MOST_ITEMS)
+    args = (*whole.args[:-1], items, share)
+    constexprs = {**whole.constexprs, "MOST": MOST_ITEMS}
+    return Launch(repair_kernel, (cdiv(items, share),), args, constexprs)
 
 
 def _bwd_preprocess(_name: str, p: Problem, c: Call) -> Iterator[Launch]:

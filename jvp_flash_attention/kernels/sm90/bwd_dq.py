@@ -12,8 +12,9 @@ passes P and R on through shared memory, the other the rest. At head dims up to 
 kernel, whose warpgroups own queries of their own, is as fast.
 """
 
-# Each role unpacks all buffers and barriers, by name, and uses its own.
-# ruff: noqa: RUF059
+# Each role unpacks all buffers and barriers, by name, and uses its own. What is known at compile
+# time stands in an `if` of its own.
+# ruff: noqa: RUF059, SIM102
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -26,11 +27,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..portable.primitives import LOG2E
-from .bwd_primitives import add_products, bwd_barriers, fetch, load_p, store_p
+from .bwd_primitives import (
+    add_products,
+    any_not_finite,
+    bwd_barriers,
+    fetch,
+    load_p,
+    make_finite,
+    store_p,
+)
 from .primitives import (
     ROWS,
     advance,
     allocate_stages,
+    declare_flag,
     first_row,
     is_valid,
     matrix,
@@ -73,6 +83,7 @@ def _scores(
     """The warpgroup of S and tS."""
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, S_L)
+    K_L: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     (
         q_buffers, t_q_buffers, d_o_buffers, d_t_o_buffers,
         k_buffers, t_k_buffers, v_buffers, t_v_buffers,
@@ -80,6 +91,8 @@ def _scores(
     q_ready, q_free, k_ready, k_free, p_ready, p_free = bars
     scale2 = scale * LOG2E
     padded = (L + ROWS - 1) // ROWS * ROWS
+    if CAUSAL:
+        declare_flag("spoiled")
     slot = 0
     phase = 0
     q_phase = 0
@@ -104,6 +117,11 @@ def _scores(
             s = warpgroup_mma_wait(2, deps=[s])
             p = gl.exp2(s * scale2 - gl.expand_dims(lse, 1))
             t_s = warpgroup_mma_wait(0, deps=[t_s])
+            if CAUSAL:
+                if j == tile:  # rows before a key do not feel it, whatever it holds
+                    if any_not_finite(s, t_s, BLOCK_N):
+                        make_finite(k, K_L)
+                        make_finite(t_k, K_L)
             mbarrier.arrive(k_free.index(slot), count=1)
             r = p * (t_s * scale - gl.expand_dims(mu, 1))
             if EDGE:

@@ -9,12 +9,13 @@ slot, the other several.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from .primitives import barriers, keep_alive, load
+from .primitives import barriers, keep_alive, lane_sums, load
 
 
 @gluon.jit
@@ -72,3 +73,25 @@ def add_products(d_s, d_t_s, x, t_x, d_x, d_t_x, P_L: gl.constexpr):
     keep_alive(d_t_s16)
     keep_alive(d_s16)
     return d_x, d_t_x
+
+
+@gluon.jit
+def any_not_finite(s, t_s, BLOCK_N: gl.constexpr):
+    """Whether a score of the warpgroup, (64, BLOCK_N), or its tangent is not finite, as a scalar
+    uniform in it."""
+    any_nan: gl.constexpr = (
+        "{ .reg .pred a; setp.nan.f32 a, $2, $3; bar.red.or.pred a, 12, 128, a;"
+        " selp.b32 spoiled, 1, 0, a; mov.b32 $0, spoiled; mov.b32 $1, $0; }"
+    )
+    sums = lane_sums((s + t_s) * 0.0, BLOCK_N)
+    gl.inline_asm_elementwise(any_nan, "=r,=r,f,f", [sums], dtype=gl.int32, is_pure=False, pack=2)
+    read: gl.constexpr = "mov.b32 $0, spoiled;"
+    return gl.inline_asm_elementwise(read, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def make_finite(tile, LAYOUT: gl.constexpr):
+    """0 for what is not finite in a tile in shared memory, which products read next."""
+    x = tile.load(LAYOUT)
+    tile.store(gl.where(gl.abs(x.to(gl.float32)) < float("inf"), x, 0.0))
+    fence_async_shared()

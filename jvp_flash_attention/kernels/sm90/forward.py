@@ -61,6 +61,7 @@ from .primitives import (
     advance,
     allocate_stages,
     barriers,
+    declare_flag,
     first_row,
     keep_alive,
     keys_begin,
@@ -225,7 +226,7 @@ def _consumer(
     OVERLAP_P: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOWER_RIGHT: gl.constexpr,
     PAIRS: gl.constexpr, SEQUENCES: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     EMPTY: gl.constexpr, EDGE: gl.constexpr, MASK: gl.constexpr, BOOL: gl.constexpr,
-    CENTER: gl.constexpr, THRESHOLD: gl.constexpr,
+    CENTER: gl.constexpr, THRESHOLD: gl.constexpr, HIDES: gl.constexpr,
     T_Q: gl.constexpr, T_K: gl.constexpr, T_V: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup of the two: 64 queries of each work item against all keys they see."""
@@ -252,8 +253,7 @@ def _consumer(
     q_phase = 0
     b_phase = 0
     stored = 0  # number + 1 of the buffers that the last stores may still read
-    declare: gl.constexpr = ".reg .b32 " + FLAG + "; mov.b32 " + FLAG + ", 0; mov.b32 $0, 0;"
-    gl.inline_asm_elementwise(declare, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    declare_flag(FLAG)
     if WG == 1:
         warp_scheduler_barrier_arrive(WG)
     for e in range(work_items(work[8], PAIRS)):
@@ -310,13 +310,13 @@ def _consumer(
         l_row = gl.where(l_row == 0.0, 1.0, l_row)  # a row that attends nothing gives 0
         inverse = 1.0 / l_row
         r_row *= inverse
-        finish(o, t, inverse, r_row, q, t_q, L1, T_S)
+        spoiled = finish(o, t, inverse, r_row, q, t_q, L1, T_S)
         if PAIR:
             o2, p_t_v2 = gl.split(o2.reshape([ROWS, 2, D2]).permute((0, 2, 1)))
             o2 = gl.convert_layout(o2, L2, assert_trivial=True)
             t2 += gl.convert_layout(p_t_v2, L2, assert_trivial=True)
         if TWO:
-            finish(o2, t2, inverse, r_row, q2, t_q2, L2, T_S)
+            spoiled += finish(o2, t2, inverse, r_row, q2, t_q2, L2, T_S)
         fence_async_shared()
         if o_rows is None:
             store_results(o_out, t_out, buffers, b, h, m0, qj + WG, D1, TWO)
@@ -332,6 +332,8 @@ def _consumer(
                     store_part(t_rows, t_q2, b, h, q0 + m0, L - m0, columns, D1, D2)
         i = m0 + gl.arange(0, ROWS, layout=ROW)
         row = first_row(b, h, work[4], work[5]) + q0 + i
+        if HIDES:  # NaN where O or tO is not finite: portable/repair.py computes it anew
+            m += spoiled
         if ADD:
             gl.store(LSE + 2 * row, m, mask=i < L)
             gl.store(LSE + 2 * row + 1, gl.log2(l_row), mask=i < L)
@@ -361,12 +363,13 @@ def forward_jvp_kernel(
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOWER_RIGHT: gl.constexpr, PAIRS: gl.constexpr,
     SEQUENCES: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, EMPTY: gl.constexpr,
     EDGE: gl.constexpr, MASK: gl.constexpr, BOOL: gl.constexpr,
-    CENTER: gl.constexpr, THRESHOLD: gl.constexpr,
+    CENTER: gl.constexpr, THRESHOLD: gl.constexpr, HIDES: gl.constexpr,
 ):  # fmt: skip
     """D1 + D2 columns; STAGES_K tiles of keys, STAGES_V of values, STAGES_Q pairs of query tiles
     and STAGES_MASK masks in flight; EDGE: a key tile may be cut by the end of the keys or the
     band; EMPTY: a row may see nothing of a tile before it has seen a key. O_ROWS, T_O_ROWS: the
-    results once more (pointer, strides), where packed sequences end inside of a tile."""
+    results once more (pointer, strides), where packed sequences end inside of a tile.
+    HIDES: a key of a tile may be hidden from a row."""
     HAS_T_Q: gl.constexpr = T_Q is not None
     HAS_T_K: gl.constexpr = T_K is not None
     HAS_T_V: gl.constexpr = T_V is not None
@@ -413,7 +416,7 @@ def forward_jvp_kernel(
                  buffers, bars, scale, work,
                  D1, D2, BLOCK_N, STAGES_K, STAGES_V, STAGES_Q, STAGES_MASK, OVERLAP_P,
                  LEFT, RIGHT, LOWER_RIGHT, PAIRS, SEQUENCES, BLOCK_Q, BLOCK_K, EMPTY, EDGE, MASK,
-                 BOOL, CENTER, THRESHOLD, HAS_T_Q, HAS_T_K, HAS_T_V),
+                 BOOL, CENTER, THRESHOLD, HIDES, HAS_T_Q, HAS_T_K, HAS_T_V),
             ),
             (
                 _consumer,
@@ -421,7 +424,7 @@ def forward_jvp_kernel(
                  buffers, bars, scale, work,
                  D1, D2, BLOCK_N, STAGES_K, STAGES_V, STAGES_Q, STAGES_MASK, OVERLAP_P,
                  LEFT, RIGHT, LOWER_RIGHT, PAIRS, SEQUENCES, BLOCK_Q, BLOCK_K, EMPTY, EDGE, MASK,
-                 BOOL, CENTER, THRESHOLD, HAS_T_Q, HAS_T_K, HAS_T_V),
+                 BOOL, CENTER, THRESHOLD, HIDES, HAS_T_Q, HAS_T_K, HAS_T_V),
             ),
             (
                 producer,

@@ -231,13 +231,16 @@ def start_r_values(p_t_s16, p_t_s16_2, v, v2, t, t2, TWO: gl.constexpr):
 
 @gluon.jit
 def finish(o, t, inverse, r, q, t_q, L_O: gl.constexpr, T_S: gl.constexpr):
-    """O and tO from the accumulators, into the buffers that held Q and tQ."""
+    """O and tO from the accumulators, into the buffers that held Q and tQ. By row 0, or NaN where a
+    result is not finite."""
     o = rows_times(o, inverse, L_O)
     t = rows_times(t, inverse, L_O)
     if T_S:
         t -= rows_times(o, r, L_O)
     q.store(o.to(q.dtype))
     t_q.store(t.to(q.dtype))
+    spoiled = gl.sum((o + t) * 0.0, 1)
+    return gl.convert_layout(spoiled, inverse.type.layout, assert_trivial=True)
 
 
 @gluon.jit

@@ -11,10 +11,12 @@ from triton import next_power_of_2
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ...call import Tangents, is_default
+from ... import call
+from ...call import Band, Tangents, is_default
 from .. import configs
 from ..block_info import band
 from ..launch_cache import Launch
+from ..portable.launch import repair
 from ..problem import (
     Call,
     Problem,
@@ -72,6 +74,8 @@ def launches(name: str, p: Problem, c: Call) -> Iterator[Launch]:
     yield {"fwd_jvp": _fwd_jvp, "bwd_dkdv_jvp": _bwd_dkdv_jvp, "bwd_dq_jvp": _bwd_dq_jvp}[name](
         p, c
     )
+    if name == "fwd_jvp" and _hides(p):
+        yield repair(p, c)
 
 
 def _fwd_jvp(p: Problem, c: Call) -> Launch:
@@ -89,14 +93,17 @@ def _fwd_jvp(p: Problem, c: Call) -> Launch:
     triangle = right is not None and left is None and not packed
     pairs = listed or triangle  # late tiles may see more than early ones
 
-    def pieces(x: Tensor | None, rows: int):
+    keys = _seen_keys(p)
+
+    def pieces(x: Tensor | None, rows: int, length: int | None = None):
         if x is None:
             return None, None
-        return _descriptor(x, rows, D1), _descriptor(x, rows, D2) if D2 else None
+        first, second = (_descriptor(x, rows, n, length) if n else None for n in (D1, D2))
+        return first, second
 
     operands = (
-        *(pieces(x, rows) for x, rows in ((q, 64), (k, N), (v, N))),
-        *(pieces(x, rows) for x, rows in ((c.t.q, 64), (c.t.k, N), (c.t.v, N))),
+        *(pieces(*x) for x in ((q, 64), (k, N, keys), (v, N, keys))),
+        *(pieces(*x) for x in ((c.t.q, 64), (c.t.k, N, keys), (c.t.v, N, keys))),
         *(pieces(x, 64) for x in (c.saved.out, c.saved.t_out)),
     )
     args = (
@@ -122,6 +129,7 @@ def _fwd_jvp(p: Problem, c: Call) -> Launch:
         "CENTER": banded or packed or p.S <= 128,  # c matters to rows that see few keys
         # 8 and 2: p̃ times a tangent score must fit float16
         "THRESHOLD": "0f41000000" if q.dtype == torch.bfloat16 else "0f40000000",
+        "HIDES": _hides(p),
         "num_warps": 4,
     }
     return Launch(forward_jvp_kernel, _grid(items, q, pairs), args, constexprs)
@@ -133,7 +141,7 @@ def _bwd_dkdv_jvp(p: Problem, c: Call) -> Launch:
     items = tiles * p.B * p.Hk
     d, d_t = c.grads, c.t_grads
     args = (
-        *_given(c, pipeline.D),
+        *_given(p, c, pipeline.D),
         *_squares(pipeline.D, d.k, d_t.k, d.v, d_t.v),
         *(p.spec.scale, p.L, p.Hk, tiles, items),
     )
@@ -146,7 +154,7 @@ def _bwd_dq_jvp(p: Problem, c: Call) -> Launch:
     tiles = cdiv(p.L, 64)
     items = tiles * p.B * p.H
     args = (
-        *_given(c, pipeline.D),
+        *_given(p, c, pipeline.D),
         *_squares(pipeline.D, c.grads.q, c.t_grads.q),
         *(p.spec.scale, p.L, p.S, p.H, tiles, items),
     )
@@ -156,14 +164,34 @@ def _bwd_dq_jvp(p: Problem, c: Call) -> Launch:
     return Launch(bwd_dq_jvp_kernel, _grid(items, c.x.q, p.spec.causal), args, constexprs)
 
 
-def _given(c: Call, columns: int) -> tuple:
+def _given(p: Problem, c: Call, columns: int) -> tuple:
     """The arguments that both gradient kernels begin with."""
-    return (*_squares(columns, *c.x[:3], *c.t[:3], c.d_out, c.d_t_out), c.statistics)
+    (q, k, v, *_), (t_q, t_k, t_v, _) = c.x, c.t
+    keys = _seen_keys(p)
+    return (
+        *_squares(columns, q),
+        *_squares(columns, k, v, length=keys),
+        *_squares(columns, t_q),
+        *_squares(columns, t_k, t_v, length=keys),
+        *_squares(columns, c.d_out, c.d_t_out),
+        c.statistics,
+    )
 
 
-def _squares(columns: int, *tensors: Tensor | None) -> list:
+def _squares(columns: int, *tensors: Tensor | None, length: int | None = None) -> list:
     """Descriptors of tiles of 64 rows."""
-    return [None if x is None else _descriptor(x, 64, columns) for x in tensors]
+    return [None if x is None else _descriptor(x, 64, columns, length) for x in tensors]
+
+
+def _hides(p: Problem) -> bool:
+    """Whether a tile of the forward may hold a key that some of its rows do not see."""
+    return p.mask or call.band(p.spec) != Band() or p.sequences is not None
+
+
+def _seen_keys(p: Problem) -> int:
+    """How many keys are seen at all. The others read as zero, whatever they hold."""
+    right = call.band(p.spec).right
+    return p.S if right is None or p.sequences is not None else max(min(p.S, p.L + right), 1)
 
 
 def _constexprs(p: Problem, pipeline: configs.Pipeline) -> dict[str, Any]:
@@ -206,7 +234,7 @@ def _mask(mask: Tensor | None, t_mask: Tensor | None, kind: str, p: Problem, BLO
         return None, None, None, 0, 0
     if kind == "full":
         tiles, t_tiles = (
-            None if x is None else _descriptor(x, 64, BLOCK_N, _solid_strides(x))
+            None if x is None else _descriptor(x, 64, BLOCK_N, strides=_solid_strides(x))
             for x in (mask, t_mask)
         )
         return tiles, t_tiles, None, int(mask.shape[0] > 1), int(mask.shape[1] > 1)
@@ -220,10 +248,14 @@ def _solid_strides(x: Tensor) -> list[int]:
     return [s if n > 1 else step for s, n in zip(x.stride()[:3], x.shape, strict=False)] + [1]
 
 
-def _descriptor(x: Tensor, rows: int, columns: int, strides: list[int] | None = None):
+def _descriptor(
+    x: Tensor, rows: int, columns: int, length: int | None = None, strides: list[int] | None = None
+):
+    """Of the first `length` rows of each head."""
     block = [1, 1, rows, columns]
     layout: Any = _layout(rows, columns, x.dtype)
-    return TensorDescriptor(x, list(x.shape), strides or list(x.stride()), block, layout)
+    shape = [*x.shape[:2], x.shape[2] if length is None else length, x.shape[3]]
+    return TensorDescriptor(x, shape, strides or list(x.stride()), block, layout)
 
 
 @cache

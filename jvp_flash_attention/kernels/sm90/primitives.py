@@ -105,6 +105,13 @@ def lane_sums(x, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
+def declare_flag(FLAG: gl.constexpr):
+    """A register of this role, 0, by which inline assembly returns a scalar."""
+    declare: gl.constexpr = ".reg .b32 " + FLAG + "; mov.b32 " + FLAG + ", 0; mov.b32 $0, 0;"
+    gl.inline_asm_elementwise(declare, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def any_above(x, THRESHOLD: gl.constexpr, FLAG: gl.constexpr):
     """Whether an element of this warp's rows exceeds the threshold, as a scalar uniform in the
     warp."""
