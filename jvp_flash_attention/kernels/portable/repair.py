@@ -52,8 +52,9 @@ def repair_kernel(
     if CU_Q is not None:
         b, h, tile = head_of(pid, tiles, H, REVERSED)
         tile, q0, rows, _, _ = sequence_of(
-            CU_Q, CU_Q if CU_K is None else CU_K, tile, L, S, sequences, BLOCK_M, SEQUENCES
-        )
+            CU_Q, CU_Q if CU_K is None else CU_K, tile, tl.arange(0, SEQUENCES), L, S, sequences,
+            BLOCK_M,
+        )  # fmt: skip
         i = tile * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
         if not any_nan(LSE, first_row(b, h, H, L) + q0 + i, i < rows, SPLIT):
             return
