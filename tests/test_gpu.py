@@ -48,6 +48,9 @@ INPUTS = (
     Case(L=276, S=200, D=64, mask="row"),
     Case(L=276, S=276, D=128, mask="full", causal=True),
     Case(L=276, S=276, D=64, H=4, Hk=2, mask="full"),
+    Case(L=276, S=276, D=64, mask="full", tangents="qkv"),  # no tangent of the mask
+    Case(L=276, S=200, D=128, mask="full", tangents="qkv"),
+    Case(L=276, S=200, D=72, mask="key", tangents="qkv"),
     Case(L=196, S=276, D=72, mask="full", window=(90, 20)),
     Case(L=196, S=276, D=96, mask="full"),
     Case(L=276, S=276, D=64, window=(50, 20)),

@@ -83,7 +83,7 @@ UNSPECIALIZED = ("H", "L", "S", "sequences", "tiles", "items", "b_step", "h_step
 def _tile_overlapping_p(
     WG: gl.constexpr, FLAG: gl.constexpr, q, q2, t_q, t_q2, buffers, bars, masks, place,
     scale, scale2, j, first, kj, k_phase, vj, v_phase,
-    stored, bj, b_phase, m, l, r, o, t, o2, t2, c,
+    stored, bj, b_phase, m, top, l, r, o, t, o2, t2, c,
     D1: gl.constexpr, D2: gl.constexpr, BLOCK_N: gl.constexpr, STAGES_V: gl.constexpr,
     STAGES_Q: gl.constexpr, STAGES_MASK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
     EMPTY: gl.constexpr, EDGE: gl.constexpr, MASK: gl.constexpr, BOOL: gl.constexpr,
@@ -115,8 +115,8 @@ def _tile_overlapping_p(
         WG, s, t_s, buffers, b_ready, b_free, masks, place, scale, scale2, j, bj, b_phase,
         BLOCK_N, STAGES_MASK, LEFT, RIGHT, EDGE, MASK, BOOL,
     )  # fmt: skip
-    m, l, r, o, t, o2, t2, p, p16, p16_2 = softmax(
-        FLAG, s, scale2, m, l, r, o, t, o2, t2, q, BLOCK_N, EMPTY, ADD, THRESHOLD, TWO
+    m, top, l, r, o, t, o2, t2, p, p16, p16_2 = softmax(
+        FLAG, s, scale2, m, top, l, r, o, t, o2, t2, q, BLOCK_N, EMPTY, ADD, THRESHOLD, TWO
     )
     v = matrix(buffers[4][0], vj, BLOCK_N, D1)
     v2 = matrix(buffers[4][1], V2_STEP * vj, BLOCK_N, D2) if TWO else None
@@ -144,14 +144,14 @@ def _tile_overlapping_p(
     if T_S:
         p_t_s16 = keep_alive(p_t_s16)
     mbarrier.arrive(v_free.index(vj), count=1)
-    return stored, bj, b_phase, m, l, r, o, t, o2, t2, c
+    return stored, bj, b_phase, m, top, l, r, o, t, o2, t2, c
 
 
 @gluon.jit
 def _tile_overlapping_softmax(
     WG: gl.constexpr, FLAG: gl.constexpr, q, q2, t_q, t_q2, buffers, bars, masks, place,
     scale, scale2, j, first, kj, k_phase, vj, v_phase, v_last,
-    stored, bj, b_phase, m, l, r, o, t, o2, t2, c,
+    stored, bj, b_phase, m, top, l, r, o, t, o2, t2, c,
     D1: gl.constexpr, D2: gl.constexpr, BLOCK_N: gl.constexpr, STAGES_V: gl.constexpr,
     STAGES_Q: gl.constexpr, STAGES_MASK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
     EMPTY: gl.constexpr, EDGE: gl.constexpr, MASK: gl.constexpr, BOOL: gl.constexpr,
@@ -190,8 +190,8 @@ def _tile_overlapping_softmax(
         t_s = valid_tangent(
             t_s, mask, m0, j * BLOCK_N, S, shift, edge, BLOCK_N, S_L, LEFT, RIGHT, EDGE, BOOL, ADD
         )
-    m, l, r, o, t, o2, t2, p, p16, p16_2 = softmax(
-        FLAG, s, scale2, m, l, r, o, t, o2, t2, q, BLOCK_N, EMPTY, ADD, THRESHOLD, TWO
+    m, top, l, r, o, t, o2, t2, p, p16, p16_2 = softmax(
+        FLAG, s, scale2, m, top, l, r, o, t, o2, t2, q, BLOCK_N, EMPTY, ADD, THRESHOLD, TWO
     )
     v = matrix(buffers[4][0], vj, BLOCK_N, D1)
     v2 = matrix(buffers[4][1], V2_STEP * vj, BLOCK_N, D2) if TWO else None
@@ -214,7 +214,7 @@ def _tile_overlapping_softmax(
     p16 = keep_alive(p16)
     if T_S:
         p_t_s16 = keep_alive(p_t_s16)
-    return stored, bj, b_phase, m, l, r, o, t, o2, t2, c
+    return stored, bj, b_phase, m, top, l, r, o, t, o2, t2, c
 
 
 @gluon.jit
@@ -262,6 +262,7 @@ def _consumer(
         )
         m0 += WG * ROWS
         m = gl.full([ROWS], -float("inf"), gl.float32, ROW)
+        top = m if ADD else 0
         c = gl.zeros([ROWS], gl.float32, ROW)
         l = lane_sums(gl.zeros([ROWS, BLOCK_N], gl.float32, S_L), BLOCK_N)
         r = l
@@ -283,18 +284,18 @@ def _consumer(
             warp_scheduler_barrier_sync(WG)
         for j in range(begin, end):
             if OVERLAP_P:
-                stored, bj, b_phase, m, l, r, o, t, o2, t2, c = _tile_overlapping_p(
+                stored, bj, b_phase, m, top, l, r, o, t, o2, t2, c = _tile_overlapping_p(
                     WG, FLAG, q, q2, t_q, t_q2, buffers, bars, (mask_row, b_step, h_step),
                     place, scale, scale2, j, j == begin, kj, k_phase, vj, v_phase,
-                    stored, bj, b_phase, m, l, r, o, t, o2, t2, c,
+                    stored, bj, b_phase, m, top, l, r, o, t, o2, t2, c,
                     D1, D2, BLOCK_N, STAGES_V, STAGES_Q, STAGES_MASK, LEFT, RIGHT, EMPTY, EDGE,
                     MASK, BOOL, CENTER, THRESHOLD, T_Q, T_K, T_V,
                 )  # fmt: skip
             else:
-                stored, bj, b_phase, m, l, r, o, t, o2, t2, c = _tile_overlapping_softmax(
+                stored, bj, b_phase, m, top, l, r, o, t, o2, t2, c = _tile_overlapping_softmax(
                     WG, FLAG, q, q2, t_q, t_q2, buffers, bars, (mask_row, b_step, h_step),
                     place, scale, scale2, j, j == begin, kj, k_phase, vj, v_phase, v_last,
-                    stored, bj, b_phase, m, l, r, o, t, o2, t2, c,
+                    stored, bj, b_phase, m, top, l, r, o, t, o2, t2, c,
                     D1, D2, BLOCK_N, STAGES_V, STAGES_Q, STAGES_MASK, LEFT, RIGHT, EMPTY, EDGE,
                     MASK, BOOL, CENTER, THRESHOLD, T_Q, T_K, T_V,
                 )  # fmt: skip
@@ -334,9 +335,10 @@ def _consumer(
         row = first_row(b, h, work[4], work[5]) + q0 + i
         if HIDES:  # NaN where O or tO is not finite: portable/repair.py computes it anew
             m += spoiled
-        if ADD:
-            gl.store(LSE + 2 * row, m, mask=i < L)
-            gl.store(LSE + 2 * row + 1, gl.log2(l_row), mask=i < L)
+        if ADD:  # the backward pass takes no score to be above the first one
+            short = gl.where(top == -float("inf"), 0.0, top - m)
+            gl.store(LSE + 2 * row, top + spoiled, mask=i < L)
+            gl.store(LSE + 2 * row + 1, gl.log2(l_row) - short, mask=i < L)
         else:
             gl.store(LSE + row, (m + gl.log2(l_row)) * LN2, mask=i < L)
         gl.store(MU + row, r_row + c, mask=i < L)

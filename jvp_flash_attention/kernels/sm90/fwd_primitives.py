@@ -141,16 +141,19 @@ def mask_scores(
 
 @gluon.jit
 def softmax(
-    FLAG: gl.constexpr, s, scale2, m, l, r, o, t, o2, t2, q, BLOCK_N: gl.constexpr,
+    FLAG: gl.constexpr, s, scale2, m, top, l, r, o, t, o2, t2, q, BLOCK_N: gl.constexpr,
     EMPTY: gl.constexpr, ADD: gl.constexpr, THRESHOLD: gl.constexpr, TWO: gl.constexpr,
 ):  # fmt: skip
     """P, also in 16 bits as an operand of either piece, and what was summed so far, rescaled where
-    a maximum has grown; l with the new row sums. EMPTY: rows may have seen nothing yet."""
+    a maximum has grown; l with the new row sums. EMPTY: rows may have seen nothing yet. top: the
+    maximum itself, which m may fall short of by THRESHOLD."""
     L1: gl.constexpr = o.type.layout
     m_new = gl.max(s, 1)
     if not ADD:
         m_new *= scale2
     m_new = gl.maximum(m, m_new)
+    if ADD:
+        top = gl.maximum(top, m_new)
     grown = m_new - m
     if EMPTY:  # from nothing to nothing is no growth, not NaN
         grown = gl.where(m_new == -float("inf"), 0.0, grown)
@@ -180,7 +183,7 @@ def softmax(
     if TWO:
         PW2: gl.constexpr = gl.DotOperandLayout(0, o2.type.layout, 2)
         p16_2 = gl.convert_layout(p16, PW2, assert_trivial=True)
-    return m, l, r, o, t, o2, t2, p, p16, p16_2
+    return m, top, l, r, o, t, o2, t2, p, p16, p16_2
 
 
 @gluon.jit
