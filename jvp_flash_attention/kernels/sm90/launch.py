@@ -74,7 +74,7 @@ def launches(name: str, p: Problem, c: Call) -> Iterator[Launch]:
     yield {"fwd_jvp": _fwd_jvp, "bwd_dkdv_jvp": _bwd_dkdv_jvp, "bwd_dq_jvp": _bwd_dq_jvp}[name](
         p, c
     )
-    if name == "fwd_jvp" and _hides(p):
+    if name == "fwd_jvp" and _hides(p, c):
         yield repair(p, c)
 
 
@@ -129,7 +129,7 @@ def _fwd_jvp(p: Problem, c: Call) -> Launch:
         "CENTER": banded or packed or p.S <= 128,  # c matters to rows that see few keys
         # 8 and 2: p̃ times a tangent score must fit float16
         "THRESHOLD": "0f41000000" if q.dtype == torch.bfloat16 else "0f40000000",
-        "HIDES": _hides(p),
+        "HIDES": _hides(p, c),
         "num_warps": 4,
     }
     return Launch(forward_jvp_kernel, _grid(items, q, pairs), args, constexprs)
@@ -183,9 +183,11 @@ def _squares(columns: int, *tensors: Tensor | None, length: int | None = None) -
     return [None if x is None else _descriptor(x, 64, columns, length) for x in tensors]
 
 
-def _hides(p: Problem) -> bool:
-    """Whether a tile of the forward may hold a key that some of its rows do not see."""
-    return p.mask or call.band(p.spec) != Band() or p.sequences is not None
+def _hides(p: Problem, c: Call) -> bool:
+    """Whether a tile that the forward walks may hold a key that some of its rows do not see. One is
+    walked where a list of blocks is empty."""
+    structured = p.sequences is not None or c.x.kv_blocks is not None
+    return p.mask or structured or call.band(p.spec) != Band()
 
 
 def _seen_keys(p: Problem) -> int:
