@@ -110,8 +110,8 @@ def test_packed_sequences_keep_to_themselves_behind_tma_and_nothing_waits_for_th
             assert not got[:, 270:].any()
     for z in x:
         z[:, end:] = float("nan")
-    for got, e in zip(step(), wanted, strict=True):
-        assert torch.equal(got[:, :end], e)
+    for got, e in zip(step(), wanted, strict=True):  # the last tile comes from another kernel
+        assert (got[:, :end] - e).norm() <= 6e-3 * e.norm()
 
 
 @pytest.mark.parametrize("name", selfcheck.COMPOSITIONS)
