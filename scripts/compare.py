@@ -3,6 +3,8 @@
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import hydra
@@ -28,9 +30,13 @@ def compare(config: DictConfig, overrides: Sequence[str], output: Path) -> Path:
     one_of("comparison.kind", config.comparison.kind, ("loss", "speed"))
     trust(config.trusted)
 
-    def compose(more: Sequence[str]) -> DictConfig:
+    @cache  # a quarter of a second each, and every arm is asked for again and again
+    def once(*more: str) -> DictConfig:
         whole = [*overrides, *command_line(more)]
         return composed(hydra.compose("compare", whole), whole)
+
+    def compose(more: Sequence[str]) -> DictConfig:
+        return deepcopy(once(*more))
 
     if config.comparison.kind == "speed":
         found = compare_speeds(config, compose, output)

@@ -57,7 +57,7 @@ def runs(tmp_path_factory):
         if attention == "jvp":
             outputs[attention] = succeed("train.py", *arguments, cwd=folder).stdout
         else:
-            outputs[attention] = in_process("train.py", *arguments)
+            outputs[attention] = in_process("train.py", *arguments, "callbacks.page=null")
     return folder, outputs
 
 

@@ -1,7 +1,7 @@
 """What each of four processes does in the tests: every case on several meshes, once for all."""
 
 import traceback
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import distributed
@@ -64,9 +64,8 @@ def function(name: str, mesh: DeviceMesh, case: Case, lengths: bool = True, **mo
 
 def errors(name: str, mesh: DeviceMesh, case: Case, mode: str) -> dict[str, float]:
     """Largest deviations of this process's shards from dense attention's, by name."""
-    p = Problem(case)
-    detached = mode == "detached"
-    exact = p.mine(p.solve("value" if mode in ("value", "detached") else "tangent"), mesh)
+    p, detached = problem(case), mode == "detached"
+    exact = p.mine(solved(case, _mode(mode)), mesh)
     attend = function(name, mesh, case, tangent_grad=not detached)
     whole = {**p.inputs, "d_out": p.d_out, "d_t_out": p.d_t_out}
     local = p.mine(whole, mesh)
@@ -91,8 +90,16 @@ def errors(name: str, mesh: DeviceMesh, case: Case, mode: str) -> dict[str, floa
         got["out"] = call(*(x.detach() for x in primals))
     found = {name: _largest(got[name] - x) for name, x in exact.items()}
     whole = unshard(got["out"], mesh, layout=case.layout, length=case.L)
-    found["unshard"] = _largest(whole - p.solve("value")["out"])
+    found["unshard"] = _largest(whole - solved(case, "value")["out"])
     return found
+
+
+problem = cache(Problem)  # for every mesh and mode the same
+
+
+@cache
+def solved(case: Case, mode: str) -> dict[str, torch.Tensor]:
+    return problem(case).solve(mode)
 
 
 def second_order(name: str, mesh: DeviceMesh, case: Case) -> dict[str, float]:

@@ -40,6 +40,7 @@ from training.objectives.meanflow import MeanFlow
 TINY = [
     "trainer=cpu",
     "logger=csv",
+    "callbacks.page=null",
     "data.batch_size=8",
     "model.depth=2",
     "model.width=32",

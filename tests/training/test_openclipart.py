@@ -16,7 +16,7 @@ from training.data.packed import write_pack
 CLASSES = ["red", "green", "blue"]
 TINY = ["trainer=cpu", "data.batch_size=8", "model.depth=1", "model.width=32", "model.heads=2"]
 TINY += ["model.patch=4", "trainer.log_every_n_steps=1", "trainer.precision=32-true"]
-TINY += ["data.num_workers=0"]
+TINY += ["data.num_workers=0", "callbacks.page=null"]
 
 
 @pytest.fixture(scope="module")
