@@ -1,12 +1,13 @@
 """Multi-head attention as an `nn.Module`, for people's own trainers."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import validation
-from .api import attention
+from .api import Seqlens, attention
 
 
 class RMSNorm(nn.Module):
@@ -98,13 +99,21 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim, bias=out_bias)
 
     def forward(
-        self, x: Tensor, context: Tensor | None = None, attn_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        *,
+        cu_seqlens: Seqlens = None,
+        block_mask: Any = None,
     ) -> Tensor:
         """
         Args:
             x: (B, L, W).
             context: (B, S, C), where the module was made with `context_dim`, and only there.
             attn_mask: broadcastable to (B, H, L, S), bool or floating, as in `attention`.
+            cu_seqlens, block_mask: as in `attention`. `rope` is handed whole rows and is to count
+                packed positions itself.
 
         Returns:
             (B, L, W).
@@ -122,6 +131,8 @@ class Attention(nn.Module):
             dropout_p=self.dropout_p if self.training else 0.0,
             is_causal=self.is_causal,
             window=self.window,
+            cu_seqlens=cu_seqlens,
+            block_mask=block_mask,
             enable_gqa=self.num_kv_heads != self.num_heads,
             backend=self.backend,
         )  # (B, H, L, D)  # fmt: skip

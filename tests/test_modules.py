@@ -8,6 +8,7 @@ import torch
 from torch.func import functional_call, jvp
 from torch.nn import functional as F
 
+from jvp_flash_attention.block_mask import block_mask
 from jvp_flash_attention.modules import Attention, RMSNorm
 from tests.integrations.derivative import check_tangent, relative
 
@@ -123,6 +124,24 @@ def test_gradients_of_value_and_tangent_in_every_parameter_are_those_of_dense_at
     exact = gradients(lambda x: dense(p.module, x, p.context))
     for (key, _), g, e in zip(p.module.named_parameters(), got, exact, strict=True):
         assert torch.allclose(g, e, rtol=1e-9, atol=1e-11), key
+
+
+STRUCTURE = {
+    "cu_seqlens": torch.tensor([0, 128, 200], dtype=torch.int32),
+    "block_mask": block_mask(torch.eye(2, dtype=torch.bool), 128),
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURE)
+def test_structure_is_that_of_a_mask_with_its_tangent(name):
+    given, p = STRUCTURE[name], make("gqa")
+    p.x = torch.randn(1, 200, W, dtype=torch.float64)
+    part = torch.arange(200) // 128
+    seen, t = part[:, None] == part, torch.randn_like(p.x)
+    got = jvp(lambda x: p.module(x, **{name: given}), (p.x,), (t,))
+    exact = jvp(lambda x: p.module(x, attn_mask=seen), (p.x,), (t,))
+    for g, e in zip(got, exact, strict=True):
+        assert relative(g, e) < 1e-13
 
 
 def test_dropout_acts_in_training_mode_only():
