@@ -49,6 +49,7 @@ def runs(tmp_path_factory):
     outputs = {}
     for attention in ("jvp", "sdpa", "reference"):
         arguments = [*SMALL, "trainer.max_steps=30", "trainer.log_every_n_steps=1"]
+        arguments += ["callbacks.page=null"]
         arguments += ["logger=wandb_offline" if attention == "jvp" else "logger=csv"]
         arguments += [
             f"attention={attention}",
@@ -57,7 +58,7 @@ def runs(tmp_path_factory):
         if attention == "jvp":
             outputs[attention] = succeed("train.py", *arguments, cwd=folder).stdout
         else:
-            outputs[attention] = in_process("train.py", *arguments, "callbacks.page=null")
+            outputs[attention] = in_process("train.py", *arguments)
     return folder, outputs
 
 

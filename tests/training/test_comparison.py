@@ -408,7 +408,7 @@ def test_an_arm_that_runs_out_of_memory_leaves_the_others_measured(tmp_path, mon
     """At its first step, and at one of the rounds, where the others hold memory too."""
     overrides = ["experiment=speed_matching_smoke", "trainer=cpu", "logger=csv"]
     overrides += ["data.tokens=16", "data.batch_size=4", "comparison.speed.rounds=2"]
-    overrides += ["model.width=32", "model.heads=2"]
+    overrides += ["model.width=32", "model.heads=2", "model.depth=1"]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = hydra.compose("compare", overrides)
     configs = {name: placed(config, tmp_path) for name in ("fine", "first", "later", "cannot")}
