@@ -174,9 +174,8 @@ def _peers(root: Path) -> str:
         gpu, rows = result["environment"]["gpu"], result["rows"]
         parts.append(
             f"**Other kernels with a tangent** on {gpu}, {result['dtype']}, one layer without a"
-            f" mask. Short calls include their Python ([{path.name}]({path}))."
-            f" {peers.errors(rows)} – marks a step that does not exist, or that needs another"
-            " package."
+            f" mask, Python included ([{path.name}]({path})). {peers.errors(rows)} A dash: rCM's"
+            " gradient needs another package, and only TVM's tangent has a gradient besides ours."
         )
         parts.append(report.markdown(peers.table(rows)))
     return _spaced(parts)

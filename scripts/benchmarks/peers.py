@@ -9,7 +9,12 @@ STEPS = {
     "value": "the same, and the gradient of the value",
     "both": "the same, and the gradient of both",
 }
-PROJECTS = {"ours": "ours, ms", "earlier": "earlier package", "rcm": "rCM", "tvm": "TVM"}
+PROJECTS = {
+    "ours": "ours, ms",
+    "earlier": "[earlier package](https://github.com/amorehead/jvp_flash_attention)",
+    "rcm": "[rCM](https://github.com/NVlabs/rcm)",
+    "tvm": "[TVM](https://github.com/lumalabs/tvm)",
+}
 
 
 def table(rows: list[dict[str, Any]]) -> list[list[str]]:
