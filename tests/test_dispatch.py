@@ -104,6 +104,14 @@ def test_structure_and_a_bias_with_its_tangent_stay_on_hoppers_forward():
         assert names == ["forward_jvp_kernel", "repair_kernel"], name
         for launch in kernels.launches(given, t, how, saved, x, x, name == "bias", arch="sm90"):
             assert "jvp" not in launch.kernel.fn.__name__, name
+    keys = torch.empty(1, 2, 600, 64, dtype=torch.bfloat16)  # of which the last see all
+    longer, last = Inputs(x, keys, keys), spec._replace(causal=True, lower_right=True)
+    forward, *_ = kernels.launches(longer, Tangents(x, keys, keys), last, arch="sm90")
+    assert forward.args[1].shape[2] == 600
+    forward, *_ = kernels.launches(
+        longer, Tangents(x, keys, keys), last._replace(lower_right=False), arch="sm90"
+    )
+    assert forward.args[1].shape[2] == 512
     wide = Inputs(*(torch.empty(1, 2, 512, 128, dtype=torch.bfloat16),) * 3, bias)
     with pytest.raises(NotImplementedError, match="no room for a float32 mask and its tangent"):
         kernels.launches(wide, Tangents(*wide[:4]), spec, arch="sm90", force="sm90")

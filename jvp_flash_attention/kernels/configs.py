@@ -112,7 +112,7 @@ class Schedule(NamedTuple):
 
 def schedule(head_dim: int, mask_bytes: int, t_mask: bool = False) -> Schedule:
     """`mask_bytes`: of an element of a mask that is read, or 0; `t_mask`: with its tangent."""
-    if t_mask:  # which takes the place of what else were in flight
+    if t_mask:  # its tiles take the memory of a second stage
         return schedule(head_dim, mask_bytes)._replace(STAGES_Q=1, STAGES_MASK=1)
     masks = 1 if mask_bytes == 4 else 2
     if head_dim <= 64 and not mask_bytes:

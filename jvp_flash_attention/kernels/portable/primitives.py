@@ -77,7 +77,8 @@ def add_mask(s, mask):
 def store_row_statistics(LSE, row, m, l, inside, SPLIT: tl.constexpr):
     """What the backward needs to find P again, from the running maximum m (base 2) and sum l:
     LSE = m + log l. SPLIT, for a floating mask: the pair (m, log2 l), because beside a mask of −1e9
-    in every column a sum has no digits left for log l."""
+    in every column a sum has no digits left for log l. Of a pair m is the maximum itself:
+    `probabilities` takes no score to be above it."""
     l = tl.where(l == 0.0, 1.0, l)
     if SPLIT:
         tl.store(LSE + 2 * row, m, mask=inside)

@@ -74,8 +74,8 @@ def producer(
             if MASK == "full":
                 mbarrier.wait(b_free.index(bj), b_phase)
                 b_bar = b_ready.index(bj)
-                PAIR: gl.constexpr = 2 if t_mask_tiles is None else 4  # with its tangent
-                mbarrier.expect(b_bar, PAIR * mask_tiles.block_type.nbytes)
+                TILES: gl.constexpr = 2 if t_mask_tiles is None else 4
+                mbarrier.expect(b_bar, TILES * mask_tiles.block_type.nbytes)
                 for g in gl.static_range(2):
                     at = [b * b_step, h * h_step, m0 + g * ROWS, j * BLOCK_N]
                     load(mask_tiles, at, b_bar, buffers[6].index(2 * bj + g))

@@ -47,12 +47,14 @@ def unsupported_reason(name: str, p: Problem, c: Call) -> str | None:
     if not (p.D == p.DV <= 128 and p.D % 8 == 0):  # rows of the results, which TMA writes
         return f"needs D = Dv up to 128, a multiple of 8, got {p.D} and {p.DV}"
     if not is_default(p.spec, but=FORWARD if name == "fwd_jvp" else SUPPORTED):
-        return f"supports no such call, got {p.spec}"
+        return f"has no dropout, and in gradients no window or blocks, got {p.spec}"
     if min(p.B, p.H, p.L, p.S) == 0:
         return "needs elements"
     if name == "fwd_jvp":
+        if c.x.kv_blocks is not None and (p.mask or call.band(p.spec) != Band()):
+            return "takes blocks alone"
         if p.mask and p.sequences is not None:
-            return "leaves masks of packed sequences to the portable kernel"
+            return "takes no mask beside packed sequences"
         if p.spec.scale <= 0.0:
             return "needs a scale > 0"
         if c.x.mask is not None and _mask_kind(c.x.mask, p) == "":
@@ -126,7 +128,8 @@ def _fwd_jvp(p: Problem, c: Call) -> Launch:
         "EDGE": banded or packed or listed or p.S % N != 0,
         "MASK": kind,
         "BOOL": p.bool_mask,
-        "CENTER": banded or packed or p.S <= 128,  # c matters to rows that see few keys
+        # c matters to rows that see few keys
+        "CENTER": banded or packed or listed or p.S <= 128,
         # 8 and 2: p̃ times a tangent score must fit float16
         "THRESHOLD": "0f41000000" if q.dtype == torch.bfloat16 else "0f40000000",
         "HIDES": _hides(p, c),
@@ -193,7 +196,9 @@ def _hides(p: Problem, c: Call) -> bool:
 def _seen_keys(p: Problem) -> int:
     """How many keys are seen at all. The others read as zero, whatever they hold."""
     right = call.band(p.spec).right
-    return p.S if right is None or p.sequences is not None else max(min(p.S, p.L + right), 1)
+    if right is None or p.spec.lower_right or p.sequences is not None:
+        return p.S
+    return max(min(p.S, p.L + right), 1)
 
 
 def _constexprs(p: Problem, pipeline: configs.Pipeline) -> dict[str, Any]:
