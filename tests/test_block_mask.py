@@ -70,7 +70,11 @@ NESTED = ((True, False, True), (False, False, False), (False, True, True))
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [
-        (Case(B=1, H=2, Hk=1, L=290, S=530, D=8, blocks=NESTED), torch.float32),
+        pytest.param(
+            Case(B=1, H=2, Hk=1, L=290, S=530, D=8, blocks=NESTED),
+            torch.float32,
+            marks=pytest.mark.slow,
+        ),
         (Case(B=1, H=1, Hk=1, L=384, S=768, D=16, blocks=NESTED), torch.float16),
         (Case(B=2, H=1, Hk=1, L=20, S=300, D=8, blocks=((((True, False),),), (((False, True),),))),
          torch.float32),
