@@ -66,6 +66,18 @@ class Problem(NamedTuple):
     def widest(self) -> int:
         return max(self.block_d, self.block_dv)
 
+    @property
+    def sequence_slots(self) -> int | None:
+        """Room for where each packed sequence begins and the last ends, as `block_info.sequence_of`
+        looks through it."""
+        return None if self.sequences is None else 1 << self.sequences.bit_length()
+
+    def tiles(self, rows: int, block: int) -> int:
+        """How many tiles the rows of a head have, as `block_info.tiles_of` counts them."""
+        if self.sequences is not None and rows > 0:
+            return rows // block + self.sequences + 1
+        return cdiv(rows, block)
+
     def tile(self, name: str) -> configs.Tile:
         """The tile of a pass, by the wider of the two head dims."""
         window = self.spec.left is not None or self.spec.right is not None

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any
 
-import triton
 from torch import Tensor
 
 from ... import call
@@ -162,7 +161,7 @@ def _constexprs(name: str, p: Problem, tile: configs.Tile) -> dict[str, Any]:
         "BLOCK_D": p.block_d,
         "BLOCK_DV": p.block_dv,
         **band(p.spec),
-        "SEQUENCES": None if p.sequences is None else triton.next_power_of_2(p.sequences + 1),
+        "SEQUENCES": p.sequence_slots,
         "BLOCK_Q": p.spec.block_q,
         "BLOCK_K": p.spec.block_k,
         "BOOL": p.bool_mask,
@@ -173,11 +172,8 @@ def _constexprs(name: str, p: Problem, tile: configs.Tile) -> dict[str, Any]:
 
 
 def _grid(p: Problem, rows: int, block: int, heads: int) -> tuple[int]:
-    """A program for each tile of rows of each head; as `block_info.tiles_of` counts them."""
-    tiles = cdiv(rows, block)
-    if p.sequences is not None and rows > 0:
-        tiles = rows // block + p.sequences + 1
-    return (tiles * p.B * heads,)
+    """A program for each tile of rows of each head."""
+    return (p.tiles(rows, block) * p.B * heads,)
 
 
 def _keys_whole(p: Problem, tile: configs.Tile) -> bool:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton import next_power_of_2
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -87,7 +86,7 @@ def _fwd_jvp(p: Problem, c: Call) -> Launch:
     schedule = configs.schedule(p.D, mask_bytes, c.t.mask is not None)
     N, D1, D2 = schedule.BLOCK_N, schedule.D1, schedule.D2
     packed, listed = p.sequences is not None, c.x.kv_blocks is not None
-    tiles = p.L // 128 + p.sequences + 1 if p.sequences is not None else cdiv(p.L, 128)
+    tiles = p.tiles(p.L, 128)
     items = tiles * p.B * p.H
     bounds = band(p.spec)
     left, right = bounds["LEFT"], bounds["RIGHT"]
@@ -121,7 +120,7 @@ def _fwd_jvp(p: Problem, c: Call) -> Launch:
         **schedule._asdict(),
         **bounds,
         "PAIRS": pairs,
-        "SEQUENCES": None if p.sequences is None else next_power_of_2(p.sequences + 1),
+        "SEQUENCES": p.sequence_slots,
         "BLOCK_Q": p.spec.block_q,
         "BLOCK_K": p.spec.block_k,
         "EMPTY": mask is not None or left is not None or packed or listed,
