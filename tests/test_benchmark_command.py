@@ -103,6 +103,7 @@ class JVPAttn:
 """
 
 
+@pytest.mark.slow
 def test_peers_are_timed_beside_ours_and_their_errors_are_seen(tmp_path):
     source, output = tmp_path / "jvp_attention.py", tmp_path / "peers.json"
     source.write_text(EARLIER)

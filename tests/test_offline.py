@@ -62,12 +62,22 @@ def test_the_forward_passes_on_hopper_use_wgmma_and_do_not_spill(hopper):
         assert int(row.split("wgmma")[1]) > 0, row
 
 
-@pytest.mark.parametrize("variant", ["plain", pytest.param("bool", marks=pytest.mark.slow)])
-def test_float32_on_hopper_uses_wgmma_forward_alone(variant):
+@pytest.mark.parametrize(
+    ("variant", "tangents"),
+    [
+        ("plain", [""]),
+        *(pytest.param(x, ["", "_jvp"], marks=pytest.mark.slow) for x in ("plain", "bool")),
+    ],
+)
+def test_float32_on_hopper_uses_wgmma_forward_alone(variant, tangents):
     """Six bfloat16 products; the gradients' three TF32 products were wrong through wgmma."""
-    table = compile_for("sm_90", "--head-dims", "64", "--dtypes", "float32", "--variants", variant)
+    table = compile_for(
+        "sm_90", "--head-dims", "64", "--dtypes", "float32", "--variants", variant,
+        "--passes", *(f"{name}{t}" for name in ("forward", "backward") for t in tangents),
+    )  # fmt: skip
     rows = table.splitlines()
-    assert sum("forward_kernel" in row for row in rows) == 2
+    assert sum("forward_kernel" in row for row in rows) == len(tangents)
+    assert any("bwd_" in row for row in rows)
     for row in rows:
         assert (int(row.split("wgmma")[1]) > 0) == ("forward_kernel" in row), row
 

@@ -111,7 +111,7 @@ def test_the_public_functions_equal_dense_attention(case, data):
         close(got, e)
 
 
-@pytest.mark.parametrize("examples", [12, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [8, pytest.param(60, marks=pytest.mark.slow)])
 def test_the_kernels_equal_the_reference(examples):
     @seed(0)
     @settings(max_examples=examples, **QUIET)

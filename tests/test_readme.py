@@ -56,7 +56,7 @@ def pins() -> dict[str, Requirement]:
 def test_there_are_two_commands_one_trains_and_one_tests():
     assert [rest for _, rest in commands()] == [
         "python scripts/train.py attention=jvp",
-        "pytest -n auto --dist loadfile",
+        "pytest -n auto --dist worksteal",
     ]
 
 
@@ -179,7 +179,7 @@ def test_ci_fails_where_a_tool_fails(ci, tool):
 
 
 def test_ci_fails_without_a_test_command(ci):
-    done, calls = ci(readme=README.replace("&& pytest -n auto --dist loadfile\n", "\n"))
+    done, calls = ci(readme=README.replace("&& pytest -n auto --dist worksteal\n", "\n"))
     assert done.returncode != 0
     assert "README.md must hold one line" in done.stderr
     assert calls == []
