@@ -45,6 +45,7 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    softcap: float = 0.0,
     window: Window = None,
     cu_seqlens: Seqlens = None,
     block_mask: Any = None,
@@ -75,6 +76,9 @@ def attention(
             `attn_mask`.
         scale: softmax scale s, by default 1/sqrt(D).
         enable_gqa: let query head h read key/value head h // (H / Hk).
+        softcap: c > 0 replaces the scaled scores S by c tanh(S / c) before masks are added, as in
+            Gemma 2 (arXiv 2408.00118); 0 for none. On a GPU it takes the kernels of
+            `kernels/portable`.
         window: (left, right), a sliding window: query i attends keys i - left <= j <= i + right, -1
             or None for no bound. As `is_causal` it counts from the first query and the first key
             also when L != S (`flash_attn_func` counts from the last), and may be combined with
@@ -111,16 +115,16 @@ def attention(
         return jagged.attend(
             attention, {"query": query, "key": key, "value": value}, attn_mask=attn_mask,
             dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
-            window=window, cu_seqlens=cu_seqlens, block_mask=block_mask, backend=backend,
-            tangent_grad=tangent_grad,
+            softcap=softcap, window=window, cu_seqlens=cu_seqlens, block_mask=block_mask,
+            backend=backend, tangent_grad=tangent_grad,
         )  # fmt: skip
     compiling = torch.compiler.is_compiling()
     numbers = (dropout_p, is_causal, scale, enable_gqa)
     if compiling and not SHORTCUTS:
         how = {"window": window, "cu_seqlens": cu_seqlens, "block_mask": block_mask}
-        how |= {"backend": backend, "tangent_grad": tangent_grad}
+        how |= {"backend": backend, "tangent_grad": tangent_grad, "softcap": softcap}
         return _uncompiled(attention)(query, key, value, attn_mask, *numbers, **how)
-    numbers = (*numbers, backend, window, cu_seqlens, block_mask)
+    numbers = (*numbers, backend, softcap, window, cu_seqlens, block_mask)
     x, _, spec, sizes = prepare(query, key, value, attn_mask, *numbers)
     if compiling:
         route, pairs = ops, unpack_compiled(*x, nested=None if tangent_grad else UNDETACHED)
@@ -152,6 +156,7 @@ def attention_jvp(
     enable_gqa: bool = False,
     *,
     t_attn_mask: Tensor | None = None,
+    softcap: float = 0.0,
     window: Window = None,
     cu_seqlens: Seqlens = None,
     block_mask: Any = None,
@@ -179,19 +184,19 @@ def attention_jvp(
         return jagged.attend(
             attention_jvp, given, attn_mask=attn_mask, t_attn_mask=t_attn_mask,
             dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
-            window=window, cu_seqlens=cu_seqlens, block_mask=block_mask, backend=backend,
-            tangent_grad=tangent_grad,
+            softcap=softcap, window=window, cu_seqlens=cu_seqlens, block_mask=block_mask,
+            backend=backend, tangent_grad=tangent_grad,
         )  # fmt: skip
     compiling = torch.compiler.is_compiling()
     numbers = (dropout_p, is_causal, scale, enable_gqa)
     if compiling and not SHORTCUTS:
         args = (query, key, value, t_query, t_key, t_value, attn_mask, *numbers)
         how = {"window": window, "cu_seqlens": cu_seqlens, "block_mask": block_mask}
-        how |= {"backend": backend, "tangent_grad": tangent_grad}
+        how |= {"backend": backend, "tangent_grad": tangent_grad, "softcap": softcap}
         how["t_attn_mask"] = t_attn_mask
         return _uncompiled(attention_jvp)(*args, **how)
     tangents = (t_query, t_key, t_value, t_attn_mask)
-    numbers = (*numbers, backend, window, cu_seqlens, block_mask)
+    numbers = (*numbers, backend, softcap, window, cu_seqlens, block_mask)
     x, t, spec, sizes = prepare(query, key, value, attn_mask, *numbers, tangents)
     route = ops if compiling else autograd
     out, t_out = route.attention_jvp(x, t, spec, tangent_grad)
@@ -213,6 +218,7 @@ def prepare(
     scale,
     enable_gqa,
     backend,
+    softcap: float = 0.0,
     window: Window = None,
     cu_seqlens: Seqlens = None,
     block_mask: Any = None,
@@ -226,7 +232,8 @@ def prepare(
     cu = UNPACKED if cu_seqlens is None else validation.packed(cu_seqlens)
     cu_q, cu_k, lower_right = cu
     blocks = UNBLOCKED if block_mask is None else lists_of(block_mask)
-    numbers = (dropout_p, is_causal, scale, enable_gqa, backend, band, lower_right, blocks[2:])
+    numbers = (dropout_p, is_causal, scale, enable_gqa, backend, softcap, band, lower_right)
+    numbers = (*numbers, blocks[2:])
     dtype = _autocast_dtype(query)
     kind = _kind((*given, cu_q, cu_k, *blocks[:2]), tangents, numbers, dtype)
     checked = None if kind is None else _checked.get(kind)
@@ -279,7 +286,7 @@ def _kind(given: tuple, tangents: tuple | None, numbers: tuple, dtype: Any) -> t
         return None
     try:
         of_tensors = [x if x is None else (x.shape, x.dtype, x.device, x.layout) for x in given]
-        kind = (*of_tensors, *numbers, type(numbers[1]), dtype)  # 1 is no True for is_causal
+        kind = (*of_tensors, *numbers, type(numbers[1]), type(numbers[5]), dtype)  # 1 is no True
         hash(kind)
     except (TypeError, RuntimeError):  # a number that is none, a nested tensor
         return None
@@ -287,10 +294,10 @@ def _kind(given: tuple, tangents: tuple | None, numbers: tuple, dtype: Any) -> t
 
 
 def _check(
-    q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend, band, lower_right,
-    _block_sizes, cu: Packed, blocks: Blocks,
+    q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend, softcap, band,
+    lower_right, _block_sizes, cu: Packed, blocks: Blocks,
 ) -> _Checked:  # fmt: skip
-    validation.scalars(dropout_p, is_causal, scale)
+    validation.scalars(dropout_p, is_causal, scale, softcap)
     validation.tensors(q, k, v)
     validation.sequences(cu, attn_mask, q.device)
     sizes = validation.shapes(q, k, v, enable_gqa)
@@ -303,6 +310,7 @@ def _check(
         backend=backends.choose(backend, q_, v_),
         block_q=blocks.block_q,
         block_k=blocks.block_k,
+        softcap=float(softcap),
     )
     if blocks.kv_blocks is not None:
         beside = {"attn_mask": attn_mask, "is_causal": is_causal or None, "window": band}

@@ -24,6 +24,7 @@ class Spec(NamedTuple):
     lower_right: bool = False  # i and j are counted from the last row of each packed sequence
     block_q: int | None = None  # rows of a block of queries, where there is a block mask
     block_k: int | None = None  # and of a block of keys
+    softcap: float = 0.0  # c: scores are c tanh(s Q Kᵀ / c) before masks; 0: they are not capped
     rows_first: bool = False  # results lie in memory as (B, L, H, D), whatever the inputs do
     compiled: bool = False  # runs below an operator, in code that returns to the same shapes
     sharded: bool = False  # keys are a part of each row's; O, tO, LSE and μ handed in are of all

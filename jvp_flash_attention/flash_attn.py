@@ -4,8 +4,8 @@
 
 Each is `jvp_flash_attention.attention` on transposed views: nothing is copied, results come in the
 layout of q. As in FlashAttention, grouped heads need no flag, and `causal` and `window_size` are
-aligned bottom-right where the lengths differ. Softcap, ALiBi, paged caches and the returned
-probabilities raise NotImplementedError by name.
+aligned bottom-right where the lengths differ. ALiBi, paged caches and the returned probabilities
+raise NotImplementedError by name.
 """
 
 from typing import Any
@@ -18,7 +18,6 @@ from .api import attention
 from .call import Band, Packed
 
 _NOT_YET = {
-    "softcap": 0.0,
     "alibi_slopes": None,
     "return_attn_probs": False,
     "block_table": None,
@@ -55,17 +54,18 @@ def flash_attn_func(
         causal: query i attends keys j <= i + S − L.
         window_size: (left, right), a sliding window: query i attends keys
             i + S − L − left <= j <= i + S − L + right; -1 for no bound.
+        softcap: scores S become softcap · tanh(S / softcap) before masks; 0 for none.
         deterministic: follows `torch.use_deterministic_algorithms`; True asks nothing more here.
 
     Returns:
         (B, L, H, D).
 
     Raises:
-        NotImplementedError: softcap, alibi_slopes or return_attn_probs is given.
+        NotImplementedError: alibi_slopes or return_attn_probs is given.
         TypeError, ValueError: those of `attention`.
     """
-    _refuse(softcap=softcap, alibi_slopes=alibi_slopes, return_attn_probs=return_attn_probs)
-    return _attend(q, k, v, dropout_p, softmax_scale, causal, window_size)
+    _refuse(alibi_slopes=alibi_slopes, return_attn_probs=return_attn_probs)
+    return _attend(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap)
 
 
 def flash_attn_qkvpacked_func(qkv: Tensor, *args, **kwargs) -> Tensor:
@@ -115,16 +115,12 @@ def flash_attn_varlen_func(
     Returns:
         (sum of L, H, D).
     """
-    _refuse(
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        return_attn_probs=return_attn_probs,
-        block_table=block_table,
-    )
+    _refuse(alibi_slopes=alibi_slopes, return_attn_probs=return_attn_probs, block_table=block_table)
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))
     gqa = q.shape[0] != k.shape[0]
     out = attention(
         q, k, v, None, dropout_p, False, softmax_scale, gqa,
+        softcap=softcap,
         window=_band(causal, window_size),
         cu_seqlens=Packed(cu_seqlens_q, cu_seqlens_k, lower_right=True),
     )  # fmt: skip
@@ -184,11 +180,11 @@ def flash_attn_with_kvcache(
     """
     _refuse(
         k=k, v=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin, cache_batch_idx=cache_batch_idx,
-        cache_leftpad=cache_leftpad, block_table=block_table, softcap=softcap,
+        cache_leftpad=cache_leftpad, block_table=block_table,
         alibi_slopes=alibi_slopes, return_softmax_lse=return_softmax_lse,
     )  # fmt: skip
     if cache_seqlens is None:
-        return _attend(q, k_cache, v_cache, 0.0, softmax_scale, causal, window_size)
+        return _attend(q, k_cache, v_cache, 0.0, softmax_scale, causal, window_size, softcap)
     L, S = q.shape[1], k_cache.shape[1]
     lengths = torch.as_tensor(cache_seqlens, device=q.device).view(-1, 1, 1, 1)
     j = torch.arange(S, device=q.device)
@@ -199,7 +195,7 @@ def flash_attn_with_kvcache(
         mask = mask & (j <= rows + right)
     if left is not None:
         mask = mask & (j >= rows - left)
-    return _attend(q, k_cache, v_cache, 0.0, softmax_scale, False, (-1, -1), mask)
+    return _attend(q, k_cache, v_cache, 0.0, softmax_scale, False, (-1, -1), softcap, mask)
 
 
 def _band(causal: bool, window_size: tuple[int, int]) -> Band:
@@ -208,7 +204,9 @@ def _band(causal: bool, window_size: tuple[int, int]) -> Band:
     return Band(left, 0 if causal else right)
 
 
-def _attend(q, k, v, dropout_p, scale, causal, window, mask: Tensor | None = None) -> Tensor:
+def _attend(
+    q, k, v, dropout_p, scale, causal, window, softcap, mask: Tensor | None = None
+) -> Tensor:
     left, right = _band(causal, window)
     more = k.shape[1] - q.shape[1]  # `attention` counts from the first query and key
     band = Band(
@@ -217,7 +215,7 @@ def _attend(q, k, v, dropout_p, scale, causal, window, mask: Tensor | None = Non
     )
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     gqa = q.shape[1] != k.shape[1]
-    out = attention(q, k, v, mask, dropout_p, False, scale, gqa, window=band)
+    out = attention(q, k, v, mask, dropout_p, False, scale, gqa, softcap=softcap, window=band)
     return out.transpose(1, 2)
 
 

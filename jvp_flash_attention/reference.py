@@ -1,7 +1,7 @@
 """Attention, its tangent and the gradients of both in plain PyTorch: the oracle and the CPU
 backend.
 
-    S  = s Q Kᵀ + b            tS = s (tQ Kᵀ + Q tKᵀ) + tb
+    S  = s Q Kᵀ + b            tS = s (tQ Kᵀ + Q tKᵀ) + tb      capped: see below
     P  = softmax(S)            μ  = rowsum(P ∘ tS)            R = P ∘ (tS − μ)
     O  = (P ∘ Z) V             tO = (R ∘ Z) V + (P ∘ Z) tV
 
@@ -14,6 +14,12 @@ and dtO:
     dQ  = s (dS K + dtS tK)      dK  = s (dSᵀ Q + dtSᵀ tQ)      dV  = (P ∘ Z)ᵀ dO + (R ∘ Z)ᵀ dtO
     dtQ = s dtS K                dtK = s dtSᵀ Q                 dtV = (P ∘ Z)ᵀ dtO
     db  = dS                     dtb = dtS                      summed over broadcast dimensions
+
+With a soft cap c, u = tanh(s Q Kᵀ / c) and the slope 1 − u², the uncapped tangent is tX = s (tQ Kᵀ
++ Q tKᵀ), and before the products with Q, K, tQ and tK dtS and dS become dtX and dX:
+
+    S   = c u + b                         tS  = (1 − u²) ∘ tX + tb
+    dtX = (1 − u²) ∘ dtS                  dX  = (1 − u²) ∘ dS − (2 / c) u ∘ tX ∘ dtX
 
 Queries are taken ROWS at a time against all keys, so memory is O(L + S) in the lengths. The
 arithmetic is float64 for float64 inputs and float32 for everything else. Each function has a twin
@@ -45,6 +51,8 @@ class Block(NamedTuple):
     z: Tensor | None  # (B, H, l, S) dropout factor
     lse: Tensor  # (B, H, l)
     masked: Tensor | None  # broadcastable to (B, H, l, S) pairs that count for nothing
+    slope: Tensor | None  # (B, H, l, S) of the soft cap, 1 − u²
+    bend: Tensor | None  # (B, H, l, S) (2 / c) u ∘ tX
 
 
 class Rows(NamedTuple):
@@ -133,10 +141,11 @@ def _backward(d_out, _d_t_out, x: Inputs, _t, saved: Saved, spec: Spec, mask_gra
         d_o = d_out[:, :, rows]
         w = (d_o * out[:, :, rows]).sum(-1, keepdim=True)
         d_s = _hide(block.p * (_times(_scores(d_o, v), block.z) - w), block)
+        _accumulate(d_mask, d_s, rows)
+        d_s = _times(d_s, block.slope)
         d_q[:, :, rows] = spec.scale * _values(d_s, k_rows, block)
         d_k += spec.scale * _keys(d_s, q_rows[:, :, rows], d_k, block)
         d_v += _keys(_times(block.p, block.z), d_out_rows[:, :, rows], d_v, block)
-        _accumulate(d_mask, d_s, rows)
     return *grads, d_mask
 
 
@@ -175,6 +184,11 @@ def _backward_jvp(d_out, d_t_out, x: Inputs, t: Tangents, saved: Saved, spec: Sp
             g = g + h_m * t_s
             d_v += _keys(_hide(p_z * t_s, block), d_to_i, d_v, block)
         d_t_s, d_s = p * h_m, _hide(p * (g - w), block)
+        _accumulate(d_mask, d_s, rows)
+        _accumulate(d_t_mask, d_t_s, rows)
+        d_t_s, d_s = _times(d_t_s, block.slope), _times(d_s, block.slope)
+        if block.bend is not None:
+            d_s = d_s - block.bend * d_t_s
         d_q[:, :, rows] = scale * _values(d_s, k_all, block)
         d_k += scale * _keys(d_s, q_i, d_k, block)
         if t_k_all is not None:
@@ -183,8 +197,6 @@ def _backward_jvp(d_out, d_t_out, x: Inputs, t: Tangents, saved: Saved, spec: Sp
             d_k += scale * _keys(d_t_s, t_q_all[:, :, rows], d_k, block)
         d_t_q[:, :, rows] = scale * _values(d_t_s, k_all, block)
         d_t_k += scale * _keys(d_t_s, q_i, d_t_k, block)
-        _accumulate(d_mask, d_s, rows)
-        _accumulate(d_t_mask, d_t_s, rows)
     return grads
 
 
@@ -204,8 +216,15 @@ def _blocks(x: Inputs, t: Tangents, spec: Spec, lse: Tensor | None = None) -> It
         t_s = _sum(
             None if t_q is None else _scores(t_q[:, :, rows], k) * spec.scale,
             None if t_k is None else _scores(q[:, :, rows], t_k) * spec.scale,
-            None if t_mask is None else t_mask[:, :, rows].to(s.dtype),
         )
+        slope, bend = None, None
+        if spec.softcap > 0.0:
+            u = torch.tanh(s / spec.softcap)
+            slope = torch.cosh(s / spec.softcap) ** -2  # 1 − u² has no digits far out
+            if t_s is not None:
+                bend, t_s = 2.0 / spec.softcap * u * t_s, slope * t_s
+            s = spec.softcap * u
+        t_s = _sum(t_s, None if t_mask is None else t_mask[:, :, rows].to(s.dtype))
         masked = None
         if mask is not None and mask.dtype == torch.bool:
             masked = ~mask[:, :, rows]
@@ -217,7 +236,9 @@ def _blocks(x: Inputs, t: Tangents, spec: Spec, lse: Tensor | None = None) -> It
         if masked is not None:
             # scores and tangents of masked pairs count for nothing, even where they are not finite
             s = s.masked_fill(masked, float("-inf"))
-            t_s = None if t_s is None else t_s.masked_fill(masked, 0.0)
+            t_s, slope, bend = (
+                None if y is None else y.masked_fill(masked, 0.0) for y in (t_s, slope, bend)
+            )
         here = torch.logsumexp(s, -1)
         # not exp(s − LSE): beside a finite mask of −1e9 in every column, LSE has no digits left
         # for log l; the factor is exactly 1 unless LSE is of more keys than these
@@ -231,7 +252,7 @@ def _blocks(x: Inputs, t: Tangents, spec: Spec, lse: Tensor | None = None) -> It
         if spec.dropout_p > 0.0:
             keep = keep_mask(seed, (B, H, L, S), rows, spec.dropout_p)  # type: ignore[arg-type]
             z = keep.to(s.dtype) / (1.0 - spec.dropout_p)
-        yield Block(rows, p, t_s, z, here, masked)
+        yield Block(rows, p, t_s, z, here, masked, slope, bend)
 
 
 def _outside(rows: slice, x: Inputs, spec: Spec) -> Iterator[Tensor]:

@@ -32,11 +32,14 @@ from .api import attention, attention_jvp
 Attend = Callable[..., Tensor]  # (q, k, v, mask) -> out
 
 
-def dense(q, k, v, mask=None, causal=False, scale=None, window=None) -> Tensor:
-    """softmax(s Q Kᵀ + b) V, materialised; masked scores stay finite for autograd's sake."""
+def dense(q, k, v, mask=None, causal=False, scale=None, window=None, softcap=0.0) -> Tensor:
+    """softmax(s Q Kᵀ + b) V, materialised, of c tanh(s Q Kᵀ / c) with a `softcap` c; masked scores
+    stay finite for autograd's sake."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = q @ k.mT * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
     hidden = torch.zeros(1, 1, *scores.shape[2:], dtype=torch.bool, device=q.device)
     if causal:
         hidden = hidden | torch.ones_like(hidden).triu(1)

@@ -275,7 +275,7 @@ def _is_read(x: Tensor) -> bool:
     return not is_watched() and not is_functorch_wrapped_tensor(x)
 
 
-def scalars(dropout_p: float, is_causal: bool, scale: float | None) -> None:
+def scalars(dropout_p: float, is_causal: bool, scale: float | None, softcap: float) -> None:
     """Kinds and ranges of the numbers."""
     for name, x in (("dropout_p", dropout_p), ("scale", scale)):
         if isinstance(x, Tensor):  # it would be read once, and have neither gradient nor tangent
@@ -290,6 +290,17 @@ def scalars(dropout_p: float, is_causal: bool, scale: float | None) -> None:
         raise ArgumentValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if scale is not None and not math.isfinite(scale):
         raise ArgumentValueError(f"scale must be finite, got {scale}")
+    soft_cap(softcap)
+
+
+def soft_cap(softcap: float) -> None:
+    """0 for none, or a number above it."""
+    if isinstance(softcap, bool) or not isinstance(softcap, Real):
+        raise ArgumentTypeError(
+            f"softcap must be a Python number, 0 for none, got {type(softcap).__name__}"
+        )
+    if not 0.0 <= softcap < math.inf:
+        raise ArgumentValueError(f"softcap must be finite and >= 0, 0 for none, got {softcap}")
 
 
 def tangent(name: str, t: Tensor | None, primal: Tensor | None) -> None:

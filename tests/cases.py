@@ -35,6 +35,7 @@ class Case:
     tangents: str = "qkvb"
     dropout_p: float = 0.0
     scale: float | None = None
+    softcap: float = 0.0
     layout: str = "bhld"  # bhld: contiguous; blhd: a transposed view; padded: rows with a gap
     seed: int = 0
 
@@ -51,6 +52,7 @@ class Case:
         more += [f"t_{self.tangents}"] if self.tangents != "qkvb" else []
         more += [f"drop{self.dropout_p}"] if self.dropout_p else []
         more += [f"scale{self.scale}"] if self.scale else []
+        more += [f"softcap{self.softcap}"] if self.softcap else []
         more += [self.layout] if self.layout != "bhld" else []
         return "-".join([base, *more])
 
@@ -149,6 +151,7 @@ def build(case: Case, dtype: torch.dtype, device="cpu", backend="triton") -> Pro
     seed = torch.tensor([2**40 + 7], device=device) if case.dropout_p else None
     scale = D**-0.5 if case.scale is None else case.scale
     spec = Spec(scale, case.causal, case.dropout_p, backend, *case.window, case.lower_right)
+    spec = spec._replace(softcap=case.softcap)
     packed = [
         None if cu is None else torch.tensor(cu, dtype=torch.int32, device=device)
         for cu in case.packed or ()

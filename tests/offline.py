@@ -72,6 +72,7 @@ def compile_passes(
     tma: bool | None = None,
     dropout_p=0.0,
     window=(None, None),
+    softcap=0.0,
     sequences: int | None = None,
     blocks: call.Blocks | None = None,
 ) -> list[Compiled]:
@@ -80,7 +81,7 @@ def compile_passes(
     q, k, v, t_q, t_k, t_v, d, d_t = (
         torch.zeros(1, 2, length, head_dim, dtype=dtype) for _ in range(8)
     )
-    spec = Spec(head_dim**-0.5, causal, dropout_p, "triton", *window)
+    spec = Spec(head_dim**-0.5, causal, dropout_p, "triton", *window, softcap=softcap)
     cu = [None] * 2 if sequences is None else torch.zeros(2, sequences + 1, dtype=torch.int32)
     spec = spec._replace(lower_right=sequences is not None and call.band(spec) != call.Band())
     seed = torch.zeros(1, dtype=torch.int64) if dropout_p else None
@@ -148,6 +149,7 @@ def table(target: str, head_dims, dtypes, variants=("plain",), **kwargs):
         "bias": {"mask": torch.zeros(1, 1, 200, 200), "length": 200},
         "dropout": {"dropout_p": 0.1},
         "window": {"window": (96, 32), "length": 200},
+        "softcap": {"softcap": 50.0},
         "blocks": {"blocks": block_mask(torch.ones(2, 2, dtype=torch.bool), 128)},
         "packed": {"sequences": 9},
         "packed causal": {"sequences": 9, "causal": True},
@@ -173,7 +175,17 @@ if __name__ == "__main__":
     parser.add_argument(
         "--variants",
         nargs="+",
-        default=["plain", "causal", "bool", "bias", "dropout", "window", "tiles", "keys"],
+        default=[
+            "plain",
+            "causal",
+            "bool",
+            "bias",
+            "dropout",
+            "window",
+            "softcap",
+            "tiles",
+            "keys",
+        ],
     )
     parser.add_argument("--passes", nargs="+", default=list(PASSES))
     arguments = parser.parse_args()

@@ -191,7 +191,7 @@ def test_a_tangent_without_gradient_saves_no_tangent_and_copies_no_view(monkeypa
     "case",
     [
         Case(L=5, S=6, D=4),
-        Case(L=5, S=6, D=4, Dv=3, mask="key", causal=True),
+        Case(L=5, S=6, D=4, Dv=3, mask="key", causal=True, softcap=0.7),
         Case(L=5, S=6, D=4, packed=((0, 2, 5), (0, 4, 5)), causal=True),
     ],
     ids=str,

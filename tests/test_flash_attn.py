@@ -109,7 +109,6 @@ def test_kvcache_counts_what_is_filled():
 @pytest.mark.parametrize(
     "given",
     [
-        {"softcap": 30.0},
         {"alibi_slopes": torch.ones(4)},
         {"return_attn_probs": True},
     ],

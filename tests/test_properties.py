@@ -16,7 +16,7 @@ from jvp_flash_attention.call import Band, Blocks, Packed
 from jvp_flash_attention.selfcheck import dense
 from tests.cases import Case, build, check, close, errors, visible
 
-EXAMPLES = 70  # of each of the 30 compiled tests
+EXAMPLES = 70  # of each of the 33 compiled tests
 QUIET = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 
 
@@ -60,6 +60,7 @@ def cases(draw, lengths, head_dims, tangents) -> Case:
         mask=None if packed else draw(st.sampled_from([None, None, "bool", "key", "row", "full"])),
         tangents=draw(tangents),
         scale=draw(st.sampled_from([None, 0.3, -0.5])),
+        softcap=draw(st.sampled_from([0.0, 0.0, 0.7])),
         layout=draw(st.sampled_from(["bhld", "blhd", "padded"])),
         seed=draw(st.integers(0, 10**6)),
     )
@@ -78,6 +79,7 @@ def test_the_public_functions_equal_dense_attention(case, data):
         case = replace(case, blocks=layout, block_sizes=(3, 5))
     p = build(case, torch.float64)
     options = {"is_causal": case.causal, "scale": case.scale, "enable_gqa": True}
+    options["softcap"] = case.softcap
     if case.window != (None, None):
         options["window"] = Band(*case.window)
     if case.packed:
@@ -95,8 +97,9 @@ def test_the_public_functions_equal_dense_attention(case, data):
         if x is not None and x.is_floating_point()
     ]
     masks = () if len(inputs) == 4 else (mask,)
-    seen = (visible(case), False, case.scale)
-    f = lambda *x: dense(*x, *masks, case.causal, case.scale, case.window)  # noqa: E731
+    seen = (visible(case), False, case.scale, None, case.softcap)
+    how = (case.causal, case.scale, case.window, case.softcap)
+    f = lambda *x: dense(*x, *masks, *how)  # noqa: E731
     if case.packed or case.blocks:
         f = lambda *x: dense(*x, *seen)  # noqa: E731
     exact, t_exact = torch.func.jvp(f, tuple(inputs), tuple(tangents))
@@ -125,7 +128,7 @@ def test_the_kernels_equal_the_reference(examples):
     run()
 
 
-STRUCTURE = ("window", "packed", "blocks")
+STRUCTURE = ("window", "packed", "blocks", "softcap")
 MASKS = ("bool", "key", "row", "full")
 FIXED = {"fixed key": "key", "fixed full": "full"}  # without a tangent: other kernels than with one
 
@@ -148,7 +151,8 @@ def test_the_compiled_kernels_equal_the_reference(dtype, mask, record_property):
     def run(case, data):
         H = case.Hk * (2 if case.layout == "blhd" else 1)
         window = (33, 7) if mask == "window" else (None, None)
-        case = replace(case, H=H, Dv=None, scale=None, window=window, packed=None)
+        softcap = 0.7 if mask == "softcap" else 0.0
+        case = replace(case, H=H, Dv=None, scale=None, window=window, packed=None, softcap=softcap)
         if mask == "packed":
             packed = data.draw(sequences(case.L, case.S))
             case = replace(case, mask=None, packed=packed)

@@ -83,9 +83,9 @@ def column(block_d: int) -> int:
 def tile(table: dict[str, tuple], name: str, block_d: int, extras: bool) -> Tile:
     """The tile of pass `name` for padded head dim `block_d` (a power of two, 16 ... 256).
 
-    A mask, dropout or a window (`extras`) needs registers and shared memory of its own: half a tile
-    along the loop, but not where the tile is as narrow as six products make it: half of it was
-    slower.
+    A mask, dropout, a soft cap or a window (`extras`) needs registers and shared memory of its own:
+    half a tile along the loop, but not where the tile is as narrow as six products make it: half of
+    it was slower.
     """
     tile = Tile(*table[name][column(block_d)])
     if table is BF16X6 or not extras:

@@ -82,7 +82,7 @@ class Problem(NamedTuple):
         """The tile of a pass, by the wider of the two head dims."""
         window = self.spec.left is not None or self.spec.right is not None
         window = window or (self.spec.causal and self.sequences is not None)
-        extras = self.mask or self.spec.dropout_p > 0.0 or window
+        extras = self.mask or self.spec.dropout_p > 0.0 or self.spec.softcap > 0.0 or window
         return configs.tile(self.table(name), name, self.widest, extras)
 
     def table(self, name: str) -> dict[str, tuple]:
@@ -107,12 +107,13 @@ class Problem(NamedTuple):
         return "bf16x6" if six else "tf32x3"
 
     def scalars(self, seed: Tensor | None) -> tuple:
-        """scale, dropout threshold, 1 / keep probability, batch entries a seed, H, L, S, packed
-        sequences."""
+        """scale, soft cap, dropout threshold, 1 / keep probability, batch entries a seed, H, L, S,
+        packed sequences."""
         p = self.spec.dropout_p
         group = 1 if seed is None else max(self.B // seed.numel(), 1)
         sizes = (self.H, self.L, self.S, self.sequences)
-        return self.spec.scale, int(p * 2**32), 1.0 / (1.0 - p), group, *sizes
+        scales = (self.spec.scale, self.spec.softcap or None)
+        return *scales, int(p * 2**32), 1.0 / (1.0 - p), group, *sizes
 
 
 def problem(c: Call, spec: Spec, arch: str | None = None, tma: bool | None = None) -> Problem:

@@ -8,6 +8,12 @@ Tile by tile from the saved LSE and μ (no statistics pass), with the row sums h
     dK  = s (dSᵀ Q + dtSᵀ tQ)             dV  = (P ∘ Z)ᵀ dO + (R ∘ Z)ᵀ dtO
     dtK = s dtSᵀ Q                        dtV = (P ∘ Z)ᵀ dtO
 
+With a soft cap c, u = tanh(s QKᵀ / c) and tX = s (tQ Kᵀ + Q tKᵀ), in these four products stand
+
+    dtX = (1 − u²) ∘ dtS                  dX = (1 − u²) ∘ dS − (2 / c) u ∘ tX ∘ dtX
+
+for dtS and dS.
+
 Without dtO it is the ordinary backward: dS = P ∘ (Z ∘ dO Vᵀ − w). Products of a tile: 4 + 3 with
 `bwd_dq.py` for the ordinary backward, 12 + 9 with every tangent; what is absent (None) removes its
 own. Tiles are transposed, keys by rows. Four accumulators of 128 columns leave no registers for the
@@ -44,7 +50,9 @@ from .primitives import (
     load_row_statistics,
     load_tile,
     probabilities,
+    soft_cap,
     store_tile,
+    uncap,
     valid_pairs,
 )
 
@@ -54,7 +62,7 @@ def bwd_dkdv_kernel(
     Q, K, V, T_Q, T_K, T_V, MASK, T_MASK, SEED, CU_Q, CU_K, Q_BLOCKS,
     D_O, D_T_O, LSE, MU, H_SUM, W_SUM,
     D_K, D_T_K, D_V, D_T_V,
-    scale, threshold, keep_scale, batch_per_seed, H, L, S, sequences,
+    scale, softcap, threshold, keep_scale, batch_per_seed, H, L, S, sequences,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, LOWER_RIGHT: tl.constexpr, SEQUENCES: tl.constexpr,
@@ -126,8 +134,14 @@ def bwd_dkdv_kernel(
                     if T_K is not None:
                         t_s = dot(t_k, q.T, t_s, PRECISION)
                     t_s *= scale
-                    if T_MASK is not None:
-                        t_s += load_mask(T_MASK, b, h, i[None, :], j[:, None], L, S, 0)
+                if softcap is not None:
+                    s, u, slope = soft_cap(s, softcap)
+                    bend = None
+                    if T_S:
+                        bend = t_s * u * (2.0 / softcap)
+                        t_s *= slope
+                if T_MASK is not None:
+                    t_s += load_mask(T_MASK, b, h, i[None, :], j[:, None], L, S, 0)
                 mask = zero
                 if MASK is not None:
                     mask = load_mask(
@@ -151,6 +165,10 @@ def bwd_dkdv_kernel(
                     if T_S:
                         t_s = tl.where(valid, t_s, 0.0)
                     counted = counted & valid if SPLIT else valid
+                if softcap is not None and (MASK is not None or PHASE != 0):
+                    slope = tl.where(counted, slope, 0.0)
+                    if T_S:
+                        bend = tl.where(counted, bend, 0.0)
                 p_z = p
                 if SEED is not None:
                     z = dropout_factor(
@@ -200,15 +218,20 @@ def bwd_dkdv_kernel(
                             h_m -= tl.load(H_SUM + row + i, mask=i < L, other=0.0)[None, :]
                         if T_S:
                             d_p += h_m * t_s
-                        d_t_s = (p * h_m).to(k.dtype)
-                        d_t_k = dot(d_t_s, q, d_t_k, PRECISION)
+                        d_t_x = p * h_m
+                        if softcap is not None:
+                            d_t_x = uncap(d_t_x, slope, None, None)
+                        d_t_k = dot(d_t_x.to(k.dtype), q, d_t_k, PRECISION)
                         if T_Q is not None:
-                            d_k = dot(d_t_s, t_q, d_k, PRECISION)
+                            d_k = dot(d_t_x.to(k.dtype), t_q, d_k, PRECISION)
                     if SINGLE:
                         d_p -= tl.sum(p * d_p, 0)[None, :]
                     else:
                         d_p -= tl.load(W_SUM + row + i, mask=i < L, other=0.0)[None, :]
-                    d_k = dot((p * d_p).to(k.dtype), q, d_k, PRECISION)
+                    d_x = p * d_p
+                    if softcap is not None:
+                        d_x = uncap(d_x, slope, bend if JVP else None, d_t_x if JVP else None)
+                    d_k = dot(d_x.to(k.dtype), q, d_k, PRECISION)
 
     if D_K is not None:
         store_tile(D_K, d_k * scale, b, hk, k0 + n0, k0 + S, BLOCK_N, D, BLOCK_D)

@@ -2,7 +2,7 @@
 
     dQ = s (dS K + dtS tK)        dtQ = s dtS K        db = dS        dtb = dtS
 
-with dS, dtS and SINGLE of `bwd_dkdv.py`.
+with dS, dtS and SINGLE of `bwd_dkdv.py`; with a soft cap dQ and dtQ are of its dX and dtX.
 """
 
 import triton
@@ -32,7 +32,9 @@ from .primitives import (
     load_row_statistics,
     load_tile,
     probabilities,
+    soft_cap,
     store_tile,
+    uncap,
     valid_pairs,
 )
 
@@ -42,7 +44,7 @@ def bwd_dq_kernel(
     Q, K, V, T_Q, T_K, T_V, MASK, T_MASK, SEED, CU_Q, CU_K, KV_BLOCKS,
     D_O, D_T_O, LSE, MU, H_SUM, W_SUM,
     D_Q, D_T_Q, D_MASK, D_T_MASK,
-    scale, threshold, keep_scale, batch_per_seed, H, L, S, sequences,
+    scale, softcap, threshold, keep_scale, batch_per_seed, H, L, S, sequences,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, LOWER_RIGHT: tl.constexpr, SEQUENCES: tl.constexpr,
@@ -116,8 +118,14 @@ def bwd_dq_kernel(
                 if T_K is not None:
                     t_s = dot(q, t_k.T, t_s, PRECISION)
                 t_s *= scale
-                if T_MASK is not None:
-                    t_s += load_mask(T_MASK, b, h, i[:, None], j[None, :], L, S, 0)
+            if softcap is not None:
+                s, u, slope = soft_cap(s, softcap)
+                bend = None
+                if T_S:
+                    bend = t_s * u * (2.0 / softcap)
+                    t_s *= slope
+            if T_MASK is not None:
+                t_s += load_mask(T_MASK, b, h, i[:, None], j[None, :], L, S, 0)
             mask = zero
             if MASK is not None:
                 mask = load_mask(MASK, b, h, i[:, None], j[None, :], L, S, 0 if BOOL else OUTSIDE)
@@ -136,6 +144,10 @@ def bwd_dq_kernel(
                 if T_S:
                     t_s = tl.where(valid, t_s, 0.0)
                 counted = counted & valid if SPLIT else valid
+            if softcap is not None and (MASK is not None or (BANDED and PHASE != 0)):
+                slope = tl.where(counted, slope, 0.0)
+                if T_S:
+                    bend = tl.where(counted, bend, 0.0)
             if MASK is not None or (BANDED and PHASE != 0):
                 k = finite(k)
                 if T_K is not None:
@@ -168,15 +180,21 @@ def bwd_dq_kernel(
                 if T_S:
                     d_p += h_m * (t_s - mu[:, None])
                 d_t_s = p * h_m
-                d_t_q = dot(d_t_s.to(DT), k, d_t_q, PRECISION)
+                d_t_x = d_t_s
+                if softcap is not None:
+                    d_t_x = uncap(d_t_s, slope, None, None)
+                d_t_q = dot(d_t_x.to(DT), k, d_t_q, PRECISION)
                 if T_K is not None:
-                    d_q = dot(d_t_s.to(DT), t_k, d_q, PRECISION)
+                    d_q = dot(d_t_x.to(DT), t_k, d_q, PRECISION)
                 if D_T_MASK is not None:
                     add_mask_grad(D_T_MASK, d_t_s, b, h, i, j, L, S, MASK_ROWS, MASK_COLUMNS)
             if SINGLE:
                 w = tl.sum(p * d_p, 1)
             d_s = p * (d_p - w[:, None])
-            d_q = dot(d_s.to(DT), k, d_q, PRECISION)
+            d_x = d_s
+            if softcap is not None:
+                d_x = uncap(d_s, slope, bend if JVP else None, d_t_x if JVP else None)
+            d_q = dot(d_x.to(DT), k, d_q, PRECISION)
             if D_MASK is not None:
                 add_mask_grad(D_MASK, d_s, b, h, i, j, L, S, MASK_ROWS, MASK_COLUMNS)
 

@@ -3,6 +3,8 @@
     S = s QKᵀ + b        tS = s (tQ Kᵀ + Q tKᵀ) + tb        P = softmax(S)        μ = rowsum(P ∘ tS)
     O = P V              tO = (P ∘ (tS − μ)) V + P tV
 
+With a soft cap c and u = tanh(s QKᵀ / c): S = c u + b, tS = (1 − u²) ∘ s (tQ Kᵀ + Q tKᵀ) + tb.
+
 Online over tiles of keys, with the running maximum m, P̃ = exp(S − m), α = exp(m_old − m_new):
 
     l ← α l + rowsum(P̃)          r ← α r + rowsum(P̃ ∘ (tS − c))
@@ -42,6 +44,7 @@ from .primitives import (
     head_of,
     load_mask,
     load_tile,
+    soft_cap,
     spoiled,
     store_row_statistics,
     store_tile,
@@ -52,7 +55,7 @@ from .primitives import (
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def forward_kernel(
     Q, K, V, T_Q, T_K, T_V, MASK, T_MASK, SEED, CU_Q, CU_K, KV_BLOCKS, O, T_O, LSE, MU,
-    scale, threshold, keep_scale, batch_per_seed, H, L, S, sequences, ITEM,
+    scale, softcap, threshold, keep_scale, batch_per_seed, H, L, S, sequences, ITEM,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, LOWER_RIGHT: tl.constexpr, SEQUENCES: tl.constexpr,
@@ -62,7 +65,7 @@ def forward_kernel(
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head, those of another program where ITEM names it
     (`repair.py`). WHOLE: every tile of keys is full and needs no check. PRESCALE: scores are scaled
-    before their maximum is taken, as a mask or a scale <= 0 requires."""
+    before their maximum is taken, as a mask, a soft cap or a scale <= 0 requires."""
     T_S: tl.constexpr = T_Q is not None or T_K is not None or T_MASK is not None
     JVP: tl.constexpr = T_O is not None
     DT: tl.constexpr = O[0].dtype.element_ty
@@ -124,9 +127,13 @@ def forward_kernel(
                     )
                     t_s = dot(q, t_k.T, t_s, PRECISION)
                 t_s *= scale
-                if T_MASK is not None:
-                    t_s += load_mask(T_MASK, b, h, i[:, None], j[None, :], L, S, 0)
-            if PRESCALE:
+            if softcap is not None:
+                s, _, slope = soft_cap(s * scale2, softcap)
+                if T_S:
+                    t_s *= slope
+            if T_MASK is not None:
+                t_s += load_mask(T_MASK, b, h, i[:, None], j[None, :], L, S, 0)
+            if PRESCALE and softcap is None:
                 s *= scale2
             mask = zero
             if MASK is not None:

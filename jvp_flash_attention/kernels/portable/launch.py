@@ -51,7 +51,7 @@ def _fwd(name: str, p: Problem, c: Call) -> Iterator[Launch]:
         None,
     )
     constexprs = {
-        "PRESCALE": p.mask or p.spec.scale <= 0.0,
+        "PRESCALE": p.mask or p.spec.softcap > 0.0 or p.spec.scale <= 0.0,
         **_constexprs(name, p, tile),
         "WHOLE": _keys_whole(p, tile),
     }

@@ -14,6 +14,10 @@ from ..block_info import is_valid, pair_at, row_at
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# tanh x = x + x³ (T0 + T1 x² + T2 x⁴ + T3 x⁶) up to |x| = NEAR, with relative error 1.2e-7
+NEAR = tl.constexpr(0.625)
+T0, T1 = tl.constexpr(-0.33332341), tl.constexpr(0.13308175)
+T2, T3 = tl.constexpr(-0.0519479), tl.constexpr(0.01519537)
 OUTSIDE = tl.constexpr(float("-inf"))  # of a floating mask: no pair outside of the tensors counts
 
 # lengths and counts that must not make a kernel compile anew
@@ -71,6 +75,30 @@ def add_mask(s, mask):
     hidden = mask == float("-inf")
     mask = tl.where(mask < -2e38, -3e38, tl.where(mask > 2e38, 3e38, mask * LOG2E))
     return tl.where(hidden, float("-inf"), s + mask), hidden
+
+
+@triton.jit
+def soft_cap(s, softcap):
+    """(c tanh(S / c), u = tanh(S / c), 1 − u²) of scores in base 2: as accurate as float32 near 0
+    and far from it, where 1 − u² would have no digits."""
+    x = s * (LN2 / softcap)
+    z = x * x
+    near = x + x * z * (T0 + z * (T1 + z * (T2 + z * T3)))
+    e = tl.math.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    r = 1.0 / (1.0 + e)
+    far = tl.where(x < 0.0, e - 1.0, 1.0 - e) * r
+    u = tl.where(tl.abs(x) < NEAR, near, far)
+    return u * (softcap * LOG2E), u, 4.0 * e * r * r
+
+
+@triton.jit
+def uncap(d_s, slope, bend, d_t_x):
+    """dX = (1 − u²) ∘ dS − (2 / c) u ∘ tX ∘ dtX from slope = 1 − u² and bend = (2 / c) u ∘ tX; dtX
+    has no second term, and dX none without tX."""
+    d_x = d_s * slope
+    if bend is not None:
+        d_x -= bend * d_t_x
+    return d_x
 
 
 @triton.jit

@@ -34,7 +34,7 @@ def any_spoiled(
 @triton.jit(do_not_specialize=(*UNSPECIALIZED, "items", "share"))
 def repair_kernel(
     Q, K, V, T_Q, T_K, T_V, MASK, T_MASK, SEED, CU_Q, CU_K, KV_BLOCKS, O, T_O, LSE, MU,
-    scale, threshold, keep_scale, batch_per_seed, H, L, S, sequences, items, share,
+    scale, softcap, threshold, keep_scale, batch_per_seed, H, L, S, sequences, items, share,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, LOWER_RIGHT: tl.constexpr, SEQUENCES: tl.constexpr,
@@ -60,7 +60,7 @@ def repair_kernel(
             return
         forward_kernel(
             Q, K, V, T_Q, T_K, T_V, MASK, T_MASK, SEED, CU_Q, CU_K, KV_BLOCKS, O, T_O, LSE, MU,
-            scale, threshold, keep_scale, batch_per_seed, H, L, S, sequences, pid,
+            scale, softcap, threshold, keep_scale, batch_per_seed, H, L, S, sequences, pid,
             GROUP, D, DV, BLOCK_D, BLOCK_DV, LEFT, RIGHT, LOWER_RIGHT, SEQUENCES,
             BLOCK_Q, BLOCK_K, BOOL, WHOLE, PRESCALE, PRECISION, TMA, BLOCK_M, BLOCK_N,
         )  # fmt: skip
@@ -76,7 +76,7 @@ def repair_kernel(
                 forward_kernel(
                     Q, K, V, T_Q, T_K, T_V, MASK, T_MASK, SEED, CU_Q, CU_K, KV_BLOCKS,
                     O, T_O, LSE, MU,
-                    scale, threshold, keep_scale, batch_per_seed, H, L, S, sequences, item,
+                    scale, softcap, threshold, keep_scale, batch_per_seed, H, L, S, sequences, item,
                     GROUP, D, DV, BLOCK_D, BLOCK_DV, LEFT, RIGHT, LOWER_RIGHT, SEQUENCES,
                     BLOCK_Q, BLOCK_K, BOOL, WHOLE, PRESCALE, PRECISION, TMA, BLOCK_M, BLOCK_N,
                 )  # fmt: skip

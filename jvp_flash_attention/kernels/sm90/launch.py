@@ -46,7 +46,7 @@ def unsupported_reason(name: str, p: Problem, c: Call) -> str | None:
     if not (p.D == p.DV <= 128 and p.D % 8 == 0):  # rows of the results, which TMA writes
         return f"needs D = Dv up to 128, a multiple of 8, got {p.D} and {p.DV}"
     if not is_default(p.spec, but=FORWARD if name == "fwd_jvp" else SUPPORTED):
-        return f"has no dropout, and in gradients no window or blocks, got {p.spec}"
+        return f"has no dropout and no soft cap, and in gradients no window or blocks, got {p.spec}"
     if min(p.B, p.H, p.L, p.S) == 0:
         return "needs elements"
     if name == "fwd_jvp":
