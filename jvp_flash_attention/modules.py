@@ -51,14 +51,15 @@ class Attention(nn.Module):
             registered as `rope`.
         dropout_p: probability of dropping an attention weight in training mode.
         is_causal: query i attends keys j <= i.
+        softcap: scores S become softcap · tanh(S / softcap), as in `attention`; 0 for none.
         window: (left, right), a sliding window, as in `attention`.
         qkv_bias: biases in the projections to q, k and v.
         out_bias: bias in the output projection.
         backend: as in `attention`.
 
     Raises:
-        ValueError: the sizes do not divide, dropout_p is not in [0, 1), or the window's bounds are
-            not a pair of integers.
+        ValueError: the sizes do not divide, dropout_p is not in [0, 1), softcap is negative or not
+            finite, or the window's bounds are not a pair of integers.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Attention(nn.Module):
         rope: Callable[[Tensor], Tensor] | None = None,
         dropout_p: float = 0.0,
         is_causal: bool = False,
+        softcap: float = 0.0,
         window: tuple[int, int] | None = None,
         qkv_bias: bool = True,
         out_bias: bool = True,
@@ -86,7 +88,8 @@ class Attention(nn.Module):
         self.dim, self.context_dim = dim, context_dim
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
         self.dropout_p, self.is_causal, self.backend = dropout_p, is_causal, backend
-        self.window = validation.window(window)
+        validation.soft_cap(softcap)
+        self.softcap, self.window = softcap, validation.window(window)
         kv_dim = 2 * num_kv_heads * self.head_dim
         if context_dim is None:
             self.qkv = nn.Linear(dim, dim + kv_dim, bias=qkv_bias)
@@ -130,6 +133,7 @@ class Attention(nn.Module):
             q, k, v, attn_mask,
             dropout_p=self.dropout_p if self.training else 0.0,
             is_causal=self.is_causal,
+            softcap=self.softcap,
             window=self.window,
             cu_seqlens=cu_seqlens,
             block_mask=block_mask,

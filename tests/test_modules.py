@@ -29,6 +29,7 @@ OPTIONS = {
     "gqa": {"num_kv_heads": 2},
     "causal": {"is_causal": True},
     "window": {"window": (2, 1)},
+    "softcap": {"softcap": 0.5},
     "qk_norm": {"qk_norm": True},
     "rope": {"rope": rotary},
     "without biases": {"qkv_bias": False, "out_bias": False},
@@ -62,6 +63,8 @@ def dense(m, x, context=None, mask=None):
         q, k = m.rope(q), m.rope(k)
     k, v = (y.repeat_interleave(m.num_heads // m.num_kv_heads, 1) for y in (k, v))
     scores = q @ k.mT / math.sqrt(m.head_dim)
+    if m.softcap:
+        scores = m.softcap * torch.tanh(scores / m.softcap)
     if m.is_causal:
         scores = scores.masked_fill(torch.ones(L, L, dtype=torch.bool).triu(1), -math.inf)
     if m.window is not None:
@@ -211,6 +214,7 @@ def test_a_compiled_jvp_has_the_tangent_and_the_gradients_of_eager(name, backend
         ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads must be a positive divisor"),
         ({"num_heads": 4, "num_kv_heads": 0}, "num_kv_heads must be a positive divisor"),
         ({"num_heads": 4, "window": (-2, 0)}, "window must have bounds >= 0"),
+        ({"num_heads": 4, "softcap": -1.0}, "softcap must be finite and >= 0"),
         ({"num_heads": 4, "dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1.0"),
     ],
 )
