@@ -65,12 +65,12 @@ class ContextParallelAttention:
         **named,
     ) -> Tensor:
         """As `ring_attention` and `ulysses_attention`, with the arguments of SDPA."""
-        numbers = rules.numbers(*args, **named)
+        numbers, softcap = rules.numbers(*args, **named)
         if self.heads is not None:
-            numbers, how = (*numbers, self.backend), (self.heads, self.lengths, self.tangent_grad)
-            return attend(query, key, value, attn_mask, numbers, *how)
+            numbers, how = (*numbers, self.backend, softcap), (self.heads, self.lengths)
+            return attend(query, key, value, attn_mask, numbers, *how, self.tangent_grad)
         rules.arguments("ring_attention", query, key, attn_mask, numbers[0])
-        how = {"backend": self.backend, "tangent_grad": self.tangent_grad}
+        how = {"backend": self.backend, "tangent_grad": self.tangent_grad, "softcap": softcap}
         return api.attention(query, key, value, attn_mask, *numbers, **how)
 
     def jvp(
@@ -89,13 +89,13 @@ class ContextParallelAttention:
         """(O, tO) as `ring_attention_jvp` and `ulysses_attention_jvp`; `tangent_grad` replaces the
         one that was given to `context_parallel_attention`."""
         through = self.tangent_grad if tangent_grad is None else tangent_grad
-        numbers = rules.numbers(*args, **named)
+        numbers, softcap = rules.numbers(*args, **named)
         given, tangents = (query, key, value), (t_query, t_key, t_value)
         if self.heads is not None:
-            numbers, how = (*numbers, self.backend), (self.heads, self.lengths, through)
+            numbers, how = (*numbers, self.backend, softcap), (self.heads, self.lengths, through)
             return attend_jvp(*given, tangents, attn_mask, numbers, *how)
         rules.arguments("ring_attention", query, key, attn_mask, numbers[0])
-        how = {"backend": self.backend, "tangent_grad": through}
+        how = {"backend": self.backend, "tangent_grad": through, "softcap": softcap}
         return api.attention_jvp(*given, *tangents, attn_mask, *numbers, **how)
 
 

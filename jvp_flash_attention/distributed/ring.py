@@ -39,6 +39,7 @@ def ring_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    softcap: float = 0.0,
     mesh: DeviceMesh,
     layout: str = "contiguous",
     lengths: tuple[int, int] | None = None,
@@ -59,7 +60,7 @@ def ring_attention(
         dropout_p: must be 0.
         is_causal: needs L == S. In the layout "zigzag" all processes have the same work, in
             "contiguous" the last one has most.
-        scale, enable_gqa: as for `attention`.
+        scale, enable_gqa, softcap: as for `attention`.
         mesh: 1-D DeviceMesh.
         layout: in which queries and keys were sharded.
         lengths: (L, S) of the whole sequences; None where every process holds as many rows.
@@ -76,7 +77,7 @@ def ring_attention(
     name = _call(mesh, layout, lengths, backend, query, key, value, attn_mask, dropout_p)
     return api.attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-        backend=name, tangent_grad=tangent_grad,
+        softcap=softcap, backend=name, tangent_grad=tangent_grad,
     )  # fmt: skip
 
 
@@ -93,6 +94,7 @@ def ring_attention_jvp(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    softcap: float = 0.0,
     mesh: DeviceMesh,
     layout: str = "contiguous",
     lengths: tuple[int, int] | None = None,
@@ -107,7 +109,7 @@ def ring_attention_jvp(
     name = _call(mesh, layout, lengths, backend, query, key, value, attn_mask, dropout_p)
     return api.attention_jvp(
         query, key, value, t_query, t_key, t_value, attn_mask, dropout_p, is_causal, scale,
-        enable_gqa, backend=name, tangent_grad=tangent_grad,
+        enable_gqa, softcap=softcap, backend=name, tangent_grad=tangent_grad,
     )  # fmt: skip
 
 
@@ -191,8 +193,10 @@ class Ring(NamedTuple):
 
     def _agree(self, name, x: Inputs, given, spec: Spec) -> tuple[int, int]:
         """(L, S) of the whole sequences, once all processes have said that they make this call."""
-        if not is_default(spec, but=("causal", "backend", "rows_first", "compiled")):
-            raise NotImplementedError(f"ring_attention supports scale and is_causal, got {spec}")
+        if not is_default(spec, but=("causal", "backend", "softcap", "rows_first", "compiled")):
+            raise NotImplementedError(
+                f"ring_attention supports scale, softcap and is_causal, got {spec}"
+            )
         if x.cu_q is not None:
             raise NotImplementedError(
                 "ring_attention takes no cu_seqlens; give each process whole sequences, and call"
@@ -204,7 +208,7 @@ class Ring(NamedTuple):
         call = (
             *(("lengths", lengths), ("layout", self.layout), ("dtype", q.dtype)),
             ("batch, heads, head dim", (*q.shape[:2], q.shape[3], k.shape[1], v.shape[3])),
-            ("causal, scale", (spec.causal, spec.scale)),
+            ("causal, scale, softcap", (spec.causal, spec.scale, spec.softcap)),
             ("mask", None if mask is None else tuple(mask.shape[:2])),
             ("tangents and cotangents", tuple(y is not None for y in given)),
         )

@@ -10,16 +10,17 @@ from .sharding import LAYOUTS
 
 def numbers(
     dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa=False,
-    *, window=None, cu_seqlens=None, block_mask=None,
-) -> tuple[float, bool, float | None, bool]:  # fmt: skip
-    """SDPA's arguments after the mask, in their order; those of `attention` alone are refused."""
+    *, softcap: float = 0.0, window=None, cu_seqlens=None, block_mask=None,
+) -> tuple[tuple[float, bool, float | None, bool], float]:  # fmt: skip
+    """SDPA's arguments after the mask, in their order, and the soft cap; the other ones of
+    `attention` alone are refused."""
     for name, x in {"window": window, "cu_seqlens": cu_seqlens, "block_mask": block_mask}.items():
         if x is not None:
             raise NotImplementedError(
                 f"context parallel attention takes no {name}; give each process whole sequences,"
                 " and call attention"
             )
-    return dropout_p, is_causal, scale, enable_gqa
+    return (dropout_p, is_causal, scale, enable_gqa), softcap
 
 
 def arguments(name: str, query: Tensor, key: Tensor, mask: Tensor | None, dropout_p: float) -> None:

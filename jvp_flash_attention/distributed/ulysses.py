@@ -47,6 +47,7 @@ def ulysses_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    softcap: float = 0.0,
     mesh: DeviceMesh,
     lengths: tuple[int, int] | None = None,
     backend: str | None = None,
@@ -64,7 +65,7 @@ def ulysses_attention(
         value: (..., Hk, local S, Dv).
         attn_mask: bool, broadcastable to (..., H, 1, local S), sharded with the keys: True attends.
         dropout_p: must be 0.
-        is_causal, scale, enable_gqa: as for `attention`.
+        is_causal, scale, enable_gqa, softcap: as for `attention`.
         mesh: 1-D DeviceMesh.
         lengths: (L, S) of the whole sequences; None where every process holds as many rows.
         backend, tangent_grad: as for `attention`.
@@ -78,7 +79,7 @@ def ulysses_attention(
         NotImplementedError: dropout, a floating mask or one with rows, vmap; what `attention`
             raises.
     """
-    numbers = (dropout_p, is_causal, scale, enable_gqa, backend)
+    numbers = (dropout_p, is_causal, scale, enable_gqa, backend, softcap)
     who = members(mesh)
     return attend(query, key, value, attn_mask, numbers, who, lengths, tangent_grad)
 
@@ -96,6 +97,7 @@ def ulysses_attention_jvp(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    softcap: float = 0.0,
     mesh: DeviceMesh,
     lengths: tuple[int, int] | None = None,
     backend: str | None = None,
@@ -106,7 +108,7 @@ def ulysses_attention_jvp(
     Tangents are sharded as their primals; one that is None must be so on every process. The other
     arguments, the results and the errors are those of `ulysses_attention` and `attention_jvp`.
     """
-    numbers = (dropout_p, is_causal, scale, enable_gqa, backend)
+    numbers = (dropout_p, is_causal, scale, enable_gqa, backend, softcap)
     tangents = (t_query, t_key, t_value)
     given, who = (query, key, value), members(mesh)
     return attend_jvp(*given, tangents, attn_mask, numbers, who, lengths, tangent_grad)
@@ -131,8 +133,8 @@ def members(mesh: DeviceMesh) -> Members:
 def attend(
     query, key, value, attn_mask, numbers: tuple, who: Members, lengths, tangent_grad: bool = True
 ) -> Tensor:
-    """`ulysses_attention` among the members; `numbers` are dropout_p, is_causal, scale, enable_gqa
-    and the backend of the whole sequence."""
+    """`ulysses_attention` among the members; `numbers` are dropout_p, is_causal, scale, enable_gqa,
+    the backend of the whole sequence and the soft cap."""
     x, _, spec, sizes = _prepare(query, key, value, attn_mask, numbers, who, lengths)
     if torch.compiler.is_compiling():
         pairs = functorch.unpack_compiled(*x, nested=NESTED)
@@ -194,7 +196,7 @@ def _between(
     q_, k_, v_, t_q, t_k, t_v, mask = (whole.get(i) for i in range(7))
     mask = None if mask is None else mask.transpose(2, 3)
     numbers = (mask, 0.0, spec.causal, spec.scale, True)
-    how: Any = {"backend": spec.backend, "tangent_grad": tangent_grad}
+    how: Any = {"backend": spec.backend, "tangent_grad": tangent_grad, "softcap": spec.softcap}
     if jvp:
         results = list(api.attention_jvp(q_, k_, v_, t_q, t_k, t_v, *numbers, **how))
     else:
@@ -209,7 +211,7 @@ def _agree(who: Members, x: Inputs, given, spec: Spec, lengths: tuple[int, int])
     call = (
         *(("lengths", lengths), ("dtype", q.dtype)),
         ("batch, heads, head dim", (*q.shape[:2], q.shape[3], k.shape[1], v.shape[3])),
-        ("causal, scale", (spec.causal, spec.scale)),
+        ("causal, scale, softcap", (spec.causal, spec.scale, spec.softcap)),
         ("mask", None if mask is None else tuple(mask.shape[:2])),
         ("tangents", tuple(y is not None for y in given)),
     )

@@ -24,6 +24,7 @@ class Case:
     D: int = 5
     Dv: int = 3
     causal: bool = False
+    softcap: float = 0.0
     padding: bool = False
     tangents: str = "qkv"
     layout: str = "contiguous"
@@ -31,6 +32,7 @@ class Case:
     def __str__(self):
         base = f"H{self.H}.{self.Hk}L{self.L}S{self.S}"
         more = ["causal"] if self.causal else []
+        more += [f"softcap{self.softcap}"] if self.softcap else []
         more += ["padding"] if self.padding else []
         more += [f"t_{self.tangents}"] if self.tangents != "qkv" else []
         more += ["zigzag"] if self.layout == "zigzag" else []
@@ -68,6 +70,7 @@ class Problem:
         case = self.case
         k, v = (x.repeat_interleave(case.H // case.Hk, 1) for x in (k, v))
         s = q @ k.mT / case.D**0.5
+        s = case.softcap * torch.tanh(s / case.softcap) if case.softcap else s
         see = torch.ones(case.L, case.S, dtype=torch.bool)
         see = see.tril() if case.causal else see
         see = see if self.mask is None else see & self.mask

@@ -23,7 +23,7 @@ RING = (
     Case(),
     Case(L=13, S=13, Hk=2),
     Case(L=13, S=13, causal=True),
-    Case(L=17, S=17, causal=True, layout="zigzag", Hk=1),
+    Case(L=17, S=17, causal=True, softcap=0.5, layout="zigzag", Hk=1),
     Case(L=9, S=9, causal=True, padding=True, layout="zigzag"),
     Case(L=7, S=15, padding=True),
     Case(L=10, S=3, tangents="q"),  # a process without keys
@@ -31,7 +31,7 @@ RING = (
 )
 ULYSSES = (
     Case(),
-    Case(L=13, S=13, Hk=2, causal=True),
+    Case(L=13, S=13, Hk=2, causal=True, softcap=0.5),
     Case(L=7, S=15, padding=True, Hk=1),
     Case(L=10, S=3, tangents="k"),
 )
@@ -71,7 +71,8 @@ def errors(name: str, mesh: DeviceMesh, case: Case, mode: str) -> dict[str, floa
     local = p.mine(whole, mesh)
     leaves = {name: local[name].requires_grad_() for name in p.inputs}
     mask = None if p.mask is None else shard(p.mask, mesh, -1, case.layout)
-    call = partial(attend, attn_mask=mask, is_causal=case.causal, enable_gqa=True)
+    how = {"is_causal": case.causal, "softcap": case.softcap, "enable_gqa": True}
+    call = partial(attend, attn_mask=mask, **how)
     primals = tuple(leaves[name] for name in PRIMALS)
     tangents = tuple(leaves[name] for name in TANGENTS)
     if mode == "dual":
@@ -79,7 +80,7 @@ def errors(name: str, mesh: DeviceMesh, case: Case, mode: str) -> dict[str, floa
             duals = map(forward_ad.make_dual, primals, tangents)
             out, t_out = forward_ad.unpack_dual(call(*duals))
     elif mode == "explicit":
-        explicit = partial(attend.jvp, attn_mask=mask, is_causal=case.causal, enable_gqa=True)
+        explicit = partial(attend.jvp, attn_mask=mask, **how)
         out, t_out = explicit(*primals, *tangents)
     else:
         out, t_out = jvp(call, primals, tangents)
