@@ -1,8 +1,10 @@
 """Hugging Face transformers: `attn_implementation="jvp"`."""
 
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AttentionInterface  # pyright: ignore[reportMissingImports]
 from transformers.integrations.sdpa_attention import (  # pyright: ignore[reportMissingImports]
     sdpa_attention_forward,
@@ -55,6 +57,7 @@ def attention_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
+    softcap: float | None = None,
     backend: str | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
@@ -66,11 +69,27 @@ def attention_forward(
         key: (B, Hk, S, D).
         value: (B, Hk, S, D).
         attention_mask: broadcastable to (B, H, L, S), bool or floating, or None.
+        softcap: as in `jvp_flash_attention.attention`, which has none of transformers' own "sdpa":
+            Gemma 2's. None or 0 for none.
         backend: as in `jvp_flash_attention.attention`.
         **kwargs: dropout, scaling, is_causal, ..., as transformers passes them.
 
     Returns:
         (output (B, L, H, D), None: attention weights are never made).
     """
-    with sdpa_override(backend=backend):
+    override = _capped_override(softcap, backend) if softcap else sdpa_override(backend=backend)
+    with override:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+class _capped_override(sdpa_override):
+    """`sdpa_override` whose attention has a soft cap."""
+
+    def __init__(self, softcap: float, backend: str | None) -> None:
+        super().__init__(backend=backend)
+        self.softcap = softcap
+
+    def __torch_function__(self, func, types, args=(), kwargs=None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            kwargs = {**(kwargs or {}), "softcap": self.softcap}
+        return super().__torch_function__(func, types, args, kwargs)

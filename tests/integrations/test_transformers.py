@@ -113,6 +113,26 @@ def test_a_family_has_the_tangent_of_pytorchs_attention(name, monkeypatch):
             assert relative(g, e) < 1e-5  # norms of many round to float32
 
 
+@pytest.mark.parametrize("softcap", [None, 0.3])
+def test_gemma_2s_soft_cap_is_that_of_its_eager_attention(softcap):
+    """Which takes the softmax in float32. transformers' sdpa has none."""
+    results = []
+    for implementation in ("eager", "jvp"):
+        torch.manual_seed(0)
+        config = transformers.Gemma2Config(
+            **SMALL, **DECODER, head_dim=4, query_pre_attn_scalar=4, sliding_window=4,
+            attn_logit_softcapping=softcap,
+        )  # fmt: skip
+        net = transformers.AutoModel.from_config(config, attn_implementation=implementation)
+        for p in net.double().eval().parameters():
+            if p.dim() > 1:
+                nn.init.normal_(p, std=0.3)
+        f, x = function(net, PADDING)
+        results.append(jvp(f, (x,), (x.flip(0),)))
+    for exact, got in zip(*results, strict=True):
+        assert relative(got[PADDING > 0], exact[PADDING > 0]) < 1e-6
+
+
 def test_a_model_that_exists_can_be_switched():
     net = model("starcoder2", "sdpa")
     net.set_attn_implementation("jvp")
