@@ -288,7 +288,7 @@ def scalars(dropout_p: float, is_causal: bool, scale: float | None, softcap: flo
         raise ArgumentTypeError(f"is_causal must be a bool, got {is_causal!r}")
     if not 0.0 <= dropout_p < 1.0:
         raise ArgumentValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if scale is not None and not math.isfinite(scale):
+    if scale is not None and not -math.inf < scale < math.inf:  # math.isfinite is not traced
         raise ArgumentValueError(f"scale must be finite, got {scale}")
     soft_cap(softcap)
 

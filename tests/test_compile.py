@@ -187,6 +187,17 @@ def test_a_tangent_without_gradient_saves_no_tangent_and_copies_no_view(monkeypa
         torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["scale", "softcap"])
+def test_a_number_may_vary_between_the_calls_of_one_function(name):
+    """The compiler takes it for a symbol from the second value on."""
+    torch._dynamo.reset()
+    q, k, v = torch.randn(3, 1, 2, 5, 4)
+    f = lambda x: attention(q, k, v, **{name: x})  # noqa: E731
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    for x in (0.5, 2.0, 3.0):
+        torch.testing.assert_close(compiled(x), f(x))
+
+
 @pytest.mark.parametrize(
     "case",
     [
