@@ -95,5 +95,14 @@ def test_what_keeps_hidden_values_out_on_hopper_compiles_and_costs_dq_no_spills(
 
 
 @pytest.mark.slow
+def test_a_soft_cap_takes_the_portable_kernels_and_costs_no_spills():
+    table = compile_for(
+        "sm_90", "--head-dims", "64", "128", "--dtypes", "bfloat16", "--variants", "softcap"
+    )
+    assert "jvp_kernel" not in table
+    assert {row.split("stack")[1].split()[0] for row in table.splitlines()} == {"0"}
+
+
+@pytest.mark.slow
 def test_float32_compiles_for_amd():
     compile_for("gfx942", "--head-dims", "64", "--dtypes", "float32", "--variants", "plain")
