@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
@@ -40,7 +41,8 @@ def plan(config: DictConfig) -> tuple[str, list[Plan]]:
         return net, objective
 
     activations = saved_bytes(build, batch, data.shape, half, config.compile is not False)
-    counted = count(*build())
+    with torch.device("meta"):  # else the weights would be there
+        counted = count(*build())
     title = (
         f"{counted.all / 1e6:.1f} M parameters, {batch} images {tuple(data.shape)} a GPU,"
         f" {precision(config.trainer)}, GiB of each of {nodes * devices} GPUs"
