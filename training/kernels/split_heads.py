@@ -17,7 +17,7 @@ from jvp_flash_attention.kernels.launch_cache import Launch
 from jvp_flash_attention.operators import operator
 from training.kernels.launch import launched
 
-ROWS, TILE, COLUMNS = 128, 16, 128  # of a program, at a time, and side by side
+ROWS, TILE, COLUMNS = 256, 32, 128  # of a program, at a time, and side by side
 
 
 @triton.jit
