@@ -22,7 +22,8 @@ from training.renamed import composed
 from training.validation import between, positive_integer
 
 WIDTH = 132  # of the table, however narrow the terminal
-COLUMNS = ("parameters", "gradients", "optimizer", "averages", "gathered", "activations", "total")
+COLUMNS = ("parameters", "gradients", "optimizer", "averages", "gathered", "activations")
+COLUMNS += ("working", "total")
 
 
 def plan(config: DictConfig) -> tuple[str, list[Plan]]:
@@ -40,14 +41,16 @@ def plan(config: DictConfig) -> tuple[str, list[Plan]]:
         objective.setup(net)
         return net, objective
 
-    activations = saved_bytes(build, batch, data.shape, half, config.compile is not False)
+    saved = saved_bytes(build, batch, data.shape, half, config.compile is not False)
     with torch.device("meta"):  # else the weights would be there
         counted = count(*build())
     title = (
         f"{counted.all / 1e6:.1f} M parameters, {batch} images {tuple(data.shape)} a GPU,"
         f" {precision(config.trainer)}, GiB of each of {nodes * devices} GPUs"
     )
-    return title, plans(counted, activations, nodes * devices, nodes, averages(config), half)
+    accumulate = config.trainer.accumulate_grad_batches
+    found = plans(counted, saved, nodes * devices, nodes, averages(config), half, accumulate)
+    return title, found
 
 
 def averages(config: DictConfig) -> int:
@@ -70,7 +73,7 @@ def main(config: DictConfig) -> None:
         title, found = plan(composed(config))
         Console(width=WIDTH).print(table(title, found, config.plan.gpu_gib))
         if config.plan.output:
-            rows = [row._asdict() | {"total": row.total} for row in found]
+            rows = [row._asdict() for row in found]
             Path(config.plan.output).write_text(json.dumps(rows, indent=1) + "\n")
 
 

@@ -3,10 +3,12 @@
 Weights, gradients, optimizer and averages are counted from the network on the meta device.
 Activations are what PyTorch keeps for the backward pass: the loss is computed on fake tensors, the
 blocks traced and cut into forward and backward as the compiler does it, and every tensor that is
-saved is counted once, attention's included.
+saved is counted once, attention's included. The backward pass frees them as it makes gradients, so
+that the larger of both counts, except where gradients are there all the time.
 
 Not counted: what the library of communication and the allocator keep for themselves, and
-fragmentation; ``OVERHEAD`` stands for them and for what a block needs while it runs.
+fragmentation; ``OVERHEAD`` stands for them. What a block's backward pass needs while it runs is
+taken as ``WORKING`` times what the block saves, as measured (docs/training/multi_gpu.md).
 """
 
 from collections.abc import Callable
@@ -26,6 +28,7 @@ from training.step import compile_blocks, teachers
 
 SHARDINGS = ("none", "ddp", "hybrid", "fsdp")
 OVERHEAD = 1.5 * 2**30  # bytes: the CUDA context, cuBLAS, NCCL
+WORKING = 3
 FULL = 4  # bytes of a weight, of its gradient and of each of AdamW's two moments
 
 
@@ -40,10 +43,15 @@ class Plan(NamedTuple):
     averages: float  # of the callback, and teachers
     gathered: float  # whole weights and gradients of the blocks in work
     activations: float
+    working: float  # of the block whose backward pass runs
+    total: float
 
-    @property
-    def total(self) -> float:
-        return sum(self[2:]) + OVERHEAD
+
+class Saved(NamedTuple):
+    """Bytes that are kept for the backward pass."""
+
+    by: dict[str, float]  # each choice of checkpointing
+    block: float  # of one block without any
 
 
 class Counted(NamedTuple):
@@ -61,18 +69,20 @@ def count(net: nn.Module, objective: nn.Module) -> Counted:
 
 def plans(
     counted: Counted,
-    activations: dict[str, float],
+    saved: Saved,
     processes: int,
     nodes: int = 1,
     averages: int = 1,
     half: bool = True,
+    accumulate: int = 1,
 ) -> list[Plan]:
     """Every sharding that so many processes can have, with every choice of checkpointing.
 
     Args:
-        activations: bytes for each choice of checkpointing, see ``saved_bytes``.
+        saved: see ``saved_bytes``.
         averages: how many averages of the weights there are.
         half: weights travel in half precision.
+        accumulate: of so many batches the gradients are averaged.
     """
     found = []
     kept = averages * counted.all + counted.teachers
@@ -82,11 +92,14 @@ def plans(
             continue
         # A unit in work and the next one, whole: weights as they travel, and gradients likewise.
         gathered = 2 * counted.unit * 2 * (FULL / 2 if half else FULL) if parts > 1 else 0.0
-        # Views of what DDP exchanges: no second copy.
         share = FULL * counted.all / parts
-        for checkpointing, saved in activations.items():
-            row = (share, share, 2 * share, FULL * kept / parts, gathered, saved)
-            found.append(Plan(sharding, checkpointing, *row))
+        # Views of what DDP exchanges: no second copy, but there all the time.
+        stay = accumulate > 1 or sharding == "ddp"
+        working = WORKING * saved.block
+        for checkpointing, activations in saved.by.items():
+            row = (share, share, 2 * share, FULL * kept / parts, gathered, activations, working)
+            total = sum(row) + OVERHEAD - (0.0 if stay else min(share, activations))
+            found.append(Plan(sharding, checkpointing, *row, total))
     return found
 
 
@@ -96,7 +109,7 @@ def saved_bytes(
     shape: tuple[int, ...],
     half: bool = True,
     compile: bool = True,
-) -> dict[str, float]:
+) -> Saved:
     """What is kept for the backward pass, for each choice of checkpointing. Nothing is computed.
 
     Args:
@@ -109,8 +122,9 @@ def saved_bytes(
     """
     found = {keep: _saved(build, batch, shape, keep, half, compile) for keep in CHECKPOINTING}
     none, blocks = found["none"]
+    each = none / blocks if blocks else 0.0
     again = lambda saved: (none - saved) / blocks if blocks else 0  # noqa: E731
-    return {keep: float(saved + again(saved)) for keep, (saved, _) in found.items()}
+    return Saved({keep: float(saved + again(saved)) for keep, (saved, _) in found.items()}, each)
 
 
 def _saved(

@@ -10,7 +10,7 @@ from tests.commands import in_process
 from training.models.dit import DiT
 from training.objectives.flow_matching import FlowMatching
 from training.objectives.tvm import TVM
-from training.planner import OVERHEAD, Counted, count, plans, saved_bytes
+from training.planner import OVERHEAD, Counted, Saved, count, plans, saved_bytes
 
 WIDTH, HEADS, TOKENS, BATCH = 32, 2, 16, 3
 
@@ -35,11 +35,12 @@ def test_weights_are_counted_as_by_hand():
 
 def test_what_a_block_saves_is_counted_as_by_hand():
     """Of an eager float32 block without tangent; the two shares of the rest are the same."""
-    found = saved_bytes(build, BATCH, (1, 8, 8), half=False, compile=False)
+    found, each = saved_bytes(build, BATCH, (1, 8, 8), half=False, compile=False)
+    assert each == found["none"] / 2
     assert found["none"] > found["attention"] > found["block"] > 0
     features = 4 * BATCH * TOKENS * WIDTH  # bytes of one (B, N, W) float32
     deeper = lambda: (DiT(attention, 8, 1, 10, depth=3, width=WIDTH, heads=HEADS), FlowMatching())  # noqa: E731
-    more = saved_bytes(deeper, BATCH, (1, 8, 8), half=False, compile=False)
+    more, _ = saved_bytes(deeper, BATCH, (1, 8, 8), half=False, compile=False)
     vectors = 6 * 4 * BATCH * WIDTH  # shifts, scales and gates
     # A block is kept by its input, the branch that is not added to it yet, and the vectors.
     deeper_by = {keep: more[keep] - found[keep] for keep in found}
@@ -51,15 +52,21 @@ def test_what_a_block_saves_is_counted_as_by_hand():
 
 def test_shards_are_shares_and_averages_count():
     counted = Counted(all=1000, unit=100, teachers=500)
-    found = plans(counted, {"none": 8.0, "block": 2.0}, processes=4, nodes=2, averages=2)
+    saved = Saved({"none": 3000.0, "block": 2.0}, 7.0)
+    found = plans(counted, saved, processes=4, nodes=2, averages=2)
     by = {(p.sharding, p.checkpointing): p for p in found}
     assert len(by) == 6
     ddp, hybrid, fsdp = (by[kind, "none"] for kind in ("ddp", "hybrid", "fsdp"))
-    assert ddp[2:] == (4000, 4000, 8000, 10000, 0, 8)
-    assert hybrid[2:] == (2000, 2000, 4000, 5000, 800, 8)
-    assert fsdp[2:] == (1000, 1000, 2000, 2500, 800, 8)
-    assert by["fsdp", "block"].total == 1000 + 1000 + 2000 + 2500 + 800 + 2 + OVERHEAD
-    (alone, *others) = plans(counted, {"none": 8.0}, processes=1)
+    assert ddp[2:-1] == (4000, 4000, 8000, 10000, 0, 3000, 3 * 7)
+    assert hybrid[2:-1] == (2000, 2000, 4000, 5000, 800, 3000, 3 * 7)
+    assert fsdp[2:-1] == (1000, 1000, 2000, 2500, 800, 3000, 3 * 7)
+    # gradients come as activations go, but for those that DDP exchanges in place
+    assert ddp.total == sum(ddp[2:-1]) + OVERHEAD
+    assert fsdp.total == 1000 + 2000 + 2500 + 800 + 3000 + 21 + OVERHEAD
+    assert by["fsdp", "block"].total == 1000 + 1000 + 2000 + 2500 + 800 + 21 + OVERHEAD
+    summed = plans(counted, saved, processes=4, nodes=2, averages=2, accumulate=2)
+    assert {p.total - sum(p[2:-1]) for p in summed} == {OVERHEAD}
+    (alone, *others) = plans(counted, Saved({"none": 8.0}, 7.0), processes=1)
     assert (alone.sharding, others) == ("none", [])
 
 
