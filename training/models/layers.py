@@ -10,8 +10,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from training.kernels import residual_norm
-from training.kernels.gelu import gelu as fused_gelu
 from training.kernels.inputs import takes
+from training.kernels.mlp import mlp as fused_mlp
 from training.kernels.split_heads import split_heads as fused_split_heads
 from training.models.jvp_layers import (
     Dropout,
@@ -168,13 +168,12 @@ class Mlp(nn.Module):
         self.contract = Linear(hidden, width, bias)
 
     def forward(self, x: Tensor, fused: bool = False) -> Tensor:
-        """``fused``: GELU, its tangent and the gradient of its bias by a kernel of ours."""
-        if fused and fusable(x):
-            z = product_without_bias_gradient(self.expand, x)
-            h = fused_gelu(z, self.expand.bias)
-        else:
-            h = gelu(self.expand(x))
-        return self.contract(self.dropout(h))
+        """``fused``: one operator, in which GELU and its tangent are no pass of their own."""
+        dropped = self.training and self.dropout.p > 0
+        if fused and fusable(x) and not dropped:
+            dtype = autocast_dtype(primal(x))
+            return fused_mlp(linear_map(lambda x: x.to(dtype), x), self.expand, self.contract)
+        return self.contract(self.dropout(gelu(self.expand(x))))
 
 
 class SwiGLU(nn.Module):

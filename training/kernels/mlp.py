@@ -1,0 +1,110 @@
+"""The MLP of a transformer block: two products, the GELU between them and the tangent's.
+
+    z = x Aᵀ + a,   h = gelu(z),   y = h Bᵀ + b
+    t_z = t_x Aᵀ,   t_h = gelu'(z) t_z,   t_y = t_h Bᵀ         of the last n images
+    d_z = (d_y B) ∘ gelu'(z),   d_x = d_z A
+    d_A = d_zᵀ x,   d_a = Σ d_z,   d_B = d_yᵀ h,   d_b = Σ d_y    over the tokens
+
+One operator a direction, so that GELU can be the epilogue of the product before it where cuBLASLt
+serves (``cublaslt``): at DiT-XL/2 that saves 0.2 ms a block, or three quarters of what GELU takes.
+Elsewhere a kernel of its own does it. Tangents are constants: a gradient through them takes the
+layers one by one.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jvp_flash_attention.operators import operator
+from training.dual import Dual
+from training.kernels.column_sums import column_sums
+from training.kernels.cublaslt import product_then_gelu, product_times_gelu_derivative
+from training.kernels.gelu import gelu, gelu_backward, gelu_tangent
+
+
+@operator("flash_jvp_training::mlp")
+def _forward(
+    x: Tensor, A: Tensor, a: Tensor | None, B: Tensor, b: Tensor | None, t_x: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, z, h and t_y. Biases may be wider than x."""
+    x = x.contiguous()
+    a, b = (None if bias is None else bias.to(x.dtype) for bias in (a, b))
+    found = product_then_gelu(x, A, a)
+    if found is None:
+        z = nn.functional.linear(x, A, a)
+        found = z, gelu(z)
+    z, h = found
+    y = nn.functional.linear(h, B, b)
+    if t_x is None:
+        return y, z, h, x.new_empty(0)
+    t_z = nn.functional.linear(t_x, A)
+    return y, z, h, nn.functional.linear(gelu_tangent(z[-len(t_z) :], t_z), B)
+
+
+@_forward.register_fake
+def _(x, A, a, B, b, t_x):
+    z, y = x.new_empty(*x.shape[:-1], len(A)), x.new_empty(*x.shape[:-1], len(B))
+    t_y = x.new_empty(0) if t_x is None else x.new_empty(*t_x.shape[:-1], len(B))
+    return y, z, torch.empty_like(z), t_y
+
+
+@operator("flash_jvp_training::mlp_backward")
+def _backward(
+    d_y: Tensor, x: Tensor, z: Tensor, h: Tensor, A: Tensor, B: Tensor, a: bool, b: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """d_x, d_A, d_a, d_B and d_b; with ``a`` and ``b`` the biases', in float32."""
+    d_y = d_y.contiguous()
+    rows = d_y.flatten(0, -2)
+    d_z = product_times_gelu_derivative(d_y, B, z)
+    if d_z is None:
+        d_z, d_a = gelu_backward(z, d_y @ B, a)
+    else:
+        d_a = column_sums(d_z, a)
+    d_A, d_B = (d.flatten(0, -2).mT @ of.flatten(0, -2) for d, of in ((d_z, x), (rows, h)))
+    return d_z @ A, d_A, d_a, d_B, column_sums(d_y, b)
+
+
+@_backward.register_fake
+def _(d_y, x, z, h, A, B, a, b):
+    d_a, d_b = (
+        d_y.new_empty((len(W),) if there else (0,), dtype=torch.float32)
+        for W, there in ((A, a), (B, b))
+    )
+    d_x = x.new_empty(x.shape)
+    return d_x, A.new_empty(A.shape), d_a, B.new_empty(B.shape), d_b
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, A, a, B, b, _ = inputs
+    _, z, h, t_y = output
+    ctx.mark_non_differentiable(z, h, t_y)
+    ctx.save_for_backward(x, z, h, A, B)
+    ctx.biases = [None if bias is None else bias.dtype for bias in (a, b)]
+    ctx.set_materialize_grads(False)
+
+
+def _grad(ctx: Any, d_y: Tensor | None, *_: Any) -> tuple:
+    if d_y is None:
+        return (None,) * 6
+    there = [dtype is not None for dtype in ctx.biases]
+    d_x, d_A, d_a, d_B, d_b = _backward(d_y, *ctx.saved_tensors, *there)
+    d_a, d_b = (
+        None if dtype is None else d.to(dtype)
+        for d, dtype in zip((d_a, d_b), ctx.biases, strict=True)
+    )
+    return d_x, d_A, d_a, d_B, d_b, None
+
+
+torch.library.register_autograd("flash_jvp_training::mlp", _grad, setup_context=_setup)
+
+
+def mlp(x: Tensor | Dual, expand: nn.Linear, contract: nn.Linear) -> Any:
+    """contract(gelu(expand(x))), GELU by its tanh formula, with the tangent that x has, a constant.
+
+    x (B, N, W), of the dtype in which it is computed.
+    """
+    value, t_x = x[:2] if isinstance(x, Dual) else (x, None)
+    A, B = (layer.weight.to(value.dtype) for layer in (expand, contract))
+    y, _, _, t_y = _forward(value, A, expand.bias, B, contract.bias, t_x)
+    return x.follow(y, t_y) if isinstance(x, Dual) else y
