@@ -20,9 +20,11 @@ _TYPES = {torch.float16: 2, torch.bfloat16: 14}
 _FLOAT32, _COMPUTE_FLOAT32 = 0, 68
 _TRANSPOSE_A, _EPILOGUE, _BIAS, _AUX, _AUX_STRIDE = 3, 7, 8, 11, 12  # of a product
 _SPLITS = 2  # of an algorithm: partial sums
+_MOST_WORKSPACE = 1  # of a search
 _WITH_BIAS, _GELU, _GELU_BACKWARD = 4, 32 | 128, 64 | 128  # epilogues, z in "aux"
 ALIGNED = 256  # bytes: what its choice of algorithms expects
-CANDIDATES, ROUNDS = 8, 4
+CANDIDATES, ROUNDS = 16, 4
+WORKSPACE = 32 << 20  # bytes; without any, GELU's backward is a slow pass of its own
 
 
 class _Candidate(ctypes.Structure):
@@ -80,7 +82,11 @@ class _Product:
             )
             for m, n in (a, (inner, rows), (columns, rows))
         ]  # fmt: skip
-        preference = library.new("cublasLtMatmulPreferenceCreate")  # no workspace, its default
+        preference, most = library.new("cublasLtMatmulPreferenceCreate"), ctypes.c_size_t(WORKSPACE)
+        library.call(
+            "cublasLtMatmulPreferenceSetAttribute",
+            preference, _MOST_WORKSPACE, ctypes.byref(most), ctypes.sizeof(most),
+        )  # fmt: skip
         self.candidates, found = (_Candidate * CANDIDATES)(), ctypes.c_int()
         a, b, d = self.layouts
         self.status = library.functions.cublasLtMatmulAlgoGetHeuristic(
@@ -121,12 +127,16 @@ class _Product:
 
     def _start(self, choice: int, left: Tensor, right: Tensor, out: Tensor) -> None:
         a, b, d = self.layouts
-        left_, right_, out_ = (ctypes.c_void_p(x.data_ptr()) for x in (left, right, out))
+        candidate = self.candidates[choice]
+        workspace = out.new_empty(candidate.workspace, dtype=torch.uint8)
+        left_, right_, out_, space = (
+            ctypes.c_void_p(x.data_ptr()) for x in (left, right, out, workspace)
+        )
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         self.library.call(
             "cublasLtMatmul", self.library.handle, self.description,
             ctypes.byref(_ONE), right_, a, left_, b, ctypes.byref(_ZERO), out_, d, out_, d,
-            ctypes.byref(self.candidates[choice]), None, ctypes.c_size_t(0), stream,
+            ctypes.byref(candidate), space, ctypes.c_size_t(candidate.workspace), stream,
         )  # fmt: skip
 
     def _fastest(self, *tensors: Tensor) -> int:
