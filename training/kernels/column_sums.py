@@ -10,7 +10,7 @@ from torch import Tensor
 from jvp_flash_attention.kernels.launch_cache import Launch
 from training.kernels.launch import launched
 
-ROWS, TILE, COLUMNS = 128, 16, 128  # of a program, at a time, and side by side
+ROWS, TILE, COLUMNS = 256, 32, 128  # of a program, at a time, and side by side
 
 
 @triton.jit
