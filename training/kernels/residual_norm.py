@@ -30,37 +30,8 @@ from training.kernels.launch import launched
 
 EPSILON = tl.constexpr(1e-6)
 MAX_WIDTH = 4096
-TILE = 1024  # elements side by side, forward: 8 a thread
-MOST = 10240  # elements of a program, forward
 ROWS = 8  # tokens of a program, backward
 MANY_ROWS, MANY_PROGRAMS = 32, 512  # backward, where so many programs remain: a quarter of the sums
-
-
-@triton.jit
-def _beside(V, image, stride, w, valid):
-    """A vector of an image beside each of its tokens: read by every row, as its tile is laid out,
-    which takes no exchange between threads.
-    """
-    at = tl.zeros_like(valid).to(tl.int32) + (image * stride + w)[None, :]
-    return tl.load(V + at, mask=valid, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _normed(parts, there, W: tl.constexpr, COLUMNS: tl.constexpr, RMS: tl.constexpr):
-    """Rows in parts of so many columns, centred if they are to be, their mean and ρ."""
-    total = tl.zeros_like(parts[0])
-    if not RMS:
-        for c in tl.static_range(len(parts)):
-            total += parts[c]
-    mean = tl.sum(total, 1) / W
-    centred = ()
-    square = tl.zeros_like(total)
-    for c in tl.static_range(len(parts)):
-        w = c * COLUMNS + tl.arange(0, COLUMNS)
-        x = tl.where(there & (w < W)[None, :], parts[c] - mean[:, None], 0.0)
-        centred = centred + (x,)  # noqa: RUF005
-        square += x * x
-    return centred, mean, tl.rsqrt(tl.sum(square, 1) / W + EPSILON)
 
 
 @triton.jit
@@ -69,80 +40,52 @@ def _residual_norm_forward(
     X2, H, MEAN, RSTD, TX2, TH,  # outputs
     images, tokens, moving,  # of the last ``moving`` images there is a tangent
     stride_g, stride_b, stride_s, stride_tg, stride_tb, stride_ts,
-    W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
+    W: tl.constexpr, BLOCK: tl.constexpr,
     BRANCH: tl.constexpr, RMS: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
-    """Rows stay in registers, in parts: a power of two for all of 1152 columns would be 2048."""
-    image = tl.program_id(0)
-    token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    there = (token < tokens)[:, None]
+    """A token a program: many small ones hide the wait for memory better than rows in a loop."""
+    image = images - 1 - tl.program_id(0) % images  # those with a tangent take longer and go first
+    token = tl.program_id(0) // images
+    w = tl.arange(0, BLOCK)
+    valid = w < W
     row = image.to(tl.int64) * tokens + token
-    parts = ()
-    for c in tl.static_range(CHUNKS):
-        w = c * COLUMNS + tl.arange(0, COLUMNS)
-        at = row[:, None] * W + w[None, :]
-        valid = there & (w < W)[None, :]
-        x = tl.load(X + at, mask=valid, other=0.0).to(tl.float32)
-        if BRANCH:
-            y = tl.load(Y + at, mask=valid, other=0.0).to(tl.float32)
-            x += _beside(G, image, stride_g, w, valid) * y
-            tl.store(X2 + at, x, mask=valid)
-            x = x.to(X2.dtype.element_ty).to(tl.float32)
-        parts = parts + (x,)  # noqa: RUF005
-    parts, mean, rstd = _normed(parts, there, W, COLUMNS, RMS)
-    tl.store(MEAN + row, mean, mask=token < tokens)
-    tl.store(RSTD + row, rstd, mask=token < tokens)
-    for c in tl.static_range(CHUNKS):
-        w = c * COLUMNS + tl.arange(0, COLUMNS)
-        valid = there & (w < W)[None, :]
-        h = parts[c] * rstd[:, None] * (1.0 + _beside(S, image, stride_s, w, valid))
-        h += _beside(B, image, stride_b, w, valid)
-        tl.store(H + row[:, None] * W + w[None, :], h, mask=valid)
+    at = row * W + w
+    x = tl.load(X + at, mask=valid, other=0.0).to(tl.float32)
+    if BRANCH:
+        y = tl.load(Y + at, mask=valid, other=0.0).to(tl.float32)
+        gate = tl.load(G + image * stride_g + w, mask=valid, other=0.0).to(tl.float32)
+        x += gate * y
+        tl.store(X2 + at, x, mask=valid)
+        x = x.to(X2.dtype.element_ty).to(tl.float32)
+    shift = tl.load(B + image * stride_b + w, mask=valid, other=0.0).to(tl.float32)
+    scale = 1.0 + tl.load(S + image * stride_s + w, mask=valid, other=0.0).to(tl.float32)
+    mean = 0.0
+    if not RMS:
+        mean = tl.sum(x, 0) / W
+        x = tl.where(valid, x - mean, 0.0)
+    rstd = tl.rsqrt(tl.sum(x * x, 0) / W + EPSILON)
+    n = x * rstd
+    tl.store(H + at, n * scale + shift, mask=valid)
+    tl.store(MEAN + row, mean)
+    tl.store(RSTD + row, rstd)
     if TANGENT:
         other = image - (images - moving)  # which of the tangents
         if other >= 0:
-            _tangent(
-                X2, G, Y, S, TX, TG, TY, TB, TS, TX2, TH, parts, rstd, row, token, image, other,
-                tokens, stride_g, stride_s, stride_tg, stride_tb, stride_ts,
-                W, COLUMNS, BRANCH, RMS,
-            )  # fmt: skip
-
-
-@triton.jit
-def _tangent(
-    X2, G, Y, S, TX, TG, TY, TB, TS, TX2, TH, parts, rstd, row, token, image, other, tokens,
-    stride_g, stride_s, stride_tg, stride_tb, stride_ts,
-    W: tl.constexpr, COLUMNS: tl.constexpr, BRANCH: tl.constexpr, RMS: tl.constexpr,
-):  # fmt: skip
-    there = (token < tokens)[:, None]
-    t_row = other.to(tl.int64) * tokens + token
-    tangents = ()
-    total, along = tl.zeros_like(parts[0]), tl.zeros_like(parts[0])
-    for c in tl.static_range(len(parts)):
-        w = c * COLUMNS + tl.arange(0, COLUMNS)
-        valid = there & (w < W)[None, :]
-        t_at = t_row[:, None] * W + w[None, :]
-        t = tl.load(TX + t_at, mask=valid, other=0.0).to(tl.float32)
-        if BRANCH:
-            y = tl.load(Y + row[:, None] * W + w[None, :], mask=valid, other=0.0).to(tl.float32)
-            t_y = tl.load(TY + t_at, mask=valid, other=0.0).to(tl.float32)
-            t += _beside(TG, other, stride_tg, w, valid) * y
-            t += _beside(G, image, stride_g, w, valid) * t_y
-            tl.store(TX2 + t_at, t, mask=valid)
-            t = t.to(TX2.dtype.element_ty).to(tl.float32)
-        along += parts[c] * t
-        if not RMS:
-            total += t
-        tangents = tangents + (t,)  # noqa: RUF005
-    mean, along = tl.sum(total, 1) / W, rstd * (tl.sum(along, 1) / W)
-    for c in tl.static_range(len(parts)):
-        w = c * COLUMNS + tl.arange(0, COLUMNS)
-        valid = there & (w < W)[None, :]
-        n = parts[c] * rstd[:, None]
-        t_n = rstd[:, None] * (tangents[c] - mean[:, None] - n * along[:, None])
-        t_h = t_n * (1.0 + _beside(S, image, stride_s, w, valid))
-        t_h += n * _beside(TS, other, stride_ts, w, valid) + _beside(TB, other, stride_tb, w, valid)
-        tl.store(TH + t_row[:, None] * W + w[None, :], t_h, mask=valid)
+            t_at = (other.to(tl.int64) * tokens + token) * W + w
+            t = tl.load(TX + t_at, mask=valid, other=0.0).to(tl.float32)
+            if BRANCH:
+                t_y = tl.load(TY + t_at, mask=valid, other=0.0).to(tl.float32)
+                t_gate = tl.load(TG + other * stride_tg + w, mask=valid, other=0.0).to(tl.float32)
+                t += t_gate * y + gate * t_y
+                tl.store(TX2 + t_at, t, mask=valid)
+                t = t.to(TX2.dtype.element_ty).to(tl.float32)
+            t_shift = tl.load(TB + other * stride_tb + w, mask=valid, other=0.0).to(tl.float32)
+            t_scale = tl.load(TS + other * stride_ts + w, mask=valid, other=0.0).to(tl.float32)
+            along = tl.sum(n * t, 0) / W
+            if not RMS:
+                t = tl.where(valid, t - tl.sum(t, 0) / W, 0.0)
+            t_n = rstd * (t - n * along)
+            tl.store(TH + t_at, t_n * scale + n * t_scale + t_shift, mask=valid)
 
 
 @triton.jit
@@ -203,19 +146,6 @@ def _residual_norm_backward(
         tl.store(sums + 2 * W, d_gate, mask=valid)
 
 
-def tiles(width: int) -> tuple[int, int]:
-    """Tokens of a program, forward, and columns side by side, a power of two each."""
-    rows = 16
-    while rows > 1 and rows * width > MOST:
-        rows //= 2
-    return rows, TILE // rows
-
-
-def _constexprs(width: int, rows: int) -> dict[str, Any]:
-    block = triton.next_power_of_2(width)
-    return {"W": width, "BLOCK": block, "ROWS": rows, "num_warps": max(1, block // 1024)}
-
-
 @operator("flash_jvp_training::residual_norm")
 def _forward(
     x: Tensor, gate: Tensor | None, y: Tensor | None, shift: Tensor, scale: Tensor,
@@ -228,13 +158,11 @@ def _forward(
         images, tokens, width = x.shape
         rows = (gate, shift, scale, t_gate, t_shift, t_scale)
         moving = 0 if t_x is None else len(t_x)
-        together, columns = tiles(width)
-        constexprs: dict[str, Any] = {"W": width, "ROWS": together, "COLUMNS": columns}
-        constexprs |= {"CHUNKS": -(-width // columns), "num_warps": 4}
+        block = triton.next_power_of_2(width)
+        constexprs = {"W": width, "BLOCK": block, "num_warps": min(max(1, block // 256), 4)}
         constexprs |= {"BRANCH": y is not None, "RMS": rms, "TANGENT": t_x is not None}
         args = (*inputs, *results, images, tokens, moving, *map(_stride, rows))
-        grid = (images, -(-tokens // together))
-        return Launch(_residual_norm_forward, grid, args, constexprs)
+        return Launch(_residual_norm_forward, (images * tokens,), args, constexprs)
 
     what = ("residual norm", rms, dtype)
     x2, h, mean, rstd, t_x2, t_h = launched(
@@ -281,7 +209,8 @@ def _backward(
         return torch.empty_like(x), d_y, sums
 
     def launch(*results: Tensor) -> Launch:
-        constexprs = _constexprs(width, rows)
+        block = triton.next_power_of_2(width)
+        constexprs = {"W": width, "BLOCK": block, "num_warps": max(1, block // 1024), "ROWS": rows}
         constexprs |= {"BRANCH": y is not None, "RMS": rms, "RESIDUAL": d_x is not None}
         args = (*inputs, *results, tokens, chunks, _stride(gate), _stride(scale))
         return Launch(_residual_norm_backward, (images, chunks), args, constexprs)
