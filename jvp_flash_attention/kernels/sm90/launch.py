@@ -134,7 +134,7 @@ def _fwd_jvp(p: Problem, c: Call) -> Launch:
         "HIDES": _hides(p, c),
         "num_warps": 4,
     }
-    return Launch(forward_jvp_kernel, _grid(items, q, pairs), args, constexprs)
+    return Launch(forward_jvp_kernel, _grid(items, p, q, pairs), args, constexprs)
 
 
 def _bwd_dkdv_jvp(p: Problem, c: Call) -> Launch:
@@ -148,7 +148,7 @@ def _bwd_dkdv_jvp(p: Problem, c: Call) -> Launch:
         *(p.spec.scale, p.L, p.Hk, tiles, items),
     )
     constexprs = {"STAGES_Q": pipeline.stages, "BLOCK_M": 64, **_constexprs(p, pipeline)}
-    return Launch(bwd_dkdv_jvp_kernel, _grid(items, c.x.q, p.spec.causal), args, constexprs)
+    return Launch(bwd_dkdv_jvp_kernel, _grid(items, p, c.x.q, p.spec.causal), args, constexprs)
 
 
 def _bwd_dq_jvp(p: Problem, c: Call) -> Launch:
@@ -163,7 +163,7 @@ def _bwd_dq_jvp(p: Problem, c: Call) -> Launch:
     edge = p.spec.causal or p.S % 64 != 0
     constexprs = {"STAGES_K": pipeline.stages, "BLOCK_N": 64, "EDGE": edge}
     constexprs |= _constexprs(p, pipeline)
-    return Launch(bwd_dq_jvp_kernel, _grid(items, c.x.q, p.spec.causal), args, constexprs)
+    return Launch(bwd_dq_jvp_kernel, _grid(items, p, c.x.q, p.spec.causal), args, constexprs)
 
 
 def _given(p: Problem, c: Call, columns: int) -> tuple:
@@ -205,9 +205,12 @@ def _constexprs(p: Problem, pipeline: configs.Pipeline) -> dict[str, Any]:
     return {"GROUP": p.H // p.Hk, "D": pipeline.D, "CAUSAL": causal, "num_warps": 4}
 
 
-def _grid(items: int, x: Tensor, pairs: bool) -> tuple[int]:
+def _grid(items: int, p: Problem, x: Tensor, pairs: bool) -> tuple[int]:
+    """A program a multiprocessor, which share out the tiles at launch. Beside a ring's transfers,
+    which hold some multiprocessors, a program a tile: they begin as places become free.
+    """
     blocks = cdiv(items, 2) if pairs else items
-    return (min(blocks, multiprocessors(x.device)),)
+    return (blocks if p.spec.sharded else min(blocks, multiprocessors(x.device)),)
 
 
 def _mask_kind(mask: Tensor, p: Problem) -> str:
