@@ -294,13 +294,15 @@ def scalars(dropout_p: float, is_causal: bool, scale: float | None, softcap: flo
 
 
 def soft_cap(softcap: float) -> None:
-    """0 for none, or a number above it."""
+    """0 for none, or a number above it that float32 can multiply and divide by."""
     if isinstance(softcap, bool) or not isinstance(softcap, Real):
         raise ArgumentTypeError(
             f"softcap must be a Python number, 0 for none, got {type(softcap).__name__}"
         )
-    if not 0.0 <= softcap < math.inf:
-        raise ArgumentValueError(f"softcap must be finite and >= 0, 0 for none, got {softcap}")
+    if not 0.0 <= softcap <= 1e30 or 0.0 < softcap < 1e-30:
+        raise ArgumentValueError(
+            f"softcap must be 0 for none, or from 1e-30 to 1e30, got {softcap}"
+        )
 
 
 def tangent(name: str, t: Tensor | None, primal: Tensor | None) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from training.build import build_data, build_net
 from training.cli import one_line_errors, run
-from training.config_checks import precision
+from training.config_checks import no_cuda_graphs, precision
 from training.planner import Plan, count, plans, saved_bytes
 from training.renamed import composed
 from training.validation import between, positive_integer
@@ -49,7 +49,9 @@ def plan(config: DictConfig) -> tuple[str, list[Plan]]:
         f" {precision(config.trainer)}, GiB of each of {nodes * devices} GPUs"
     )
     accumulate = config.trainer.accumulate_grad_batches
-    found = plans(counted, saved, nodes * devices, nodes, averages(config), half, accumulate)
+    graphs = config.cuda_graphs is not False and not no_cuda_graphs(config)
+    kept = averages(config)
+    found = plans(counted, saved, nodes * devices, nodes, kept, half, accumulate, graphs)
     return title, found
 
 

@@ -214,7 +214,7 @@ def test_a_compiled_jvp_has_the_tangent_and_the_gradients_of_eager(name, backend
         ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads must be a positive divisor"),
         ({"num_heads": 4, "num_kv_heads": 0}, "num_kv_heads must be a positive divisor"),
         ({"num_heads": 4, "window": (-2, 0)}, "window must have bounds >= 0"),
-        ({"num_heads": 4, "softcap": -1.0}, "softcap must be finite and >= 0"),
+        ({"num_heads": 4, "softcap": -1.0}, "softcap must be 0 for none"),
         ({"num_heads": 4, "dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1.0"),
     ],
 )

@@ -227,6 +227,8 @@ def test_packed_nested_tensors_take_it():
         (-1.0, ValueError),
         (float("nan"), ValueError),
         (float("inf"), ValueError),
+        (1e31, ValueError),  # float32 would overflow
+        (1e-31, ValueError),
         (None, TypeError),
         (True, TypeError),
         ("1", TypeError),

@@ -164,4 +164,9 @@ def _backend(net: nn.Module) -> str | None:
             "context_parallel needs this project's attention; use attention=jvp or"
             " attention=reference"
         )
+    if other := sorted(given.keywords.keys() - {"backend"}):
+        raise NotImplementedError(
+            f"context_parallel takes attention.backend alone; got attention.{other[0]} too, which"
+            " it would leave out"
+        )
     return given.keywords.get("backend")

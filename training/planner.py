@@ -3,8 +3,9 @@
 Weights, gradients, optimizer and averages are counted from the network on the meta device.
 Activations are what PyTorch keeps for the backward pass: the loss is computed on fake tensors, the
 blocks traced and cut into forward and backward as the compiler does it, and every tensor that is
-saved is counted once, attention's included. The backward pass frees them as it makes gradients, so
-that the larger of both counts, except where gradients are there all the time.
+saved is counted once, attention's included; a fused kernel of a GPU may save another one. The
+backward pass frees them as it makes gradients, so that the larger of both counts, except where
+gradients are there all the time.
 
 Not counted: what the library of communication and the allocator keep for themselves, and
 fragmentation; ``OVERHEAD`` stands for them. What a block's backward pass needs while it runs is
@@ -75,6 +76,7 @@ def plans(
     averages: int = 1,
     half: bool = True,
     accumulate: int = 1,
+    graphs: bool = True,
 ) -> list[Plan]:
     """Every sharding that so many processes can have, with every choice of checkpointing.
 
@@ -83,6 +85,7 @@ def plans(
         averages: how many averages of the weights there are.
         half: weights travel in half precision.
         accumulate: of so many batches the gradients are averaged.
+        graphs: the step is a CUDA graph, with gradients of its own.
     """
     found = []
     kept = averages * counted.all + counted.teachers
@@ -93,12 +96,15 @@ def plans(
         # A unit in work and the next one, whole: weights as they travel, and gradients likewise.
         gathered = 2 * counted.unit * 2 * (FULL / 2 if half else FULL) if parts > 1 else 0.0
         share = FULL * counted.all / parts
-        # Views of what DDP exchanges: no second copy, but there all the time.
-        stay = accumulate > 1 or sharding == "ddp"
         working = WORKING * saved.block
         for checkpointing, activations in saved.by.items():
             row = (share, share, 2 * share, FULL * kept / parts, gathered, activations, working)
-            total = sum(row) + OVERHEAD - (0.0 if stay else min(share, activations))
+            both = max(share, activations)
+            if accumulate > 1:  # the sum, and what is added to it
+                both = share + (both if graphs else activations)
+            elif sharding == "ddp" and not graphs:  # views of what is exchanged, there all the time
+                both = share + activations
+            total = sum(row) - share - activations + both + OVERHEAD
             found.append(Plan(sharding, checkpointing, *row, total))
     return found
 

@@ -1,6 +1,6 @@
 """Four processes that share sequences: gradients are those of whole sequences in one process."""
 
-import functools
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +13,7 @@ from tests.training.spawn import spawn
 from training.activation_checkpointing import checkpoint_blocks
 from training.attentions import sdpa
 from training.build import build_context
-from training.context_parallel import ContextParallel, data_place, whole_sequences
+from training.context_parallel import ContextParallel, _backend, data_place, whole_sequences
 from training.data.synthetic import Blobs
 from training.models.dit import DiT
 from training.module import GenerativeModule
@@ -80,7 +80,7 @@ def work(rank, world, folder):
             enable_model_summary=False,
             enable_checkpointing=False,
         )
-        optimizer = functools.partial(adamw, lr=1e-3)
+        optimizer = partial(adamw, lr=1e-3)
         module = GenerativeModule(net, objective, optimizer, SEED, context=context)
         trainer.fit(module, datamodule=Blobs(SEED, BATCH, tokens=25, channels=1, num_classes=4))
         results[name] = keep.gradients, float(trainer.callback_metrics["train/loss"])
@@ -180,3 +180,13 @@ def test_whole_sequences_are_for_the_block_alone():
     with whole_sequences(net):
         assert net.sequence is None
     assert net.sequence == "shards"
+
+
+def test_what_shards_would_leave_out_of_the_attention_is_refused():
+    build = lambda **given: DiT(  # noqa: E731
+        partial(jvp_flash_attention.attention, **given), 4, 1, 4, depth=1, width=16, heads=2
+    )
+    assert _backend(build()) is None
+    assert _backend(build(backend="reference")) == "reference"
+    with pytest.raises(NotImplementedError, match=r"attention\.softcap"):
+        _backend(build(softcap=30.0))

@@ -79,6 +79,24 @@ def test_it_is_the_layers(kind, bias, monkeypatch):
     assert bool(calls) == (kind != "through")  # a gradient through the tangent takes the layers
 
 
+def test_what_is_frozen_gets_no_gradient_and_none_is_computed(monkeypatch):
+    layer, x = Mlp(16, 40, 0.0), torch.randn(3, 5, 16, requires_grad=True)
+    layer.expand.weight.requires_grad_(False)
+    layer.contract.bias.requires_grad_(False)
+    asked, backward = [], mlp._backward
+    monkeypatch.setattr(mlp, "_backward", lambda *a: (asked.append(a[-1]), backward(*a))[1])
+    layer(x, True).sin().sum().backward()
+    assert asked == [[True, False, True, True, False]]
+    ours = [p.grad for p in (x, *layer.parameters())]
+    x.grad = None
+    layer.zero_grad()
+    layer(x).sin().sum().backward()
+    for a, b in zip(ours, [p.grad for p in (x, *layer.parameters())], strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert error(a, b.double()) < 2e-6
+
+
 def test_units_are_dropped_by_the_layers(monkeypatch):
     monkeypatch.setattr(mlp, "_forward", None)
     layer, x = Mlp(16, 40, 0.5), torch.randn(3, 5, 16)

@@ -60,12 +60,17 @@ def test_shards_are_shares_and_averages_count():
     assert ddp[2:-1] == (4000, 4000, 8000, 10000, 0, 3000, 3 * 7)
     assert hybrid[2:-1] == (2000, 2000, 4000, 5000, 800, 3000, 3 * 7)
     assert fsdp[2:-1] == (1000, 1000, 2000, 2500, 800, 3000, 3 * 7)
-    # gradients come as activations go, but for those that DDP exchanges in place
-    assert ddp.total == sum(ddp[2:-1]) + OVERHEAD
+    # gradients come as activations go
+    assert ddp.total == sum(ddp[2:-1]) - 3000 + OVERHEAD
+    (eager, *_) = plans(counted, saved, processes=4, nodes=2, averages=2, graphs=False)
+    assert (eager.sharding, eager.total) == ("ddp", sum(ddp[2:-1]) + OVERHEAD)  # in its buckets
     assert fsdp.total == 1000 + 2000 + 2500 + 800 + 3000 + 21 + OVERHEAD
     assert by["fsdp", "block"].total == 1000 + 1000 + 2000 + 2500 + 800 + 21 + OVERHEAD
-    summed = plans(counted, saved, processes=4, nodes=2, averages=2, accumulate=2)
-    assert {p.total - sum(p[2:-1]) for p in summed} == {OVERHEAD}
+    for graphs in (False, True):  # a graph has gradients of its own beside their sum
+        summed = plans(counted, saved, 4, nodes=2, averages=2, accumulate=2, graphs=graphs)
+        for p in summed:
+            more = max(0, p.gradients - p.activations) if graphs else 0
+            assert p.total == sum(p[2:-1]) + more + OVERHEAD
     (alone, *others) = plans(counted, Saved({"none": 8.0}, 7.0), processes=1)
     assert (alone.sharding, others) == ("none", [])
 

@@ -10,6 +10,7 @@ transpose there.
 
 import ctypes
 import threading
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ class _Product:
         preference, most = library.new("cublasLtMatmulPreferenceCreate"), ctypes.c_size_t(WORKSPACE)
         library.call(
             "cublasLtMatmulPreferenceSetAttribute",
-            preference, _MOST_WORKSPACE, ctypes.byref(most), ctypes.sizeof(most),
+            preference, _MOST_WORKSPACE, ctypes.byref(most), _size(most),
         )  # fmt: skip
         self.candidates, found = (_Candidate * CANDIDATES)(), ctypes.c_int()
         a, b, d = self.layouts
@@ -95,21 +96,22 @@ class _Product:
         )  # fmt: skip
         library.call("cublasLtMatmulPreferenceDestroy", preference)
         found = range(found.value if self.status == 0 else 0)
-        # whole sums alone: they are the same whichever is the fastest
-        self.choices = [i for i in found if self._splits(i) == 1]
+        # Whole sums alone: on Hopper they are the same whichever is the fastest.
+        working = (i for i in found if self.candidates[i].status == 0)
+        self.choices = [i for i in working if self._splits(i) == 1]
         self.best: int | None = None
 
     def set(self, attribute: int, value: Any) -> None:
         self.library.call(
             "cublasLtMatmulDescSetAttribute",
-            self.description, attribute, ctypes.byref(value), ctypes.sizeof(value),
+            self.description, attribute, ctypes.byref(value), _size(value),
         )  # fmt: skip
 
     def _splits(self, i: int) -> int:
         value, written = ctypes.c_uint32(), ctypes.c_size_t()
         self.library.call(
             "cublasLtMatmulAlgoConfigGetAttribute", ctypes.byref(self.candidates[i]), _SPLITS,
-            ctypes.byref(value), ctypes.sizeof(value), ctypes.byref(written),
+            ctypes.byref(value), _size(value), ctypes.byref(written),
         )  # fmt: skip
         return value.value
 
@@ -118,11 +120,10 @@ class _Product:
             self.set(_AUX, ctypes.c_void_p(z.data_ptr()))
             if bias is not None:
                 self.set(_BIAS, ctypes.c_void_p(bias.data_ptr()))
-            choice = self.best
-            if choice is None:
-                choice = self.choices[0]
-                if not torch.cuda.is_current_stream_capturing():
-                    choice = self.best = self._fastest(left, right, out)
+            choice = self.choices[0] if self.best is None else self.best
+            if self.best is None and not torch.cuda.is_current_stream_capturing():
+                timed = not torch.are_deterministic_algorithms_enabled()
+                choice = self.best = self._fastest(left, right, out) if timed else choice
             self._start(choice, left, right, out)
 
     def _start(self, choice: int, left: Tensor, right: Tensor, out: Tensor) -> None:
@@ -141,16 +142,21 @@ class _Product:
 
     def _fastest(self, *tensors: Tensor) -> int:
         """Of the candidates by turns, so that the clock's drift meets all alike."""
-        times = dict.fromkeys(self.choices, float("inf"))
-        for turn in range(ROUNDS + 1):
-            for i in self.choices:
+        times = {}
+        for i in self.choices:
+            with suppress(RuntimeError):  # one that does not run is no candidate
+                self._start(i, *tensors)
+                times[i] = float("inf")
+        if not times:
+            raise RuntimeError("cuBLASLt: none of the algorithms that it offers runs")
+        for _ in range(ROUNDS):
+            for i in times:
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
                 self._start(i, *tensors)
                 end.record()
                 end.synchronize()
-                if turn:
-                    times[i] = min(times[i], start.elapsed_time(end))
+                times[i] = min(times[i], start.elapsed_time(end))
         return min(times, key=times.__getitem__)
 
 
@@ -159,14 +165,23 @@ _libraries: dict[torch.device, _Library | None] = {}
 _products: dict[tuple, _Product] = {}
 
 
+def _size(value: Any) -> ctypes.c_size_t:
+    return ctypes.c_size_t(ctypes.sizeof(value))
+
+
 def _product(left: Tensor, right: Tensor, z: Tensor, bias: Tensor | None, backward: bool) -> Any:
-    """What computes it, or None: no such library, types or alignment."""
-    tensors = [x for x in (left, right, z, bias) if x is not None]
-    if not left.is_cuda or any(
-        x.dtype != left.dtype or not x.is_contiguous() or x.data_ptr() % ALIGNED for x in tensors
-    ):
+    """What computes it, or None: no such library, types, shapes or alignment."""
+    columns, inner = z.shape[-1], left.shape[-1]
+    shape = (inner, columns) if backward else (columns, inner)
+    if not left.is_cuda or left.numel() == 0 or right.shape != shape:
         return None
-    rows, columns, inner = left.numel() // left.shape[-1], z.shape[-1], left.shape[-1]
+    kind = (left.dtype, left.device)
+    for x in (left, right, z, bias):
+        if x is not None and (
+            (x.dtype, x.device) != kind or not x.is_contiguous() or x.data_ptr() % ALIGNED
+        ):
+            return None
+    rows = left.numel() // inner
     key = (left.device, left.dtype, rows, columns, inner, backward, bias is not None)
     found = _products.get(key)
     if found is None:
@@ -176,7 +191,7 @@ def _product(left: Tensor, right: Tensor, z: Tensor, bias: Tensor | None, backwa
             try:
                 with torch.cuda.device(left.device):
                     _libraries[left.device] = _Library()
-            except (OSError, AttributeError, RuntimeError):
+            except (OSError, AttributeError):
                 _libraries[left.device] = None
         library = _libraries[left.device]
         if library is None:

@@ -11,6 +11,7 @@ Elsewhere a kernel of its own does it. Tangents are constants: a gradient throug
 layers one by one.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,28 +52,32 @@ def _(x, A, a, B, b, t_x):
 
 @operator("flash_jvp_training::mlp_backward")
 def _backward(
-    d_y: Tensor, x: Tensor, z: Tensor, h: Tensor, A: Tensor, B: Tensor, a: bool, b: bool
+    d_y: Tensor, x: Tensor, z: Tensor, h: Tensor, A: Tensor, B: Tensor, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """d_x, d_A, d_a, d_B and d_b; with ``a`` and ``b`` the biases', in float32."""
+    """Those of d_x, d_A, d_a, d_B and d_b that are wanted, else empty; the biases' in float32."""
+    of_x, of_A, of_a, of_B, of_b = wanted
     d_y = d_y.contiguous()
-    rows = d_y.flatten(0, -2)
     d_z = product_times_gelu_derivative(d_y, B, z)
     if d_z is None:
-        d_z, d_a = gelu_backward(z, d_y @ B, a)
+        d_z, d_a = gelu_backward(z, d_y @ B, of_a)
     else:
-        d_a = column_sums(d_z, a)
-    d_A, d_B = (d.flatten(0, -2).mT @ of.flatten(0, -2) for d, of in ((d_z, x), (rows, h)))
-    return d_z @ A, d_A, d_a, d_B, column_sums(d_y, b)
+        d_a = column_sums(d_z, of_a)
+
+    def weight(d: Tensor, x: Tensor, wanted: bool) -> Tensor:
+        return d.flatten(0, -2).mT @ x.flatten(0, -2) if wanted else d.new_empty(0)
+
+    d_x = d_z @ A if of_x else d_z.new_empty(0)
+    return d_x, weight(d_z, x, of_A), d_a, weight(d_y, h, of_B), column_sums(d_y, of_b)
 
 
 @_backward.register_fake
-def _(d_y, x, z, h, A, B, a, b):
-    d_a, d_b = (
-        d_y.new_empty((len(W),) if there else (0,), dtype=torch.float32)
-        for W, there in ((A, a), (B, b))
+def _(d_y, x, z, h, A, B, wanted):
+    shapes = (x.shape, A.shape, A.shape[:1], B.shape, B.shape[:1])
+    types = (x.dtype, x.dtype, torch.float32, x.dtype, torch.float32)
+    return tuple(
+        x.new_empty(shape if there else 0, dtype=dtype)
+        for shape, there, dtype in zip(shapes, wanted, types, strict=True)
     )
-    d_x = x.new_empty(x.shape)
-    return d_x, A.new_empty(A.shape), d_a, B.new_empty(B.shape), d_b
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -87,12 +92,11 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _grad(ctx: Any, d_y: Tensor | None, *_: Any) -> tuple:
     if d_y is None:
         return (None,) * 6
-    there = [dtype is not None for dtype in ctx.biases]
-    d_x, d_A, d_a, d_B, d_b = _backward(d_y, *ctx.saved_tensors, *there)
-    d_a, d_b = (
-        None if dtype is None else d.to(dtype)
-        for d, dtype in zip((d_a, d_b), ctx.biases, strict=True)
-    )
+    wanted = list(ctx.needs_input_grad[:5])
+    found = _backward(d_y, *ctx.saved_tensors, wanted)
+    d_x, d_A, d_a, d_B, d_b = (d if there else None for d, there in zip(found, wanted, strict=True))
+    of_a, of_b = ctx.biases
+    d_a, d_b = (None if d is None else d.to(of) for d, of in ((d_a, of_a), (d_b, of_b)))
     return d_x, d_A, d_a, d_B, d_b, None
 
 
