@@ -137,11 +137,14 @@ CU = ((0, 37, 37, 70, 71), (0, 50, 53, 53, 75))
     ("case", "dtype"),
     [
         (Case(B=1, L=74, S=80, D=16, packed=CU), torch.float32),
-        (Case(L=71, S=71, D=8, H=4, Hk=1, packed=(CU[0], None), causal=True), torch.float16),
+        (Case(B=1, L=71, S=71, D=8, H=2, Hk=1, packed=(CU[0], None), causal=True), torch.float16),
         (Case(B=1, L=71, S=75, D=16, packed=CU, causal=True, lower_right=True), torch.float32),
         (Case(B=1, L=71, S=75, D=16, packed=CU, window=(9, 4), lower_right=True), torch.float32),
         (Case(B=1, L=71, S=75, D=16, packed=CU, window=(None, -3)), torch.float32),
-        (Case(L=40, S=75, D=16, packed=((0, 40), (0, 70)), dropout_p=0.2), torch.float32),
+        (
+            Case(B=1, H=1, Hk=1, L=40, S=75, D=16, packed=((0, 40), (0, 70)), dropout_p=0.2),
+            torch.float32,
+        ),
         (Case(B=1, L=9, S=7, D=16, packed=((0, *range(9)), (0, *[3] * 9))), torch.float32),
         (Case(B=1, L=9, S=7, D=16, packed=((0,), (0,))), torch.float32),
         (Case(B=1, L=20, S=20, D=16, packed=((0, 20), None), layout="blhd"), torch.float32),

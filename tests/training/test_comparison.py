@@ -188,6 +188,7 @@ def test_the_toughest_baseline_has_the_numbers_of_sdpa():
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.slow
 def test_the_toughest_baseline_compiles(tiny, batch, draws):
     net, objective = tiny(sdpa_fused, depth=1), MeanFlow(data_proportion=0.5, label_dropout=0.0)
     sample = objective.sample(*batch, net.null_label, draws)
@@ -288,6 +289,7 @@ def imported(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["compare.py"])  # pytest's own are no keys
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("imported")
 def test_runs_beside_each_other_are_those_after_each_other(compared, tmp_path):
     arms = [f"comparison.arms.{arm}=null" for arm in ("double", "float32")]

@@ -70,6 +70,7 @@ def test_the_checkpoint_of_an_ended_run_is_written_before_its_pictures(runs):
         assert (run / "checkpoints" / "last.ckpt").stat().st_mtime_ns < picture.stat().st_mtime_ns
 
 
+@pytest.mark.slow
 def test_runs_are_collected_and_drawn(runs, tmp_path, monkeypatch, capsys):
     output = tmp_path / "result.json"
     options = ["--output", output]
