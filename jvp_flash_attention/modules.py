@@ -58,8 +58,8 @@ class Attention(nn.Module):
         backend: as in `attention`.
 
     Raises:
-        ValueError: the sizes do not divide, dropout_p is not in [0, 1), softcap is negative or not
-            finite, or the window's bounds are not a pair of integers.
+        ValueError: the sizes do not divide, dropout_p is not in [0, 1), softcap is neither 0 nor
+            from 1e-30 to 1e30, or the window's bounds are not a pair of integers.
     """
 
     def __init__(

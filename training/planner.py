@@ -128,9 +128,9 @@ def saved_bytes(
     """
     found = {keep: _saved(build, batch, shape, keep, half, compile) for keep in CHECKPOINTING}
     none, blocks = found["none"]
-    each = none / blocks if blocks else 0.0
-    again = lambda saved: (none - saved) / blocks if blocks else 0  # noqa: E731
-    return Saved({keep: float(saved + again(saved)) for keep, (saved, _) in found.items()}, each)
+    part = 1 / blocks if blocks else 0.0
+    by = {keep: saved + (none - saved) * part for keep, (saved, _) in found.items()}
+    return Saved(by, none * part)
 
 
 def _saved(

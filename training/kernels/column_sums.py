@@ -14,6 +14,13 @@ ROWS, TILE, COLUMNS = 256, 32, 128  # of a program, at a time, and side by side
 
 
 @triton.jit
+def places(row, w, rows, W):
+    """Where these rows and columns of (rows, W) lie, and which of them there are."""
+    at = row[:, None].to(tl.int64) * W + w[None, :]
+    return at, (row < rows)[:, None] & (w < W)[None, :]
+
+
+@triton.jit
 def _column_sums(
     X, SUMS,  # SUMS (programs, W)
     rows, W, ROWS: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
@@ -22,9 +29,7 @@ def _column_sums(
     w = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([TILE, COLUMNS], tl.float32)
     for i in range(0, ROWS, TILE):
-        row = first + i + tl.arange(0, TILE)
-        at = row[:, None].to(tl.int64) * W + w[None, :]
-        valid = (row < rows)[:, None] & (w < W)[None, :]
+        at, valid = places(first + i + tl.arange(0, TILE), w, rows, W)  # pyright: ignore
         total += tl.load(X + at, mask=valid, other=0.0).to(tl.float32)
     tl.store(SUMS + tl.program_id(0) * W + w, tl.sum(total, 0), mask=w < W)
 

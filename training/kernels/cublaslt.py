@@ -90,12 +90,12 @@ class _Product:
         )  # fmt: skip
         self.candidates, found = (_Candidate * CANDIDATES)(), ctypes.c_int()
         a, b, d = self.layouts
-        self.status = library.functions.cublasLtMatmulAlgoGetHeuristic(
+        status = library.functions.cublasLtMatmulAlgoGetHeuristic(
             library.handle, self.description, a, b, d, d, preference,
             CANDIDATES, self.candidates, ctypes.byref(found),
         )  # fmt: skip
         library.call("cublasLtMatmulPreferenceDestroy", preference)
-        found = range(found.value if self.status == 0 else 0)
+        found = range(found.value if status == 0 else 0)
         # Whole sums alone: on Hopper they are the same whichever is the fastest.
         working = (i for i in found if self.candidates[i].status == 0)
         self.choices = [i for i in working if self._splits(i) == 1]

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jvp_flash_attention.kernels.launch_cache import Launch
+from training.kernels.column_sums import places
 from training.kernels.launch import launched
 
 CUBE = tl.constexpr(0.044715)
@@ -54,9 +55,7 @@ def _gelu_backward(
     w = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([TILE, COLUMNS], tl.float32)
     for i in range(0, ROWS, TILE):
-        row = first + i + tl.arange(0, TILE)
-        at = row[:, None].to(tl.int64) * W + w[None, :]
-        valid = (row < rows)[:, None] & (w < W)[None, :]
+        at, valid = places(first + i + tl.arange(0, TILE), w, rows, W)
         z = tl.load(Z + at, mask=valid, other=0.0).to(tl.float32)
         d = tl.load(DH + at, mask=valid, other=0.0).to(tl.float32)
         d = d * _derivative(z, _sigmoid(z))

@@ -194,10 +194,14 @@ def silu(x: Tensor) -> Tensor:
 class Dropout(nn.Dropout):
     """Value and tangent lose the same units."""
 
+    @property
+    def drops(self) -> bool:
+        return self.training and self.p > 0
+
     def forward(self, input: Tensor) -> Any:
         if not isinstance(input, Dual):
             return super().forward(input)
-        if not self.training or self.p == 0:
+        if not self.drops:
             return input
         kept = functional.dropout(torch.ones_like(input.primal), self.p)
         return multiply(input, kept)

@@ -169,8 +169,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, fused: bool = False) -> Tensor:
         """``fused``: one operator, in which GELU and its tangent are no pass of their own."""
-        dropped = self.training and self.dropout.p > 0
-        if fused and fusable(x) and not dropped:
+        if fused and fusable(x) and not self.dropout.drops:
             dtype = autocast_dtype(primal(x))
             return fused_mlp(linear_map(lambda x: x.to(dtype), x), self.expand, self.contract)
         return self.contract(self.dropout(gelu(self.expand(x))))
