@@ -19,13 +19,14 @@ from . import (
 )
 from .block_mask import block_mask as lists_of
 from .broadcast import Sizes
-from .call import Band, Blocks, Inputs, Packed, Spec, Tangents
+from .call import Band, Blocks, Inputs, Packed, Spec, Tangents, banded
 from .call import band as band_of
 from .functorch import PLAIN, SHORTCUTS, Pairs, below_duals, pack, unpack, unpack_compiled
 
 shadowed.check()
 
 Window = tuple[int | None, int | None] | None
+Range = tuple[int, int] | None
 Seqlens = Tensor | tuple[Tensor, Tensor] | Packed | None
 UNPACKED, UNBLOCKED = Packed(), Blocks()
 TANGENTS = ("t_query", "t_key", "t_value", "t_attn_mask")
@@ -49,6 +50,8 @@ def attention(
     window: Window = None,
     cu_seqlens: Seqlens = None,
     block_mask: Any = None,
+    tangent_rows: Range = None,
+    tangent_keys: Range = None,
     backend: str | None = None,
     tangent_grad: bool = True,
 ) -> Tensor:
@@ -96,6 +99,18 @@ def attention(
             `BlockMask` of flex_attention whose blocks are seen whole or not at all. Blocks that are
             not seen cost nothing in the kernels. It stands alone: no other mask, causal, window or
             cu_seqlens beside it.
+        tangent_rows: (start, stop), the only queries that carry a tangent: t_query is read there
+            alone, and the output's tangent of every other row is zero by definition, so those rows
+            cost a plain call. For rows that stand still along the derivative, as the clean frames
+            of teacher forcing. It is the twin in forward mode of a stop-gradient: values and
+            ordinary gradients stay what they are, and a row outside whose true tangent is not zero
+            loses it.
+        tangent_keys: (start, stop), the only keys whose t_key and t_value are read; those of the
+            others are zero by definition, and they cost four products of six, beside queries
+            without a tangent two. For the old keys of a KV cache. A floating `attn_mask` keeps its
+            tangent everywhere, and beside one nothing is saved. Neither range goes with packed
+            sequences or dropout, and beside `block_mask` they begin and end where blocks do. On a
+            GPU a range beside `is_causal` or a window compiles kernels of its own.
         backend: "triton", "reference" (plain PyTorch, O(L) memory), or None: the kernels for CUDA
             tensors in float16, bfloat16 and float32 with head dims up to 256, the reference
             otherwise.
@@ -116,6 +131,7 @@ def attention(
             attention, {"query": query, "key": key, "value": value}, attn_mask=attn_mask,
             dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
             softcap=softcap, window=window, cu_seqlens=cu_seqlens, block_mask=block_mask,
+            tangent_rows=tangent_rows, tangent_keys=tangent_keys,
             backend=backend, tangent_grad=tangent_grad,
         )  # fmt: skip
     compiling = torch.compiler.is_compiling()
@@ -123,8 +139,10 @@ def attention(
     if compiling and not SHORTCUTS:
         how = {"window": window, "cu_seqlens": cu_seqlens, "block_mask": block_mask}
         how |= {"backend": backend, "tangent_grad": tangent_grad, "softcap": softcap}
+        how |= {"tangent_rows": tangent_rows, "tangent_keys": tangent_keys}
         return _uncompiled(attention)(query, key, value, attn_mask, *numbers, **how)
     numbers = (*numbers, backend, softcap, window, cu_seqlens, block_mask)
+    numbers = (*numbers, tangent_rows, tangent_keys)
     x, _, spec, sizes = prepare(query, key, value, attn_mask, *numbers)
     if compiling:
         route, pairs = ops, unpack_compiled(*x, nested=None if tangent_grad else UNDETACHED)
@@ -160,6 +178,8 @@ def attention_jvp(
     window: Window = None,
     cu_seqlens: Seqlens = None,
     block_mask: Any = None,
+    tangent_rows: Range = None,
+    tangent_keys: Range = None,
     backend: str | None = None,
     tangent_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
@@ -185,6 +205,7 @@ def attention_jvp(
             attention_jvp, given, attn_mask=attn_mask, t_attn_mask=t_attn_mask,
             dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
             softcap=softcap, window=window, cu_seqlens=cu_seqlens, block_mask=block_mask,
+            tangent_rows=tangent_rows, tangent_keys=tangent_keys,
             backend=backend, tangent_grad=tangent_grad,
         )  # fmt: skip
     compiling = torch.compiler.is_compiling()
@@ -193,10 +214,12 @@ def attention_jvp(
         args = (query, key, value, t_query, t_key, t_value, attn_mask, *numbers)
         how = {"window": window, "cu_seqlens": cu_seqlens, "block_mask": block_mask}
         how |= {"backend": backend, "tangent_grad": tangent_grad, "softcap": softcap}
+        how |= {"tangent_rows": tangent_rows, "tangent_keys": tangent_keys}
         how["t_attn_mask"] = t_attn_mask
         return _uncompiled(attention_jvp)(*args, **how)
     tangents = (t_query, t_key, t_value, t_attn_mask)
     numbers = (*numbers, backend, softcap, window, cu_seqlens, block_mask)
+    numbers = (*numbers, tangent_rows, tangent_keys)
     x, t, spec, sizes = prepare(query, key, value, attn_mask, *numbers, tangents)
     route = ops if compiling else autograd
     out, t_out = route.attention_jvp(x, t, spec, tangent_grad)
@@ -222,6 +245,8 @@ def prepare(
     window: Window = None,
     cu_seqlens: Seqlens = None,
     block_mask: Any = None,
+    tangent_rows: Range = None,
+    tangent_keys: Range = None,
     tangents: tuple | None = None,
 ) -> tuple[Inputs, Any, Spec, Sizes]:
     """The checked call: its tensors four-dimensional, the `Tangents` if any are given, its
@@ -233,7 +258,10 @@ def prepare(
     cu_q, cu_k, lower_right = cu
     blocks = UNBLOCKED if block_mask is None else lists_of(block_mask)
     numbers = (dropout_p, is_causal, scale, enable_gqa, backend, softcap, band, lower_right)
-    numbers = (*numbers, blocks[2:])
+    ranges = (tangent_rows, tangent_keys)
+    if ranges != (None, None):
+        ranges = validation.ranges(*ranges)
+    numbers = (*numbers, ranges, blocks[2:])
     dtype = _autocast_dtype(query)
     kind = _kind((*given, cu_q, cu_k, *blocks[:2]), tangents, numbers, dtype)
     checked = None if kind is None else _checked.get(kind)
@@ -295,7 +323,7 @@ def _kind(given: tuple, tangents: tuple | None, numbers: tuple, dtype: Any) -> t
 
 def _check(
     q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend, softcap, band,
-    lower_right, _block_sizes, cu: Packed, blocks: Blocks,
+    lower_right, ranges, _block_sizes, cu: Packed, blocks: Blocks,
 ) -> _Checked:  # fmt: skip
     validation.scalars(dropout_p, is_causal, scale, softcap)
     validation.tensors(q, k, v)
@@ -317,24 +345,24 @@ def _check(
         validation.blocks(blocks, q_, k_, beside | {"cu_seqlens": cu.cu_q})
     if band is not None:
         L, S = q.shape[-2], k.shape[-2]
-        spec = _banded(spec, band, max(L, S) if lower_right else L, max(L, S) if lower_right else S)
+        spec = banded(spec, band, max(L, S) if lower_right else L, max(L, S) if lower_right else S)
     if lower_right and band_of(spec) != Band():
         spec = spec._replace(lower_right=True)
+    if ranges != (None, None):
+        validation.ranges_fit(ranges, spec, cu, q.shape[-2], k.shape[-2])
+        spec = _ranged(spec, ranges, q.shape[-2], k.shape[-2])
     fits = q_ is q and k_ is k and v_ is v and (attn_mask is None or attn_mask.dim() == 4)
     return _Checked(spec, sizes, fits)
 
 
-def _banded(spec: Spec, band: Band, L: int, S: int) -> Spec:
-    """With a window, of which bounds that hide nothing are dropped: what is causal or full then is
-    called so, and more kernels support it."""
-    left, right = band
-    if left is not None and left >= L - 1:
-        left = None
-    if right is not None and right >= S - 1:
-        right = None
-    if right == 0 or (spec.causal and (right is None or right > 0)):
-        return spec._replace(causal=True, left=left)
-    return spec._replace(causal=False, left=left, right=right)
+def _ranged(spec: Spec, ranges: tuple[Range, Range], L: int, S: int) -> Spec:
+    """With ranges, but for those that are all."""
+    rows, keys = ranges
+    if rows is not None and rows != (0, L):
+        spec = spec._replace(t_rows_start=rows[0], t_rows_stop=rows[1])
+    if keys is not None and keys != (0, S):
+        spec = spec._replace(t_keys_start=keys[0], t_keys_stop=keys[1])
+    return spec
 
 
 def _with_elements(mask: Any, query: Tensor) -> Any:

@@ -29,7 +29,7 @@ from torch.autograd import Function
 from torch.func import vmap
 
 from . import backends, ops
-from .call import Inputs, Saved, Spec, Tangents, padded, split
+from .call import Inputs, Saved, Spec, Tangents, padded, split, without_ranges
 from .functorch import (
     PLAIN,
     SHORTCUTS,
@@ -67,7 +67,7 @@ NESTED_JVP = (
 def attention(x: Inputs, spec: Spec, tangent_grad: bool = True) -> tuple[Tensor]:
     """(O,), differentiable in q, k, v and a floating mask."""
     if is_bare(*x):
-        return (backends.implementation(spec.backend).forward(x, None, spec).out,)
+        return (backends.implementation(spec).forward(x, None, spec).out,)
     function = Attention if tangent_grad else AttentionDetached
     return function.apply(*x, spec)[:1]
 
@@ -78,7 +78,7 @@ def attention_jvp(
     """(O, tO); a tangent may be None. O is differentiable in the inputs, tO in inputs and tangents
     where `tangent_grad` says so."""
     if is_bare(*x, *t):
-        saved = backends.implementation(spec.backend).forward(x, t, spec)
+        saved = backends.implementation(spec).forward(x, t, spec)
         return saved.out, saved.t_out
     function = AttentionJvp
     if not tangent_grad:
@@ -97,7 +97,7 @@ def _implementation(spec: Spec, *tensors: Tensor | None):
     if subclass and "torch.distributed.tensor" in sys.modules:
         import_module(f"{__package__}.distributed.dtensor")  # registers its rules, once
     watched = is_watched() or subclass
-    return ops if watched else backends.implementation(spec.backend)
+    return ops if watched else backends.implementation(spec)
 
 
 class _Stop(local):
@@ -308,12 +308,13 @@ class AttentionGrad(_Folded):
         x, _saved = split(tensors, Inputs, Saved)
         t = Tangents(*dd)
         t_out, grads = None, ()
+        spec = without_ranges(ctx.spec)  # what forward mode leaves out has all its gradients
         if any(g is not None for g in dd):
-            out, lse, t_out, mu = AttentionJvp.apply(*x, *t, ctx.spec)
+            out, lse, t_out, mu = AttentionJvp.apply(*x, *t, spec)
             # torch.autograd.functional.jvp: only the tangent counts
             if any(is_wanted(ctx, at) for at in range(1, 4 + (x.mask is not None))):
                 saved, mask_grad = Saved(out, lse, t_out, mu), ctx.needs_input_grad[4]
-                grads, _ = _jvp_grad(None, d_out, x, t, saved, ctx.spec, mask_grad)
+                grads, _ = _jvp_grad(None, d_out, x, t, saved, spec, mask_grad)
         return t_out, *padded(grads, Inputs), *padded((), Saved), None, None
 
     @staticmethod

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .call import Spec, has_ranges
 from .errors import ArgumentValueError
 
 # Constants: torch.compile traces through `choose`.
@@ -74,12 +75,13 @@ def choose(backend: str | None, q: Tensor, v: Tensor) -> str:
     return backend
 
 
-def implementation(name: str) -> Any:
-    """The module or object that implements backend `name`; the kernels are imported on first use,
-    Triton is not needed before."""
+def implementation(spec: Spec) -> Any:
+    """The module or object that implements a call: its backend, or `ranges` above that. The kernels
+    are imported on first use, Triton is not needed before."""
+    name = "ranges" if has_ranges(spec) else spec.backend
     found = _registered.get(name) or _imported.get(name)
     if found is None:
-        found = _imported[name] = import_module(MODULES[name])
+        found = _imported[name] = import_module(MODULES.get(name, f"{__package__}.{name}"))
     return found
 
 

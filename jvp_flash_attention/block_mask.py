@@ -46,14 +46,14 @@ def block_mask(mask: Any, block_size: int | tuple[int, int] | None = None) -> Bl
         )
     if hasattr(mask, "kv_num_blocks"):
         if mask not in _known:
-            _known[mask] = _lists(_of_flex(mask), *_sizes(mask.BLOCK_SIZE))
+            _known[mask] = lists(_of_flex(mask), *_sizes(mask.BLOCK_SIZE))
         return _known[mask]
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or not 2 <= mask.dim() <= 4:
         raise ArgumentTypeError(
             "block_mask must be a BlockMask of flex_attention, or a bool tensor (nQ, nK),"
             f" (H, nQ, nK) or (B, H, nQ, nK), got {_kind(mask)}"
         )
-    return _lists(mask[(None,) * (4 - mask.dim())], *_sizes(block_size))
+    return lists(mask[(None,) * (4 - mask.dim())], *_sizes(block_size))
 
 
 def _kind(mask: Any) -> str:
@@ -71,7 +71,14 @@ def _sizes(given: Any) -> tuple[int, int]:
     return pair
 
 
-def _lists(layout: Tensor, block_q: int, block_k: int) -> Blocks:
+def layout_of(blocks: Tensor) -> Tensor:
+    """Lists of blocks (`Blocks`) as bool (b, h, nQ, nK)."""
+    return _layout(blocks[..., 0], blocks[..., 1:])
+
+
+def lists(layout: Tensor, block_q: int, block_k: int) -> Blocks:
+    """The lists of a bool (b, h, nQ, nK)."""
+
     def listed(seen: Tensor) -> Tensor:
         order = torch.sort((~seen).to(torch.int8), dim=-1, stable=True)[1]
         return torch.cat([seen.sum(-1, keepdim=True), order], -1).int().contiguous()

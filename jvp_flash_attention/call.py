@@ -24,6 +24,10 @@ class Spec(NamedTuple):
     lower_right: bool = False  # i and j are counted from the last row of each packed sequence
     block_q: int | None = None  # rows of a block of queries, where there is a block mask
     block_k: int | None = None  # and of a block of keys
+    t_rows_start: int | None = None  # queries from here on carry a tangent, the others none
+    t_rows_stop: int | None = None  # and up to here; None: all do
+    t_keys_start: int | None = None  # and of these keys t_k and t_v are read
+    t_keys_stop: int | None = None
     softcap: float = 0.0  # c: scores are c tanh(s Q Kᵀ / c) before masks; 0: they are not capped
     rows_first: bool = False  # results lie in memory as (B, L, H, D), whatever the inputs do
     compiled: bool = False  # runs below an operator, in code that returns to the same shapes
@@ -62,6 +66,32 @@ def band(spec: Spec) -> Band:
     if spec.causal and (right is None or right > 0):
         right = 0
     return Band(spec.left, right)
+
+
+def banded(spec: Spec, within: Band, L: int, S: int) -> Spec:
+    """The call of L rows and S keys inside of one more band. Bounds that hide nothing are dropped:
+    what is causal or full then is called so, and more kernels support it."""
+    left, right = within
+    if left is not None and left >= L - 1:
+        left = None
+    if right is not None and right >= S - 1:
+        right = None
+    if right == 0 or (spec.causal and (right is None or right > 0)):
+        return spec._replace(causal=True, left=left, right=None)
+    return spec._replace(causal=False, left=left, right=right)
+
+
+def has_ranges(spec: Spec) -> bool:
+    """Whether some rows or keys have no tangent, by declaration."""
+    return spec.t_rows_stop is not None or spec.t_keys_stop is not None
+
+
+def without_ranges(spec: Spec) -> Spec:
+    """The call in which all rows and keys may have one."""
+    if not has_ranges(spec):
+        return spec
+    of_keys = {"t_keys_start": None, "t_keys_stop": None}
+    return spec._replace(t_rows_start=None, t_rows_stop=None, **of_keys)
 
 
 def is_default(spec: Spec, but: tuple[str, ...]) -> bool:
@@ -141,3 +171,10 @@ def empty_rows(x: Tensor, width: int, spec: Spec, dtype: torch.dtype | None = No
     allocate O, tO and the gradients of q, k and v by it."""
     strides = row_strides(x, width, spec)
     return x.new_empty_strided((*x.shape[:3], width), strides, dtype=dtype or x.dtype)
+
+
+def laid_out(result: Tensor, x: Tensor, spec: Spec) -> Tensor:
+    """A result beside x with `row_strides`, which it has already as a rule."""
+    if result.stride() == row_strides(x, result.shape[3], spec):
+        return result
+    return empty_rows(x, result.shape[3], spec).copy_(result)

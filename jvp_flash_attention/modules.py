@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import validation
-from .api import Seqlens, attention
+from .api import Range, Seqlens, attention
 
 
 class RMSNorm(nn.Module):
@@ -109,6 +109,8 @@ class Attention(nn.Module):
         *,
         cu_seqlens: Seqlens = None,
         block_mask: Any = None,
+        tangent_rows: Range = None,
+        tangent_keys: Range = None,
     ) -> Tensor:
         """
         Args:
@@ -117,6 +119,8 @@ class Attention(nn.Module):
             attn_mask: broadcastable to (B, H, L, S), bool or floating, as in `attention`.
             cu_seqlens, block_mask: as in `attention`. `rope` is handed whole rows and is to count
                 packed positions itself.
+            tangent_rows, tangent_keys: as in `attention`: the rows of x, and of x or the context,
+                that carry a tangent there.
 
         Returns:
             (B, L, W).
@@ -137,6 +141,8 @@ class Attention(nn.Module):
             window=self.window,
             cu_seqlens=cu_seqlens,
             block_mask=block_mask,
+            tangent_rows=tangent_rows,
+            tangent_keys=tangent_keys,
             enable_gqa=self.num_kv_heads != self.num_heads,
             backend=self.backend,
         )  # (B, H, L, D)  # fmt: skip

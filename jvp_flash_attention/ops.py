@@ -91,19 +91,19 @@ D_OUT, D_T_OUT, MASK_GRAD = ("d_out", Tensor), ("d_t_out", Tensor), ("mask_grad"
 @_operator("forward", 2, Inputs, Spec)
 def forward_op(*args) -> Any:
     x, spec = split(args, Inputs, Spec)
-    return implementation(spec.backend).forward(x, None, _inner(spec))[:2]
+    return implementation(spec).forward(x, None, _inner(spec))[:2]
 
 
 @_operator("forward_jvp", 4, Inputs, Tangents, Spec)
 def forward_jvp_op(*args) -> Any:
     x, t, spec = split(args, Inputs, Tangents, Spec)
-    return tuple(implementation(spec.backend).forward(x, t, _inner(spec)))
+    return tuple(implementation(spec).forward(x, t, _inner(spec)))
 
 
 @_operator("backward", 4, D_OUT, Inputs, Saved, Spec, MASK_GRAD)
 def backward_op(d_out, *args) -> Any:
     x, saved, spec, mask_grad = split(args, Inputs, Saved, Spec)
-    run = implementation(spec.backend).backward
+    run = implementation(spec).backward
     grads, _ = run(d_out, None, x, Tangents(), saved, _inner(spec), mask_grad)
     return _absent_as_empty(grads, x.q)
 
@@ -113,7 +113,7 @@ def backward_op(d_out, *args) -> Any:
 )
 def backward_jvp_op(d_out, d_t_out, *args) -> Any:
     x, t, saved, spec, mask_grad = split(args, Inputs, Tangents, Saved, Spec)
-    run = implementation(spec.backend).backward
+    run = implementation(spec).backward
     grads, t_grads = run(d_out, d_t_out, x, t, saved, _inner(spec), mask_grad)
     return _absent_as_empty((*grads, *t_grads), x.q)
 

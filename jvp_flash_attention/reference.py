@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .block_mask import layout_of
 from .call import Band, Inputs, Saved, Spec, Tangents, band, empty_rows
 from .philox import keep_mask
 
@@ -271,7 +272,7 @@ def _outside(rows: slice, x: Inputs, spec: Spec) -> Iterator[Tensor]:
         j = j - _starts(cu_k, n_k + at)
     if x.kv_blocks is not None:
         sizes: Any = spec.block_q, spec.block_k
-        yield ~_listed(x.kv_blocks)[:, :, i.squeeze(-1) // sizes[0]][..., j // sizes[1]]
+        yield ~layout_of(x.kv_blocks)[:, :, i.squeeze(-1) // sizes[0]][..., j // sizes[1]]
     if right is not None:
         yield j > i + right
     if left is not None:
@@ -287,13 +288,6 @@ def _sequences(rows: Tensor, cu: Tensor) -> Tensor:
     """The packed sequence of each row; −1 of those that lie in none."""
     n = torch.bucketize(rows, cu, right=True) - 1
     return n.masked_fill(n == len(cu) - 1, -1)
-
-
-def _listed(blocks: Tensor) -> Tensor:
-    """Lists of blocks (`Blocks`) as bool (b, h, nQ, nK)."""
-    counts, indices = blocks[..., :1], blocks[..., 1:].long()
-    n = torch.arange(indices.shape[-1], device=blocks.device)
-    return torch.zeros_like(indices, dtype=torch.bool).scatter_(-1, indices, n < counts)
 
 
 def _starts(cu: Tensor, n: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch.fx
 from torch import Tensor
 
 from .broadcast import Sizes, together
-from .call import Band, Packed
+from .call import Band, Packed, Spec
 from .errors import ArgumentTypeError, ArgumentValueError
 from .functorch import is_functorch_wrapped_tensor, is_watched
 
@@ -185,6 +185,50 @@ def window(given: Any) -> Band | None:
             f"window must have bounds >= 0, with -1 or None for no bound, got {given!r}"
         )
     return Band(*[None if x == -1 else x for x in pair])
+
+
+def ranges(rows: Any, keys: Any) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
+    """`tangent_rows` and `tangent_keys`: each a pair (start, stop) of ints, or None."""
+    found = []
+    for name, given in (("tangent_rows", rows), ("tangent_keys", keys)):
+        pair = given if isinstance(given, (tuple, list)) else ()
+        kinds = [isinstance(x, int) and not isinstance(x, bool) for x in pair]
+        if given is not None and (len(pair) != 2 or not all(kinds)):
+            raise ArgumentTypeError(
+                f"{name} must be a pair (start, stop) of ints, or None where all have a tangent,"
+                f" got {given!r}"
+            )
+        found.append(None if given is None else tuple(pair))
+    return found[0], found[1]
+
+
+def ranges_fit(ranges: Any, spec: Spec, cu: Packed, L: int, S: int) -> None:
+    """Ranges without a tangent lie inside of the rows, and beside nothing that they do not go
+    with."""
+    sizes = (("tangent_rows", L, spec.block_q), ("tangent_keys", S, spec.block_k))
+    for given, (name, length, block) in zip(ranges, sizes, strict=True):
+        if given is None:
+            continue
+        start, stop = given
+        if not 0 <= start <= stop <= length:
+            raise ArgumentValueError(
+                f"{name} must be (start, stop) with 0 <= start <= stop <= {length}, got {given}"
+            )
+        if cu.cu_q is not None:
+            raise NotImplementedError(
+                f"{name} is not supported beside cu_seqlens, got {given}; leave it out and pass"
+                " tangents that are zero there"
+            )
+        if spec.dropout_p > 0.0:
+            raise NotImplementedError(
+                f"{name} is not supported beside dropout, got {given} and dropout_p ="
+                f" {spec.dropout_p}; leave it out and pass tangents that are zero there"
+            )
+        if block is not None and any(x % block and x != length for x in given):
+            raise NotImplementedError(
+                f"{name} must begin and end where blocks of {block} do beside block_mask, got"
+                f" {given}; round it outward and pass tangents that are zero there"
+            )
 
 
 def packed(given: Any) -> Packed:

@@ -3,7 +3,7 @@
 The four passes over shards are a backend like any other. What differentiates, maps and compiles
 attention (autograd.py, ops.py) calls them and knows of no process. With i counting the shards:
 
-    forward    O, tO, LSE, μ    merged from those of each shard              (merge.py)
+    forward    O, tO, LSE, μ    merged from those of each shard              (../merge.py)
     backward   dQ, dtQ          Σ of those from each shard
                dKᵢ, dVᵢ, ...    Σ over the processes, travelling with the shard
 
@@ -23,9 +23,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .. import api, backends
 from ..call import Inputs, Saved, Spec, Tangents, is_default
+from ..merge import merge, nothing, wide
 from . import rules
 from .exchange import Packed, agree, pass_on, rotate
-from .merge import merge, nothing, wide
 from .sharding import Block, block, shard_lengths
 
 
@@ -241,7 +241,7 @@ def attend(
     q, t_q = (_part(y, found.rows) for y in (q, t_q))
     k, v, mask, t_k, t_v = (_part(y, found.keys) for y in shards)
     t = Tangents(t_q, t_k, t_v) if jvp else None
-    return backends.implementation(spec.backend).forward(Inputs(q, k, v, _column(mask)), t, spec)
+    return backends.implementation(spec).forward(Inputs(q, k, v, _column(mask)), t, spec)
 
 
 def differentiate(
@@ -253,7 +253,7 @@ def differentiate(
     k, v, mask, t_k, t_v = (_part(y, found.keys) for y in shards)
     x, t = Inputs(q, k, v, _column(mask)), Tangents(t_q, t_k, t_v)
     saved = Saved(*(_part(y, found.rows) for y in saved))
-    run = backends.implementation(spec.backend).backward
+    run = backends.implementation(spec).backward
     d, d_t = run(d_out, d_t_out, x, t, saved, spec, False)
     return d.q, d_t.q, d.k, d.v, d_t.k, d_t.v
 

@@ -7,7 +7,7 @@ whoever differentiates further comes back to the kernels here.
 import torch
 from torch import Tensor
 
-from ..call import Inputs, Saved, Spec, Tangents, empty_rows, is_default, row_strides
+from ..call import Inputs, Saved, Spec, Tangents, is_default, laid_out
 from ..functorch import cudnn_attention, cudnn_attention_backward
 from .problem import architecture
 
@@ -61,7 +61,7 @@ def _is_readable(x: Tensor) -> bool:
 def forward(x: Inputs, spec: Spec) -> Saved:
     """O and LSE."""
     out, lse, *_ = cudnn_attention(*x[:3], None, True, 0.0, spec.causal, False, scale=spec.scale)
-    return Saved(_laid_out(out, x.q, spec), lse.squeeze(-1))
+    return Saved(laid_out(out, x.q, spec), lse.squeeze(-1))
 
 
 def backward(d_out: Tensor, x: Inputs, saved: Saved, spec: Spec) -> Tangents:
@@ -72,11 +72,4 @@ def backward(d_out: Tensor, x: Inputs, saved: Saved, spec: Spec) -> Tangents:
         d_out, q, k, v, saved.out, saved.lse.unsqueeze(-1), unused, unused, None, None, None,
         q.shape[2], k.shape[2], 0.0, spec.causal, scale=spec.scale,
     )  # fmt: skip
-    return Tangents(*map(_laid_out, grads, (q, k, v), (spec,) * 3))
-
-
-def _laid_out(result: Tensor, x: Tensor, spec: Spec) -> Tensor:
-    """A result with the strides that ours has beside x, which it has already as a rule."""
-    if result.stride() == row_strides(x, result.shape[3], spec):
-        return result
-    return empty_rows(x, result.shape[3], spec).copy_(result)
+    return Tangents(*map(laid_out, grads, (q, k, v), (spec,) * 3))

@@ -44,24 +44,34 @@ FORCED = (None, "cudnn", "sm90", "portable")
 NOTHING = Tangents()
 
 
-def forward(x: Inputs, t: Tangents | None, spec: Spec, *, force: str | None = None) -> Saved:
+def forward(
+    x: Inputs,
+    t: Tangents | None,
+    spec: Spec,
+    *,
+    force: str | None = None,
+    into: tuple[Tensor, Tensor | None] | None = None,
+) -> Saved:
     """O and LSE; with tangents, of which an absent one is zero, tO and μ too.
 
     `force`, for tests and tuning, names the implementation of every pass that it has; it supports
-    the call or raises.
+    the call or raises. `into` are tensors for O and tO, which may be rows of larger ones.
     """
     if t is None and force in (None, "cudnn") and cudnn.pays(x, spec):
         x = _readable(x)
         if cudnn.supports(x, spec):
-            return cudnn.forward(x, spec)
-    given = (*x, *(NOTHING if t is None else t))
+            saved = cudnn.forward(x, spec)
+            return saved if into is None else saved._replace(out=into[0].copy_(saved.out))
+    given = (*x, *(NOTHING if t is None else t), *(into or ()))
     key = launch_cache.key(("forward", t is None, spec, force, _tf32(x)), given)
     results = launch_cache.replay(key, given)
     if results is not None:
-        return Saved(*results)
-    c = _forward_call(_readable(x), t, spec)
+        return _with(Saved(*results), into)
+    c = _forward_call(_readable(x), t, spec, into)
     launches = partial(_launches, c, spec, force)
-    launch_cache.record(key, given, (*c.x, *c.t), c.saved, launches)
+    read = (*c.x, *c.t, *(into or ()))
+    results = c.saved if into is None else _with(c.saved, (None, None))
+    launch_cache.record(key, given, read, results, launches)
     return c.saved
 
 
@@ -164,12 +174,19 @@ def choose(name: str, p: Problem, c: Call, force: str | None = None) -> Any:
     raise NotImplementedError(f"{name}: none of {PASSES[name]} supports {p}")
 
 
-def _forward_call(x: Inputs, t: Tangents | None, spec: Spec) -> Call:
+def _with(saved: Saved, into: Any) -> Saved:
+    """With these for O and tO, where they are given."""
+    return saved if into is None else saved._replace(out=into[0], t_out=into[1])
+
+
+def _forward_call(x: Inputs, t: Tangents | None, spec: Spec, into: Any = None) -> Call:
     jvp = t is not None
     pair = x.mask is not None and x.mask.dtype != torch.bool  # m and log l apart
-    out, lse = empty_rows(x.q, x.v.shape[3], spec), _row_vector(x.q, *[2] * pair)
-    mu = _row_vector(x.q) if jvp else None
-    saved = Saved(out, lse, torch.empty_like(out) if jvp else None, mu)
+    lse, mu = _row_vector(x.q, *[2] * pair), _row_vector(x.q) if jvp else None
+    if into is None:
+        out = empty_rows(x.q, x.v.shape[3], spec)
+        into = out, torch.empty_like(out) if jvp else None
+    saved = Saved(into[0], lse, into[1], mu)
     return Call(_inputs(x), _tangents(t) if t is not None else NOTHING, saved)
 
 

@@ -4,7 +4,7 @@
     O  ← O + w ΔO                          LSE ← log(exp LSE + exp LSEᵢ)
     tO ← tO + w ΔtO + w (1 − w) δ ΔO       μ ← μ + w δ
 
-Where it comes from is in distributed/merge.py, which computes the same in plain PyTorch. Sums are
+Where it comes from is in ../merge.py, which computes the same in plain PyTorch. Sums are
 float32; the result is stored in any type, in place where that is the type of the total.
 """
 

@@ -5,9 +5,9 @@ import torch
 
 from jvp_flash_attention import kernels, reference
 from jvp_flash_attention.call import Saved, Tangents
-from jvp_flash_attention.distributed.merge import merge, nothing
 from jvp_flash_attention.distributed.ring import attend, differentiate
 from jvp_flash_attention.distributed.sharding import block, pieces
+from jvp_flash_attention.merge import merge, nothing
 from tests import tolerances
 from tests.cases import Case, build, relative
 

@@ -1,23 +1,23 @@
-"""Attention over shards of the keys, put together.
+"""Attention over parts of the keys, put together.
 
-With the results of each shard i on its own,
+With the results of each part i on its own,
 
     LSE = log Σ exp(LSEᵢ)         wᵢ = exp(LSEᵢ − LSE)
     O   = Σ wᵢ Oᵢ                 μ  = Σ wᵢ μᵢ
     tO  = Σ wᵢ (tOᵢ + (μᵢ − μ) Oᵢ)
 
-One after the other, with w = wᵢ of the new shard and δ = μᵢ − μ, ΔO = Oᵢ − O, ΔtO = tOᵢ − tO:
+One after the other, with w = wᵢ of the new part and δ = μᵢ − μ, ΔO = Oᵢ − O, ΔtO = tOᵢ − tO:
 
     O ← O + w ΔO        μ ← μ + w δ        tO ← tO + w ΔtO + w (1 − w) δ ΔO
 
-A row that sees nothing of a shard has LSEᵢ = −inf there, hence w = 0; one that has seen nothing
+A row that sees nothing of a part has LSEᵢ = −inf there, hence w = 0; one that has seen nothing
 before has w = 1; one that sees nothing at all keeps O = tO = μ = 0 and LSE = −inf.
 """
 
 import torch
 from torch import Tensor
 
-from ..call import Saved
+from .call import Saved
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -39,7 +39,7 @@ def merge(total: Saved, part: Saved, rows: slice, dtype: torch.dtype, backend: s
     """`total`, which may be overwritten, with `part`, which is of its rows from `rows.start` on and
     of other keys. O and tO are in `dtype`; on the way they are `wide`."""
     if backend == "triton":
-        from ..kernels.merge import merge as fused
+        from .kernels.merge import merge as fused
 
         return fused(total, part, rows.start or 0, dtype)
     out, lse, t_out, mu = total
