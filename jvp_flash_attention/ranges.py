@@ -61,15 +61,11 @@ def forward(x: Inputs, t: Tangents | None, spec: Spec) -> Saved:
         return _merged(calls[0], x, t, spec)
     out = empty_rows(x.q, x.v.shape[3], spec)
     t_out = torch.empty_like(out)
-    lse: Any = None
-    mu: Any = None
-    for parts in calls:
-        rows = parts[0].rows
-        found = _merged(parts, x, t, spec, (out[:, :, rows], t_out[:, :, rows]))
-        if lse is None:
-            lse = found.lse.new_empty(*x.q.shape[:3], *found.lse.shape[3:])
-            mu = found.lse.new_empty(x.q.shape[:3])
-        lse[:, :, rows], mu[:, :, rows] = found.lse, found.mu
+    found = [
+        _merged(parts, x, t, spec, (_rows(out, parts[0]), _rows(t_out, parts[0])))
+        for parts in calls
+    ]
+    lse, mu = (torch.cat(y, 2) for y in zip(*[(y.lse, y.mu) for y in found], strict=True))
     return Saved(out, lse, t_out, mu)
 
 
@@ -88,7 +84,7 @@ def backward(
     if d_t_out is None:
         return run(d_out, None, x, Tangents(), Saved(*saved[:2]), inner, mask_grad)
     t, split = _read(x, t, spec)
-    calls = _calls(x, spec, split)
+    calls = [[y for part in parts for y in _squared(part)] for parts in _calls(x, spec, split)]
     first, second = (_zeros(x, spec, mask_grad, len(calls)) for _ in range(2))
     for parts in calls:
         of_rows = []
@@ -96,7 +92,7 @@ def backward(
             if d_out is None and not part.t_rows:
                 continue
             x_i, t_i = _inputs(x, part), _tangents(t, part)
-            if part.spec.sharded and t_i.q is None and t_i.k is None:
+            if part.t_rows and t.k is not None and t_i.q is None and t_i.k is None:
                 t_i = t_i._replace(q=torch.zeros_like(x_i.q))  # tS is 0, but tS − μ is not
             d_o, d_t_o = (_rows(y, part) for y in (d_out, d_t_out if part.t_rows else None))
             saved_i = _saved(saved, part)
@@ -176,6 +172,21 @@ def _part(start: int, stop: int, first: int, last: int, t_keys: bool, spec: Spec
         inner = inner._replace(causal=False, left=None, right=None)
         inner = banded(inner, Band(left, right), stop - start, last - first)
     return Part(slice(start, stop), slice(first, last), inner, False, t_keys)
+
+
+def _squared(part: Part) -> list[Part]:
+    """A part of which all rows see some first keys and from there on it is causal, as two: more
+    kernels support those, and none is compiled for where the diagonal begins. Gradients of parts
+    need no merging."""
+    bound, keys = band(part.spec), part.keys
+    at = keys.start + (bound.right or 0)
+    if bound.left is not None or not keys.start < at < keys.stop:
+        return [part]
+    whole = part.spec._replace(right=None, sharded=True)
+    return [
+        part._replace(keys=slice(keys.start, at), spec=whole),
+        part._replace(keys=slice(at, keys.stop), spec=whole._replace(causal=True)),
+    ]
 
 
 def _merged(parts: list[Part], x: Inputs, t: Tangents, spec: Spec, into: Any = None) -> Saved:
