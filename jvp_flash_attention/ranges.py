@@ -96,7 +96,8 @@ def backward(
                 t_i = t_i._replace(q=torch.zeros_like(x_i.q))  # tS is 0, but tS − μ is not
             d_o, d_t_o = (_rows(y, part) for y in (d_out, d_t_out if part.t_rows else None))
             saved_i = _saved(saved, part)
-            d, d_t = run(d_o, d_t_o, x_i, t_i, saved_i, part.spec, mask_grad)
+            spec_i = part.spec._replace(sharded=len(parts) > 1)
+            d, d_t = run(d_o, d_t_o, x_i, t_i, saved_i, spec_i, mask_grad)
             of_rows.append((d.q, d_t.q))
             _add(first, d, part)
             _add(second, d_t, part)
@@ -142,8 +143,7 @@ def _calls(x: Inputs, spec: Spec, split: bool) -> list[list[Part]]:
         seen = [y for y in (_seen(start, stop, *piece, spec) for piece in pieces) if y is not None]
         if not seen:  # one key, and it is hidden
             seen = [_part(start, stop, 0, min(1, S), True, spec)]
-        more = {"sharded": len(seen) > 1}
-        found.append([y._replace(t_rows=t_rows, spec=y.spec._replace(**more)) for y in seen])
+        found.append([y._replace(t_rows=t_rows) for y in seen])
     return found
 
 
@@ -182,7 +182,7 @@ def _squared(part: Part) -> list[Part]:
     at = keys.start + (bound.right or 0)
     if bound.left is not None or not keys.start < at < keys.stop:
         return [part]
-    whole = part.spec._replace(right=None, sharded=True)
+    whole = part.spec._replace(right=None)
     return [
         part._replace(keys=slice(keys.start, at), spec=whole),
         part._replace(keys=slice(at, keys.stop), spec=whole._replace(causal=True)),
