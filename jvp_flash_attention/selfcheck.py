@@ -240,6 +240,30 @@ def _compiled(step, inputs: Inputs, exact: Inputs) -> float:
     return error(torch.autograd.grad(run(weight), weight), expected)
 
 
+def _ranges(inputs: Inputs, exact: Inputs) -> float:
+    """Rows and keys without a tangent: O, tO and the gradients of both."""
+    (rows, keys), at = ((1, 4), (2, 5)), tuple(range(6))
+
+    def inside(n: int, start: int, stop: int, like: Tensor) -> Tensor:
+        i = torch.arange(n, device=like.device).unsqueeze(-1)
+        return ((i >= start) & (i < stop)).to(like.dtype)
+
+    def theirs(q, k, v, t_q, t_k, t_v):
+        kept = inside(6, *keys, k)
+        out, t_out = jvp(dense, (q, k, v), (t_q, t_k * kept, t_v * kept))
+        return out, t_out * inside(5, *rows, q)
+
+    def ours(*x):
+        return attention_jvp(*x, enable_gqa=True, tangent_rows=rows, tangent_keys=keys)
+
+    def all_of(i: Inputs, f):
+        x = (*i.all[:3], *i.tangents[:3])
+        loss = lambda *x: sum((y * d).sum() for y, d in zip(f(*x), (i.d_out, i.d_t_out)))  # noqa: B905, E731
+        return [*f(*x), *grad(loss, at)(*x)]
+
+    return error(all_of(inputs, ours), all_of(exact, theirs))
+
+
 def _autocast(inputs: Inputs, exact: Inputs, device: str) -> float:
     narrow = [x.float() for x in inputs.all]
     with torch.autocast(device, torch.bfloat16):
@@ -263,6 +287,7 @@ def check(device: str) -> Iterable[tuple[str, str]]:
 
     for name, compose in COMPOSITIONS.items():
         yield name, verdict(lambda c=compose: error(c(inputs, ours), c(exact, dense)))
+    yield "rows and keys without a tangent", verdict(lambda: _ranges(inputs, exact))
     yield "autocast", verdict(lambda: _autocast(inputs, exact, device), 2e-2)
     for name, step in COMPILED.items():
         yield name, verdict(lambda s=step: _compiled(s, inputs, exact))
