@@ -32,7 +32,8 @@ ROOT = Path(__file__).parents[1]
 PATHS = ("hydra.run.dir=", "data.path=", "runs=")  # arguments that say something of a machine only
 RATIO_TITLES = ("tokens, head dim 64, eager", "images/s", "peak memory")
 LOSS_TITLES = (
-    "run, 3 seeds",
+    "run",
+    "seeds",
     "final error, jvp − sdpa",
     "90 % interval",
     "margin: 1 std of a seed",
@@ -278,6 +279,7 @@ def summary(results: dict[Path, dict[str, Any]]) -> str:
         rows.append(
             [
                 f"[{result['title']}](docs/results/{path.name})",
+                str(test["n"]),
                 f"{test['mean'] * percent:+.1f} %",
                 f"{test['low'] * percent:+.1f} to {test['high'] * percent:+.1f} %",
                 f"±{test['margin'] * percent:.1f} %",
