@@ -1,5 +1,6 @@
 """Which algorithm of cuBLASLt is taken, with a stand-in for the library. Products: test_mlp.py."""
 
+import ctypes
 from types import SimpleNamespace
 
 import pytest
@@ -7,12 +8,13 @@ import torch
 
 from training.kernels import cublaslt
 
-FAILED, IN_PARTS, BROKEN, SLOW, FAST = range(5)  # what the stand-in offers
-MS = {SLOW: 2.0, FAST: 1.0}
+FAILED, IN_PARTS, BROKEN, SLOW, FAST, OTHER_BITS = range(6)  # what the stand-in offers
+MS = {SLOW: 2.0, FAST: 1.0, OTHER_BITS: 0.5}
+ROWS, COLUMNS, INNER = 4, 16, 8
 
 
 class Library(cublaslt._Library):
-    """It writes no result. ``started`` are the algorithms that it was asked to run."""
+    """It writes zeros, or ones. ``started`` are the algorithms that it was asked to run."""
 
     def __init__(self):
         self.started, self.attributes = [], {}
@@ -32,11 +34,11 @@ class Library(cublaslt._Library):
 
     def heuristic(self, *args):
         *_, most, candidates, found = args
-        found._obj.value = 5
-        for i in range(5):
+        found._obj.value = 6
+        for i in range(6):
             candidates[i].algorithm[0] = i
             candidates[i].status = 15 if i == FAILED else 0
-        assert most >= 5
+        assert most >= 6
         return 0
 
     def splits(self, algorithm, which, value, size, written):
@@ -48,6 +50,8 @@ class Library(cublaslt._Library):
     def matmul(self, *args):
         algorithm = args[-4]._obj.algorithm[0]
         self.started.append(algorithm)
+        out = (ctypes.c_float * (ROWS * COLUMNS)).from_address(args[10].value)
+        out[:] = [float(algorithm == OTHER_BITS)] * len(out)
         return 13 if algorithm == BROKEN else 0
 
 
@@ -71,11 +75,12 @@ def library(monkeypatch):
 
 
 def product(library):
-    return cublaslt._Product(library, 4, 16, 8, torch.bfloat16, False, True)
+    return cublaslt._Product(library, ROWS, COLUMNS, INNER, torch.bfloat16, False, True)
 
 
 def run(product):
-    x, A, a, z = torch.randn(4, 8), torch.randn(16, 8), torch.randn(16), torch.randn(4, 16)
+    x, A, a = torch.randn(ROWS, INNER), torch.randn(COLUMNS, INNER), torch.randn(COLUMNS)
+    z = torch.randn(ROWS, COLUMNS)
     product.run(x, A, torch.empty_like(z), z, a)
     attributes = product.library.attributes
     assert attributes[cublaslt._AUX] == z.data_ptr()
@@ -83,10 +88,11 @@ def run(product):
     return product.library.started
 
 
-def test_the_fastest_that_runs_and_sums_in_one_piece_is_taken(library):
+def test_the_fastest_that_runs_and_gives_the_bits_of_the_first_is_taken(library):
     chosen = product(library)
-    assert chosen.choices == [BROKEN, SLOW, FAST]
+    assert chosen.choices == [BROKEN, SLOW, FAST, OTHER_BITS]
     assert run(chosen)[-1] == FAST
+    assert OTHER_BITS in library.started
     library.started.clear()
     assert run(chosen) == [FAST]  # and kept
 

