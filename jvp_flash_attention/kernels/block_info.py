@@ -196,21 +196,3 @@ def is_valid(i, j, S, LEFT: tl.constexpr, RIGHT: tl.constexpr, shift=0):
     if LEFT is not None or RIGHT is not None:
         valid = valid & in_band(i + shift, j, LEFT, RIGHT)
     return valid
-
-
-@triton.jit
-def square_key_tiles(tile, S, BLOCK: tl.constexpr, RIGHT: tl.constexpr):
-    """How many tiles of keys a tile of as many queries sees; RIGHT is 0 or None."""
-    n = (S + BLOCK - 1) // BLOCK
-    if RIGHT is not None:
-        n = min(n, tile + 1)
-    return n
-
-
-@triton.jit
-def square_first_query_tile(tile, RIGHT: tl.constexpr):
-    """The first tile of queries that sees a tile of as many keys; RIGHT is 0 or None."""
-    first = 0
-    if RIGHT is not None:
-        first = tile
-    return first

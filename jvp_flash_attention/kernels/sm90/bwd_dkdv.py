@@ -34,11 +34,11 @@ from .primitives import (
     advance,
     allocate_stages,
     first_row,
+    is_in_band,
     keep_alive,
     matrix,
-    not_future,
+    query_tiles,
     smem_tile,
-    square_first_query_tile,
     store,
     work_item,
     work_items,
@@ -48,7 +48,8 @@ from .primitives import (
 @gluon.jit
 def _producer(
     queries, keys, buffers, bars, L, Hk, tiles, items,
-    BLOCK_M: gl.constexpr, STAGES_Q: gl.constexpr, GROUP: gl.constexpr, CAUSAL: gl.constexpr,
+    BLOCK_M: gl.constexpr, STAGES_Q: gl.constexpr, GROUP: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
     """The warp that fetches. queries: Q, tQ, dtO, dO; keys: K, tK, V, tV."""
     q, t_q, d_o, d_t_o, k, t_k, v, t_v = buffers
@@ -56,14 +57,14 @@ def _producer(
     slot = 0
     phase = 1
     k_phase = 1
-    for e in range(work_items(items, CAUSAL)):
-        b, hk, tile = work_item(e, tiles, Hk, CAUSAL)
+    for e in range(work_items(items, PAIRS)):
+        b, hk, tile = work_item(e, tiles, Hk, PAIRS)
         at = [b, hk, tile * ROWS, 0]
         fetch(keys, (k, t_k, v, t_v), k_ready, k_free, at, 0, k_phase)
         k_phase ^= 1
-        first = square_first_query_tile(tile, 0 if CAUSAL else None)
+        first, end = query_tiles(tile, L, BLOCK_M, LEFT, RIGHT)
         for h in range(hk * GROUP, (hk + 1) * GROUP):
-            for j in range(first, (L + BLOCK_M - 1) // BLOCK_M):
+            for j in range(first, end):
                 at = [b, h, j * BLOCK_M, 0]
                 fetch(queries, (q, t_q, d_t_o, d_o), q_ready, q_free, at, slot, phase)
                 slot, phase = advance(slot, phase, 1, STAGES_Q)
@@ -73,7 +74,7 @@ def _producer(
 def _values(
     D_V, D_T_V, STATISTICS, buffers, bars, p_tile, r_tile, scale, L, Hk, tiles, items,
     D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES_Q: gl.constexpr, GROUP: gl.constexpr,
-    HAS_D_O: gl.constexpr, CAUSAL: gl.constexpr,
+    HAS_D_O: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
     """The warpgroup of S, tS, dV and dtV. STATISTICS: by head four rows, LSE in base 2, μ, h and w,
     padded with LSE = inf, hence P = 0."""
@@ -93,17 +94,17 @@ def _values(
     phase = 0
     k_phase = 0
     p_phase = 1
-    for e in range(work_items(items, CAUSAL)):
-        b, hk, tile = work_item(e, tiles, Hk, CAUSAL)
+    for e in range(work_items(items, PAIRS)):
+        b, hk, tile = work_item(e, tiles, Hk, PAIRS)
         d_v = gl.zeros([ROWS, D], gl.float32, D_L)
         d_t_v = gl.zeros([ROWS, D], gl.float32, D_L)
         k = matrix(k_buffers, 0, ROWS, D)
         t_k = matrix(t_k_buffers, 0, ROWS, D)
         mbarrier.wait(k_ready.index(0), k_phase)
-        first = square_first_query_tile(tile, 0 if CAUSAL else None)
+        first, end = query_tiles(tile, L, BLOCK_M, LEFT, RIGHT)
         for h in range(hk * GROUP, (hk + 1) * GROUP):
             row = STATISTICS + first_row(b, h, Hk * GROUP, 4) * padded
-            for j in range(first, (L + BLOCK_M - 1) // BLOCK_M):
+            for j in range(first, end):
                 i = j * BLOCK_M + gl.arange(0, BLOCK_M, layout=QUERY)
                 lse = gl.load(row + i)
                 q = matrix(q_buffers, slot, BLOCK_M, D)
@@ -119,8 +120,8 @@ def _values(
                 mu = gl.load(row + padded + i)
                 t_s = warpgroup_mma_wait(0, deps=[t_s])
                 r = p * (t_s * scale - gl.expand_dims(mu, 0))
-                if CAUSAL:
-                    valid = not_future(tile * ROWS, j * BLOCK_M, BLOCK_M, S_L)
+                if LEFT is not None or RIGHT is not None:
+                    valid = is_in_band(tile * ROWS, j * BLOCK_M, BLOCK_M, S_L, LEFT, RIGHT)
                     p = gl.where(valid, p, 0.0)
                     r = gl.where(valid, r, 0.0)
                 store_p(p, r, p_tile, r_tile, p_ready, p_free, p_phase)
@@ -153,7 +154,7 @@ def _values(
 def _keys(
     D_K, D_T_K, STATISTICS, buffers, bars, p_tile, r_tile, scale, L, Hk, tiles, items,
     D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES_Q: gl.constexpr, GROUP: gl.constexpr,
-    HAS_D_O: gl.constexpr, CAUSAL: gl.constexpr,
+    HAS_D_O: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
     """The warpgroup of Hm, G, dK and dtK."""
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
@@ -171,17 +172,17 @@ def _keys(
     phase = 0
     k_phase = 0
     p_phase = 0
-    for e in range(work_items(items, CAUSAL)):
-        b, hk, tile = work_item(e, tiles, Hk, CAUSAL)
+    for e in range(work_items(items, PAIRS)):
+        b, hk, tile = work_item(e, tiles, Hk, PAIRS)
         d_k = gl.zeros([ROWS, D], gl.float32, D_L)
         d_t_k = gl.zeros([ROWS, D], gl.float32, D_L)
         v = matrix(v_buffers, 0, ROWS, D)
         t_v = matrix(t_v_buffers, 0, ROWS, D)
         mbarrier.wait(k_ready.index(0), k_phase)
-        first = square_first_query_tile(tile, 0 if CAUSAL else None)
+        first, end = query_tiles(tile, L, BLOCK_M, LEFT, RIGHT)
         for h in range(hk * GROUP, (hk + 1) * GROUP):
             row = STATISTICS + first_row(b, h, Hk * GROUP, 4) * padded
-            for j in range(first, (L + BLOCK_M - 1) // BLOCK_M):
+            for j in range(first, end):
                 i = j * BLOCK_M + gl.arange(0, BLOCK_M, layout=QUERY)
                 h_sum = gl.load(row + 2 * padded + i)
                 q = matrix(q_buffers, slot, BLOCK_M, D)
@@ -202,8 +203,8 @@ def _keys(
                 g = g - gl.expand_dims(w, 0)
                 d_t_s, d_s = load_p(h_m, g, p_tile, r_tile, p_ready, p_free, p_phase, S_L)
                 p_phase ^= 1
-                if CAUSAL:
-                    valid = not_future(tile * ROWS, j * BLOCK_M, BLOCK_M, S_L)
+                if LEFT is not None or RIGHT is not None:
+                    valid = is_in_band(tile * ROWS, j * BLOCK_M, BLOCK_M, S_L, LEFT, RIGHT)
                     d_t_s = gl.where(valid, d_t_s, 0.0)
                     d_s = gl.where(valid, d_s, 0.0)
                 d_k, d_t_k = add_products(d_s, d_t_s, q, t_q, d_k, d_t_k, P_L)
@@ -225,7 +226,7 @@ def bwd_dkdv_jvp_kernel(
     Q, K, V, T_Q, T_K, T_V, D_O, D_T_O, STATISTICS, D_K, D_T_K, D_V, D_T_V,
     scale, L, Hk, tiles, items,
     GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES_Q: gl.constexpr,
-    CAUSAL: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
     """STAGES_Q tiles of queries in flight, one set of keys; dO may be absent."""
     HAS_D_O: gl.constexpr = D_O is not None
@@ -248,17 +249,17 @@ def bwd_dkdv_jvp_kernel(
             (
                 _values,
                 (D_V, D_T_V, STATISTICS, buffers, bars, p_tile, r_tile, scale, L, Hk, tiles, items,
-                 D, BLOCK_M, STAGES_Q, GROUP, HAS_D_O, CAUSAL),
+                 D, BLOCK_M, STAGES_Q, GROUP, HAS_D_O, LEFT, RIGHT, PAIRS),
             ),
             (
                 _keys,
                 (D_K, D_T_K, STATISTICS, buffers, bars, p_tile, r_tile, scale, L, Hk, tiles, items,
-                 D, BLOCK_M, STAGES_Q, GROUP, HAS_D_O, CAUSAL),
+                 D, BLOCK_M, STAGES_Q, GROUP, HAS_D_O, LEFT, RIGHT, PAIRS),
             ),
             (
                 _producer,
                 ((Q, T_Q, D_T_O, D_O), (K, T_K, V, T_V), buffers, bars, L, Hk, tiles, items,
-                 BLOCK_M, STAGES_Q, GROUP, CAUSAL),
+                 BLOCK_M, STAGES_Q, GROUP, LEFT, RIGHT, PAIRS),
             ),
         ],
         [4, 1],

@@ -42,10 +42,11 @@ from .primitives import (
     allocate_stages,
     declare_flag,
     first_row,
+    is_crossed,
     is_valid,
+    key_tiles,
     matrix,
     smem_tile,
-    square_key_tiles,
     store,
     work_item,
     work_items,
@@ -55,7 +56,8 @@ from .primitives import (
 @gluon.jit
 def _producer(
     queries, keys, buffers, bars, S, H, tiles, items,
-    BLOCK_N: gl.constexpr, STAGES_K: gl.constexpr, GROUP: gl.constexpr, CAUSAL: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES_K: gl.constexpr, GROUP: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
     """The warp that fetches. queries: Q, tQ, dtO, dO; keys: K, tK, V, tV."""
     q, t_q, d_o, d_t_o, k, t_k, v, t_v = buffers
@@ -63,12 +65,13 @@ def _producer(
     slot = 0
     phase = 1
     q_phase = 1
-    for e in range(work_items(items, CAUSAL)):
-        b, h, tile = work_item(e, tiles, H, CAUSAL)
+    for e in range(work_items(items, PAIRS)):
+        b, h, tile = work_item(e, tiles, H, PAIRS)
         at = [b, h, tile * ROWS, 0]
         fetch(queries, (q, t_q, d_t_o, d_o), q_ready, q_free, at, 0, q_phase)
         q_phase ^= 1
-        for j in range(square_key_tiles(tile, S, BLOCK_N, 0 if CAUSAL else None)):
+        first, end = key_tiles(tile, S, BLOCK_N, LEFT, RIGHT)
+        for j in range(first, end):
             at = [b, h // GROUP, j * BLOCK_N, 0]
             fetch(keys, (k, t_k, v, t_v), k_ready, k_free, at, slot, phase)
             slot, phase = advance(slot, phase, 1, STAGES_K)
@@ -77,8 +80,8 @@ def _producer(
 @gluon.jit
 def _scores(
     STATISTICS, buffers, bars, p_tile, r_tile, scale, L, S, H, tiles, items,
-    D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES_K: gl.constexpr, CAUSAL: gl.constexpr,
-    EDGE: gl.constexpr,
+    D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES_K: gl.constexpr, LEFT: gl.constexpr,
+    RIGHT: gl.constexpr, PAIRS: gl.constexpr, EDGE: gl.constexpr,
 ):  # fmt: skip
     """The warpgroup of S and tS."""
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -91,14 +94,14 @@ def _scores(
     q_ready, q_free, k_ready, k_free, p_ready, p_free = bars
     scale2 = scale * LOG2E
     padded = (L + ROWS - 1) // ROWS * ROWS
-    if CAUSAL:
+    if LEFT is not None or RIGHT is not None:
         declare_flag("spoiled")
     slot = 0
     phase = 0
     q_phase = 0
     p_phase = 1
-    for e in range(work_items(items, CAUSAL)):
-        b, h, tile = work_item(e, tiles, H, CAUSAL)
+    for e in range(work_items(items, PAIRS)):
+        b, h, tile = work_item(e, tiles, H, PAIRS)
         row = STATISTICS + first_row(b, h, H, 4) * padded + tile * ROWS
         i = gl.arange(0, ROWS, layout=ROW)
         lse = gl.load(row + i)
@@ -106,7 +109,8 @@ def _scores(
         q = matrix(q_buffers, 0, ROWS, D)
         t_q = matrix(t_q_buffers, 0, ROWS, D)
         mbarrier.wait(q_ready.index(0), q_phase)
-        for j in range(square_key_tiles(tile, S, BLOCK_N, 0 if CAUSAL else None)):
+        first, end = key_tiles(tile, S, BLOCK_N, LEFT, RIGHT)
+        for j in range(first, end):
             k = matrix(k_buffers, slot, BLOCK_N, D)
             t_k = matrix(t_k_buffers, slot, BLOCK_N, D)
             zero = gl.zeros([ROWS, BLOCK_N], gl.float32, S_L)
@@ -117,17 +121,16 @@ def _scores(
             s = warpgroup_mma_wait(2, deps=[s])
             p = gl.exp2(s * scale2 - gl.expand_dims(lse, 1))
             t_s = warpgroup_mma_wait(0, deps=[t_s])
-            if CAUSAL:
-                if j == tile:  # rows before a key do not feel it, whatever it holds
+            if LEFT is not None or RIGHT is not None:
+                # rows that do not see a key do not feel it, whatever it holds
+                if is_crossed(tile * ROWS, j * BLOCK_N, BLOCK_N, LEFT, RIGHT):
                     if any_not_finite(s, t_s, BLOCK_N):
                         make_finite(k, K_L)
                         make_finite(t_k, K_L)
             mbarrier.arrive(k_free.index(slot), count=1)
             r = p * (t_s * scale - gl.expand_dims(mu, 1))
             if EDGE:
-                valid = is_valid(
-                    tile * ROWS, j * BLOCK_N, S, BLOCK_N, S_L, None, 0 if CAUSAL else None
-                )
+                valid = is_valid(tile * ROWS, j * BLOCK_N, S, BLOCK_N, S_L, LEFT, RIGHT)
                 p = gl.where(valid, p, 0.0)
                 r = gl.where(valid, r, 0.0)
             store_p(p, r, p_tile, r_tile, p_ready, p_free, p_phase)
@@ -141,7 +144,7 @@ def _scores(
 def _gradients(
     D_Q, D_T_Q, STATISTICS, buffers, bars, p_tile, r_tile, scale, L, S, H, tiles, items,
     D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES_K: gl.constexpr, HAS_D_O: gl.constexpr,
-    CAUSAL: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
     """The warpgroup of Hm, G, dQ and dtQ."""
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -159,8 +162,8 @@ def _gradients(
     phase = 0
     q_phase = 0
     p_phase = 0
-    for e in range(work_items(items, CAUSAL)):
-        b, h, tile = work_item(e, tiles, H, CAUSAL)
+    for e in range(work_items(items, PAIRS)):
+        b, h, tile = work_item(e, tiles, H, PAIRS)
         row = STATISTICS + first_row(b, h, H, 4) * padded + tile * ROWS
         i = gl.arange(0, ROWS, layout=ROW)
         h_sum = gl.load(row + 2 * padded + i)
@@ -171,7 +174,8 @@ def _gradients(
             d_o = matrix(d_o_buffers, 0, ROWS, D)
         d_t_o = matrix(d_t_o_buffers, 0, ROWS, D)
         mbarrier.wait(q_ready.index(0), q_phase)
-        for j in range(square_key_tiles(tile, S, BLOCK_N, 0 if CAUSAL else None)):
+        first, end = key_tiles(tile, S, BLOCK_N, LEFT, RIGHT)
+        for j in range(first, end):
             k = matrix(k_buffers, slot, BLOCK_N, D)
             t_k = matrix(t_k_buffers, slot, BLOCK_N, D)
             v_t = matrix(v_buffers, slot, BLOCK_N, D).permute((1, 0))
@@ -187,10 +191,8 @@ def _gradients(
             g = g - gl.expand_dims(w, 1)
             d_t_s, d_s = load_p(h_m, g, p_tile, r_tile, p_ready, p_free, p_phase, S_L)
             p_phase ^= 1
-            if CAUSAL:
-                valid = is_valid(
-                    tile * ROWS, j * BLOCK_N, S, BLOCK_N, S_L, None, 0 if CAUSAL else None
-                )
+            if LEFT is not None or RIGHT is not None:
+                valid = is_valid(tile * ROWS, j * BLOCK_N, S, BLOCK_N, S_L, LEFT, RIGHT)
                 d_t_s = gl.where(valid, d_t_s, 0.0)
                 d_s = gl.where(valid, d_s, 0.0)
             d_q, d_t_q = add_products(d_s, d_t_s, k, t_k, d_q, d_t_q, P_L)
@@ -215,7 +217,7 @@ def bwd_dq_jvp_kernel(
     Q, K, V, T_Q, T_K, T_V, D_O, D_T_O, STATISTICS, D_Q, D_T_Q,
     scale, L, S, H, tiles, items,
     GROUP: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES_K: gl.constexpr,
-    CAUSAL: gl.constexpr, EDGE: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, PAIRS: gl.constexpr, EDGE: gl.constexpr,
 ):  # fmt: skip
     """STAGES_K tiles of keys in flight, one set of queries; dO may be absent."""
     HAS_D_O: gl.constexpr = D_O is not None
@@ -238,17 +240,17 @@ def bwd_dq_jvp_kernel(
             (
                 _gradients,
                 (D_Q, D_T_Q, STATISTICS, buffers, bars, p_tile, r_tile, scale, L, S, H, tiles,
-                 items, D, BLOCK_N, STAGES_K, HAS_D_O, CAUSAL),
+                 items, D, BLOCK_N, STAGES_K, HAS_D_O, LEFT, RIGHT, PAIRS),
             ),
             (
                 _scores,
                 (STATISTICS, buffers, bars, p_tile, r_tile, scale, L, S, H, tiles, items,
-                 D, BLOCK_N, STAGES_K, CAUSAL, EDGE),
+                 D, BLOCK_N, STAGES_K, LEFT, RIGHT, PAIRS, EDGE),
             ),
             (
                 _producer,
                 ((Q, T_Q, D_T_O, D_O), (K, T_K, V, T_V), buffers, bars, S, H, tiles, items,
-                 BLOCK_N, STAGES_K, GROUP, CAUSAL),
+                 BLOCK_N, STAGES_K, GROUP, LEFT, RIGHT, PAIRS),
             ),
         ],
         [4, 1],

@@ -29,8 +29,8 @@ from .bwd_dkdv import bwd_dkdv_jvp_kernel
 from .bwd_dq import bwd_dq_jvp_kernel
 from .forward import forward_jvp_kernel
 
-SUPPORTED = ("causal", "backend", "rows_first", "compiled", "sharded")
-FORWARD = (*SUPPORTED, "left", "right", "lower_right", "block_q", "block_k")
+SUPPORTED = ("causal", "backend", "rows_first", "compiled", "sharded", "left", "right")
+FORWARD = (*SUPPORTED, "lower_right", "block_q", "block_k")
 LAYOUT_TYPES = {
     torch.float16: gl.float16,
     torch.bfloat16: gl.bfloat16,
@@ -46,7 +46,7 @@ def unsupported_reason(name: str, p: Problem, c: Call) -> str | None:
     if not (p.D == p.DV <= 128 and p.D % 8 == 0):  # rows of the results, which TMA writes
         return f"needs D = Dv up to 128, a multiple of 8, got {p.D} and {p.DV}"
     if not is_default(p.spec, but=FORWARD if name == "fwd_jvp" else SUPPORTED):
-        return f"has no dropout and no soft cap, and in gradients no window or blocks, got {p.spec}"
+        return f"has no dropout and no soft cap, and in gradients no blocks, got {p.spec}"
     if min(p.B, p.H, p.L, p.S) == 0:
         return "needs elements"
     if name == "fwd_jvp":
@@ -148,7 +148,8 @@ def _bwd_dkdv_jvp(p: Problem, c: Call) -> Launch:
         *(p.spec.scale, p.L, p.Hk, tiles, items),
     )
     constexprs = {"STAGES_Q": pipeline.stages, "BLOCK_M": 64, **_constexprs(p, pipeline)}
-    return Launch(bwd_dkdv_jvp_kernel, _grid(items, p, c.x.q, p.spec.causal), args, constexprs)
+    grid = _grid(items, p, c.x.q, constexprs["PAIRS"])
+    return Launch(bwd_dkdv_jvp_kernel, grid, args, constexprs)
 
 
 def _bwd_dq_jvp(p: Problem, c: Call) -> Launch:
@@ -160,10 +161,11 @@ def _bwd_dq_jvp(p: Problem, c: Call) -> Launch:
         *_squares(pipeline.D, c.grads.q, c.t_grads.q),
         *(p.spec.scale, p.L, p.S, p.H, tiles, items),
     )
-    edge = p.spec.causal or p.S % 64 != 0
+    edge = call.band(p.spec) != Band() or p.S % 64 != 0
     constexprs = {"STAGES_K": pipeline.stages, "BLOCK_N": 64, "EDGE": edge}
     constexprs |= _constexprs(p, pipeline)
-    return Launch(bwd_dq_jvp_kernel, _grid(items, p, c.x.q, p.spec.causal), args, constexprs)
+    grid = _grid(items, p, c.x.q, constexprs["PAIRS"])
+    return Launch(bwd_dq_jvp_kernel, grid, args, constexprs)
 
 
 def _given(p: Problem, c: Call, columns: int) -> tuple:
@@ -201,8 +203,11 @@ def _seen_keys(p: Problem) -> int:
 
 
 def _constexprs(p: Problem, pipeline: configs.Pipeline) -> dict[str, Any]:
-    causal = p.spec.causal
-    return {"GROUP": p.H // p.Hk, "D": pipeline.D, "CAUSAL": causal, "num_warps": 4}
+    bounds = band(p.spec)
+    left, right = bounds["LEFT"], bounds["RIGHT"]
+    pairs = (left is None) != (right is None)  # tiles see more and more, or less and less
+    constexprs = {"LEFT": left, "RIGHT": right, "PAIRS": pairs}
+    return {"GROUP": p.H // p.Hk, "D": pipeline.D, **constexprs, "num_warps": 4}
 
 
 def _grid(items: int, p: Problem, x: Tensor, pairs: bool) -> tuple[int]:

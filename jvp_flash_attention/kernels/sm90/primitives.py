@@ -14,14 +14,13 @@ from .. import block_info
 # block_info's functions, as Gluon's
 (
     first_row, row_at, keys_begin, keys_end, listed_rows, listed_row, sequence_of,
-    square_key_tiles, square_first_query_tile, _in_band, _is_valid,
+    _in_band, _is_valid,
 ) = (
     gluon.jit(function.fn)
     for function in (
         block_info.first_row, block_info.row_at, block_info.keys_begin, block_info.keys_end,
         block_info.listed_rows, block_info.listed_row, block_info.sequence_of,
-        block_info.square_key_tiles, block_info.square_first_query_tile, block_info.in_band,
-        block_info.is_valid,
+        block_info.in_band, block_info.is_valid,
     )
 )  # fmt: skip
 
@@ -220,11 +219,46 @@ def is_valid(
 
 
 @gluon.jit
-def not_future(n0, m0, BLOCK_M: gl.constexpr, S_L: gl.constexpr):
-    """Which pairs of a tile, keys by queries, are not in the future."""
+def is_in_band(
+    n0, m0, BLOCK_M: gl.constexpr, S_L: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr
+):
+    """Which pairs of a tile, keys by queries, lie in the band, which has a bound."""
     j = gl.expand_dims(n0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_L)), 1)
     i = gl.expand_dims(m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, S_L)), 0)
-    return _in_band(i, j, None, 0)
+    return _in_band(i, j, LEFT, RIGHT)
+
+
+@gluon.jit
+def is_crossed(m0, n0, BLOCK_N: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr):
+    """Whether a bound of the band crosses a tile, or leaves it out; there is a bound."""
+    if RIGHT is None:
+        crossed = n0 + LEFT < m0 + (ROWS - 1)
+    else:
+        crossed = n0 + (BLOCK_N - 1) > m0 + RIGHT
+        if LEFT is not None:
+            crossed = crossed | (n0 + LEFT < m0 + (ROWS - 1))
+    return crossed
+
+
+@gluon.jit
+def key_tiles(tile, S, BLOCK_N: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr):
+    """The first tile of keys that a tile of queries sees, and the one behind the last."""
+    m0 = tile * ROWS
+    end = keys_end(m0, ROWS, S, RIGHT)
+    return keys_begin(m0, LEFT) // BLOCK_N, (end + BLOCK_N - 1) // BLOCK_N
+
+
+@gluon.jit
+def query_tiles(tile, L, BLOCK_M: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr):
+    """The first tile of queries that sees a tile of keys, and the one behind the last."""
+    n0 = tile * ROWS
+    begin = 0
+    end = L
+    if RIGHT is not None:
+        begin = max(n0 - RIGHT, 0) // BLOCK_M
+    if LEFT is not None:
+        end = min(L, max(n0 + (ROWS + LEFT), 0))
+    return begin, (end + BLOCK_M - 1) // BLOCK_M
 
 
 @gluon.jit
