@@ -81,7 +81,7 @@ def test_compiled_code_takes_cudnn_earlier_and_the_layout_of_results_does_not_sa
 
 
 def test_structure_and_a_bias_with_its_tangent_stay_on_hoppers_forward():
-    """Their gradients are the portable kernels'."""
+    """So do the gradients of a band; the others' are the portable kernels'."""
     x = torch.empty(1, 2, 512, 64, dtype=torch.bfloat16)
     bias, cu = torch.empty(1, 2, 512, 512), torch.zeros(4, dtype=torch.int32)
     blocks = block_mask(torch.ones(4, 4, dtype=torch.bool), 128)
@@ -102,8 +102,9 @@ def test_structure_and_a_bias_with_its_tangent_stay_on_hoppers_forward():
         forward = kernels.launches(given, t, how, arch="sm90")
         names = [launch.kernel.fn.__name__ for launch in forward]
         assert names == ["forward_jvp_kernel", "repair_kernel"], name
-        for launch in kernels.launches(given, t, how, saved, x, x, name == "bias", arch="sm90"):
-            assert "jvp" not in launch.kernel.fn.__name__, name
+        back = kernels.launches(given, t, how, saved, x, x, name == "bias", arch="sm90")
+        keys_gradient = back[1].kernel.fn.__name__
+        assert (keys_gradient == "bwd_dkdv_jvp_kernel") == (name == "band"), name
     keys = torch.empty(1, 2, 600, 64, dtype=torch.bfloat16)  # of which the last see all
     longer, last = Inputs(x, keys, keys), spec._replace(causal=True, lower_right=True)
     forward, *_ = kernels.launches(longer, Tangents(x, keys, keys), last, arch="sm90")

@@ -8,7 +8,8 @@ from torch.func import jvp
 
 from jvp_flash_attention import attention, attention_jvp, kernels, reference
 from jvp_flash_attention.call import tf32_allowed
-from jvp_flash_attention.kernels.problem import problem
+from jvp_flash_attention.kernels import configs
+from jvp_flash_attention.kernels.problem import Problem, problem
 from tests.cases import Case, build, check, errors, solve
 
 CASES = (
@@ -159,3 +160,13 @@ def test_either_name_of_the_switch_of_tf32_is_read(device):
         attention(q, q, q, backend="triton")
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("tokens", [13, 30, 47, 60])
+def test_short_sequences_in_tiles_of_their_size(tokens, monkeypatch):
+    """Those of Hopper, which no other device chooses."""
+    monkeypatch.setattr(
+        Problem, "short", lambda p, name: configs.short(name, p.widest, max(p.L, p.S))
+    )
+    case = Case(L=tokens, S=tokens - 2, D=24, H=4, Hk=2, mask="full", causal=True)
+    check(errors(kernels, case, torch.float16, "cpu", rows=1), torch.float16, slack=2.0)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 HEAD_DIMS = (64, 128, 256)
 # padded head dim from which the second-order dK and dV take two launches (portable/bwd_dkdv.py)
 SPLIT_DKDV = 128
+FORWARD = ("fwd", "fwd_jvp")
 
 
 class Tile(NamedTuple):
@@ -65,6 +66,15 @@ BF16X6 = {
     "fwd_jvp": ((64, 32, 4, 2), (64, 16, 4, 1)),
 }
 
+# Hopper, 16 bits, where sequences are shorter than a tile and most of one would be empty: of at
+# most so many queries and keys. Gradients keep all keys in a tile, for exact row sums.
+SHORT: dict[int, dict[str, tuple]] = {
+    16: dict.fromkeys(SM90, ((16, 16, 1, 2), (16, 16, 2, 2))),
+    32: dict.fromkeys(SM90, ((16, 32, 2, 2),)) | dict.fromkeys(FORWARD, ((16, 16, 1, 2),)),
+    48: dict.fromkeys(FORWARD, ((16, 16, 1, 2),)),
+    64: dict.fromkeys(FORWARD, ((64, 64, 4, 1),)),
+}
+
 TABLES: dict[str, dict[str, dict[str, tuple]]] = {
     "sm80": {"half": SM80, "float32": FLOAT32},
     "sm89": {"half": SM80, "float32": FLOAT32},
@@ -93,6 +103,14 @@ def tile(table: dict[str, tuple], name: str, block_d: int, extras: bool) -> Tile
     if name.startswith("bwd_dkdv"):
         return tile._replace(BLOCK_M=max(tile.BLOCK_M // 2, 16))
     return tile._replace(BLOCK_N=max(tile.BLOCK_N // 2, 16))
+
+
+def short(name: str, block_d: int, tokens: int) -> Tile | None:
+    """The tile of pass `name` for at most so many queries and keys; None where a usual one is as
+    good, or nothing was measured."""
+    table = next((table for most, table in SHORT.items() if tokens <= most), {})
+    tiles = table.get(name, ())
+    return Tile(*tiles[column(block_d)]) if column(block_d) < len(tiles) else None
 
 
 class Schedule(NamedTuple):

@@ -78,8 +78,17 @@ class Problem(NamedTuple):
             return rows // block + self.sequences + 1
         return cdiv(rows, block)
 
+    def short(self, name: str) -> configs.Tile | None:
+        """The tile of a pass of sequences that are shorter than a usual one."""
+        if self.arch != "sm90" or self.itemsize != 2 or self.sequences is not None:
+            return None
+        return configs.short(name, self.widest, max(self.L, self.S))
+
     def tile(self, name: str) -> configs.Tile:
         """The tile of a pass, by the wider of the two head dims."""
+        short = self.short(name)
+        if short is not None:
+            return short
         window = self.spec.left is not None or self.spec.right is not None
         window = window or (self.spec.causal and self.sequences is not None)
         extras = self.mask or self.spec.dropout_p > 0.0 or self.spec.softcap > 0.0 or window

@@ -49,6 +49,8 @@ def unsupported_reason(name: str, p: Problem, c: Call) -> str | None:
         return f"has no dropout and no soft cap, and in gradients no blocks, got {p.spec}"
     if min(p.B, p.H, p.L, p.S) == 0:
         return "needs elements"
+    if p.short(name) is not None:
+        return "leaves short sequences to the portable kernels"
     if name == "fwd_jvp":
         if c.x.kv_blocks is not None and (p.mask or call.band(p.spec) != Band()):
             return "takes blocks alone"
