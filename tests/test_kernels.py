@@ -9,7 +9,8 @@ from torch.func import jvp
 from jvp_flash_attention import attention, attention_jvp, kernels, reference
 from jvp_flash_attention.call import tf32_allowed
 from jvp_flash_attention.kernels import configs
-from jvp_flash_attention.kernels.problem import Problem, problem
+from jvp_flash_attention.kernels.portable.split import split_kernel
+from jvp_flash_attention.kernels.problem import Problem, pointer, problem
 from tests.cases import Case, build, check, errors, solve
 
 CASES = (
@@ -46,6 +47,46 @@ def test_every_output_in_float32(case, device):
 @pytest.mark.parametrize("case", CASES[:3], ids=str)
 def test_every_output_in_float16(case, device):
     check(errors(kernels, case, torch.float16, device), torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("precision", "case"),
+    [
+        ("bf16x6", Case(H=2, Hk=1, L=37, S=50, D=8, B=1)),
+        ("bf16x6", Case(B=1, H=1, Hk=1, L=33, S=40, Dv=24, mask="full", causal=True)),
+        ("bf16x3", Case(B=1, H=1, Hk=1, L=33, S=40, tangents="k")),
+    ],
+)
+def test_float32_by_bfloat16_parts_of_the_operands(precision, case, device, monkeypatch):
+    """The gradients on Hopper. Through the interpreter, which cuts where a GPU rounds: two parts
+    have 15 digits."""
+    if device != "cpu":
+        pytest.skip("test_every_output_in_float32 takes them where they are the device's own")
+    forward = Problem.precision
+
+    def chosen(self, name):
+        return forward(self, name) if name.startswith("fwd") else precision
+
+    monkeypatch.setattr(Problem, "precision", chosen)
+    kernels.launch_cache.clear()
+    found = errors(kernels, case, torch.float32, device, rows=1)
+    kernels.launch_cache.clear()
+    check(found, torch.float32, 1.0 if precision == "bf16x6" else 40.0)
+    if precision == "bf16x3":
+        assert max(found.values()) > 1e-5  # and are not computed by another arithmetic
+
+
+def test_the_parts_of_a_number_add_up_to_it(device):
+    x = torch.randn(1, 2, 5, 24, device=device) * 10.0 ** torch.arange(-26.0, 22.0, 2.0)[:24]
+    x[0, 0, 0, :4] = torch.tensor([float("nan"), float("inf"), float("-inf"), 0.0])
+    parts = torch.full((1, 2, 5, 3 * 32), 7.0, device=device, dtype=torch.bfloat16)
+    split_kernel[(2,)](pointer(x), None, pointer(parts), None, 2, 5, 3, 24, 32, 64)
+    first, second, third = parts.double().unflatten(-1, (3, 32)).unbind(-2)
+    assert not parts.unflatten(-1, (3, 32))[..., 24:].any()
+    assert not second[0, 0, 0, :4].any()
+    assert not third[0, 0, 0, :4].any()
+    total = (first + second + third)[..., :24]
+    torch.testing.assert_close(total, x.double(), rtol=0.0, atol=0.0, equal_nan=True)
 
 
 @pytest.mark.parametrize("causal", [False, True])

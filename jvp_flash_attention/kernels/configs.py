@@ -60,10 +60,14 @@ FLOAT32 = {
     "bwd_dq": ((32, 32, 4, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
     "bwd_dq_jvp": ((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
 }
-# Six bfloat16 products are wgmma: 64 rows for four warps. Of head dims up to 128.
+# Six bfloat16 products, or three, are wgmma: 64 rows for four warps. Of head dims up to 128.
 BF16X6 = {
     "fwd": ((64, 32, 4, 2), (64, 16, 4, 2)),
     "fwd_jvp": ((64, 32, 4, 2), (64, 16, 4, 1)),
+    "bwd_dkdv": ((32, 64, 4, 2), (32, 64, 8, 2)),
+    "bwd_dkdv_jvp": ((32, 64, 4, 2), (16, 64, 8, 1)),
+    "bwd_dq": ((64, 32, 4, 2), (64, 32, 8, 2)),
+    "bwd_dq_jvp": ((64, 32, 4, 2), (64, 16, 8, 1)),
 }
 
 # Hopper, 16 bits, where sequences are shorter than a tile and most of one would be empty: of at
@@ -100,7 +104,7 @@ def tile(table: dict[str, tuple], name: str, block_d: int, extras: bool) -> Tile
     tile = Tile(*table[name][column(block_d)])
     if table is BF16X6 or not extras:
         return tile
-    if name.startswith("bwd_dkdv"):
+    if name.startswith(("bwd_dk", "bwd_dv")):
         return tile._replace(BLOCK_M=max(tile.BLOCK_M // 2, 16))
     return tile._replace(BLOCK_N=max(tile.BLOCK_N // 2, 16))
 

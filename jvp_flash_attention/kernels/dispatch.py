@@ -24,12 +24,14 @@ from .problem import (
     problem,
     readable,
     readable_mask,
+    with_parts,
 )
 
 # The first that supports the problem. An implementation with an architecture's name is that
 # architecture's alone, and not imported elsewhere. Before the tables comes cuDNN, which takes an
 # ordinary forward or backward whole and allocates its results.
 PASSES: dict[str, tuple[str, ...]] = {
+    "split": ("portable",),
     "fwd": ("portable",),
     "fwd_jvp": ("sm90", "portable"),
     "bwd_preprocess": ("portable",),
@@ -66,12 +68,12 @@ def forward(
     key = launch_cache.key(("forward", t is None, spec, force, _tf32(x)), given)
     results = launch_cache.replay(key, given)
     if results is not None:
-        return _with(Saved(*results), into)
+        return _with(Saved(*results[:4]), into)
     c = _forward_call(_readable(x), t, spec, into)
     launches = partial(_launches, c, spec, force)
     read = (*c.x, *c.t, *(into or ()))
     results = c.saved if into is None else _with(c.saved, (None, None))
-    launch_cache.record(key, given, read, results, launches)
+    launch_cache.record(key, given, read, (*results, *(c.parts or ())), launches)
     return c.saved
 
 
@@ -103,7 +105,7 @@ def backward(
         c = _backward_call(d_out, d_t_out, _readable(x), t, saved, spec, mask_grad)
         grads, t_grads = c.grads, c.t_grads
         read = (*c.x, *c.t, *c.saved, c.d_out, c.d_t_out)
-        results = (*grads, *t_grads, c.w_sum, c.h_sum, c.statistics)
+        results = (*grads, *t_grads, c.w_sum, c.h_sum, c.statistics, *(c.parts or ()))
         zeroed = tuple(i for i, x in enumerate(results) if x is grads.mask or x is t_grads.mask)
         launches = partial(_launches, c, spec, force)
         launch_cache.record(key, given, read, results, launches, zeroed)
@@ -132,7 +134,7 @@ def launches(
     anywhere, on an architecture of `configs.TABLES`; nothing is launched. `tma` says whether
     operands are TMA descriptors, by default where they can be. cuDNN is left out."""
     if saved is None:
-        c = _forward_call(x, t, spec)
+        c = _forward_call(x, t, spec, arch=arch)
     else:
         c = _backward_call(d_out, d_t_out, x, t or Tangents(), saved, spec, mask_grad, arch)
     return list(_launches(c, spec, force, arch, tma))
@@ -143,9 +145,9 @@ def _launches(
 ) -> Iterator[Launch]:
     p = problem(c, spec, arch, tma)
     jvp = "_jvp" if c.jvp else ""
-    names = (f"fwd{jvp}",)
+    names = ("split", f"fwd{jvp}")
     if c.w_sum is not None:
-        names = ("bwd_preprocess", f"bwd_dkdv{jvp}", f"bwd_dq{jvp}")
+        names = ("split", "bwd_preprocess", f"bwd_dkdv{jvp}", f"bwd_dq{jvp}")
     for name in names:
         yield from choose(name, p, c, force).launches(name, p, c)
 
@@ -179,7 +181,7 @@ def _with(saved: Saved, into: Any) -> Saved:
     return saved if into is None else saved._replace(out=into[0], t_out=into[1])
 
 
-def _forward_call(x: Inputs, t: Tangents | None, spec: Spec, into: Any = None) -> Call:
+def _forward_call(x: Inputs, t: Tangents | None, spec: Spec, into: Any = None, arch=None) -> Call:
     jvp = t is not None
     pair = x.mask is not None and x.mask.dtype != torch.bool  # m and log l apart
     lse, mu = _row_vector(x.q, *[2] * pair), _row_vector(x.q) if jvp else None
@@ -187,7 +189,8 @@ def _forward_call(x: Inputs, t: Tangents | None, spec: Spec, into: Any = None) -
         out = empty_rows(x.q, x.v.shape[3], spec)
         into = out, torch.empty_like(out) if jvp else None
     saved = Saved(into[0], lse, into[1], mu)
-    return Call(_inputs(x), _tangents(t) if t is not None else NOTHING, saved)
+    c = Call(_inputs(x), _tangents(t) if t is not None else NOTHING, saved)
+    return with_parts(c, spec, arch, "fwd_jvp" if jvp else "fwd")
 
 
 def _backward_call(
@@ -212,7 +215,7 @@ def _backward_call(
         and (arch or architecture(q.device)) == "sm90"
     ):
         statistics = q.new_empty(*q.shape[:2], 4, cdiv(q.shape[2], 64) * 64, dtype=torch.float32)
-    return Call(
+    c = Call(
         _inputs(x),
         _tangents(t),
         Saved(out, saved.lse.contiguous(), readable(saved.t_out), maybe_contiguous(saved.mu)),
@@ -224,6 +227,7 @@ def _backward_call(
         h_sum=_row_vector(q) if jvp else None,
         statistics=statistics,
     )
+    return with_parts(c, spec, arch, "bwd_dkdv")
 
 
 def _readable(x: Inputs) -> Inputs:

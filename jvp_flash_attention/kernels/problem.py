@@ -15,6 +15,19 @@ from . import configs
 TMA = ("sm90", "sm100")  # architectures whose copies it makes
 
 
+class Operands(NamedTuple):
+    """What the products of a pass are of, by pairs of a tensor and its tangent; None is absent."""
+
+    q: Tensor | None
+    t_q: Tensor | None
+    k: Tensor | None
+    t_k: Tensor | None
+    v: Tensor | None
+    t_v: Tensor | None
+    d_out: Tensor | None = None
+    d_t_out: Tensor | None = None
+
+
 class Call(NamedTuple):
     """Every tensor of a forward or backward pass, as kernels read and write them; None is
     absent."""
@@ -29,11 +42,17 @@ class Call(NamedTuple):
     w_sum: Tensor | None = None  # row sums: of `bwd_preprocess`, for the other two
     h_sum: Tensor | None = None
     statistics: Tensor | None = None  # LSE, μ, h and w once more, as sm90 reads them
+    parts: Operands | None = None  # (B, heads, rows, parts · padded D) bfloat16: portable/split.py
 
     @property
     def jvp(self) -> bool:
         """Whether tO is computed, or dtO given."""
         return self.saved.t_out is not None if self.w_sum is None else self.d_t_out is not None
+
+    @property
+    def operands(self) -> Operands:
+        x, t = self.x, self.t
+        return Operands(x.q, t.q, x.k, t.k, x.v, t.v, self.d_out, self.d_t_out)
 
 
 class Problem(NamedTuple):
@@ -96,24 +115,32 @@ class Problem(NamedTuple):
 
     def table(self, name: str) -> dict[str, tuple]:
         """The tiles of this architecture and arithmetic."""
-        arithmetic = "half"
-        if self.itemsize == 4:
-            arithmetic = "bf16x6" if self.precision(name) == "bf16x6" else "float32"
-        return configs.TABLES[self.arch][arithmetic]
+        tables = configs.TABLES[self.arch]
+        if self.itemsize != 4:
+            return tables["half"]
+        name = "bf16x6" if self.precision(name).startswith("bf16") else "float32"
+        return tables.get(name, tables["float32"])
 
     def precision(self, name: str) -> str:
-        """How float32 products are computed: one TF32 product where the user allows it; otherwise
-        three, or forward on Hopper six bfloat16 products, which keep float32's accuracy, or plain
-        float32 at head dim 256, where the split operands outgrow shared memory, and on AMD, where
-        there is no TF32x3."""
+        """How float32 products are computed. On Hopper six bfloat16 products, which keep float32's
+        accuracy, or in the gradients three where the user allows 16 digits. Elsewhere three TF32
+        products, or one. Plain float32 at head dim 256, where the split operands outgrow shared
+        memory, and on AMD, where there is no TF32x3."""
         if self.itemsize != 4 or self.arch.startswith("gfx"):
             return "ieee"
+        bf16 = self.widest < 256 and "bf16x6" in configs.TABLES[self.arch]
         if tf32_allowed():
-            return "tf32"
+            return "bf16x3" if bf16 and name.startswith("bwd") else "tf32"
         if self.widest >= 256:
             return "ieee"
-        six = "bf16x6" in configs.TABLES[self.arch] and name.startswith("fwd")
-        return "bf16x6" if six else "tf32x3"
+        return "bf16x6" if bf16 else "tf32x3"
+
+    def parts(self, name: str) -> int:
+        """In how many bfloat16 parts the operands of a pass are read. A forward kernel cuts what it
+        has read by itself."""
+        if name.startswith("fwd"):
+            return 1
+        return {"bf16x6": 3, "bf16x3": 2}.get(self.precision(name), 1)
 
     def scalars(self, seed: Tensor | None) -> tuple:
         """scale, soft cap, dropout threshold, 1 / keep probability, batch entries a seed, H, L, S,
@@ -133,8 +160,10 @@ def problem(c: Call, spec: Spec, arch: str | None = None, tma: bool | None = Non
     itemsize = c.x.q.element_size()
     arch = arch or architecture(c.x.q.device)
     if tma is None:
-        read = (*c.x[:3], *c.t[:3], c.d_out, c.d_t_out)
-        tma = arch in TMA and itemsize == 2 and all(map(tma_can_read, read))
+        read = c.parts or c.operands
+        tma = (
+            arch in TMA and (itemsize == 2 or c.parts is not None) and all(map(tma_can_read, read))
+        )
     bool_mask = c.x.mask is not None and c.x.mask.dtype == torch.int8
     sizes = (B, H, Hk, L, S, D, DV)
     sequences = None if c.x.cu_q is None else c.x.cu_q.shape[0] - 1
@@ -161,6 +190,19 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def with_parts(c: Call, spec: Spec, arch: str | None, name: str) -> Call:
+    """The call with room for the parts of its operands, where the kernels of a pass want them."""
+    p = problem(c, spec, arch)
+    parts = p.parts(name)
+    if parts == 1:
+        return c
+    room = [
+        None if x is None else x.new_empty(*x.shape[:3], parts * block_d, dtype=torch.bfloat16)
+        for x, block_d in zip(c.operands, [p.block_d] * 4 + [p.block_dv] * 4, strict=True)
+    ]
+    return c._replace(parts=Operands(*room))
 
 
 def maybe_contiguous(x: Tensor | None) -> Tensor | None:

@@ -46,12 +46,14 @@ from .primitives import (
     dot,
     dropout_factor,
     head_of,
+    like,
     load_mask,
+    load_operand,
     load_row_statistics,
-    load_tile,
     probabilities,
     soft_cap,
     store_tile,
+    transpose,
     uncap,
     valid_pairs,
 )
@@ -68,12 +70,14 @@ def bwd_dkdv_kernel(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, LOWER_RIGHT: tl.constexpr, SEQUENCES: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BOOL: tl.constexpr, WHOLE: tl.constexpr,
     SINGLE: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N keys of one key/value head, against the queries that see them, of every
     head that reads it."""
     T_S: tl.constexpr = T_Q is not None or T_K is not None or T_MASK is not None
     JVP: tl.constexpr = D_T_O is not None
+    SPLIT_DOT: tl.constexpr = PARTS > 1 or PRECISION == "bf16x6" or PRECISION == "bf16x3"
     SPLIT: tl.constexpr = MASK is not None and not BOOL
     EMPTY: tl.constexpr = MASK is not None or LEFT is not None  # rows may attend nothing
 
@@ -93,13 +97,13 @@ def bwd_dkdv_kernel(
     shift = S - L if LOWER_RIGHT else 0
     n0 = tile * BLOCK_N
     j = n0 + tl.arange(0, BLOCK_N)
-    k = load_tile(K, b, hk, k0 + n0, k0 + S, BLOCK_N, D, BLOCK_D, True, TMA)
+    k = load_operand(K, b, hk, k0 + n0, k0 + S, BLOCK_N, D, BLOCK_D, True, TMA, PARTS)
     if D_K is not None:
-        v = load_tile(V, b, hk, k0 + n0, k0 + S, BLOCK_N, DV, BLOCK_DV, True, TMA)
+        v = load_operand(V, b, hk, k0 + n0, k0 + S, BLOCK_N, DV, BLOCK_DV, True, TMA, PARTS)
     if T_K is not None:
-        t_k = load_tile(T_K, b, hk, k0 + n0, k0 + S, BLOCK_N, D, BLOCK_D, True, TMA)
+        t_k = load_operand(T_K, b, hk, k0 + n0, k0 + S, BLOCK_N, D, BLOCK_D, True, TMA, PARTS)
     if T_V is not None and D_K is not None:
-        t_v = load_tile(T_V, b, hk, k0 + n0, k0 + S, BLOCK_N, DV, BLOCK_DV, True, TMA)
+        t_v = load_operand(T_V, b, hk, k0 + n0, k0 + S, BLOCK_N, DV, BLOCK_DV, True, TMA, PARTS)
 
     d_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     d_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
@@ -117,22 +121,43 @@ def bwd_dkdv_kernel(
             seen = listed_rows(blocks, L, BLOCK_Q)
             parts = query_parts(n0, seen, BLOCK_M, BLOCK_N, LEFT, RIGHT)
         for PHASE in tl.static_range(3 if LEFT is not None else 2 if RIGHT is not None else 1):
-            for x0 in tl.range(parts[2 * PHASE], parts[2 * PHASE + 1], BLOCK_M):
+            for x0 in tl.range(
+                parts[2 * PHASE], parts[2 * PHASE + 1], BLOCK_M, disable_licm=SPLIT_DOT
+            ):
                 m0 = x0
                 if Q_BLOCKS is not None:
                     m0 = listed_row(blocks, x0, BLOCK_Q)
                 i = m0 + tl.arange(0, BLOCK_M)
-                q = load_tile(Q, b, h, q0 + m0, q0 + L, BLOCK_M, D, BLOCK_D, not WHOLE, TMA)
                 zero = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-                s = dot(k, q.T, zero, PRECISION) * scale2
+                d_p = zero
+                if D_O is not None:
+                    d_o = load_operand(
+                        D_O, b, h, q0 + m0, q0 + L, BLOCK_M, DV, BLOCK_DV, not WHOLE, TMA, PARTS
+                    )
+                    if D_K is not None:
+                        d_p = dot(v, transpose(d_o), d_p, PRECISION)
+                if JVP:
+                    d_t_o = load_operand(
+                        D_T_O, b, h, q0 + m0, q0 + L, BLOCK_M, DV, BLOCK_DV, not WHOLE, TMA, PARTS
+                    )
+                    if D_K is not None:
+                        h_m = dot(v, transpose(d_t_o), zero, PRECISION)
+                        if T_V is not None:
+                            d_p = dot(t_v, transpose(d_t_o), d_p, PRECISION)
+                q = load_operand(
+                    Q, b, h, q0 + m0, q0 + L, BLOCK_M, D, BLOCK_D, not WHOLE, TMA, PARTS
+                )
+                s = dot(k, transpose(q), zero, PRECISION) * scale2
                 if T_Q is not None:
-                    t_q = load_tile(T_Q, b, h, q0 + m0, q0 + L, BLOCK_M, D, BLOCK_D, not WHOLE, TMA)
+                    t_q = load_operand(
+                        T_Q, b, h, q0 + m0, q0 + L, BLOCK_M, D, BLOCK_D, not WHOLE, TMA, PARTS
+                    )
                 if T_S:
                     t_s = zero
                     if T_Q is not None:
-                        t_s = dot(k, t_q.T, t_s, PRECISION)
+                        t_s = dot(k, transpose(t_q), t_s, PRECISION)
                     if T_K is not None:
-                        t_s = dot(t_k, q.T, t_s, PRECISION)
+                        t_s = dot(t_k, transpose(q), t_s, PRECISION)
                     t_s *= scale
                 if softcap is not None:
                     s, u, slope = soft_cap(s, softcap)
@@ -177,37 +202,22 @@ def bwd_dkdv_kernel(
                     )  # fmt: skip
                     p_z = p * z
 
-                if D_O is not None:
-                    d_o = load_tile(
-                        D_O, b, h, q0 + m0, q0 + L, BLOCK_M, DV, BLOCK_DV, not WHOLE, TMA
-                    )
-                if JVP:
-                    d_t_o = load_tile(
-                        D_T_O, b, h, q0 + m0, q0 + L, BLOCK_M, DV, BLOCK_DV, not WHOLE, TMA
-                    )
-                    if T_S:
-                        t_s -= tl.load(MU + row + i, mask=i < L, other=0.0)[None, :]
-
+                if JVP and T_S:
+                    t_s -= tl.load(MU + row + i, mask=i < L, other=0.0)[None, :]
                 if D_V is not None:
                     if D_O is not None:
-                        d_v = dot(p_z.to(k.dtype), d_o, d_v, PRECISION)
+                        d_v = dot(like(p_z, k), d_o, d_v, PRECISION)
                     if JVP:
-                        d_t_v = dot(p_z.to(k.dtype), d_t_o, d_t_v, PRECISION)
+                        d_t_v = dot(like(p_z, k), d_t_o, d_t_v, PRECISION)
                         if T_S:
-                            d_v = dot((p_z * t_s).to(k.dtype), d_t_o, d_v, PRECISION)
+                            d_v = dot(like(p_z * t_s, k), d_t_o, d_v, PRECISION)
 
                 if D_K is not None:
-                    d_p = zero
-                    if D_O is not None:
-                        d_p = dot(v, d_o.T, d_p, PRECISION)
-                    if JVP and T_V is not None:
-                        d_p = dot(t_v, d_t_o.T, d_p, PRECISION)
                     if MASK is not None or PHASE != 0:
                         d_p = tl.where(counted, d_p, 0.0)
                     if SEED is not None:
                         d_p *= z
                     if JVP:
-                        h_m = dot(v, d_t_o.T, zero, PRECISION)
                         if MASK is not None or PHASE != 0:
                             h_m = tl.where(counted, h_m, 0.0)
                         if SEED is not None:
@@ -221,9 +231,9 @@ def bwd_dkdv_kernel(
                         d_t_x = p * h_m
                         if softcap is not None:
                             d_t_x = uncap(d_t_x, slope, None, None)
-                        d_t_k = dot(d_t_x.to(k.dtype), q, d_t_k, PRECISION)
+                        d_t_k = dot(like(d_t_x, k), q, d_t_k, PRECISION)
                         if T_Q is not None:
-                            d_k = dot(d_t_x.to(k.dtype), t_q, d_k, PRECISION)
+                            d_k = dot(like(d_t_x, k), t_q, d_k, PRECISION)
                     if SINGLE:
                         d_p -= tl.sum(p * d_p, 0)[None, :]
                     else:
@@ -231,7 +241,7 @@ def bwd_dkdv_kernel(
                     d_x = p * d_p
                     if softcap is not None:
                         d_x = uncap(d_x, slope, bend if JVP else None, d_t_x if JVP else None)
-                    d_k = dot(d_x.to(k.dtype), q, d_k, PRECISION)
+                    d_k = dot(like(d_x, k), q, d_k, PRECISION)
 
     if D_K is not None:
         store_tile(D_K, d_k * scale, b, hk, k0 + n0, k0 + S, BLOCK_N, D, BLOCK_D)

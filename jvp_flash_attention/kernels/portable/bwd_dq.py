@@ -28,12 +28,14 @@ from .primitives import (
     dropout_factor,
     finite,
     head_of,
+    like,
     load_mask,
+    load_operand,
     load_row_statistics,
-    load_tile,
     probabilities,
     soft_cap,
     store_tile,
+    transpose,
     uncap,
     valid_pairs,
 )
@@ -50,14 +52,15 @@ def bwd_dq_kernel(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, LOWER_RIGHT: tl.constexpr, SEQUENCES: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BOOL: tl.constexpr, WHOLE: tl.constexpr,
     SINGLE: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head, against the keys that they see."""
     T_S: tl.constexpr = T_Q is not None or T_K is not None or T_MASK is not None
     JVP: tl.constexpr = D_T_O is not None
+    SPLIT_DOT: tl.constexpr = PARTS > 1 or PRECISION == "bf16x6" or PRECISION == "bf16x3"
     SPLIT: tl.constexpr = MASK is not None and not BOOL
-    DT: tl.constexpr = D_Q[0].dtype.element_ty
 
     pid = tl.program_id(0)
     tiles = tiles_of(CU_Q, L, BLOCK_M, sequences)
@@ -77,13 +80,13 @@ def bwd_dq_kernel(
     m0 = tile * BLOCK_M
     i = m0 + tl.arange(0, BLOCK_M)
     row = first_row(b, h, H, rows) + q0 + i
-    q = load_tile(Q, b, h, q0 + m0, q0 + L, BLOCK_M, D, BLOCK_D, True, TMA)
+    q = load_operand(Q, b, h, q0 + m0, q0 + L, BLOCK_M, D, BLOCK_D, True, TMA, PARTS)
     if T_Q is not None:
-        t_q = load_tile(T_Q, b, h, q0 + m0, q0 + L, BLOCK_M, D, BLOCK_D, True, TMA)
+        t_q = load_operand(T_Q, b, h, q0 + m0, q0 + L, BLOCK_M, D, BLOCK_D, True, TMA, PARTS)
     if D_O is not None:
-        d_o = load_tile(D_O, b, h, q0 + m0, q0 + L, BLOCK_M, DV, BLOCK_DV, True, TMA)
+        d_o = load_operand(D_O, b, h, q0 + m0, q0 + L, BLOCK_M, DV, BLOCK_DV, True, TMA, PARTS)
     if JVP:
-        d_t_o = load_tile(D_T_O, b, h, q0 + m0, q0 + L, BLOCK_M, DV, BLOCK_DV, True, TMA)
+        d_t_o = load_operand(D_T_O, b, h, q0 + m0, q0 + L, BLOCK_M, DV, BLOCK_DV, True, TMA, PARTS)
         h_sum = tl.load(H_SUM + row, mask=i < L, other=0.0)
         if T_S:
             mu = tl.load(MU + row, mask=i < L, other=0.0)
@@ -101,22 +104,37 @@ def bwd_dq_kernel(
         seen = listed_rows(blocks, S, BLOCK_K)
     parts = key_parts(m0 + shift, seen, BLOCK_M, BLOCK_N, LEFT, RIGHT, LOWER_RIGHT)
     for PHASE in tl.static_range(1 if WHOLE else 2 if LEFT is None else 3):
-        for x0 in tl.range(parts[2 * PHASE], parts[2 * PHASE + 1], BLOCK_N):
+        for x0 in tl.range(parts[2 * PHASE], parts[2 * PHASE + 1], BLOCK_N, disable_licm=SPLIT_DOT):
             n0 = x0
             if KV_BLOCKS is not None:
                 n0 = listed_row(blocks, x0, BLOCK_K)
             j = n0 + tl.arange(0, BLOCK_N)
-            k = load_tile(K, b, hk, k0 + n0, k0 + S, BLOCK_N, D, BLOCK_D, PHASE != 0, TMA)
             zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            s = dot(q, k.T, zero, PRECISION) * scale2
+            v = load_operand(
+                V, b, hk, k0 + n0, k0 + S, BLOCK_N, DV, BLOCK_DV, PHASE != 0, TMA, PARTS
+            )
+            d_p = zero
+            if D_O is not None:
+                d_p = dot(d_o, transpose(v), d_p, PRECISION)
+            if JVP:
+                h_m = dot(d_t_o, transpose(v), zero, PRECISION)
+            if JVP and T_V is not None:
+                t_v = load_operand(
+                    T_V, b, hk, k0 + n0, k0 + S, BLOCK_N, DV, BLOCK_DV, PHASE != 0, TMA, PARTS
+                )
+                d_p = dot(d_t_o, transpose(t_v), d_p, PRECISION)
+            k = load_operand(K, b, hk, k0 + n0, k0 + S, BLOCK_N, D, BLOCK_D, PHASE != 0, TMA, PARTS)
+            s = dot(q, transpose(k), zero, PRECISION) * scale2
             if T_K is not None:
-                t_k = load_tile(T_K, b, hk, k0 + n0, k0 + S, BLOCK_N, D, BLOCK_D, PHASE != 0, TMA)
+                t_k = load_operand(
+                    T_K, b, hk, k0 + n0, k0 + S, BLOCK_N, D, BLOCK_D, PHASE != 0, TMA, PARTS
+                )
             if T_S:
                 t_s = zero
                 if T_Q is not None:
-                    t_s = dot(t_q, k.T, t_s, PRECISION)
+                    t_s = dot(t_q, transpose(k), t_s, PRECISION)
                 if T_K is not None:
-                    t_s = dot(q, t_k.T, t_s, PRECISION)
+                    t_s = dot(q, transpose(t_k), t_s, PRECISION)
                 t_s *= scale
             if softcap is not None:
                 s, u, slope = soft_cap(s, softcap)
@@ -153,13 +171,6 @@ def bwd_dq_kernel(
                 if T_K is not None:
                     t_k = finite(t_k)
 
-            v = load_tile(V, b, hk, k0 + n0, k0 + S, BLOCK_N, DV, BLOCK_DV, PHASE != 0, TMA)
-            d_p = zero
-            if D_O is not None:
-                d_p = dot(d_o, v.T, d_p, PRECISION)
-            if JVP and T_V is not None:
-                t_v = load_tile(T_V, b, hk, k0 + n0, k0 + S, BLOCK_N, DV, BLOCK_DV, PHASE != 0, TMA)
-                d_p = dot(d_t_o, t_v.T, d_p, PRECISION)
             if MASK is not None or (BANDED and PHASE != 0):
                 d_p = tl.where(counted, d_p, 0.0)
             if SEED is not None:
@@ -169,7 +180,6 @@ def bwd_dq_kernel(
                 )  # fmt: skip
                 d_p *= z
             if JVP:
-                h_m = dot(d_t_o, v.T, zero, PRECISION)
                 if MASK is not None or (BANDED and PHASE != 0):
                     h_m = tl.where(counted, h_m, 0.0)
                 if SEED is not None:
@@ -183,9 +193,9 @@ def bwd_dq_kernel(
                 d_t_x = d_t_s
                 if softcap is not None:
                     d_t_x = uncap(d_t_s, slope, None, None)
-                d_t_q = dot(d_t_x.to(DT), k, d_t_q, PRECISION)
+                d_t_q = dot(like(d_t_x, k), k, d_t_q, PRECISION)
                 if T_K is not None:
-                    d_q = dot(d_t_x.to(DT), t_k, d_q, PRECISION)
+                    d_q = dot(like(d_t_x, k), t_k, d_q, PRECISION)
                 if D_T_MASK is not None:
                     add_mask_grad(D_T_MASK, d_t_s, b, h, i, j, L, S, MASK_ROWS, MASK_COLUMNS)
             if SINGLE:
@@ -194,7 +204,7 @@ def bwd_dq_kernel(
             d_x = d_s
             if softcap is not None:
                 d_x = uncap(d_s, slope, bend if JVP else None, d_t_x if JVP else None)
-            d_q = dot(d_x.to(DT), k, d_q, PRECISION)
+            d_q = dot(like(d_x, k), k, d_q, PRECISION)
             if D_MASK is not None:
                 add_mask_grad(D_MASK, d_s, b, h, i, j, L, S, MASK_ROWS, MASK_COLUMNS)
 

@@ -42,12 +42,14 @@ from .primitives import (
     dropout_factor,
     finite,
     head_of,
+    like,
     load_mask,
-    load_tile,
+    load_operand,
     soft_cap,
     spoiled,
     store_row_statistics,
     store_tile,
+    transpose,
     valid_pairs,
 )
 
@@ -61,14 +63,14 @@ def forward_kernel(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, LOWER_RIGHT: tl.constexpr, SEQUENCES: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BOOL: tl.constexpr, WHOLE: tl.constexpr,
     PRESCALE: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head, those of another program where ITEM names it
     (`repair.py`). WHOLE: every tile of keys is full and needs no check. PRESCALE: scores are scaled
     before their maximum is taken, as a mask, a soft cap or a scale <= 0 requires."""
     T_S: tl.constexpr = T_Q is not None or T_K is not None or T_MASK is not None
     JVP: tl.constexpr = T_O is not None
-    DT: tl.constexpr = O[0].dtype.element_ty
 
     pid = tl.program_id(0) if ITEM is None else ITEM
     tiles = tiles_of(CU_Q, L, BLOCK_M, sequences)
@@ -87,9 +89,9 @@ def forward_kernel(
     shift = S - L if LOWER_RIGHT else 0
     m0 = tile * BLOCK_M
     i = m0 + tl.arange(0, BLOCK_M)
-    q = load_tile(Q, b, h, q0 + m0, q0 + L, BLOCK_M, D, BLOCK_D, True, TMA)
+    q = load_operand(Q, b, h, q0 + m0, q0 + L, BLOCK_M, D, BLOCK_D, True, TMA, PARTS)
     if T_Q is not None:
-        t_q = load_tile(T_Q, b, h, q0 + m0, q0 + L, BLOCK_M, D, BLOCK_D, True, TMA)
+        t_q = load_operand(T_Q, b, h, q0 + m0, q0 + L, BLOCK_M, D, BLOCK_D, True, TMA, PARTS)
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
@@ -114,18 +116,18 @@ def forward_kernel(
             if KV_BLOCKS is not None:
                 n0 = listed_row(blocks, x0, BLOCK_K)
             j = n0 + tl.arange(0, BLOCK_N)
-            k = load_tile(K, b, hk, k0 + n0, k0 + S, BLOCK_N, D, BLOCK_D, PHASE != 0, TMA)
+            k = load_operand(K, b, hk, k0 + n0, k0 + S, BLOCK_N, D, BLOCK_D, PHASE != 0, TMA, PARTS)
             zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            s = dot(q, k.T, zero, PRECISION)
+            s = dot(q, transpose(k), zero, PRECISION)
             if T_S:
                 t_s = zero
                 if T_Q is not None:
-                    t_s = dot(t_q, k.T, t_s, PRECISION)
+                    t_s = dot(t_q, transpose(k), t_s, PRECISION)
                 if T_K is not None:
-                    t_k = load_tile(
-                        T_K, b, hk, k0 + n0, k0 + S, BLOCK_N, D, BLOCK_D, PHASE != 0, TMA
+                    t_k = load_operand(
+                        T_K, b, hk, k0 + n0, k0 + S, BLOCK_N, D, BLOCK_D, PHASE != 0, TMA, PARTS
                     )
-                    t_s = dot(q, t_k.T, t_s, PRECISION)
+                    t_s = dot(q, transpose(t_k), t_s, PRECISION)
                 t_s *= scale
             if softcap is not None:
                 s, _, slope = soft_cap(s * scale2, softcap)
@@ -186,25 +188,25 @@ def forward_kernel(
                 if T_S:
                     p_t_s = p_t_s * z
 
-            v = load_tile(
-                V, b, hk, k0 + n0, k0 + S, BLOCK_N, DV, BLOCK_DV, PHASE != 0, TMA,
+            v = load_operand(
+                V, b, hk, k0 + n0, k0 + S, BLOCK_N, DV, BLOCK_DV, PHASE != 0, TMA, PARTS,
                 CUT and PHASE != 0,
             )  # fmt: skip
             if MASK is not None or (BANDED and PHASE != 0):
                 spoil = tl.maximum(spoil, spoiled(v, s))
                 v = finite(v)
-            o = dot(p.to(DT), v, o, PRECISION)
+            o = dot(like(p, k), v, o, PRECISION)
             if T_S:
-                t = dot(p_t_s.to(DT), v, t, PRECISION)
+                t = dot(like(p_t_s, k), v, t, PRECISION)
             if T_V is not None:
-                t_v = load_tile(
-                    T_V, b, hk, k0 + n0, k0 + S, BLOCK_N, DV, BLOCK_DV, PHASE != 0, TMA,
+                t_v = load_operand(
+                    T_V, b, hk, k0 + n0, k0 + S, BLOCK_N, DV, BLOCK_DV, PHASE != 0, TMA, PARTS,
                     CUT and PHASE != 0,
                 )  # fmt: skip
                 if MASK is not None or (BANDED and PHASE != 0):
                     t_spoil = tl.maximum(t_spoil, spoiled(t_v, s))
                     t_v = finite(t_v)
-                t = dot(p.to(DT), t_v, t, PRECISION)
+                t = dot(like(p, k), t_v, t, PRECISION)
 
     inverse = 1.0 / tl.where(l == 0.0, 1.0, l)  # a row that attends nothing gives 0
     o = o * inverse[:, None]

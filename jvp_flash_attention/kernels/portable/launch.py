@@ -12,6 +12,7 @@ from ..block_info import band
 from ..launch_cache import Launch
 from ..problem import (
     Call,
+    Operands,
     Problem,
     blocks_pointer,
     cdiv,
@@ -25,6 +26,7 @@ from .bwd_dq import bwd_dq_kernel
 from .bwd_preprocess import bwd_preprocess_kernel
 from .forward import forward_kernel
 from .repair import repair_kernel
+from .split import split_kernel
 
 MOST_ITEMS = 16  # tiles that one program of the repair looks at
 
@@ -42,7 +44,7 @@ def _fwd(name: str, p: Problem, c: Call) -> Iterator[Launch]:
     tile = p.tile(name)
     out, lse, t_out, mu = c.saved
     args = (
-        *_operands(p, c, tile, c.x.kv_blocks),
+        *_operands(name, p, c, tile, c.x.kv_blocks),
         pointer(out),
         pointer(t_out),
         lse,
@@ -70,6 +72,20 @@ def repair(p: Problem, c: Call) -> Launch:
     return Launch(repair_kernel, (cdiv(items, share),), args, constexprs)
 
 
+def _split(_name: str, p: Problem, c: Call) -> Iterator[Launch]:
+    """Of each tensor and its tangent, where the call has room for their parts."""
+    x, y = c.operands, c.parts or ()
+    for pair in zip(x[::2], x[1::2], y[::2], y[1::2], strict=False):
+        given = [z for z in pair if z is not None]
+        if not given:
+            continue
+        (B, heads, rows, D), width = given[0].shape, given[-1].shape[3]
+        block_d = p.block_d if D == p.D else p.block_dv
+        constexprs = {"PARTS": width // block_d, "D": D, "BLOCK_D": block_d, "BLOCK": 64}
+        args = (*map(pointer, pair), heads, rows)
+        yield Launch(split_kernel, (cdiv(rows, 64) * B * heads,), args, constexprs)
+
+
 def _bwd_preprocess(_name: str, p: Problem, c: Call) -> Iterator[Launch]:
     out, lse, t_out, mu = c.saved
     args = (
@@ -84,27 +100,34 @@ def _bwd_preprocess(_name: str, p: Problem, c: Call) -> Iterator[Launch]:
 def _bwd_dkdv(name: str, p: Problem, c: Call) -> Iterator[Launch]:
     if p.sequences is not None:  # queries of the next one are not checked for behind TMA
         p = p._replace(tma=False)
-    tile = p.tile(name)
-    d, d_t = c.grads, c.t_grads
-    results = [(d.k, d_t.k, d.v, d_t.v)]
-    if c.jvp and p.widest >= configs.SPLIT_DKDV:
-        results = [(None, None, d.v, d_t.v), (d.k, d_t.k, None, None)]
-    constexprs = {
-        **_constexprs(name, p, tile),
-        "WHOLE": p.L % tile.BLOCK_M == 0 and p.sequences is None,
-        "SINGLE": _single(p, tile),
-    }
-    for grads in results:
-        args = (*_given(p, c, tile, c.x.q_blocks), *map(pointer, grads), *p.scalars(c.x.seed))
+    for row, grads in _results(name, p, c):
+        tile = p.tile(row)
+        constexprs = {
+            **_constexprs(row, p, tile),
+            "WHOLE": p.L % tile.BLOCK_M == 0 and p.sequences is None,
+            "SINGLE": _single(p, tile),
+        }
+        given = _given(row, p, c, tile, c.x.q_blocks)
+        args = (*given, *map(pointer, grads), *p.scalars(c.x.seed))
         grid = _grid(p, p.S, tile.BLOCK_N, p.Hk)
         yield Launch(bwd_dkdv_kernel, grid, args, constexprs)
+
+
+def _results(name: str, p: Problem, c: Call) -> Iterator[tuple[str, tuple]]:
+    """What each launch of `bwd_dkdv_kernel` computes, and its row in the table of tiles."""
+    d, d_t = c.grads, c.t_grads
+    if not (c.jvp and p.widest >= configs.SPLIT_DKDV):
+        yield name, (d.k, d_t.k, d.v, d_t.v)
+    else:
+        yield name, (None, None, d.v, d_t.v)
+        yield name, (d.k, d_t.k, None, None)
 
 
 def _bwd_dq(name: str, p: Problem, c: Call) -> Iterator[Launch]:
     tile = p.tile(name)
     d, d_t = c.grads, c.t_grads
     args = (
-        *_given(p, c, tile, c.x.kv_blocks),
+        *_given(name, p, c, tile, c.x.kv_blocks),
         *map(pointer, (d.q, d_t.q)),
         *(mask_pointer(d.mask, p), mask_pointer(d_t.mask, p)),
         *p.scalars(c.x.seed),
@@ -120,6 +143,7 @@ def _bwd_dq(name: str, p: Problem, c: Call) -> Iterator[Launch]:
 
 
 PASSES = {
+    "split": _split,
     "fwd": _fwd,
     "bwd_preprocess": _bwd_preprocess,
     "bwd_dkdv": _bwd_dkdv,
@@ -127,9 +151,15 @@ PASSES = {
 }
 
 
-def _operands(p: Problem, c: Call, tile: configs.Tile, blocks: Tensor | None) -> tuple:
+def _multiplied(name: str, p: Problem, c: Call) -> Operands:
+    """The operands of a pass, or their parts."""
+    return c.operands if c.parts is None or p.parts(name) == 1 else c.parts
+
+
+def _operands(name: str, p: Problem, c: Call, tile: configs.Tile, blocks: Tensor | None) -> tuple:
     """The arguments that every kernel but the first begins with."""
-    (q, k, v, mask, seed, cu_q, cu_k, *_), (t_q, t_k, t_v, t_mask) = c.x, c.t
+    q, t_q, k, t_k, v, t_v, *_ = _multiplied(name, p, c)
+    mask, seed, cu_q, cu_k = c.x[3:7]
     return (
         operand(q, p, tile.BLOCK_M, p.block_d),
         operand(k, p, tile.BLOCK_N, p.block_d),
@@ -137,17 +167,18 @@ def _operands(p: Problem, c: Call, tile: configs.Tile, blocks: Tensor | None) ->
         operand(t_q, p, tile.BLOCK_M, p.block_d),
         operand(t_k, p, tile.BLOCK_N, p.block_d),
         operand(t_v, p, tile.BLOCK_N, p.block_dv),
-        *(mask_pointer(mask, p), mask_pointer(t_mask, p), seed, cu_q, cu_k),
+        *(mask_pointer(mask, p), mask_pointer(c.t.mask, p), seed, cu_q, cu_k),
         blocks_pointer(blocks, p),
     )
 
 
-def _given(p: Problem, c: Call, tile: configs.Tile, blocks: Tensor | None) -> tuple:
+def _given(name: str, p: Problem, c: Call, tile: configs.Tile, blocks: Tensor | None) -> tuple:
     """The arguments that both gradient kernels begin with."""
+    *_, d_out, d_t_out = _multiplied(name, p, c)
     return (
-        *_operands(p, c, tile, blocks),
-        operand(c.d_out, p, tile.BLOCK_M, p.block_dv),
-        operand(c.d_t_out, p, tile.BLOCK_M, p.block_dv),
+        *_operands(name, p, c, tile, blocks),
+        operand(d_out, p, tile.BLOCK_M, p.block_dv),
+        operand(d_t_out, p, tile.BLOCK_M, p.block_dv),
         *(c.saved.lse, c.saved.mu if c.jvp else None, c.h_sum, c.w_sum),
     )
 
@@ -166,6 +197,7 @@ def _constexprs(name: str, p: Problem, tile: configs.Tile) -> dict[str, Any]:
         "BLOCK_K": p.spec.block_k,
         "BOOL": p.bool_mask,
         "PRECISION": p.precision(name),
+        "PARTS": p.parts(name),
         "TMA": p.tma,
         **tile._asdict(),
     }

@@ -28,18 +28,19 @@ UNSPECIALIZED = ("threshold", "batch_per_seed", "H", "L", "S", "sequences")
 def load_tile(
     X, b, h, row, rows,
     BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    CHECK: tl.constexpr, TMA: tl.constexpr, CUT: tl.constexpr = False,
+    CHECK: tl.constexpr, TMA: tl.constexpr, CUT: tl.constexpr = False, COLUMN: tl.constexpr = 0,
 ):  # fmt: skip
-    """Rows row ... row + BLOCK of head (b, h) as (BLOCK, BLOCK_D); CHECK where they may pass the
-    end, `rows`. CUT where they may pass it and the tensor does not end, which TMA cannot know."""
+    """Rows row ... row + BLOCK of head (b, h) as (BLOCK, BLOCK_D), from COLUMN on; CHECK where they
+    may pass the end, `rows`. CUT where they may pass it and the tensor does not end, which TMA
+    cannot know."""
     if TMA:
-        x = X.load([b, h, row, 0]).reshape(BLOCK, BLOCK_D)
+        x = X.load([b, h, row, COLUMN]).reshape(BLOCK, BLOCK_D)
         if CUT:
             x = tl.where((row + tl.arange(0, BLOCK) < rows)[:, None], x, 0.0)
     else:
         i = tl.arange(0, BLOCK)
         d = tl.arange(0, BLOCK_D)
-        at = row_at(X, b, h, row) + i[:, None] * X[3] + d[None, :]
+        at = row_at(X, b, h, row) + i[:, None] * X[3] + (COLUMN + d)[None, :]
         if CHECK and D != BLOCK_D:
             x = tl.load(at, mask=(row + i < rows)[:, None] & (d < D)[None, :], other=0.0)
         elif CHECK:
@@ -52,11 +53,31 @@ def load_tile(
 
 
 @triton.jit
-def store_tile(X, x, b, h, row, rows, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Stores (BLOCK, BLOCK_D) into rows row ... row + BLOCK of head (b, h), where they exist."""
+def load_operand(
+    X, b, h, row, rows,
+    BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    CHECK: tl.constexpr, TMA: tl.constexpr, PARTS: tl.constexpr, CUT: tl.constexpr = False,
+):  # fmt: skip
+    """A tile as the tuple of its PARTS, which lie side by side in a row (`split.py`)."""
+    WIDTH: tl.constexpr = D if PARTS == 1 else BLOCK_D
+    x = (load_tile(X, b, h, row, rows, BLOCK, WIDTH, BLOCK_D, CHECK, TMA, CUT),)
+    for PART in tl.static_range(1, PARTS):
+        x += (
+            load_tile(X, b, h, row, rows, BLOCK, WIDTH, BLOCK_D, CHECK, TMA, CUT, PART * BLOCK_D),
+        )
+    return x
+
+
+@triton.jit
+def store_tile(
+    X, x, b, h, row, rows,
+    BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMN: tl.constexpr = 0,
+):  # fmt: skip
+    """Stores (BLOCK, BLOCK_D) into rows row ... row + BLOCK of head (b, h), where they exist, from
+    COLUMN on."""
     i = tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)
-    at = row_at(X, b, h, row) + i[:, None] * X[3] + d[None, :]
+    at = row_at(X, b, h, row) + i[:, None] * X[3] + (COLUMN + d)[None, :]
     inside = (row + i < rows)[:, None] & (d < D)[None, :]
     tl.store(at, x.to(X[0].dtype.element_ty), mask=inside)
 
@@ -158,16 +179,16 @@ def valid_pairs(
 
 @triton.jit
 def finite(x):
-    """x with 0 for NaN and inf: what a hidden key holds must not reach a product, as 0 · NaN is
-    NaN."""
-    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
+    """An operand with 0 for NaN and inf: what a hidden key holds must not reach a product, as
+    0 · NaN is NaN. Parts after the first are finite."""
+    return (tl.where(tl.abs(x[0]) < float("inf"), x[0], 0.0),) + x[1:]  # noqa: RUF005
 
 
 @triton.jit
 def spoiled(x, s):
     """Which rows of scores S see a key or value of x (BLOCK_N, D) that is not finite: 1, else 0.
     Hidden pairs have the score −inf."""
-    bad = tl.max(tl.where(tl.abs(x) < float("inf"), 0.0, 1.0), 1)
+    bad = tl.max(tl.where(tl.abs(x[0]) < float("inf"), 0.0, 1.0), 1)
     return tl.max(tl.where(s == float("-inf"), 0.0, bad[None, :]), 1)
 
 
@@ -184,9 +205,47 @@ def dropout_factor(SEED, b, h, i, j, H, batch_per_seed, threshold, keep_scale):
 
 
 @triton.jit
+def split(x, PARTS: tl.constexpr, DT: tl.constexpr):
+    """An operand of float32 values x: the tuple of PARTS of type DT that add up to x, each the
+    rounded remainder of those before it."""
+    part = x.to(DT)
+    parts = (part,)
+    for _ in tl.static_range(1, PARTS):
+        x -= part.to(tl.float32)
+        part = x.to(DT)
+        parts += (part,)
+    return parts
+
+
+@triton.jit
+def like(x, operand):
+    """float32 values x as an operand of as many parts as another, of its type."""
+    return split(x, len(operand), operand[0].dtype)
+
+
+@triton.jit
+def transpose(x):
+    """An operand, transposed."""
+    y = (x[0].T,)
+    for PART in tl.static_range(1, len(x)):
+        y += (x[PART].T,)
+    return y
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b; PRECISION is how float32 operands are multiplied: ieee, tf32x3 or tf32."""
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    """acc + a b of two operands. Of one part each, PRECISION is how float32 is multiplied: ieee,
+    tf32x3 or tf32. Of more, the products whose parts together stand below the last part's place are
+    left out. The others are added from small to large and to `acc` in float32: wgmma truncates its
+    sums."""
+    PARTS: tl.constexpr = len(a)
+    if PARTS == 1:
+        return tl.dot(a[0], b[0], acc, input_precision=PRECISION)
+    x = tl.zeros_like(acc)
+    for STEP in tl.static_range(PARTS):  # (2, 0), (1, 1), (0, 2), then (1, 0), (0, 1), then (0, 0)
+        for PART in tl.static_range(PARTS - STEP):
+            x = tl.dot(a[PARTS - 1 - STEP - PART], b[PART], x)
+    return acc + x
 
 
 @triton.jit

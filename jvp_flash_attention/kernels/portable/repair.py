@@ -40,7 +40,8 @@ def repair_kernel(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, LOWER_RIGHT: tl.constexpr, SEQUENCES: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BOOL: tl.constexpr, WHOLE: tl.constexpr,
     PRESCALE: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MOST: tl.constexpr,
 ):  # fmt: skip
     """One program: `share` of the `items` tiles of `forward_kernel`, at most MOST; of packed
@@ -62,7 +63,7 @@ def repair_kernel(
             Q, K, V, T_Q, T_K, T_V, MASK, T_MASK, SEED, CU_Q, CU_K, KV_BLOCKS, O, T_O, LSE, MU,
             scale, softcap, threshold, keep_scale, batch_per_seed, H, L, S, sequences, pid,
             GROUP, D, DV, BLOCK_D, BLOCK_DV, LEFT, RIGHT, LOWER_RIGHT, SEQUENCES,
-            BLOCK_Q, BLOCK_K, BOOL, WHOLE, PRESCALE, PRECISION, TMA, BLOCK_M, BLOCK_N,
+            BLOCK_Q, BLOCK_K, BOOL, WHOLE, PRESCALE, PRECISION, PARTS, TMA, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
         first = pid * share
@@ -78,5 +79,6 @@ def repair_kernel(
                     O, T_O, LSE, MU,
                     scale, softcap, threshold, keep_scale, batch_per_seed, H, L, S, sequences, item,
                     GROUP, D, DV, BLOCK_D, BLOCK_DV, LEFT, RIGHT, LOWER_RIGHT, SEQUENCES,
-                    BLOCK_Q, BLOCK_K, BOOL, WHOLE, PRESCALE, PRECISION, TMA, BLOCK_M, BLOCK_N,
+                    BLOCK_Q, BLOCK_K, BOOL, WHOLE, PRESCALE, PRECISION, PARTS, TMA,
+                    BLOCK_M, BLOCK_N,
                 )  # fmt: skip

@@ -41,7 +41,7 @@ LAYOUT_TYPES = {
 
 def unsupported_reason(name: str, p: Problem, c: Call) -> str | None:
     """Why a pass cannot take the problem, or should not; None where it does."""
-    if not p.tma:
+    if not p.tma or p.itemsize != 2:
         return "needs operands that TMA reads, in 16 bits"
     if not (p.D == p.DV <= 128 and p.D % 8 == 0):  # rows of the results, which TMA writes
         return f"needs D = Dv up to 128, a multiple of 8, got {p.D} and {p.DV}"
