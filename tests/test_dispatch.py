@@ -41,7 +41,8 @@ assert not any("sm90" in module for module in sys.modules)
 special = ["forward_jvp", "bwd_preprocess", "bwd_dkdv_jvp", "bwd_dq_jvp"]
 assert names("sm90") == special
 assert names("sm90", 64) == [*special[:3], "bwd_dq"]
-assert names("sm90", 64, 64) == ["forward_jvp", "bwd_preprocess", "bwd_dkdv", "bwd_dq"]
+assert names("sm90", 64, 256, 64) == ["forward_jvp", "bwd_preprocess", "bwd_dkdv", "bwd_dq"]
+assert names("sm90", 64, 64) == ["forward", "bwd_preprocess", "bwd_dkdv", "bwd_dq"]  # short
 masked = ["forward_jvp", "repair", "bwd_preprocess"]  # the repair follows where pairs are hidden
 assert names("sm90", causal=True) == [*masked, "bwd_dkdv_jvp", "bwd_dq_jvp"]
 for shape in ((1, 1, 256, 256), (1, 1, 1, 256)):

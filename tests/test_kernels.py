@@ -50,29 +50,26 @@ def test_every_output_in_float16(case, device):
 
 
 @pytest.mark.parametrize(
-    ("precision", "case"),
+    ("parts", "case"),
     [
-        ("bf16x6", Case(H=2, Hk=1, L=37, S=50, D=8, B=1)),
-        ("bf16x6", Case(B=1, H=1, Hk=1, L=33, S=40, Dv=24, mask="full", causal=True)),
-        ("bf16x3", Case(B=1, H=1, Hk=1, L=33, S=40, tangents="k")),
+        (3, Case(H=2, Hk=1, L=37, S=50, D=8, B=1)),
+        (3, Case(B=1, H=1, Hk=1, L=33, S=40, Dv=24, mask="full", causal=True)),
+        (2, Case(B=1, H=1, Hk=1, L=33, S=40, tangents="k")),
     ],
 )
-def test_float32_by_bfloat16_parts_of_the_operands(precision, case, device, monkeypatch):
-    """The gradients on Hopper. Through the interpreter, which cuts where a GPU rounds: two parts
-    have 15 digits."""
+def test_float32_by_bfloat16_parts_of_the_operands(parts, case, device, monkeypatch):
+    """As on Hopper. Through the interpreter, which cuts where a GPU rounds: two parts have 15
+    binary digits."""
     if device != "cpu":
         pytest.skip("test_every_output_in_float32 takes them where they are the device's own")
-    forward = Problem.precision
-
-    def chosen(self, name):
-        return forward(self, name) if name.startswith("fwd") else precision
-
-    monkeypatch.setattr(Problem, "precision", chosen)
+    small = dict.fromkeys(configs.PARTS[parts], ((32, 32, 4, 1),))
+    monkeypatch.setitem(configs.PARTS, parts, small)
+    monkeypatch.setattr(Problem, "parts", lambda p, name: parts if name in small else 1)
     kernels.launch_cache.clear()
     found = errors(kernels, case, torch.float32, device, rows=1)
     kernels.launch_cache.clear()
-    check(found, torch.float32, 1.0 if precision == "bf16x6" else 40.0)
-    if precision == "bf16x3":
+    check(found, torch.float32, 1.0 if parts == 3 else 40.0)
+    if parts == 2:
         assert max(found.values()) > 1e-5  # and are not computed by another arithmetic
 
 

@@ -70,7 +70,7 @@ def test_the_forward_passes_on_hopper_use_wgmma_and_do_not_spill(hopper):
     ],
 )
 def test_float32_on_hopper_uses_wgmma(variant, tangents):
-    """Six bfloat16 products."""
+    """Six bfloat16 products; beside a mask the gradients' three TF32 products, wrong through it."""
     table = compile_for(
         "sm_90", "--head-dims", "64", "--dtypes", "float32", "--variants", variant,
         "--passes", *(f"{name}{t}" for name in ("forward", "backward") for t in tangents),
@@ -79,8 +79,9 @@ def test_float32_on_hopper_uses_wgmma(variant, tangents):
     assert sum("forward_kernel" in row for row in rows) == len(tangents)
     assert any("bwd_" in row for row in rows)
     for row in rows:
-        multiplies = not any(name in row for name in ("split_kernel", "bwd_preprocess_kernel"))
-        assert (int(row.split("wgmma")[1]) > 0) == multiplies, row
+        gradients = any(name in row for name in ("bwd_dkdv", "bwd_dq"))
+        six = "forward_kernel" in row or (gradients and variant == "plain")
+        assert (int(row.split("wgmma")[1]) > 0) == six, row
 
 
 @pytest.mark.slow

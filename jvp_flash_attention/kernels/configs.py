@@ -60,15 +60,31 @@ FLOAT32 = {
     "bwd_dq": ((32, 32, 4, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
     "bwd_dq_jvp": ((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
 }
-# Six bfloat16 products, or three, are wgmma: 64 rows for four warps. Of head dims up to 128.
+# Six bfloat16 products are wgmma: 64 rows for four warps. Of head dims up to 128.
 BF16X6 = {
     "fwd": ((64, 32, 4, 2), (64, 16, 4, 2)),
     "fwd_jvp": ((64, 32, 4, 2), (64, 16, 4, 1)),
-    "bwd_dkdv": ((32, 64, 4, 2), (32, 64, 8, 2)),
-    "bwd_dkdv_jvp": ((32, 64, 4, 2), (16, 64, 8, 1)),
-    "bwd_dq": ((64, 32, 4, 2), (64, 32, 8, 2)),
-    "bwd_dq_jvp": ((64, 32, 4, 2), (64, 16, 8, 1)),
 }
+# The same of operands that were cut into three bfloat16 parts before (portable/split.py), and three
+# products of two parts. The second-order dK and dV take two launches. Forward, three parts would
+# save a quarter of the time and cost 6 bytes an element.
+PARTS3 = {
+    "bwd_dkdv": ((32, 64, 4, 2), (16, 64, 4, 2)),
+    "bwd_dv_jvp": ((32, 128, 8, 2), (16, 64, 4, 2)),
+    "bwd_dk_jvp": ((32, 64, 4, 2), (16, 64, 4, 1)),
+    "bwd_dq": ((64, 64, 4, 1), (64, 32, 4, 2)),
+    "bwd_dq_jvp": ((64, 32, 4, 2), (64, 16, 4, 1)),
+}
+PARTS2 = {
+    "fwd": ((128, 64, 8, 2), (128, 64, 8, 2)),
+    "fwd_jvp": ((128, 64, 8, 2), (64, 32, 4, 2)),
+    "bwd_dkdv": ((64, 64, 4, 2), (64, 64, 8, 2)),
+    "bwd_dv_jvp": ((32, 128, 8, 2), (16, 64, 4, 2)),
+    "bwd_dk_jvp": ((32, 64, 4, 2), (32, 64, 8, 1)),
+    "bwd_dq": ((64, 64, 4, 2), (64, 64, 8, 1)),
+    "bwd_dq_jvp": ((128, 32, 8, 2), (64, 32, 8, 1)),
+}
+PARTS = {2: PARTS2, 3: PARTS3}
 
 # Hopper, 16 bits, where sequences are shorter than a tile and most of one would be empty: of at
 # most so many queries and keys. Gradients keep all keys in a tile, for exact row sums.
@@ -82,7 +98,7 @@ SHORT: dict[int, dict[str, tuple]] = {
 TABLES: dict[str, dict[str, dict[str, tuple]]] = {
     "sm80": {"half": SM80, "float32": FLOAT32},
     "sm89": {"half": SM80, "float32": FLOAT32},
-    "sm90": {"half": SM90, "float32": FLOAT32, "bf16x6": BF16X6},
+    "sm90": {"half": SM90, "float32": FLOAT32, "bf16x6": BF16X6},  # and PARTS
     "sm100": {"half": SM100, "float32": FLOAT32},
     "sm120": {"half": SM80, "float32": FLOAT32},
     "gfx942": {"half": SM80, "float32": FLOAT32},

@@ -115,32 +115,39 @@ class Problem(NamedTuple):
 
     def table(self, name: str) -> dict[str, tuple]:
         """The tiles of this architecture and arithmetic."""
-        tables = configs.TABLES[self.arch]
-        if self.itemsize != 4:
-            return tables["half"]
-        name = "bf16x6" if self.precision(name).startswith("bf16") else "float32"
-        return tables.get(name, tables["float32"])
+        parts = self.parts(name)
+        if parts > 1:
+            return configs.PARTS[parts]
+        arithmetic = "half"
+        if self.itemsize == 4:
+            arithmetic = "bf16x6" if self.precision(name) == "bf16x6" else "float32"
+        return configs.TABLES[self.arch][arithmetic]
 
     def precision(self, name: str) -> str:
-        """How float32 products are computed. On Hopper six bfloat16 products, which keep float32's
-        accuracy, or in the gradients three where the user allows 16 digits. Elsewhere three TF32
-        products, or one. Plain float32 at head dim 256, where the split operands outgrow shared
-        memory, and on AMD, where there is no TF32x3."""
-        if self.itemsize != 4 or self.arch.startswith("gfx"):
+        """How products of float32 are computed that is not read in `parts`: one TF32 product where
+        the user allows it; otherwise three, or forward on Hopper six bfloat16 products, which keep
+        float32's accuracy, or plain float32 at head dim 256, where the split operands outgrow
+        shared memory, and on AMD, where there is no TF32x3."""
+        if self.itemsize != 4 or self.arch.startswith("gfx") or self.parts(name) > 1:
             return "ieee"
-        bf16 = self.widest < 256 and "bf16x6" in configs.TABLES[self.arch]
         if tf32_allowed():
-            return "bf16x3" if bf16 and name.startswith("bwd") else "tf32"
+            return "tf32"
         if self.widest >= 256:
             return "ieee"
-        return "bf16x6" if bf16 else "tf32x3"
+        six = "bf16x6" in configs.TABLES[self.arch] and name.startswith("fwd")
+        return "bf16x6" if six else "tf32x3"
 
     def parts(self, name: str) -> int:
-        """In how many bfloat16 parts the operands of a pass are read. A forward kernel cuts what it
-        has read by itself."""
-        if name.startswith("fwd"):
+        """In how many bfloat16 parts float32 operands of a pass are read, 1 for none. On Hopper,
+        beside no mask but causal: three in the gradients, and two everywhere where the user allows
+        products to lose digits."""
+        plain = not (self.mask or self.spec.dropout_p or self.spec.softcap or self.spec.block_q)
+        plain = plain and (self.spec.left, self.spec.right, self.sequences) == (None, None, None)
+        if self.itemsize != 4 or self.arch != "sm90" or self.widest >= 256 or not plain:
             return 1
-        return {"bf16x6": 3, "bf16x3": 2}.get(self.precision(name), 1)
+        parts = 2 if tf32_allowed() else 3
+        tiles = configs.PARTS[parts].get(name, ())
+        return parts if configs.column(self.widest) < len(tiles) else 1
 
     def scalars(self, seed: Tensor | None) -> tuple:
         """scale, soft cap, dropout threshold, 1 / keep probability, batch entries a seed, H, L, S,

@@ -59,6 +59,17 @@ from .primitives import (
 )
 
 
+@triton.jit
+def gradient_of_p(v, t_v, d_o, d_t_o, zero, PRECISION: tl.constexpr):
+    """dP = dO Vᵀ + dtO tVᵀ, transposed."""
+    d_p = zero
+    if d_o is not None:
+        d_p = dot(v, transpose(d_o), d_p, PRECISION)
+    if d_t_o is not None and t_v is not None:
+        d_p = dot(t_v, transpose(d_t_o), d_p, PRECISION)
+    return d_p
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def bwd_dkdv_kernel(
     Q, K, V, T_Q, T_K, T_V, MASK, T_MASK, SEED, CU_Q, CU_K, Q_BLOCKS,
@@ -77,7 +88,9 @@ def bwd_dkdv_kernel(
     head that reads it."""
     T_S: tl.constexpr = T_Q is not None or T_K is not None or T_MASK is not None
     JVP: tl.constexpr = D_T_O is not None
-    SPLIT_DOT: tl.constexpr = PARTS > 1 or PRECISION == "bf16x6" or PRECISION == "bf16x3"
+    V_FIRST: tl.constexpr = (
+        PARTS > 1
+    )  # products with V before the others: fewer operands in memory at a time
     SPLIT: tl.constexpr = MASK is not None and not BOOL
     EMPTY: tl.constexpr = MASK is not None or LEFT is not None  # rows may attend nothing
 
@@ -102,6 +115,7 @@ def bwd_dkdv_kernel(
         v = load_operand(V, b, hk, k0 + n0, k0 + S, BLOCK_N, DV, BLOCK_DV, True, TMA, PARTS)
     if T_K is not None:
         t_k = load_operand(T_K, b, hk, k0 + n0, k0 + S, BLOCK_N, D, BLOCK_D, True, TMA, PARTS)
+    t_v = None
     if T_V is not None and D_K is not None:
         t_v = load_operand(T_V, b, hk, k0 + n0, k0 + S, BLOCK_N, DV, BLOCK_DV, True, TMA, PARTS)
 
@@ -122,28 +136,38 @@ def bwd_dkdv_kernel(
             parts = query_parts(n0, seen, BLOCK_M, BLOCK_N, LEFT, RIGHT)
         for PHASE in tl.static_range(3 if LEFT is not None else 2 if RIGHT is not None else 1):
             for x0 in tl.range(
-                parts[2 * PHASE], parts[2 * PHASE + 1], BLOCK_M, disable_licm=SPLIT_DOT
+                parts[2 * PHASE], parts[2 * PHASE + 1], BLOCK_M, disable_licm=V_FIRST
             ):
                 m0 = x0
                 if Q_BLOCKS is not None:
                     m0 = listed_row(blocks, x0, BLOCK_Q)
                 i = m0 + tl.arange(0, BLOCK_M)
                 zero = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-                d_p = zero
-                if D_O is not None:
-                    d_o = load_operand(
-                        D_O, b, h, q0 + m0, q0 + L, BLOCK_M, DV, BLOCK_DV, not WHOLE, TMA, PARTS
-                    )
+                d_o = None
+                d_t_o = None
+                if V_FIRST:
+                    if D_O is not None:
+                        d_o = load_operand(
+                            D_O, b, h, q0 + m0, q0 + L, BLOCK_M, DV, BLOCK_DV, not WHOLE, TMA, PARTS
+                        )
+                    if JVP:
+                        d_t_o = load_operand(
+                            D_T_O,
+                            b,
+                            h,
+                            q0 + m0,
+                            q0 + L,
+                            BLOCK_M,
+                            DV,
+                            BLOCK_DV,
+                            not WHOLE,
+                            TMA,
+                            PARTS,
+                        )
                     if D_K is not None:
-                        d_p = dot(v, transpose(d_o), d_p, PRECISION)
-                if JVP:
-                    d_t_o = load_operand(
-                        D_T_O, b, h, q0 + m0, q0 + L, BLOCK_M, DV, BLOCK_DV, not WHOLE, TMA, PARTS
-                    )
-                    if D_K is not None:
-                        h_m = dot(v, transpose(d_t_o), zero, PRECISION)
-                        if T_V is not None:
-                            d_p = dot(t_v, transpose(d_t_o), d_p, PRECISION)
+                        d_p = gradient_of_p(v, t_v, d_o, d_t_o, zero, PRECISION)
+                        if JVP:
+                            h_m = dot(v, transpose(d_t_o), zero, PRECISION)
                 q = load_operand(
                     Q, b, h, q0 + m0, q0 + L, BLOCK_M, D, BLOCK_D, not WHOLE, TMA, PARTS
                 )
@@ -202,8 +226,28 @@ def bwd_dkdv_kernel(
                     )  # fmt: skip
                     p_z = p * z
 
+                if not V_FIRST:
+                    if D_O is not None:
+                        d_o = load_operand(
+                            D_O, b, h, q0 + m0, q0 + L, BLOCK_M, DV, BLOCK_DV, not WHOLE, TMA, PARTS
+                        )
+                    if JVP:
+                        d_t_o = load_operand(
+                            D_T_O,
+                            b,
+                            h,
+                            q0 + m0,
+                            q0 + L,
+                            BLOCK_M,
+                            DV,
+                            BLOCK_DV,
+                            not WHOLE,
+                            TMA,
+                            PARTS,
+                        )
                 if JVP and T_S:
                     t_s -= tl.load(MU + row + i, mask=i < L, other=0.0)[None, :]
+
                 if D_V is not None:
                     if D_O is not None:
                         d_v = dot(like(p_z, k), d_o, d_v, PRECISION)
@@ -213,11 +257,15 @@ def bwd_dkdv_kernel(
                             d_v = dot(like(p_z * t_s, k), d_t_o, d_v, PRECISION)
 
                 if D_K is not None:
+                    if not V_FIRST:
+                        d_p = gradient_of_p(v, t_v, d_o, d_t_o, zero, PRECISION)
                     if MASK is not None or PHASE != 0:
                         d_p = tl.where(counted, d_p, 0.0)
                     if SEED is not None:
                         d_p *= z
                     if JVP:
+                        if not V_FIRST:
+                            h_m = dot(v, transpose(d_t_o), zero, PRECISION)
                         if MASK is not None or PHASE != 0:
                             h_m = tl.where(counted, h_m, 0.0)
                         if SEED is not None:

@@ -41,6 +41,23 @@ from .primitives import (
 )
 
 
+@triton.jit
+def load_v_and_gradient_of_p(
+    V, T_V, d_o, d_t_o, zero, b, h, row, rows, BLOCK_N: tl.constexpr, DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """V of a tile of keys, and dP = dO Vᵀ + dtO tVᵀ."""
+    v = load_operand(V, b, h, row, rows, BLOCK_N, DV, BLOCK_DV, CHECK, TMA, PARTS)
+    d_p = zero
+    if d_o is not None:
+        d_p = dot(d_o, transpose(v), d_p, PRECISION)
+    if d_t_o is not None and T_V is not None:
+        t_v = load_operand(T_V, b, h, row, rows, BLOCK_N, DV, BLOCK_DV, CHECK, TMA, PARTS)
+        d_p = dot(d_t_o, transpose(t_v), d_p, PRECISION)
+    return v, d_p
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def bwd_dq_kernel(
     Q, K, V, T_Q, T_K, T_V, MASK, T_MASK, SEED, CU_Q, CU_K, KV_BLOCKS,
@@ -59,7 +76,7 @@ def bwd_dq_kernel(
     """One program: BLOCK_M queries of one head, against the keys that they see."""
     T_S: tl.constexpr = T_Q is not None or T_K is not None or T_MASK is not None
     JVP: tl.constexpr = D_T_O is not None
-    SPLIT_DOT: tl.constexpr = PARTS > 1 or PRECISION == "bf16x6" or PRECISION == "bf16x3"
+    V_FIRST: tl.constexpr = PARTS > 1  # as in `bwd_dkdv.py`
     SPLIT: tl.constexpr = MASK is not None and not BOOL
 
     pid = tl.program_id(0)
@@ -83,6 +100,8 @@ def bwd_dq_kernel(
     q = load_operand(Q, b, h, q0 + m0, q0 + L, BLOCK_M, D, BLOCK_D, True, TMA, PARTS)
     if T_Q is not None:
         t_q = load_operand(T_Q, b, h, q0 + m0, q0 + L, BLOCK_M, D, BLOCK_D, True, TMA, PARTS)
+    d_o = None
+    d_t_o = None
     if D_O is not None:
         d_o = load_operand(D_O, b, h, q0 + m0, q0 + L, BLOCK_M, DV, BLOCK_DV, True, TMA, PARTS)
     if JVP:
@@ -104,25 +123,19 @@ def bwd_dq_kernel(
         seen = listed_rows(blocks, S, BLOCK_K)
     parts = key_parts(m0 + shift, seen, BLOCK_M, BLOCK_N, LEFT, RIGHT, LOWER_RIGHT)
     for PHASE in tl.static_range(1 if WHOLE else 2 if LEFT is None else 3):
-        for x0 in tl.range(parts[2 * PHASE], parts[2 * PHASE + 1], BLOCK_N, disable_licm=SPLIT_DOT):
+        for x0 in tl.range(parts[2 * PHASE], parts[2 * PHASE + 1], BLOCK_N, disable_licm=V_FIRST):
             n0 = x0
             if KV_BLOCKS is not None:
                 n0 = listed_row(blocks, x0, BLOCK_K)
             j = n0 + tl.arange(0, BLOCK_N)
             zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            v = load_operand(
-                V, b, hk, k0 + n0, k0 + S, BLOCK_N, DV, BLOCK_DV, PHASE != 0, TMA, PARTS
-            )
-            d_p = zero
-            if D_O is not None:
-                d_p = dot(d_o, transpose(v), d_p, PRECISION)
-            if JVP:
-                h_m = dot(d_t_o, transpose(v), zero, PRECISION)
-            if JVP and T_V is not None:
-                t_v = load_operand(
-                    T_V, b, hk, k0 + n0, k0 + S, BLOCK_N, DV, BLOCK_DV, PHASE != 0, TMA, PARTS
-                )
-                d_p = dot(d_t_o, transpose(t_v), d_p, PRECISION)
+            if V_FIRST:
+                v, d_p = load_v_and_gradient_of_p(
+                    V, T_V, d_o, d_t_o, zero, b, hk, k0 + n0, k0 + S, BLOCK_N, DV, BLOCK_DV,
+                    PHASE != 0, PRECISION, TMA, PARTS,
+                )  # fmt: skip
+                if JVP:
+                    h_m = dot(d_t_o, transpose(v), zero, PRECISION)
             k = load_operand(K, b, hk, k0 + n0, k0 + S, BLOCK_N, D, BLOCK_D, PHASE != 0, TMA, PARTS)
             s = dot(q, transpose(k), zero, PRECISION) * scale2
             if T_K is not None:
@@ -171,6 +184,11 @@ def bwd_dq_kernel(
                 if T_K is not None:
                     t_k = finite(t_k)
 
+            if not V_FIRST:
+                v, d_p = load_v_and_gradient_of_p(
+                    V, T_V, d_o, d_t_o, zero, b, hk, k0 + n0, k0 + S, BLOCK_N, DV, BLOCK_DV,
+                    PHASE != 0, PRECISION, TMA, PARTS,
+                )  # fmt: skip
             if MASK is not None or (BANDED and PHASE != 0):
                 d_p = tl.where(counted, d_p, 0.0)
             if SEED is not None:
@@ -180,6 +198,8 @@ def bwd_dq_kernel(
                 )  # fmt: skip
                 d_p *= z
             if JVP:
+                if not V_FIRST:
+                    h_m = dot(d_t_o, transpose(v), zero, PRECISION)
                 if MASK is not None or (BANDED and PHASE != 0):
                     h_m = tl.where(counted, h_m, 0.0)
                 if SEED is not None:

@@ -116,11 +116,13 @@ def _bwd_dkdv(name: str, p: Problem, c: Call) -> Iterator[Launch]:
 def _results(name: str, p: Problem, c: Call) -> Iterator[tuple[str, tuple]]:
     """What each launch of `bwd_dkdv_kernel` computes, and its row in the table of tiles."""
     d, d_t = c.grads, c.t_grads
-    if not (c.jvp and p.widest >= configs.SPLIT_DKDV):
-        yield name, (d.k, d_t.k, d.v, d_t.v)
+    values, keys = (None, None, d.v, d_t.v), (d.k, d_t.k, None, None)
+    if c.jvp and p.parts("bwd_dv_jvp") > 1:
+        yield from (("bwd_dv_jvp", values), ("bwd_dk_jvp", keys))
+    elif c.jvp and p.widest >= configs.SPLIT_DKDV:
+        yield from ((name, values), (name, keys))
     else:
-        yield name, (None, None, d.v, d_t.v)
-        yield name, (d.k, d_t.k, None, None)
+        yield name, (d.k, d_t.k, d.v, d_t.v)
 
 
 def _bwd_dq(name: str, p: Problem, c: Call) -> Iterator[Launch]:
