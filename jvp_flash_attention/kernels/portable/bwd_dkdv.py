@@ -88,9 +88,8 @@ def bwd_dkdv_kernel(
     head that reads it."""
     T_S: tl.constexpr = T_Q is not None or T_K is not None or T_MASK is not None
     JVP: tl.constexpr = D_T_O is not None
-    V_FIRST: tl.constexpr = (
-        PARTS > 1
-    )  # products with V before the others: fewer operands in memory at a time
+    # Products with V before the others: fewer operands in memory at a time.
+    V_FIRST: tl.constexpr = PARTS > 1
     SPLIT: tl.constexpr = MASK is not None and not BOOL
     EMPTY: tl.constexpr = MASK is not None or LEFT is not None  # rows may attend nothing
 
