@@ -35,25 +35,38 @@ def nothing(q: Tensor, v: Tensor, jvp: bool) -> Saved:
     return Saved(out, lse, torch.zeros_like(out), torch.zeros_like(lse))
 
 
-def merge(total: Saved, part: Saved, rows: slice, dtype: torch.dtype, backend: str) -> Saved:
+def merge(
+    total: Saved,
+    part: Saved,
+    rows: slice,
+    dtype: torch.dtype,
+    backend: str,
+    into: tuple[Tensor, Tensor | None] | None = None,
+) -> Saved:
     """`total`, which may be overwritten, with `part`, which is of its rows from `rows.start` on and
-    of other keys. O and tO are in `dtype`; on the way they are `wide`."""
+    of other keys. Where the total has tO, a part without it and μ has zeros. O and tO are in
+    `dtype`, and where `into` is given in these two; on the way they are `wide`."""
     if backend == "triton":
         from .kernels.merge import merge as fused
 
-        return fused(total, part, rows.start or 0, dtype)
+        return fused(total, part, rows.start or 0, dtype, into)
     out, lse, t_out, mu = total
     out = out.to(wide(out.dtype))
-    t_out = None if t_out is None else t_out.to(out.dtype)
     before, after = lse[:, :, rows], part.lse
     w = torch.sigmoid(after - before).masked_fill_(after == float("-inf"), 0.0)
     before.copy_(torch.logaddexp(before, after))
     d_out = part.out - out[:, :, rows]
-    if t_out is not None and part.t_out is not None and mu is not None and part.mu is not None:
-        delta = part.mu - mu[:, :, rows]
+    if t_out is not None and mu is not None:
+        t_out = t_out.to(out.dtype)
+        delta = (0.0 if part.mu is None else part.mu) - mu[:, :, rows]
+        d_t_out = (0.0 if part.t_out is None else part.t_out) - t_out[:, :, rows]
         mu[:, :, rows] += w * delta
         c = (w * (1 - w) * delta).unsqueeze(-1)
-        t_out[:, :, rows] += w.unsqueeze(-1) * (part.t_out - t_out[:, :, rows]) + c * d_out
+        t_out[:, :, rows] += w.unsqueeze(-1) * d_t_out + c * d_out
         t_out = t_out.to(dtype)
     out[:, :, rows] += w.unsqueeze(-1) * d_out
-    return Saved(out.to(dtype), lse, t_out, mu)
+    out = out.to(dtype)
+    if into is not None:
+        out = into[0].copy_(out)
+        t_out = None if t_out is None or into[1] is None else into[1].copy_(t_out)
+    return Saved(out, lse, t_out, mu)

@@ -108,3 +108,38 @@ def test_a_soft_cap_takes_the_portable_kernels_and_costs_no_spills():
 @pytest.mark.slow
 def test_float32_compiles_for_amd():
     compile_for("gfx942", "--head-dims", "64", "--dtypes", "float32", "--variants", "plain")
+
+
+IN_PLACE = """
+import re, torch
+from triton.runtime import driver
+from jvp_flash_attention.call import Saved
+from jvp_flash_attention.kernels.merge import merge_launch
+from tests.offline import TARGETS, _Driver
+
+driver.set_active(_Driver(TARGETS["sm_90"]))
+for D in (8, 64):
+    rows = [torch.zeros(1, 2, 64) for _ in range(4)]
+    out = [torch.zeros(1, 2, 64, D, dtype=torch.float16) for _ in range(4)]
+    total, part = (Saved(out[i], rows[i], out[i + 1], rows[i + 1]) for i in (0, 2))
+    launch, merged = merge_launch(total, part, 0, torch.float16)
+    assert merged.out is total.out and merged.lse is total.lse
+    ptx = launch.compile().asm["ptx"]
+    print(*re.findall(r"ld\\.global|bar\\.sync|st\\.global", ptx))
+"""
+
+
+def test_results_are_merged_in_place_once_all_warps_have_read_them():
+    """A warp may hold rows that another one stores. The interpreter has no warps, so the order of
+    instructions shows it."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", IN_PLACE], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for line in done.stdout.splitlines():
+        order = line.split()
+        last_load = max(i for i, name in enumerate(order) if name == "ld.global")
+        first_store = order.index("st.global")
+        assert "bar.sync" in order[last_load:first_store], line
+    assert len(done.stdout.splitlines()) == 2

@@ -18,28 +18,33 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..call import Saved
+from .block_info import row_at
 from .launch_cache import Launch
-from .problem import cdiv, maybe_contiguous
+from .problem import cdiv, maybe_contiguous, pointer, readable
 
 ROWS = 16  # of a program
 
 
-@triton.jit(do_not_specialize=["L", "start", "tiles", "skipped"])
+@triton.jit(do_not_specialize=["H", "L", "start", "tiles", "skipped"])
 def merge_kernel(
-    OUT, T_OUT, O, T_O, LSE, MU, O_I, T_O_I, LSE_I, MU_I, L, start, tiles, skipped,
+    OUT, T_OUT, O, T_O, LSE, MU, O_I, T_O_I, LSE_I, MU_I, H, L, start, tiles, skipped,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M rows of one head. Row `start` of the total is the part's first."""
+    """One program: BLOCK_M rows of one head. Row `start` of the total is the part's first. A part
+    without tO and μ has zeros."""
     pid = tl.program_id(0)
-    bh = (pid // tiles).to(tl.int64)
+    bh = pid // tiles
+    b, h = bh // H, bh % H
     i = (pid % tiles + skipped) * BLOCK_M + tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_DV)
     inside, there = i < L, (i < L) & (i >= start)
-    row, row_i = bh * L + i, bh * (L - start) + i - start
-    at, at_i = row[:, None] * DV + d[None, :], row_i[:, None] * DV + d[None, :]
-    column = d[None, :] < DV
+    row = bh.to(tl.int64) * L + i
+    row_i = bh.to(tl.int64) * (L - start) + i - start
+    d = tl.arange(0, BLOCK_DV)[None, :]
+    i = i[:, None]
+    column, column_i = inside[:, None] & (d < DV), there[:, None] & (d < DV)
 
     lse = tl.load(LSE + row, mask=inside, other=float("-inf"))
     lse_i = tl.load(LSE_I + row_i, mask=there, other=float("-inf"))
@@ -47,49 +52,65 @@ def merge_kernel(
     w = tl.where(lse_i == float("-inf"), 0.0, 1.0 / (1.0 + tl.exp(lse - lse_i)))
     base = tl.maximum(lse, lse_i)
     base = tl.where(base == float("-inf"), 0.0, base)
-    tl.store(LSE + row, base + tl.log(tl.exp(lse - base) + tl.exp(lse_i - base)), mask=inside)
-
-    o = tl.load(O + at, mask=inside[:, None] & column, other=0.0).to(tl.float32)
-    o_i = tl.load(O_I + at_i, mask=there[:, None] & column, other=0.0).to(tl.float32)
+    o = tl.load(row_at(O, b, h, i) + d, mask=column, other=0.0).to(tl.float32)
+    o_i = tl.load(row_at(O_I, b, h, i - start) + d, mask=column_i, other=0.0).to(tl.float32)
     delta_o = o_i - o
-    out = o + w[:, None] * delta_o
-    tl.store(OUT + at, out.to(OUT.dtype.element_ty), mask=inside[:, None] & column)
     if T_O is not None:
         mu = tl.load(MU + row, mask=inside, other=0.0)
-        delta = tl.load(MU_I + row_i, mask=there, other=0.0) - mu
-        tl.store(MU + row, mu + w * delta, mask=inside)
-        t_o = tl.load(T_O + at, mask=inside[:, None] & column, other=0.0).to(tl.float32)
-        t_o_i = tl.load(T_O_I + at_i, mask=there[:, None] & column, other=0.0).to(tl.float32)
+        delta = -mu
+        t_o = tl.load(row_at(T_O, b, h, i) + d, mask=column, other=0.0).to(tl.float32)
+        delta_t = -t_o
+        if T_O_I is not None:
+            delta += tl.load(MU_I + row_i, mask=there, other=0.0)
+            at_i = row_at(T_O_I, b, h, i - start) + d
+            delta_t += tl.load(at_i, mask=column_i, other=0.0).to(tl.float32)
         c = w * (1.0 - w) * delta
-        t_out = t_o + w[:, None] * (t_o_i - t_o) + c[:, None] * delta_o
-        tl.store(T_OUT + at, t_out.to(T_OUT.dtype.element_ty), mask=inside[:, None] & column)
+        t_out = t_o + w[:, None] * delta_t + c[:, None] * delta_o
+
+    # warps hold rows of one another: none may store what another one has yet to load
+    tl.debug_barrier()
+    tl.store(LSE + row, base + tl.log(tl.exp(lse - base) + tl.exp(lse_i - base)), mask=inside)
+    out = (o + w[:, None] * delta_o).to(OUT[0].dtype.element_ty)
+    tl.store(row_at(OUT, b, h, i) + d, out, mask=column)
+    if T_O is not None:
+        tl.store(MU + row, mu + w * delta, mask=inside)
+        at = row_at(T_OUT, b, h, i) + d
+        tl.store(at, t_out.to(T_OUT[0].dtype.element_ty), mask=column)
 
 
-def merge(total: Saved, part: Saved, start: int, dtype: torch.dtype) -> Saved:
-    """Both together; LSE and μ of the total are overwritten, O and tO where they have `dtype`. Row
-    `start` is the first one of the part."""
-    launch, merged = merge_launch(total, part, start, dtype)
+def merge(
+    total: Saved,
+    part: Saved,
+    start: int,
+    dtype: torch.dtype,
+    into: tuple[Tensor, Tensor | None] | None = None,
+) -> Saved:
+    """Both together; LSE and μ of the total are overwritten. O and tO go to `into`, where that is
+    given, else to the total's own where they have `dtype`. Row `start` is the first one of the
+    part."""
+    launch, merged = merge_launch(total, part, start, dtype, into)
     if launch.grid[0] > 0:
         with torch.cuda.device(merged.out.device) if merged.out.is_cuda else nullcontext():
             launch.run()
     return merged
 
 
-def merge_launch(total: Saved, part: Saved, start: int, dtype: torch.dtype) -> tuple[Launch, Saved]:
+def merge_launch(
+    total: Saved, part: Saved, start: int, dtype: torch.dtype, into: Any = None
+) -> tuple[Launch, Saved]:
     """What `merge` launches, and where the result will be."""
-    given: Any = map(maybe_contiguous, total)
-    out, lse, t_out, mu = given
-    o_i, lse_i, t_o_i, mu_i = map(maybe_contiguous, part)
+    (out, t_out), (o_i, t_o_i) = (map(readable, (x.out, x.t_out)) for x in (total, part))
+    lse, mu, lse_i, mu_i = map(maybe_contiguous, (total.lse, total.mu, part.lse, part.mu))
     B, H, L, DV = out.shape
-    in_place = out.dtype == dtype
-    new = out if in_place else torch.empty_like(out, dtype=dtype)
-    t_new = t_out
-    if t_out is not None and not in_place:
-        t_new = torch.empty_like(t_out, dtype=dtype)
-    skipped = start // ROWS if in_place else 0
+    if into is None and out.dtype == dtype:
+        into = out, t_out
+    elif into is None:
+        into = [None if x is None else torch.empty_like(x, dtype=dtype) for x in (out, t_out)]
+    skipped = start // ROWS if into[0] is out else 0
     tiles = cdiv(L, ROWS) - skipped
-    tensors = (new, t_new, out, t_out, lse, mu, o_i, t_o_i, lse_i, mu_i)
+    tensors = (*map(pointer, (*into, out, t_out)), lse, mu, pointer(o_i), pointer(t_o_i))
     constexprs = {"DV": DV, "BLOCK_DV": triton.next_power_of_2(DV), "BLOCK_M": ROWS}
     constexprs["num_warps"] = 4
-    args = (*tensors, L, start, tiles, skipped)
-    return Launch(merge_kernel, (tiles * B * H,), args, constexprs), Saved(new, lse, t_new, mu)
+    args = (*tensors, lse_i, mu_i, H, L, start, tiles, skipped)
+    merged = Saved(into[0], lse, into[1], mu)
+    return Launch(merge_kernel, (tiles * B * H,), args, constexprs), merged

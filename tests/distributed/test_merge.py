@@ -131,25 +131,35 @@ def test_a_row_without_keys_in_one_shard_or_in_all(backend):
         assert all(x.isnan().all() for x in got)
 
 
-@pytest.mark.parametrize("jvp", [True, False])
+@pytest.mark.parametrize("jvp", ["both", "total", "neither"])
 @pytest.mark.parametrize("start", [0, 21])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_kernel_merges_as_plain_pytorch(jvp, start, dtype):
-    """Totals and parts in 16 bits as a pass gives them, the result in the type asked for."""
+    """Totals and parts in 16 bits as a pass gives them, the result in the type asked for: in the
+    total's memory, in new memory, or in rows of a larger tensor."""
     draw = lambda *shape: torch.randn(2, 3, *shape)  # noqa: E731
+    lies = lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)  # noqa: E731
 
-    def drawn(rows):
-        out, t_out = draw(rows, 24).half(), draw(rows, 24).half()
+    def drawn(rows, t):
+        out, t_out = lies(draw(rows, 24).half()), draw(rows, 24).half()
         lse = 3 * draw(rows)
         lse[:, :, 1] = float("-inf")
-        return Saved(out, lse, t_out if jvp else None, draw(rows) if jvp else None)
+        return Saved(out, lse, t_out if t else None, draw(rows) if t else None)
 
-    total, part = drawn(37), drawn(37 - start)
-    copy = Saved(*(None if x is None else x.clone() for x in total))
-    got = merge(total, part, slice(start, None), dtype, "triton")
-    exact = merge(copy, part, slice(start, None), dtype, "reference")
-    for x, y in zip(got, exact, strict=True):
-        assert (x is None) == (y is None)
-        if x is not None:
-            assert x.dtype == y.dtype
-            torch.testing.assert_close(x, y, rtol=torch.finfo(x.dtype).eps * 4, atol=1e-5)
+    total, part = drawn(37, jvp != "neither"), drawn(37 - start, jvp == "both")
+    copies = [Saved(*(None if x is None else x.clone() for x in total)) for _ in range(2)]
+    rows = slice(start, None)
+    exact = merge(copies[0], part, rows, dtype, "reference")
+    larger = torch.full((2, 2, 3, 50, 24), 7.0, dtype=dtype)
+    into = larger[0, :, :, 9:46], None if jvp == "neither" else larger[1, :, :, 9:46]
+    placed = merge(copies[1], part, rows, dtype, "triton", into)
+    assert placed.out is into[0]
+    assert placed.t_out is into[1]
+    assert (larger[:, :, :, :9] == 7.0).all()
+    assert (larger[:, :, :, 46:] == 7.0).all()
+    for got in (merge(total, part, rows, dtype, "triton"), placed):
+        for x, y in zip(got, exact, strict=True):
+            assert (x is None) == (y is None)
+            if x is not None:
+                assert x.dtype == y.dtype
+                torch.testing.assert_close(x, y, rtol=torch.finfo(x.dtype).eps * 4, atol=1e-5)
