@@ -99,18 +99,20 @@ def attention(
             `BlockMask` of flex_attention whose blocks are seen whole or not at all. Blocks that are
             not seen cost nothing in the kernels. It stands alone: no other mask, causal, window or
             cu_seqlens beside it.
-        tangent_rows: (start, stop), the only queries that carry a tangent: t_query is read there
-            alone, and the output's tangent of every other row is zero by definition, so those rows
-            cost a plain call. For rows that stand still along the derivative, as the clean frames
-            of teacher forcing. It is the twin in forward mode of a stop-gradient: values and
-            ordinary gradients stay what they are, and a row outside whose true tangent is not zero
-            loses it.
-        tangent_keys: (start, stop), the only keys whose t_key and t_value are read; those of the
-            others are zero by definition, and they cost four products of six, beside queries
-            without a tangent two. For the old keys of a KV cache. A floating `attn_mask` keeps its
-            tangent everywhere, and beside one nothing is saved. Neither range goes with packed
-            sequences or dropout, and beside `block_mask` they begin and end where blocks do. On a
-            GPU a range beside `is_causal` or a window compiles kernels of its own.
+        tangent_rows: (start, stop) with 0 <= start <= stop <= L, the only queries that carry a
+            tangent; t_query is read there alone. The tangent of every other row of the output is
+            zero by definition, and those rows cost a plain call. For rows that stand still along
+            the derivative, as the clean frames of teacher forcing. It is the twin in forward mode
+            of a stop-gradient: values and ordinary gradients stay what they are, and a row outside
+            whose true tangent is not zero loses it.
+        tangent_keys: (start, stop) with 0 <= start <= stop <= S, the only keys whose t_key and
+            t_value are read. Those of the others are zero by definition. The others cost four
+            products of six, or two beside queries without a tangent, and merging them with the
+            first a pass over O and tO. In 16 bits that rounds both once more, to 1.25 times the
+            error. For the old keys of a KV cache. A floating `attn_mask` keeps its tangent
+            everywhere, and beside one nothing is saved. Neither range goes with packed sequences or
+            dropout. Beside `block_mask` they begin and end where blocks do. On a GPU a range beside
+            `is_causal` or a window compiles kernels of its own.
         backend: "triton", "reference" (plain PyTorch, O(L) memory), or None: the kernels for CUDA
             tensors in float16, bfloat16 and float32 with head dims up to 256, the reference
             otherwise.

@@ -18,6 +18,7 @@ Bounds of positions (causal, windows) move along with rows and keys, and keys th
 all rows of a call are left out of it.
 """
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +35,6 @@ from .call import (
     band,
     banded,
     empty_rows,
-    laid_out,
     without_ranges,
 )
 from .merge import merge, wide
@@ -56,15 +56,12 @@ def forward(x: Inputs, t: Tangents | None, spec: Spec) -> Saved:
     if t is None:
         return implementation(inner).forward(x, None, inner)
     t, split = _read(x, t, spec)
-    calls = _calls(x, spec, split)
+    calls = _calls(x.q.shape[2], x.k.shape[2], spec, split)
     if len(calls) == 1:
-        return _merged(calls[0], x, t, spec)
+        return _merged(calls[0], x, t)
     out = empty_rows(x.q, x.v.shape[3], spec)
     t_out = torch.empty_like(out)
-    found = [
-        _merged(parts, x, t, spec, (_rows(out, parts[0]), _rows(t_out, parts[0])))
-        for parts in calls
-    ]
+    found = [_merged(y, x, t, (_cut(out, y[0].rows), _cut(t_out, y[0].rows))) for y in calls]
     lse, mu = (torch.cat(y, 2) for y in zip(*[(y.lse, y.mu) for y in found], strict=True))
     return Saved(out, lse, t_out, mu)
 
@@ -84,7 +81,8 @@ def backward(
     if d_t_out is None:
         return run(d_out, None, x, Tangents(), Saved(*saved[:2]), inner, mask_grad)
     t, split = _read(x, t, spec)
-    calls = [[y for part in parts for y in _squared(part)] for parts in _calls(x, spec, split)]
+    L, S = x.q.shape[2], x.k.shape[2]
+    calls = [[y for part in parts for y in _squared(part)] for parts in _calls(L, S, spec, split)]
     first, second = (_zeros(x, spec, mask_grad, len(calls)) for _ in range(2))
     for parts in calls:
         of_rows = []
@@ -94,7 +92,7 @@ def backward(
             x_i, t_i = _inputs(x, part), _tangents(t, part)
             if part.t_rows and t.k is not None and t_i.q is None and t_i.k is None:
                 t_i = t_i._replace(q=torch.zeros_like(x_i.q))  # tS is 0, but tS − μ is not
-            d_o, d_t_o = (_rows(y, part) for y in (d_out, d_t_out if part.t_rows else None))
+            d_o, d_t_o = (_cut(y, part.rows) for y in (d_out, d_t_out if part.t_rows else None))
             saved_i = _saved(saved, part)
             spec_i = part.spec._replace(sharded=len(parts) > 1)
             d, d_t = run(d_o, d_t_o, x_i, t_i, saved_i, spec_i, mask_grad)
@@ -132,14 +130,17 @@ def _zero_outside(y: Any, spec: Spec) -> Tensor:
     return y
 
 
-def _calls(x: Inputs, spec: Spec, split: bool) -> list[list[Part]]:
-    """What a call becomes: of each range of its rows the parts of the keys."""
-    L, S = x.q.shape[2], x.k.shape[2]
+@lru_cache(4096)
+def _calls(L: int, S: int, spec: Spec, split: bool) -> list[list[Part]]:
+    """What a call becomes: of each range of its rows the parts of the keys, those with a tangent
+    first."""
     rows: Any = (0, L) if spec.t_rows_stop is None else (spec.t_rows_start, spec.t_rows_stop)
     keys: Any = (spec.t_keys_start, spec.t_keys_stop)
     found = []
     for start, stop, t_rows in _pieces(L, *rows):
-        pieces = _pieces(S, *keys) if split and t_rows else [(0, S, True)]
+        pieces = [(0, S, True)]
+        if split and t_rows:
+            pieces = sorted(_pieces(S, *keys), key=lambda piece: not piece[2])
         seen = [y for y in (_seen(start, stop, *piece, spec) for piece in pieces) if y is not None]
         if not seen:  # one key, and it is hidden
             seen = [_part(start, stop, 0, min(1, S), True, spec)]
@@ -189,45 +190,52 @@ def _squared(part: Part) -> list[Part]:
     ]
 
 
-def _merged(parts: list[Part], x: Inputs, t: Tangents, spec: Spec, into: Any = None) -> Saved:
-    """O, LSE, tO and μ of some rows, in `into` if that is given."""
-    if len(parts) == 1:
-        return _forward(parts[0], x, t, into)
-    total, *others = (_forward(part, x, t) for part in parts)
-    for i, other in enumerate(others):
-        dtype = x.q.dtype if i == len(others) - 1 else wide(x.q.dtype)
-        total = merge(total, other, slice(None), dtype, spec.backend)
-    if into is not None:
-        into[0].copy_(total.out)
-        into[1].copy_(total.t_out)
-        return total
-    out, t_out = (laid_out(y, x.q, spec) for y in (total.out, total.t_out))  # type: ignore[arg-type]
-    return total._replace(out=out, t_out=t_out)
+def _merged(parts: list[Part], x: Inputs, t: Tangents, into: Any = None) -> Saved:
+    """O, LSE, tO and μ of some rows, O and tO in `into` if that is given."""
+    total = _forward(parts[0], x, t, into)
+    if total.t_out is None:
+        t_out = torch.empty_like(total.out) if into is None else into[1]
+        _words(t_out)[0].zero_()
+        mu = total.lse.new_zeros(total.out.shape[:3])
+        total = total._replace(t_out=t_out, mu=mu)
+    into = total.out, total.t_out
+    for part in parts[1:]:
+        last = part is parts[-1]
+        dtype = x.q.dtype if last else wide(x.q.dtype)
+        found, backend = _forward(part, x, t), part.spec.backend
+        total = merge(total, found, slice(None), dtype, backend, into if last else None)
+    return total
 
 
 def _forward(part: Part, x: Inputs, t: Tangents, into: Any = None) -> Saved:
-    """O, LSE, tO and μ of a part."""
+    """O, LSE, tO and μ of a part; tO and μ are None where none of its tangents is read."""
     t_i: Any = _tangents(t, part)
     if all(y is None for y in t_i):
-        t_i = None
-    given = None if into is None else (into[0], None if t_i is None else into[1])
-    how = {"into": given} if part.spec.backend == "triton" else {}
+        t_i, into = None, None if into is None else (into[0], None)
+    how = {"into": into} if part.spec.backend == "triton" else {}
     found = implementation(part.spec).forward(_inputs(x, part), t_i, part.spec, **how)
-    if into is not None and not how:
-        into[0].copy_(found.out)
-        if t_i is not None:
-            into[1].copy_(found.t_out)
-    if t_i is None:
-        t_out = torch.zeros_like(found.out) if into is None else into[1].zero_()
-        mu = found.lse.new_zeros(found.out.shape[:3])
-        found = found._replace(t_out=t_out, mu=mu)
-    return found
+    if into is None or found.out is into[0]:
+        return found
+    for pair in zip(into, (found.out, found.t_out), strict=True):
+        if pair[0] is not None:
+            y, given = _words(*pair)
+            y.copy_(given)
+    return found._replace(out=into[0], t_out=into[1])
+
+
+def _words(*tensors: Tensor) -> Any:
+    """The same memory as words of 8 bytes, where rows divide into such: of rows of a larger tensor
+    PyTorch copies or fills one element a thread, whatever its size."""
+    try:
+        return [y.view(torch.int64) for y in tensors]
+    except RuntimeError:
+        return tensors
 
 
 def _inputs(x: Inputs, part: Part) -> Inputs:
     q, k, v, mask, *_ = x
     mask = None if mask is None else _of_mask(mask, part)
-    k, v = k[:, :, part.keys], v[:, :, part.keys]
+    k, v = _cut(k, part.keys), _cut(v, part.keys)
     listed: Any = (None, None)
     if x.kv_blocks is not None:
         sizes: Any = part.spec.block_q, part.spec.block_k
@@ -236,25 +244,28 @@ def _inputs(x: Inputs, part: Part) -> Inputs:
             for each, size in zip((part.rows, part.keys), sizes, strict=True)
         ]
         listed = lists(layout_of(x.kv_blocks)[:, :, at[0], at[1]], *sizes)[:2]
-    return Inputs(q[:, :, part.rows], k, v, mask, None, None, None, *listed)
+    return Inputs(_cut(q, part.rows), k, v, mask, None, None, None, *listed)
 
 
 def _tangents(t: Tangents, part: Part) -> Tangents:
     if not part.t_rows:
         return Tangents()
-    k, v = (None if y is None or not part.t_keys else y[:, :, part.keys] for y in (t.k, t.v))
-    return Tangents(_rows(t.q, part), k, v, None if t.mask is None else _of_mask(t.mask, part))
+    k, v = (_cut(y, part.keys) if part.t_keys else None for y in (t.k, t.v))
+    return Tangents(_cut(t.q, part.rows), k, v, None if t.mask is None else _of_mask(t.mask, part))
 
 
 def _saved(saved: Saved, part: Part) -> Saved:
-    out, lse, t_out, mu = (_rows(y, part) for y in saved)
+    out, lse, t_out, mu = (_cut(y, part.rows) for y in saved)
     if not part.t_rows:
         return Saved(out, lse.contiguous())
     return Saved(out, lse.contiguous(), t_out, mu.contiguous())
 
 
-def _rows(y: Tensor | None, part: Part) -> Any:
-    return None if y is None else y[:, :, part.rows]
+def _cut(y: Tensor | None, at: slice) -> Any:
+    """These of its rows or keys."""
+    if y is None or at.stop - at.start == y.shape[2]:
+        return y
+    return y.narrow(2, at.start, at.stop - at.start)
 
 
 def _of_mask(mask: Tensor, part: Part) -> Tensor:

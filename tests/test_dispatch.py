@@ -119,6 +119,15 @@ def test_structure_and_a_bias_with_its_tangent_stay_on_hoppers_forward():
         kernels.launches(wide, Tangents(*wide[:4]), spec, arch="sm90", force="sm90")
 
 
+def test_a_causal_mask_that_begins_elsewhere_takes_its_tiles_forward():
+    x = torch.empty(1, 2, 512, 128, dtype=torch.bfloat16)
+    causal, shifted, window = (
+        kernels.launches(Inputs(x, x, x), None, spec, arch="sm90")[0].constexprs["BLOCK_N"]
+        for spec in (Spec(0.1, True), Spec(0.1, right=99), Spec(0.1, left=99, right=99))
+    )
+    assert causal == shifted == 2 * window
+
+
 def test_an_implementation_that_is_named_serves_or_raises(device):
     p = build(Case(B=1, L=5, S=6), torch.float32, device)
     free, forced = (kernels.forward(p.x, p.t, p.spec, force=f) for f in (None, "portable"))

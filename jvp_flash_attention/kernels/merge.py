@@ -99,7 +99,8 @@ def merge_launch(
     total: Saved, part: Saved, start: int, dtype: torch.dtype, into: Any = None
 ) -> tuple[Launch, Saved]:
     """What `merge` launches, and where the result will be."""
-    (out, t_out), (o_i, t_o_i) = (map(readable, (x.out, x.t_out)) for x in (total, part))
+    out: Any = readable(total.out)
+    t_out, o_i, t_o_i = map(readable, (total.t_out, part.out, part.t_out))
     lse, mu, lse_i, mu_i = map(maybe_contiguous, (total.lse, total.mu, part.lse, part.mu))
     B, H, L, DV = out.shape
     if into is None and out.dtype == dtype:

@@ -8,7 +8,7 @@ from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..call import Inputs, Saved, Spec, Tangents, tf32_allowed
+from ..call import Inputs, Saved, Spec, Tangents, band, tf32_allowed
 from ..functorch import materialized
 from . import configs
 
@@ -104,12 +104,14 @@ class Problem(NamedTuple):
         return configs.short(name, self.widest, max(self.L, self.S))
 
     def tile(self, name: str) -> configs.Tile:
-        """The tile of a pass, by the wider of the two head dims."""
+        """The tile of a pass, by the wider of the two head dims. Forward, a bound on the right
+        alone takes what a causal mask takes, which it is but for where it begins."""
         short = self.short(name)
         if short is not None:
             return short
-        window = self.spec.left is not None or self.spec.right is not None
-        window = window or (self.spec.causal and self.sequences is not None)
+        spec, packed = self.spec, self.sequences is not None
+        window = spec.left is not None or (packed and band(spec).right is not None)
+        window = window or (spec.right is not None and not name.startswith("fwd"))
         extras = self.mask or self.spec.dropout_p > 0.0 or self.spec.softcap > 0.0 or window
         return configs.tile(self.table(name), name, self.widest, extras)
 
