@@ -83,7 +83,8 @@ def backward(
     t, split = _read(x, t, spec)
     L, S = x.q.shape[2], x.k.shape[2]
     calls = [[y for part in parts for y in _squared(part)] for parts in _calls(L, S, spec, split)]
-    first, second = (_zeros(x, spec, mask_grad, len(calls)) for _ in range(2))
+    first, second = (_nothing(x, spec, mask_grad) for _ in range(2))
+    dtype = wide(x.k.dtype) if len(calls) > 2 else x.k.dtype  # two add up as well in their own
     for parts in calls:
         of_rows = []
         for part in parts:
@@ -97,15 +98,19 @@ def backward(
             spec_i = part.spec._replace(sharded=len(parts) > 1)
             d, d_t = run(d_o, d_t_o, x_i, t_i, saved_i, spec_i, mask_grad)
             of_rows.append((d.q, d_t.q))
-            _add(first, d, part)
-            _add(second, d_t, part)
-        for total, grads in zip((first.q, second.q), zip(*of_rows, strict=True), strict=False):
-            if grads[0] is not None:
-                total[:, :, parts[0].rows] = _sum(grads)
+            first = _added(first, d, part, x, spec, dtype)
+            second = _added(second, d_t, part, x, spec, dtype)
+        for at, total in enumerate((first.q, second.q)):
+            grads = [pair[at] for pair in of_rows if pair[at] is not None]
+            rows = _cut(total, parts[0].rows)
+            if grads:
+                _place(rows, _sum(grads))
+            else:
+                _words(rows)[0].zero_()
+    first, second = (_narrow(y, x, spec) for y in (first, second))
     if spec.t_keys_stop is not None:
         for y in (second.k, second.v):
             _zero_outside(y, spec)
-    first, second = (_narrow(y, x) for y in (first, second))
     return first, second
 
 
@@ -216,11 +221,17 @@ def _forward(part: Part, x: Inputs, t: Tangents, into: Any = None) -> Saved:
     found = implementation(part.spec).forward(_inputs(x, part), t_i, part.spec, **how)
     if into is None or found.out is into[0]:
         return found
-    for pair in zip(into, (found.out, found.t_out), strict=True):
-        if pair[0] is not None:
-            y, given = _words(*pair)
-            y.copy_(given)
+    for y, given in zip(into, (found.out, found.t_out), strict=True):
+        if y is not None:
+            _place(y, given)
     return found._replace(out=into[0], t_out=into[1])
+
+
+def _place(rows: Tensor, given: Tensor) -> None:
+    """Copies to rows of a larger tensor."""
+    if rows.dtype == given.dtype:
+        rows, given = _words(rows, given)
+    rows.copy_(given)
 
 
 def _words(*tensors: Tensor) -> Any:
@@ -274,26 +285,33 @@ def _of_mask(mask: Tensor, part: Part) -> Tensor:
     return mask[:, :, rows, part.keys if mask.shape[3] > 1 else slice(None)]
 
 
-def _zeros(x: Inputs, spec: Spec, mask_grad: bool, calls: int) -> Any:
-    """What gradients are added in: two add up in their own dtype as well as in a wider one."""
-    k, v = (
-        empty_rows(y, y.shape[3], spec, wide(y.dtype) if calls > 2 else y.dtype).zero_()
-        for y in (x.k, x.v)
-    )
+def _nothing(x: Inputs, spec: Spec, mask_grad: bool) -> Any:
+    """What gradients are added to: K and V have none yet, and each row of Q will be written."""
     mask = None
     if mask_grad and x.mask is not None:
         mask = torch.zeros(x.mask.shape, dtype=wide(x.mask.dtype), device=x.mask.device)
-    return Tangents(empty_rows(x.q, x.q.shape[3], spec).zero_(), k, v, mask)
+    return Tangents(empty_rows(x.q, x.q.shape[3], spec), None, None, mask)
 
 
-def _add(total: Tangents, grads: Tangents, part: Part) -> None:
-    """Adds the gradients of a part's keys and mask."""
-    for y, of in ((total.k, grads.k), (total.v, grads.v)):
-        if y is not None and of is not None:
-            y[:, :, part.keys] += of
+def _added(
+    total: Tangents, grads: Tangents, part: Part, x: Inputs, spec: Spec, dtype: torch.dtype
+) -> Tangents:
+    """The total, which is overwritten, with the gradients of a part's keys and mask."""
+    keys = []
+    for y, of, like in zip(total[1:3], grads[1:3], x[1:3], strict=True):
+        if y is None and of is not None and of.shape == like.shape and of.dtype == dtype:
+            y = of  # the first ones, of all keys
+        elif of is not None:
+            y = _zeros(like, spec, dtype) if y is None else y
+            _cut(y, part.keys).add_(of)
+        keys.append(y)
     if total.mask is not None and grads.mask is not None:
-        at = _of_mask(total.mask, part)
-        at += grads.mask
+        _of_mask(total.mask, part).add_(grads.mask)
+    return total._replace(k=keys[0], v=keys[1])
+
+
+def _zeros(like: Any, spec: Spec, dtype: torch.dtype) -> Tensor:
+    return empty_rows(like, like.shape[3], spec, dtype).zero_()
 
 
 def _sum(grads: Any) -> Any:
@@ -303,7 +321,11 @@ def _sum(grads: Any) -> Any:
     return sum(grads[1:], grads[0])
 
 
-def _narrow(grads: Tangents, x: Inputs) -> Tangents:
-    """In the inputs' dtypes."""
-    pairs = zip(grads, x, strict=False)
-    return Tangents(*[None if y is None or of is None else y.to(of.dtype) for y, of in pairs])
+def _narrow(grads: Tangents, x: Inputs, spec: Spec) -> Tangents:
+    """In the inputs' dtypes; of keys that no part has given any, zero."""
+    k, v = (
+        _zeros(of, spec, of.dtype) if y is None else y.to(of.dtype)
+        for y, of in ((grads.k, x.k), (grads.v, x.v))
+    )
+    mask = None if grads.mask is None or x.mask is None else grads.mask.to(x.mask.dtype)
+    return grads._replace(k=k, v=v, mask=mask)

@@ -353,6 +353,13 @@ class Beside(TorchDispatchMode):
         return result
 
 
+def without_kernels(monkeypatch):
+    """Launches do nothing from here on."""
+    monkeypatch.setattr(launch_cache, "_entries", {})
+    monkeypatch.setattr(dispatch, "_launches", lambda *_: iter(()))
+    monkeypatch.setattr(launch_cache.Launch, "run", lambda _: None)
+
+
 PLACED = {("zero_", 8): 1, ("new_zeros", 4): 1, ("cat", 4): 2}  # tO of plain rows; μ; LSE and μ
 
 
@@ -376,14 +383,22 @@ def test_what_runs_beside_the_kernels(how, allocates, found, monkeypatch):
     for name in ("pays", "supports"):
         monkeypatch.setattr(cudnn, name, lambda *_: allocates)
     monkeypatch.setattr(cudnn, "forward", plain)
-    monkeypatch.setattr(launch_cache, "_entries", {})
-    monkeypatch.setattr(dispatch, "_launches", lambda *_: iter(()))
-    monkeypatch.setattr(launch_cache.Launch, "run", lambda _: None)
+    without_kernels(monkeypatch)
     p = build(Case(B=2, L=64, S=64, D=16, **how), torch.float16)
     for _ in range(2):  # the second one from the cache
         with Beside() as beside:
             ranges.forward(p.x, p.t, p.spec)
         assert beside.found == found
+
+
+def test_what_runs_beside_the_kernels_of_gradients(monkeypatch):
+    """Rows of dQ and dtQ are placed, dK and dV of two calls added once, statistics gathered."""
+    without_kernels(monkeypatch)
+    p = build(Case(B=2, L=64, S=64, D=16, t_rows=(32, 64)), torch.float16)
+    saved = ranges.forward(p.x, p.t, p.spec)
+    with Beside() as beside:
+        ranges.backward(p.d_out, p.d_t_out, p.x, p.t, saved, p.spec, False)
+    assert beside.found == {("copy_", 8): 3, ("zero_", 8): 1, ("add_", 2): 2, ("clone", 4): 3}
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
