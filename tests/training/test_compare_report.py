@@ -140,7 +140,7 @@ def test_a_comparison_of_losses_is_kept_and_drawn(docs, tmp_path):
     assert page.startswith("a\n<!-- begin comparison -->\n\n### T")
     assert page.endswith("\n<!-- end comparison -->\nb\n")
     readme = (docs.parent / "README.md").read_text()
-    told = "| +2.0 % | -1.0 to +5.0 % | ±10.0 % | yes (0.01) | 0.18 | 2.00 |"  # t = 2, 2 degrees
+    told = "| 3 | +2.0 % | -1.0 to +5.0 % | ±10.0 % | yes (0.01) | 0.18 | 2.00 |"  # t = 2
     assert f"| [T](docs/results/compare_loss_x.json) {told}" in readme
 
 
