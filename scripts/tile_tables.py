@@ -77,13 +77,21 @@ class Place(NamedTuple):
         self.table[self.row] = tuple(tiles)
 
 
-def place(row: str, head_dim: int, dtype: torch.dtype, device: str) -> Place:
-    """The tile of a pass on this device."""
-    x = torch.empty(1, 1, 16, head_dim, dtype=dtype, device=device)
+def places(
+    row: str, head_dim: int, dtype: torch.dtype, device: str, length: int = 2048
+) -> list[Place]:
+    """The tiles of a pass on this device: two where it is two launches of different ones."""
+    x = torch.empty(1, 1, length, head_dim, dtype=dtype, device=device)
     p = problem(Call(Inputs(x, x, x), Tangents(), Saved(x, x)), Spec(1.0))
-    table = p.table(row)
-    (name,) = (n for n, value in vars(configs).items() if value is table)
-    return Place(name, table, row, configs.column(p.block_d))
+    if p.short(row) is not None:
+        raise ValueError(f"--shape: L must be above {max(configs.SHORT)} on this GPU, got {length}")
+    two = row == "bwd_dkdv_jvp" and p.parts("bwd_dv_jvp") > 1
+    found = []
+    for name in ("bwd_dv_jvp", "bwd_dk_jvp") if two else (row,):
+        table = p.table(name)
+        (of,) = (n for n, value in vars(configs).items() if value is table)
+        found.append(Place(of, table, name, configs.column(p.block_d)))
+    return found
 
 
 def candidates(name: str) -> list[Tile]:
@@ -156,9 +164,17 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("there is no GPU; TRITON_INTERPRET=1 runs the script, and times nothing real")
     found: dict[str, dict[str, tuple]] = {}
     rows: list[dict] = []
-    for name, head_dim, row in product(options.dtypes, options.head_dims, options.passes):
-        where = place(row, head_dim, DTYPES[name], device)
-        batch, heads, length = options.shape
+    batch, heads, length = options.shape
+    try:
+        settings = [
+            (name, head_dim, where)
+            for name, head_dim, row in product(options.dtypes, options.head_dims, options.passes)
+            for where in places(row, head_dim, DTYPES[name], device, length)
+        ]
+    except ValueError as error:
+        parser.error(str(error))
+    for name, head_dim, where in settings:
+        row = where.row
         drawn = draw(Workload(batch, heads, length, head_dim), DTYPES[name], device)
         tiles = options.tiles or candidates(where.name)
         expected = call(row, drawn, reference)()

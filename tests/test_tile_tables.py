@@ -26,7 +26,7 @@ def tile_tables(monkeypatch):
 @pytest.fixture
 def where(tile_tables):
     """The tile of O at head dim 16 in float32, which the interpreter runs."""
-    return tile_tables.place("fwd", 16, torch.float32, "cpu")
+    return tile_tables.places("fwd", 16, torch.float32, "cpu")[0]
 
 
 def test_a_place_is_the_tile_that_a_call_takes(where):
@@ -46,6 +46,18 @@ def test_a_place_is_the_tile_that_a_call_takes(where):
         fail()
     assert configs.tile(configs.FLOAT32, "fwd", 16, False) == where.tile
     assert not launch_cache._entries
+
+
+def test_on_hopper_a_pass_may_take_two_tiles_and_short_sequences_none_of_a_table(
+    tile_tables, monkeypatch
+):
+    monkeypatch.setattr("jvp_flash_attention.kernels.problem.architecture", lambda device: "sm90")
+    two = tile_tables.places("bwd_dkdv_jvp", 64, torch.float32, "cpu")
+    assert [(p.name, p.row) for p in two] == [("PARTS3", "bwd_dv_jvp"), ("PARTS3", "bwd_dk_jvp")]
+    (one,) = tile_tables.places("bwd_dkdv_jvp", 64, torch.bfloat16, "cpu")
+    assert (one.name, one.row) == ("SM90", "bwd_dkdv_jvp")
+    with pytest.raises(ValueError, match="--shape: L must be above 64"):
+        tile_tables.places("fwd", 64, torch.bfloat16, "cpu", 64)
 
 
 def test_candidates_keep_to_what_a_table_may_hold(tile_tables, where):
@@ -93,7 +105,7 @@ def test_the_script_prints_a_table_that_can_be_pasted(
 ):
     fast = Tile(16, 16, 4, 1)
     assert set(PASSES) == set(tile_tables.PASSES)
-    place = tile_tables.place(row, 16, torch.float32, "cpu")
+    (place,) = tile_tables.places(row, 16, torch.float32, "cpu")
     monkeypatch.setattr(tile_tables, "median_ms", lambda *_: 1.0 if place.tile == fast else 2.0)
     before = dict(configs.FLOAT32)
     words = ["--passes", row, "--dtypes", "float32", "--head-dims", "16", "--shape", "1x1x20"]
