@@ -51,6 +51,19 @@ def products(monkeypatch) -> list[str]:
     return found
 
 
+@pytest.fixture
+def specs(monkeypatch) -> list:
+    """The `Spec` of every plain call of `attention`, checked anew, as they come."""
+    from jvp_flash_attention import api
+
+    seen, run = [], api.autograd.attention
+    monkeypatch.setattr(api, "_checked", {})
+    monkeypatch.setattr(
+        api.autograd, "attention", lambda x, spec, *more: seen.append(spec) or run(x, spec, *more)
+    )
+    return seen
+
+
 def pytest_addoption(parser):
     parser.addoption("--report", help="write the errors that the tests recorded to this JSON file")
 

@@ -8,11 +8,13 @@ from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..call import Inputs, Saved, Spec, Tangents, band, tf32_allowed
+from ..call import Inputs, Saved, Spec, Tangents, band, is_default, tf32_allowed
 from ..functorch import materialized
 from . import configs
 
 TMA = ("sm90", "sm100")  # architectures whose copies it makes
+# What a call may ask for beside no mask but causal.
+PLAIN = ("causal", "lower_right", "backend", "rows_first", "compiled", "sharded")
 
 
 class Operands(NamedTuple):
@@ -143,8 +145,7 @@ class Problem(NamedTuple):
         """In how many bfloat16 parts float32 operands of a pass are read, 1 for none. On Hopper,
         beside no mask but causal: three in the gradients, and two everywhere where the user allows
         products to lose digits."""
-        plain = not (self.mask or self.spec.dropout_p or self.spec.softcap or self.spec.block_q)
-        plain = plain and (self.spec.left, self.spec.right, self.sequences) == (None, None, None)
+        plain = not self.mask and self.sequences is None and is_default(self.spec, but=PLAIN)
         if self.itemsize != 4 or self.arch != "sm90" or self.widest >= 256 or not plain:
             return 1
         parts = 2 if tf32_allowed() else 3

@@ -49,6 +49,7 @@ from .primitives import (
     like,
     load_mask,
     load_operand,
+    load_present,
     load_row_statistics,
     probabilities,
     soft_cap,
@@ -142,27 +143,13 @@ def bwd_dkdv_kernel(
                     m0 = listed_row(blocks, x0, BLOCK_Q)
                 i = m0 + tl.arange(0, BLOCK_M)
                 zero = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-                d_o = None
-                d_t_o = None
                 if V_FIRST:
-                    if D_O is not None:
-                        d_o = load_operand(
-                            D_O, b, h, q0 + m0, q0 + L, BLOCK_M, DV, BLOCK_DV, not WHOLE, TMA, PARTS
-                        )
-                    if JVP:
-                        d_t_o = load_operand(
-                            D_T_O,
-                            b,
-                            h,
-                            q0 + m0,
-                            q0 + L,
-                            BLOCK_M,
-                            DV,
-                            BLOCK_DV,
-                            not WHOLE,
-                            TMA,
-                            PARTS,
-                        )
+                    d_o = load_present(
+                        D_O, b, h, q0 + m0, q0 + L, BLOCK_M, DV, BLOCK_DV, not WHOLE, TMA, PARTS
+                    )
+                    d_t_o = load_present(
+                        D_T_O, b, h, q0 + m0, q0 + L, BLOCK_M, DV, BLOCK_DV, not WHOLE, TMA, PARTS
+                    )
                     if D_K is not None:
                         d_p = gradient_of_p(v, t_v, d_o, d_t_o, zero, PRECISION)
                         if JVP:
@@ -226,24 +213,12 @@ def bwd_dkdv_kernel(
                     p_z = p * z
 
                 if not V_FIRST:
-                    if D_O is not None:
-                        d_o = load_operand(
-                            D_O, b, h, q0 + m0, q0 + L, BLOCK_M, DV, BLOCK_DV, not WHOLE, TMA, PARTS
-                        )
-                    if JVP:
-                        d_t_o = load_operand(
-                            D_T_O,
-                            b,
-                            h,
-                            q0 + m0,
-                            q0 + L,
-                            BLOCK_M,
-                            DV,
-                            BLOCK_DV,
-                            not WHOLE,
-                            TMA,
-                            PARTS,
-                        )
+                    d_o = load_present(
+                        D_O, b, h, q0 + m0, q0 + L, BLOCK_M, DV, BLOCK_DV, not WHOLE, TMA, PARTS
+                    )
+                    d_t_o = load_present(
+                        D_T_O, b, h, q0 + m0, q0 + L, BLOCK_M, DV, BLOCK_DV, not WHOLE, TMA, PARTS
+                    )
                 if JVP and T_S:
                     t_s -= tl.load(MU + row + i, mask=i < L, other=0.0)[None, :]
 

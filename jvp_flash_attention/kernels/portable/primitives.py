@@ -69,6 +69,19 @@ def load_operand(
 
 
 @triton.jit
+def load_present(
+    X, b, h, row, rows,
+    BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    CHECK: tl.constexpr, TMA: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """`load_operand`, or None of a tensor that is absent."""
+    x = None
+    if X is not None:
+        x = load_operand(X, b, h, row, rows, BLOCK, D, BLOCK_D, CHECK, TMA, PARTS)
+    return x
+
+
+@triton.jit
 def store_tile(
     X, x, b, h, row, rows,
     BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMN: tl.constexpr = 0,
