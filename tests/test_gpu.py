@@ -63,7 +63,9 @@ INPUTS = (
     Case(L=276, S=300, D=72, packed=PACKED, causal=True, lower_right=True, layout="blhd"),
     Case(L=276, S=300, D=128, packed=PACKED, window=(50, 20), lower_right=True),
     Case(L=276, S=300, D=64, packed=PACKED, dropout_p=0.3),
+    Case(L=900, S=900, D=96, H=4, Hk=2, packed=((0, 1, 258, 700, 900), None), causal=True),
     Case(L=300, S=700, D=64, blocks=LAYOUT),
+    Case(L=300, S=640, D=96, blocks=LAYOUT),
     Case(L=300, S=700, D=128, H=4, Hk=2, blocks=LAYOUT, layout="blhd"),
     Case(L=300, S=700, D=128, H=4, Hk=2, blocks=LAYOUT, dropout_p=0.1),
     Case(L=276, S=276, D=64, tangents="q"),
@@ -87,9 +89,10 @@ def test_every_output_for_every_kind_of_input(dtype, case, record_property):
     check(found, dtype)
 
 
-def test_packed_sequences_keep_to_themselves_behind_tma_and_nothing_waits_for_their_lengths():
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_packed_sequences_keep_to_themselves_behind_tma_and_nothing_waits_for_lengths(head_dim):
     """A step is captured, and replayed with other lengths; NaN in the next one is not felt."""
-    x = [torch.randn(2, 300, 64, device="cuda", dtype=torch.bfloat16) for _ in range(8)]
+    x = [torch.randn(2, 300, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(8)]
     cu = torch.tensor([0, 100, 270], dtype=torch.int32, device="cuda")
 
     def step():

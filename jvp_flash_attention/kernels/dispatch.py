@@ -207,13 +207,7 @@ def _backward_call(
     d_out, d_t_out = readable(d_out), readable(d_t_out)
     out: Any = readable(saved.out)
     statistics = None
-    if (
-        jvp
-        and mask is None
-        and x.cu_q is None
-        and x.kv_blocks is None
-        and (arch or architecture(q.device)) == "sm90"
-    ):
+    if jvp and mask is None and (arch or architecture(q.device)) == "sm90":
         statistics = q.new_empty(*q.shape[:2], 4, cdiv(q.shape[2], 64) * 64, dtype=torch.float32)
     c = Call(
         _inputs(x),

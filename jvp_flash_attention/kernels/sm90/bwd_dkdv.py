@@ -14,8 +14,9 @@ product is computed twice, and what one computes between its products runs under
 without any order between them.
 """
 
-# Each role unpacks all buffers and barriers, by name, and uses its own.
-# ruff: noqa: RUF059
+# Each role unpacks all buffers and barriers, by name, and uses its own. What is known at compile
+# time stands in an `if` of its own.
+# ruff: noqa: RUF059, SIM102
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -28,7 +29,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..portable.primitives import LOG2E
-from .bwd_primitives import add_products, bwd_barriers, fetch, load_p, store_p
+from .bwd_primitives import (
+    add_products,
+    bwd_barriers,
+    clear_behind,
+    fetch,
+    load_p,
+    row_statistic,
+    seen_row,
+    seen_rows,
+    store_p,
+    store_rows,
+    tile_of,
+)
 from .primitives import (
     ROWS,
     advance,
@@ -39,17 +52,16 @@ from .primitives import (
     matrix,
     query_tiles,
     smem_tile,
-    store,
-    work_item,
     work_items,
 )
 
 
 @gluon.jit
 def _producer(
-    queries, keys, buffers, bars, L, Hk, tiles, items,
+    queries, keys, buffers, bars, work,
     BLOCK_M: gl.constexpr, STAGES_Q: gl.constexpr, GROUP: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, PAIRS: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, LOWER_RIGHT: gl.constexpr, PAIRS: gl.constexpr,
+    SEQUENCES: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """The warp that fetches. queries: Q, tQ, dtO, dO; keys: K, tK, V, tV."""
     q, t_q, d_o, d_t_o, k, t_k, v, t_v = buffers
@@ -57,24 +69,39 @@ def _producer(
     slot = 0
     phase = 1
     k_phase = 1
-    for e in range(work_items(items, PAIRS)):
-        b, hk, tile = work_item(e, tiles, Hk, PAIRS)
-        at = [b, hk, tile * ROWS, 0]
-        fetch(keys, (k, t_k, v, t_v), k_ready, k_free, at, 0, k_phase)
+    for e in range(work_items(work[8], PAIRS)):
+        b, hk, n0, k0, S, q0, L = tile_of(e, work, PAIRS, SEQUENCES, 1)
+        fetch(keys, (k, t_k, v, t_v), k_ready, k_free, [b, hk, k0 + n0, 0], 0, k_phase)
         k_phase ^= 1
-        first, end = query_tiles(tile, L, BLOCK_M, LEFT, RIGHT)
+        shift = S - L if LOWER_RIGHT else 0
         for h in range(hk * GROUP, (hk + 1) * GROUP):
+            blocks, seen = seen_rows(work[2], b, h, n0, L, BLOCK_K, BLOCK_Q)
+            first, end = query_tiles(n0 - shift, seen, BLOCK_M, LEFT, RIGHT)
             for j in range(first, end):
-                at = [b, h, j * BLOCK_M, 0]
+                m0 = seen_row(work[2], blocks, j * BLOCK_M, BLOCK_Q)
+                at = [b, h, q0 + m0, 0]
                 fetch(queries, (q, t_q, d_t_o, d_o), q_ready, q_free, at, slot, phase)
                 slot, phase = advance(slot, phase, 1, STAGES_Q)
 
 
 @gluon.jit
+def _clear_queries(q, t_q, d_o_buffers, d_t_o, slot, rows, BLOCK_M: gl.constexpr, D: gl.constexpr):
+    """What belongs to the next packed sequence, before any product: its P is 0, but 0 · NaN would
+    not be. Each warpgroup does so before its own products, and the other finds the same."""
+    clear_behind(q, rows, D)
+    clear_behind(t_q, rows, D)
+    clear_behind(d_t_o, rows, D)
+    if d_o_buffers is not None:
+        clear_behind(matrix(d_o_buffers, slot, BLOCK_M, D), rows, D)
+    fence_async_shared()
+
+
+@gluon.jit
 def _values(
-    D_V, D_T_V, STATISTICS, buffers, bars, p_tile, r_tile, scale, L, Hk, tiles, items,
+    d_v_out, d_t_v_out, STATISTICS, buffers, bars, p_tile, r_tile, scale, work,
     D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES_Q: gl.constexpr, GROUP: gl.constexpr,
-    HAS_D_O: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, PAIRS: gl.constexpr,
+    HAS_D_O: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOWER_RIGHT: gl.constexpr,
+    PAIRS: gl.constexpr, SEQUENCES: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """The warpgroup of S, tS, dV and dtV. STATISTICS: by head four rows, LSE in base 2, μ, h and w,
     padded with LSE = inf, hence P = 0."""
@@ -89,39 +116,46 @@ def _values(
     ) = buffers  # fmt: skip
     q_ready, q_free, k_ready, k_free, p_ready, p_free = bars
     scale2 = scale * LOG2E
-    padded = (L + ROWS - 1) // ROWS * ROWS
+    CU, _, lists, _, Hk, _, L_all, _, items = work
+    padded = (L_all + ROWS - 1) // ROWS * ROWS
     slot = 0
     phase = 0
     k_phase = 0
     p_phase = 1
     for e in range(work_items(items, PAIRS)):
-        b, hk, tile = work_item(e, tiles, Hk, PAIRS)
+        b, hk, n0, k0, S, q0, L = tile_of(e, work, PAIRS, SEQUENCES, 4)
+        shift = S - L if LOWER_RIGHT else 0
         d_v = gl.zeros([ROWS, D], gl.float32, D_L)
         d_t_v = gl.zeros([ROWS, D], gl.float32, D_L)
         k = matrix(k_buffers, 0, ROWS, D)
         t_k = matrix(t_k_buffers, 0, ROWS, D)
         mbarrier.wait(k_ready.index(0), k_phase)
-        first, end = query_tiles(tile, L, BLOCK_M, LEFT, RIGHT)
         for h in range(hk * GROUP, (hk + 1) * GROUP):
-            row = STATISTICS + first_row(b, h, Hk * GROUP, 4) * padded
+            row = STATISTICS + first_row(b, h, Hk * GROUP, 4) * padded + q0
+            blocks, seen = seen_rows(lists, b, h, n0, L, BLOCK_K, BLOCK_Q)
+            first, end = query_tiles(n0 - shift, seen, BLOCK_M, LEFT, RIGHT)
             for j in range(first, end):
-                i = j * BLOCK_M + gl.arange(0, BLOCK_M, layout=QUERY)
-                lse = gl.load(row + i)
+                m0 = seen_row(lists, blocks, j * BLOCK_M, BLOCK_Q)
+                i = m0 + gl.arange(0, BLOCK_M, layout=QUERY)
+                lse = row_statistic(row, i, L, float("inf"), CU)
                 q = matrix(q_buffers, slot, BLOCK_M, D)
                 t_q = matrix(t_q_buffers, slot, BLOCK_M, D)
                 d_t_o = matrix(d_t_o_buffers, slot, BLOCK_M, D)
                 zero = gl.zeros([ROWS, BLOCK_M], gl.float32, S_L)
                 mbarrier.wait(q_ready.index(slot), phase)
+                if CU is not None:
+                    if m0 + BLOCK_M > L:
+                        _clear_queries(q, t_q, d_o_buffers, d_t_o, slot, L - m0, BLOCK_M, D)
                 s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
                 t_s = warpgroup_mma(k, t_q.permute((1, 0)), zero, use_acc=False, is_async=True)
                 t_s = warpgroup_mma(t_k, q.permute((1, 0)), t_s, is_async=True)
                 s = warpgroup_mma_wait(2, deps=[s])
                 p = gl.exp2(s * scale2 - gl.expand_dims(lse, 0))
-                mu = gl.load(row + padded + i)
+                mu = row_statistic(row + padded, i, L, 0.0, CU)
                 t_s = warpgroup_mma_wait(0, deps=[t_s])
                 r = p * (t_s * scale - gl.expand_dims(mu, 0))
                 if LEFT is not None or RIGHT is not None:
-                    valid = is_in_band(tile * ROWS, j * BLOCK_M, BLOCK_M, S_L, LEFT, RIGHT)
+                    valid = is_in_band(n0, m0 + shift, BLOCK_M, S_L, LEFT, RIGHT)
                     p = gl.where(valid, p, 0.0)
                     r = gl.where(valid, r, 0.0)
                 store_p(p, r, p_tile, r_tile, p_ready, p_free, p_phase)
@@ -142,9 +176,8 @@ def _values(
         k.store(d_v.to(DT))
         t_k.store(d_t_v.to(DT))
         fence_async_shared()
-        at = [b, hk, tile * ROWS, 0]
-        store(D_V, at, k_buffers.index(0))
-        store(D_T_V, at, t_k_buffers.index(0))
+        store_rows(*d_v_out, k, k_buffers.index(0), b, hk, k0 + n0, S - n0, D)
+        store_rows(*d_t_v_out, t_k, t_k_buffers.index(0), b, hk, k0 + n0, S - n0, D)
         tma.store_wait(0)
         mbarrier.arrive(k_free.index(0), count=1)
         k_phase ^= 1
@@ -152,9 +185,10 @@ def _values(
 
 @gluon.jit
 def _keys(
-    D_K, D_T_K, STATISTICS, buffers, bars, p_tile, r_tile, scale, L, Hk, tiles, items,
+    d_k_out, d_t_k_out, STATISTICS, buffers, bars, p_tile, r_tile, scale, work,
     D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES_Q: gl.constexpr, GROUP: gl.constexpr,
-    HAS_D_O: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, PAIRS: gl.constexpr,
+    HAS_D_O: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOWER_RIGHT: gl.constexpr,
+    PAIRS: gl.constexpr, SEQUENCES: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """The warpgroup of Hm, G, dK and dtK."""
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
@@ -167,30 +201,37 @@ def _keys(
         k_buffers, t_k_buffers, v_buffers, t_v_buffers,
     ) = buffers  # fmt: skip
     q_ready, q_free, k_ready, k_free, p_ready, p_free = bars
-    padded = (L + ROWS - 1) // ROWS * ROWS
+    CU, _, lists, _, Hk, _, L_all, _, items = work
+    padded = (L_all + ROWS - 1) // ROWS * ROWS
     slot = 0
     phase = 0
     k_phase = 0
     p_phase = 0
     for e in range(work_items(items, PAIRS)):
-        b, hk, tile = work_item(e, tiles, Hk, PAIRS)
+        b, hk, n0, k0, S, q0, L = tile_of(e, work, PAIRS, SEQUENCES, 4)
+        shift = S - L if LOWER_RIGHT else 0
         d_k = gl.zeros([ROWS, D], gl.float32, D_L)
         d_t_k = gl.zeros([ROWS, D], gl.float32, D_L)
         v = matrix(v_buffers, 0, ROWS, D)
         t_v = matrix(t_v_buffers, 0, ROWS, D)
         mbarrier.wait(k_ready.index(0), k_phase)
-        first, end = query_tiles(tile, L, BLOCK_M, LEFT, RIGHT)
         for h in range(hk * GROUP, (hk + 1) * GROUP):
-            row = STATISTICS + first_row(b, h, Hk * GROUP, 4) * padded
+            row = STATISTICS + first_row(b, h, Hk * GROUP, 4) * padded + q0
+            blocks, seen = seen_rows(lists, b, h, n0, L, BLOCK_K, BLOCK_Q)
+            first, end = query_tiles(n0 - shift, seen, BLOCK_M, LEFT, RIGHT)
             for j in range(first, end):
-                i = j * BLOCK_M + gl.arange(0, BLOCK_M, layout=QUERY)
-                h_sum = gl.load(row + 2 * padded + i)
+                m0 = seen_row(lists, blocks, j * BLOCK_M, BLOCK_Q)
+                i = m0 + gl.arange(0, BLOCK_M, layout=QUERY)
+                h_sum = row_statistic(row + 2 * padded, i, L, 0.0, CU)
                 q = matrix(q_buffers, slot, BLOCK_M, D)
                 t_q = matrix(t_q_buffers, slot, BLOCK_M, D)
                 d_t_o = matrix(d_t_o_buffers, slot, BLOCK_M, D)
                 d_t_o_t = d_t_o.permute((1, 0))
                 zero = gl.zeros([ROWS, BLOCK_M], gl.float32, S_L)
                 mbarrier.wait(q_ready.index(slot), phase)
+                if CU is not None:
+                    if m0 + BLOCK_M > L:
+                        _clear_queries(q, t_q, d_o_buffers, d_t_o, slot, L - m0, BLOCK_M, D)
                 h_m = warpgroup_mma(v, d_t_o_t, zero, use_acc=False, is_async=True)
                 g = warpgroup_mma(t_v, d_t_o_t, zero, use_acc=False, is_async=True)
                 if HAS_D_O:
@@ -198,13 +239,13 @@ def _keys(
                     g = warpgroup_mma(v, d_o.permute((1, 0)), g, is_async=True)
                 h_m = warpgroup_mma_wait(2 if HAS_D_O else 1, deps=[h_m])
                 h_m = h_m - gl.expand_dims(h_sum, 0)
-                w = gl.load(row + 3 * padded + i)
+                w = row_statistic(row + 3 * padded, i, L, 0.0, CU)
                 g = warpgroup_mma_wait(0, deps=[g])
                 g = g - gl.expand_dims(w, 0)
                 d_t_s, d_s = load_p(h_m, g, p_tile, r_tile, p_ready, p_free, p_phase, S_L)
                 p_phase ^= 1
                 if LEFT is not None or RIGHT is not None:
-                    valid = is_in_band(tile * ROWS, j * BLOCK_M, BLOCK_M, S_L, LEFT, RIGHT)
+                    valid = is_in_band(n0, m0 + shift, BLOCK_M, S_L, LEFT, RIGHT)
                     d_t_s = gl.where(valid, d_t_s, 0.0)
                     d_s = gl.where(valid, d_s, 0.0)
                 d_k, d_t_k = add_products(d_s, d_t_s, q, t_q, d_k, d_t_k, P_L)
@@ -213,22 +254,24 @@ def _keys(
         v.store((d_k * scale).to(DT))
         t_v.store((d_t_k * scale).to(DT))
         fence_async_shared()
-        at = [b, hk, tile * ROWS, 0]
-        store(D_K, at, v_buffers.index(0))
-        store(D_T_K, at, t_v_buffers.index(0))
+        store_rows(*d_k_out, v, v_buffers.index(0), b, hk, k0 + n0, S - n0, D)
+        store_rows(*d_t_k_out, t_v, t_v_buffers.index(0), b, hk, k0 + n0, S - n0, D)
         tma.store_wait(0)
         mbarrier.arrive(k_free.index(0), count=1)
         k_phase ^= 1
 
 
-@gluon.jit(do_not_specialize=("L", "Hk", "tiles", "items"))
+@gluon.jit(do_not_specialize=("Hk", "L", "S", "sequences", "tiles", "items"))
 def bwd_dkdv_jvp_kernel(
-    Q, K, V, T_Q, T_K, T_V, D_O, D_T_O, STATISTICS, D_K, D_T_K, D_V, D_T_V,
-    scale, L, Hk, tiles, items,
+    Q, K, V, T_Q, T_K, T_V, D_O, D_T_O, STATISTICS, CU_Q, CU_K, Q_BLOCKS,
+    D_K, D_T_K, D_V, D_T_V, D_K_ROWS, D_T_K_ROWS, D_V_ROWS, D_T_V_ROWS,
+    scale, Hk, L, S, sequences, tiles, items,
     GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES_Q: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, PAIRS: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, LOWER_RIGHT: gl.constexpr, PAIRS: gl.constexpr,
+    SEQUENCES: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
-    """STAGES_Q tiles of queries in flight, one set of keys; dO may be absent."""
+    """STAGES_Q tiles of queries in flight, one set of keys; dO may be absent. D_K_ROWS and
+    the like: as `bwd_primitives.store_rows` takes them."""
     HAS_D_O: gl.constexpr = D_O is not None
     buffers = (
         allocate_stages(Q, STAGES_Q),
@@ -243,23 +286,29 @@ def bwd_dkdv_jvp_kernel(
     bars = bwd_barriers(STAGES_Q, 1)
     p_tile = smem_tile(BLOCK_M)
     r_tile = smem_tile(BLOCK_M)
+    if CU_K is None:
+        work = (CU_Q, CU_Q, Q_BLOCKS, sequences, Hk, S, L, tiles, items)
+    else:
+        work = (CU_K, CU_Q, Q_BLOCKS, sequences, Hk, S, L, tiles, items)
     fence_async_shared()
     gl.warp_specialize(
         [
             (
                 _values,
-                (D_V, D_T_V, STATISTICS, buffers, bars, p_tile, r_tile, scale, L, Hk, tiles, items,
-                 D, BLOCK_M, STAGES_Q, GROUP, HAS_D_O, LEFT, RIGHT, PAIRS),
+                ((D_V, D_V_ROWS), (D_T_V, D_T_V_ROWS), STATISTICS, buffers, bars, p_tile, r_tile,
+                 scale, work, D, BLOCK_M, STAGES_Q, GROUP, HAS_D_O, LEFT, RIGHT, LOWER_RIGHT, PAIRS,
+                 SEQUENCES, BLOCK_Q, BLOCK_K),
             ),
             (
                 _keys,
-                (D_K, D_T_K, STATISTICS, buffers, bars, p_tile, r_tile, scale, L, Hk, tiles, items,
-                 D, BLOCK_M, STAGES_Q, GROUP, HAS_D_O, LEFT, RIGHT, PAIRS),
+                ((D_K, D_K_ROWS), (D_T_K, D_T_K_ROWS), STATISTICS, buffers, bars, p_tile, r_tile,
+                 scale, work, D, BLOCK_M, STAGES_Q, GROUP, HAS_D_O, LEFT, RIGHT, LOWER_RIGHT, PAIRS,
+                 SEQUENCES, BLOCK_Q, BLOCK_K),
             ),
             (
                 _producer,
-                ((Q, T_Q, D_T_O, D_O), (K, T_K, V, T_V), buffers, bars, L, Hk, tiles, items,
-                 BLOCK_M, STAGES_Q, GROUP, LEFT, RIGHT, PAIRS),
+                ((Q, T_Q, D_T_O, D_O), (K, T_K, V, T_V), buffers, bars, work, BLOCK_M, STAGES_Q,
+                 GROUP, LEFT, RIGHT, LOWER_RIGHT, PAIRS, SEQUENCES, BLOCK_Q, BLOCK_K),
             ),
         ],
         [4, 1],

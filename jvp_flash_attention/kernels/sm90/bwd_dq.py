@@ -31,10 +31,16 @@ from .bwd_primitives import (
     add_products,
     any_not_finite,
     bwd_barriers,
+    clear_behind,
     fetch,
     load_p,
     make_finite,
+    row_statistic,
+    seen_row,
+    seen_rows,
     store_p,
+    store_rows,
+    tile_of,
 )
 from .primitives import (
     ROWS,
@@ -47,17 +53,16 @@ from .primitives import (
     key_tiles,
     matrix,
     smem_tile,
-    store,
-    work_item,
     work_items,
 )
 
 
 @gluon.jit
 def _producer(
-    queries, keys, buffers, bars, S, H, tiles, items,
+    queries, keys, buffers, bars, work,
     BLOCK_N: gl.constexpr, STAGES_K: gl.constexpr, GROUP: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, PAIRS: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, LOWER_RIGHT: gl.constexpr, PAIRS: gl.constexpr,
+    SEQUENCES: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """The warp that fetches. queries: Q, tQ, dtO, dO; keys: K, tK, V, tV."""
     q, t_q, d_o, d_t_o, k, t_k, v, t_v = buffers
@@ -65,23 +70,25 @@ def _producer(
     slot = 0
     phase = 1
     q_phase = 1
-    for e in range(work_items(items, PAIRS)):
-        b, h, tile = work_item(e, tiles, H, PAIRS)
-        at = [b, h, tile * ROWS, 0]
-        fetch(queries, (q, t_q, d_t_o, d_o), q_ready, q_free, at, 0, q_phase)
+    for e in range(work_items(work[8], PAIRS)):
+        b, h, m0, q0, L, k0, S = tile_of(e, work, PAIRS, SEQUENCES, 1)
+        fetch(queries, (q, t_q, d_t_o, d_o), q_ready, q_free, [b, h, q0 + m0, 0], 0, q_phase)
         q_phase ^= 1
-        first, end = key_tiles(tile, S, BLOCK_N, LEFT, RIGHT)
+        shift = S - L if LOWER_RIGHT else 0
+        blocks, seen = seen_rows(work[2], b, h, m0, S, BLOCK_Q, BLOCK_K)
+        first, end = key_tiles(m0 + shift, seen, BLOCK_N, LEFT, RIGHT, LOWER_RIGHT)
         for j in range(first, end):
-            at = [b, h // GROUP, j * BLOCK_N, 0]
+            at = [b, h // GROUP, k0 + seen_row(work[2], blocks, j * BLOCK_N, BLOCK_K), 0]
             fetch(keys, (k, t_k, v, t_v), k_ready, k_free, at, slot, phase)
             slot, phase = advance(slot, phase, 1, STAGES_K)
 
 
 @gluon.jit
 def _scores(
-    STATISTICS, buffers, bars, p_tile, r_tile, scale, L, S, H, tiles, items,
+    STATISTICS, buffers, bars, p_tile, r_tile, scale, work,
     D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES_K: gl.constexpr, LEFT: gl.constexpr,
-    RIGHT: gl.constexpr, PAIRS: gl.constexpr, EDGE: gl.constexpr,
+    RIGHT: gl.constexpr, LOWER_RIGHT: gl.constexpr, PAIRS: gl.constexpr, SEQUENCES: gl.constexpr,
+    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, EDGE: gl.constexpr,
 ):  # fmt: skip
     """The warpgroup of S and tS."""
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -93,7 +100,8 @@ def _scores(
     ) = buffers  # fmt: skip
     q_ready, q_free, k_ready, k_free, p_ready, p_free = bars
     scale2 = scale * LOG2E
-    padded = (L + ROWS - 1) // ROWS * ROWS
+    CU, _, lists, _, H, L_all, S_all, _, items = work
+    padded = (L_all + ROWS - 1) // ROWS * ROWS
     if LEFT is not None or RIGHT is not None:
         declare_flag("spoiled")
     slot = 0
@@ -101,20 +109,28 @@ def _scores(
     q_phase = 0
     p_phase = 1
     for e in range(work_items(items, PAIRS)):
-        b, h, tile = work_item(e, tiles, H, PAIRS)
-        row = STATISTICS + first_row(b, h, H, 4) * padded + tile * ROWS
-        i = gl.arange(0, ROWS, layout=ROW)
-        lse = gl.load(row + i)
-        mu = gl.load(row + padded + i)
+        b, h, m0, q0, L, k0, S = tile_of(e, work, PAIRS, SEQUENCES, 4)
+        shift = S - L if LOWER_RIGHT else 0
+        row = STATISTICS + first_row(b, h, H, 4) * padded + q0
+        i = m0 + gl.arange(0, ROWS, layout=ROW)
+        lse = row_statistic(row, i, L, float("inf"), CU)
+        mu = row_statistic(row + padded, i, L, 0.0, CU)
         q = matrix(q_buffers, 0, ROWS, D)
         t_q = matrix(t_q_buffers, 0, ROWS, D)
         mbarrier.wait(q_ready.index(0), q_phase)
-        first, end = key_tiles(tile, S, BLOCK_N, LEFT, RIGHT)
+        blocks, seen = seen_rows(lists, b, h, m0, S, BLOCK_Q, BLOCK_K)
+        first, end = key_tiles(m0 + shift, seen, BLOCK_N, LEFT, RIGHT, LOWER_RIGHT)
         for j in range(first, end):
+            n0 = seen_row(lists, blocks, j * BLOCK_N, BLOCK_K)
             k = matrix(k_buffers, slot, BLOCK_N, D)
             t_k = matrix(t_k_buffers, slot, BLOCK_N, D)
             zero = gl.zeros([ROWS, BLOCK_N], gl.float32, S_L)
             mbarrier.wait(k_ready.index(slot), phase)
+            if CU is not None:
+                if n0 + BLOCK_N > S:
+                    clear_behind(k, S - n0, D)
+                    clear_behind(t_k, S - n0, D)
+                    fence_async_shared()
             s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
             t_s = warpgroup_mma(t_q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
             t_s = warpgroup_mma(q, t_k.permute((1, 0)), t_s, is_async=True)
@@ -123,14 +139,14 @@ def _scores(
             t_s = warpgroup_mma_wait(0, deps=[t_s])
             if LEFT is not None or RIGHT is not None:
                 # rows that do not see a key do not feel it, whatever it holds
-                if is_crossed(tile * ROWS, j * BLOCK_N, BLOCK_N, LEFT, RIGHT):
+                if is_crossed(m0 + shift, n0, BLOCK_N, LEFT, RIGHT):
                     if any_not_finite(s, t_s, BLOCK_N):
                         make_finite(k, K_L)
                         make_finite(t_k, K_L)
             mbarrier.arrive(k_free.index(slot), count=1)
             r = p * (t_s * scale - gl.expand_dims(mu, 1))
             if EDGE:
-                valid = is_valid(tile * ROWS, j * BLOCK_N, S, BLOCK_N, S_L, LEFT, RIGHT)
+                valid = is_valid(m0, n0, S, BLOCK_N, S_L, LEFT, RIGHT, shift)
                 p = gl.where(valid, p, 0.0)
                 r = gl.where(valid, r, 0.0)
             store_p(p, r, p_tile, r_tile, p_ready, p_free, p_phase)
@@ -142,9 +158,10 @@ def _scores(
 
 @gluon.jit
 def _gradients(
-    D_Q, D_T_Q, STATISTICS, buffers, bars, p_tile, r_tile, scale, L, S, H, tiles, items,
+    d_q_out, d_t_q_out, STATISTICS, buffers, bars, p_tile, r_tile, scale, work,
     D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES_K: gl.constexpr, HAS_D_O: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, PAIRS: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, LOWER_RIGHT: gl.constexpr, PAIRS: gl.constexpr,
+    SEQUENCES: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """The warpgroup of Hm, G, dQ and dtQ."""
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -157,31 +174,42 @@ def _gradients(
         k_buffers, t_k_buffers, v_buffers, t_v_buffers,
     ) = buffers  # fmt: skip
     q_ready, q_free, k_ready, k_free, p_ready, p_free = bars
-    padded = (L + ROWS - 1) // ROWS * ROWS
+    CU, _, lists, _, H, L_all, S_all, _, items = work
+    padded = (L_all + ROWS - 1) // ROWS * ROWS
     slot = 0
     phase = 0
     q_phase = 0
     p_phase = 0
     for e in range(work_items(items, PAIRS)):
-        b, h, tile = work_item(e, tiles, H, PAIRS)
-        row = STATISTICS + first_row(b, h, H, 4) * padded + tile * ROWS
-        i = gl.arange(0, ROWS, layout=ROW)
-        h_sum = gl.load(row + 2 * padded + i)
-        w = gl.load(row + 3 * padded + i)
+        b, h, m0, q0, L, k0, S = tile_of(e, work, PAIRS, SEQUENCES, 4)
+        shift = S - L if LOWER_RIGHT else 0
+        row = STATISTICS + first_row(b, h, H, 4) * padded + q0
+        i = m0 + gl.arange(0, ROWS, layout=ROW)
+        h_sum = row_statistic(row + 2 * padded, i, L, 0.0, CU)
+        w = row_statistic(row + 3 * padded, i, L, 0.0, CU)
         d_q = gl.zeros([ROWS, D], gl.float32, D_L)
         d_t_q = gl.zeros([ROWS, D], gl.float32, D_L)
         if HAS_D_O:
             d_o = matrix(d_o_buffers, 0, ROWS, D)
         d_t_o = matrix(d_t_o_buffers, 0, ROWS, D)
         mbarrier.wait(q_ready.index(0), q_phase)
-        first, end = key_tiles(tile, S, BLOCK_N, LEFT, RIGHT)
+        blocks, seen = seen_rows(lists, b, h, m0, S, BLOCK_Q, BLOCK_K)
+        first, end = key_tiles(m0 + shift, seen, BLOCK_N, LEFT, RIGHT, LOWER_RIGHT)
         for j in range(first, end):
+            n0 = seen_row(lists, blocks, j * BLOCK_N, BLOCK_K)
             k = matrix(k_buffers, slot, BLOCK_N, D)
             t_k = matrix(t_k_buffers, slot, BLOCK_N, D)
             v_t = matrix(v_buffers, slot, BLOCK_N, D).permute((1, 0))
             t_v_t = matrix(t_v_buffers, slot, BLOCK_N, D).permute((1, 0))
             zero = gl.zeros([ROWS, BLOCK_N], gl.float32, S_L)
             mbarrier.wait(k_ready.index(slot), phase)
+            if CU is not None:  # as the other warpgroup does, and V and tV
+                if n0 + BLOCK_N > S:
+                    clear_behind(k, S - n0, D)
+                    clear_behind(t_k, S - n0, D)
+                    clear_behind(matrix(v_buffers, slot, BLOCK_N, D), S - n0, D)
+                    clear_behind(matrix(t_v_buffers, slot, BLOCK_N, D), S - n0, D)
+                    fence_async_shared()
             h_m = warpgroup_mma(d_t_o, v_t, zero, use_acc=False, is_async=True)
             g = warpgroup_mma(d_t_o, t_v_t, zero, use_acc=False, is_async=True)
             if HAS_D_O:
@@ -192,7 +220,7 @@ def _gradients(
             d_t_s, d_s = load_p(h_m, g, p_tile, r_tile, p_ready, p_free, p_phase, S_L)
             p_phase ^= 1
             if LEFT is not None or RIGHT is not None:
-                valid = is_valid(tile * ROWS, j * BLOCK_N, S, BLOCK_N, S_L, LEFT, RIGHT)
+                valid = is_valid(m0, n0, S, BLOCK_N, S_L, LEFT, RIGHT, shift)
                 d_t_s = gl.where(valid, d_t_s, 0.0)
                 d_s = gl.where(valid, d_s, 0.0)
             d_q, d_t_q = add_products(d_s, d_t_s, k, t_k, d_q, d_t_q, P_L)
@@ -201,25 +229,27 @@ def _gradients(
         # through the buffer of dtO, which this warpgroup alone reads
         d_t_o.store((d_q * scale).to(DT))
         fence_async_shared()
-        at = [b, h, tile * ROWS, 0]
-        store(D_Q, at, d_t_o_buffers.index(0))
+        store_rows(*d_q_out, d_t_o, d_t_o_buffers.index(0), b, h, q0 + m0, L - m0, D)
         tma.store_wait(0)
         d_t_o.store((d_t_q * scale).to(DT))
         fence_async_shared()
-        store(D_T_Q, at, d_t_o_buffers.index(0))
+        store_rows(*d_t_q_out, d_t_o, d_t_o_buffers.index(0), b, h, q0 + m0, L - m0, D)
         tma.store_wait(0)
         mbarrier.arrive(q_free.index(0), count=1)
         q_phase ^= 1
 
 
-@gluon.jit(do_not_specialize=("L", "S", "H", "tiles", "items"))
+@gluon.jit(do_not_specialize=("H", "L", "S", "sequences", "tiles", "items"))
 def bwd_dq_jvp_kernel(
-    Q, K, V, T_Q, T_K, T_V, D_O, D_T_O, STATISTICS, D_Q, D_T_Q,
-    scale, L, S, H, tiles, items,
+    Q, K, V, T_Q, T_K, T_V, D_O, D_T_O, STATISTICS, CU_Q, CU_K, KV_BLOCKS,
+    D_Q, D_T_Q, D_Q_ROWS, D_T_Q_ROWS,
+    scale, H, L, S, sequences, tiles, items,
     GROUP: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES_K: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, PAIRS: gl.constexpr, EDGE: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, LOWER_RIGHT: gl.constexpr, PAIRS: gl.constexpr,
+    SEQUENCES: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, EDGE: gl.constexpr,
 ):  # fmt: skip
-    """STAGES_K tiles of keys in flight, one set of queries; dO may be absent."""
+    """STAGES_K tiles of keys in flight, one set of queries; dO may be absent. D_Q_ROWS, D_T_Q_ROWS:
+    as `bwd_primitives.store_rows` takes them."""
     HAS_D_O: gl.constexpr = D_O is not None
     buffers = (
         allocate_stages(Q, 1),
@@ -234,23 +264,28 @@ def bwd_dq_jvp_kernel(
     bars = bwd_barriers(1, STAGES_K)
     p_tile = smem_tile(BLOCK_N)
     r_tile = smem_tile(BLOCK_N)
+    if CU_K is None:
+        work = (CU_Q, CU_Q, KV_BLOCKS, sequences, H, L, S, tiles, items)
+    else:
+        work = (CU_Q, CU_K, KV_BLOCKS, sequences, H, L, S, tiles, items)
     fence_async_shared()
     gl.warp_specialize(
         [
             (
                 _gradients,
-                (D_Q, D_T_Q, STATISTICS, buffers, bars, p_tile, r_tile, scale, L, S, H, tiles,
-                 items, D, BLOCK_N, STAGES_K, HAS_D_O, LEFT, RIGHT, PAIRS),
+                ((D_Q, D_Q_ROWS), (D_T_Q, D_T_Q_ROWS), STATISTICS, buffers, bars, p_tile, r_tile,
+                 scale, work, D, BLOCK_N, STAGES_K, HAS_D_O, LEFT, RIGHT, LOWER_RIGHT, PAIRS,
+                 SEQUENCES, BLOCK_Q, BLOCK_K),
             ),
             (
                 _scores,
-                (STATISTICS, buffers, bars, p_tile, r_tile, scale, L, S, H, tiles, items,
-                 D, BLOCK_N, STAGES_K, LEFT, RIGHT, PAIRS, EDGE),
+                (STATISTICS, buffers, bars, p_tile, r_tile, scale, work, D, BLOCK_N, STAGES_K,
+                 LEFT, RIGHT, LOWER_RIGHT, PAIRS, SEQUENCES, BLOCK_Q, BLOCK_K, EDGE),
             ),
             (
                 _producer,
-                ((Q, T_Q, D_T_O, D_O), (K, T_K, V, T_V), buffers, bars, S, H, tiles, items,
-                 BLOCK_N, STAGES_K, GROUP, LEFT, RIGHT, PAIRS),
+                ((Q, T_Q, D_T_O, D_O), (K, T_K, V, T_V), buffers, bars, work, BLOCK_N, STAGES_K,
+                 GROUP, LEFT, RIGHT, LOWER_RIGHT, PAIRS, SEQUENCES, BLOCK_Q, BLOCK_K),
             ),
         ],
         [4, 1],

@@ -15,7 +15,86 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .primitives import barriers, keep_alive, lane_sums, load
+from .primitives import (
+    ROWS,
+    barriers,
+    keep_alive,
+    lane_sums,
+    listed_row,
+    listed_rows,
+    load,
+    row_at,
+    sequence_of,
+    store,
+    store_part,
+    work_item,
+)
+
+
+@gluon.jit
+def tile_of(e, work, PAIRS: gl.constexpr, SEQUENCES: gl.constexpr, WARPS: gl.constexpr):
+    """A work item: batch entry and head, the first row of its tile; where its sequence begins on
+    its own side, the rows of that, and the same of the other side, of which a tile that no
+    sequence needs sees none."""
+    CU, CU_OTHER, _lists, sequences, heads, rows, others, tiles, items = work
+    b, h, tile = work_item(e, tiles, heads, PAIRS, None if CU is None else items // tiles)
+    first = 0
+    first_other = 0
+    if CU is not None:
+        n = gl.arange(0, SEQUENCES, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+        tile, first, rows, first_other, others = sequence_of(
+            CU, CU_OTHER, tile, n, rows, others, sequences, ROWS
+        )
+        others = gl.where(tile * ROWS < rows, others, 0)
+    return b, h, tile * ROWS, first, rows, first_other, others
+
+
+@gluon.jit
+def seen_rows(lists, b, h, at, rows, BLOCK: gl.constexpr, BLOCK_OTHER: gl.constexpr):
+    """The list of blocks of the other side that the block of row `at` sees, and how many rows they
+    have; without lists that is all of them."""
+    blocks = 0
+    if lists is not None:
+        blocks = row_at(lists, b, h, at // BLOCK)
+        rows = listed_rows(blocks, rows, BLOCK_OTHER)
+    return blocks, rows
+
+
+@gluon.jit
+def seen_row(lists, blocks, x, BLOCK_OTHER: gl.constexpr):
+    """Which row is the x-th of them."""
+    if lists is not None:
+        x = listed_row(blocks, x, BLOCK_OTHER)
+    return x
+
+
+@gluon.jit
+def row_statistic(at, i, rows, other: gl.constexpr, CU):
+    """A statistic of rows i; behind the rows of a packed sequence `other`."""
+    mask = None if CU is None else i < rows
+    return gl.load(at + i, mask=mask, other=None if CU is None else other)
+
+
+@gluon.jit
+def clear_behind(tile, rows, D: gl.constexpr):
+    """0 behind the first rows of a tile in shared memory, which belong to the next sequence."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    i = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)), 1)
+    x = tile.load(layout)
+    tile.store(gl.where(i < rows, x, 0.0))
+
+
+@gluon.jit
+def store_rows(x, x_rows, tile, buffer, b, h, row, rows, D: gl.constexpr):
+    """A tile of results from shared memory, of which so many rows belong to the sequence. x_rows:
+    the results once more (pointer, strides), where sequences end inside of a tile."""
+    if x_rows is None:
+        store(x, [b, h, row, 0], buffer)
+    else:
+        if rows >= ROWS:
+            store(x, [b, h, row, 0], buffer)
+        else:
+            store_part(x_rows, tile, b, h, row, rows, x.shape[3], 0, D)
 
 
 @gluon.jit

@@ -29,8 +29,11 @@ from .bwd_dkdv import bwd_dkdv_jvp_kernel
 from .bwd_dq import bwd_dq_jvp_kernel
 from .forward import forward_jvp_kernel
 
-SUPPORTED = ("causal", "backend", "rows_first", "compiled", "sharded", "left", "right")
-FORWARD = (*SUPPORTED, "lower_right", "block_q", "block_k")
+# What a call may ask for beside a mask.
+SUPPORTED = (
+    "causal", "backend", "rows_first", "compiled", "sharded", "left", "right", "lower_right",
+    "block_q", "block_k",
+)  # fmt: skip
 LAYOUT_TYPES = {
     torch.float16: gl.float16,
     torch.bfloat16: gl.bfloat16,
@@ -45,8 +48,8 @@ def unsupported_reason(name: str, p: Problem, c: Call) -> str | None:
         return "needs operands that TMA reads, in 16 bits"
     if not (p.D == p.DV <= 128 and p.D % 8 == 0):  # rows of the results, which TMA writes
         return f"needs D = Dv up to 128, a multiple of 8, got {p.D} and {p.DV}"
-    if not is_default(p.spec, but=FORWARD if name == "fwd_jvp" else SUPPORTED):
-        return f"has no dropout and no soft cap, and in gradients no blocks, got {p.spec}"
+    if not is_default(p.spec, but=SUPPORTED):
+        return f"has no dropout and no soft cap, got {p.spec}"
     if min(p.B, p.H, p.L, p.S) == 0:
         return "needs elements"
     if p.short(name) is not None:
@@ -61,8 +64,6 @@ def unsupported_reason(name: str, p: Problem, c: Call) -> str | None:
         if c.x.mask is not None and _mask_kind(c.x.mask, p) == "":
             return "needs a mask that TMA or a row of keys can hold"
         return None if c.t.mask is None else _no_tangent_of(c.x.mask, c.t, p)
-    if p.sequences is not None:
-        return "leaves packed sequences to the portable kernels"
     if p.mask or None in c.t[:3]:
         return "needs every tangent and no mask but causal"
     if p.S <= 64:
@@ -141,13 +142,12 @@ def _fwd_jvp(p: Problem, c: Call) -> Launch:
 
 def _bwd_dkdv_jvp(p: Problem, c: Call) -> Launch:
     pipeline = configs.pipeline(p.D)
-    tiles = cdiv(p.S, 64)
+    tiles = p.tiles(p.S, 64)
     items = tiles * p.B * p.Hk
-    d, d_t = c.grads, c.t_grads
+    results = c.grads.k, c.t_grads.k, c.grads.v, c.t_grads.v
     args = (
-        *_given(p, c, pipeline.D),
-        *_squares(pipeline.D, d.k, d_t.k, d.v, d_t.v),
-        *(p.spec.scale, p.L, p.Hk, tiles, items),
+        *_given(p, c, pipeline.D, c.x.q_blocks, results),
+        *(p.spec.scale, p.Hk, p.L, p.S, p.sequences, tiles, items),
     )
     constexprs = {"STAGES_Q": pipeline.stages, "BLOCK_M": 64, **_constexprs(p, pipeline)}
     grid = _grid(items, p, c.x.q, constexprs["PAIRS"])
@@ -156,22 +156,23 @@ def _bwd_dkdv_jvp(p: Problem, c: Call) -> Launch:
 
 def _bwd_dq_jvp(p: Problem, c: Call) -> Launch:
     pipeline = configs.pipeline(p.D)
-    tiles = cdiv(p.L, 64)
+    tiles = p.tiles(p.L, 64)
     items = tiles * p.B * p.H
     args = (
-        *_given(p, c, pipeline.D),
-        *_squares(pipeline.D, c.grads.q, c.t_grads.q),
-        *(p.spec.scale, p.L, p.S, p.H, tiles, items),
+        *_given(p, c, pipeline.D, c.x.kv_blocks, (c.grads.q, c.t_grads.q)),
+        *(p.spec.scale, p.H, p.L, p.S, p.sequences, tiles, items),
     )
-    edge = call.band(p.spec) != Band() or p.S % 64 != 0
+    edge = call.band(p.spec) != Band() or p.S % 64 != 0 or p.sequences is not None
     constexprs = {"STAGES_K": pipeline.stages, "BLOCK_N": 64, "EDGE": edge}
     constexprs |= _constexprs(p, pipeline)
     grid = _grid(items, p, c.x.q, constexprs["PAIRS"])
     return Launch(bwd_dq_jvp_kernel, grid, args, constexprs)
 
 
-def _given(p: Problem, c: Call, columns: int) -> tuple:
-    """The arguments that both gradient kernels begin with."""
+def _given(p: Problem, c: Call, columns: int, blocks: Tensor | None, results: tuple) -> tuple:
+    """The arguments that both gradient kernels begin with, up to the results: as descriptors, and
+    as pointers where packed sequences end inside of a tile."""
+    packed = p.sequences is not None
     (q, k, v, *_), (t_q, t_k, t_v, _) = c.x, c.t
     keys = _seen_keys(p)
     return (
@@ -180,7 +181,9 @@ def _given(p: Problem, c: Call, columns: int) -> tuple:
         *_squares(columns, t_q),
         *_squares(columns, t_k, t_v, length=keys),
         *_squares(columns, c.d_out, c.d_t_out),
-        c.statistics,
+        *(c.statistics, c.x.cu_q, c.x.cu_k, blocks_pointer(blocks, p)),
+        *_squares(columns, *results),
+        *(pointer(x if packed else None) for x in results),
     )
 
 
@@ -206,10 +209,18 @@ def _seen_keys(p: Problem) -> int:
 
 def _constexprs(p: Problem, pipeline: configs.Pipeline) -> dict[str, Any]:
     bounds = band(p.spec)
-    left, right = bounds["LEFT"], bounds["RIGHT"]
-    pairs = (left is None) != (right is None)  # tiles see more and more, or less and less
-    constexprs = {"LEFT": left, "RIGHT": right, "PAIRS": pairs}
-    return {"GROUP": p.H // p.Hk, "D": pipeline.D, **constexprs, "num_warps": 4}
+    # tiles see more and more, or less and less
+    pairs = (bounds["LEFT"] is None) != (bounds["RIGHT"] is None) or p.spec.block_q is not None
+    return {
+        "GROUP": p.H // p.Hk,
+        "D": pipeline.D,
+        **bounds,
+        "PAIRS": pairs and p.sequences is None,
+        "SEQUENCES": p.sequence_slots,
+        "BLOCK_Q": p.spec.block_q,
+        "BLOCK_K": p.spec.block_k,
+        "num_warps": 4,
+    }
 
 
 def _grid(items: int, p: Problem, x: Tensor, pairs: bool) -> tuple[int]:

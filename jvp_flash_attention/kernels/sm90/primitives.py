@@ -241,17 +241,19 @@ def is_crossed(m0, n0, BLOCK_N: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.cons
 
 
 @gluon.jit
-def key_tiles(tile, S, BLOCK_N: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr):
-    """The first tile of keys that a tile of queries sees, and the one behind the last."""
-    m0 = tile * ROWS
-    end = keys_end(m0, ROWS, S, RIGHT)
+def key_tiles(
+    m0, S, BLOCK_N: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, SHIFTED: gl.constexpr
+):
+    """The first tile of keys that queries m0 ... m0 + ROWS see, and the one behind the last.
+    SHIFTED: m0 is any number."""
+    end = keys_end(m0, ROWS, S, RIGHT, SHIFTED)
     return keys_begin(m0, LEFT) // BLOCK_N, (end + BLOCK_N - 1) // BLOCK_N
 
 
 @gluon.jit
-def query_tiles(tile, L, BLOCK_M: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr):
-    """The first tile of queries that sees a tile of keys, and the one behind the last."""
-    n0 = tile * ROWS
+def query_tiles(n0, L, BLOCK_M: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr):
+    """The first tile of queries that sees keys n0 ... n0 + ROWS, and the one behind the last; n0 is
+    any number."""
     begin = 0
     end = L
     if RIGHT is not None:
