@@ -19,11 +19,12 @@ from .problem import (
     Call,
     Problem,
     architecture,
-    cdiv,
     maybe_contiguous,
     problem,
     readable,
     readable_mask,
+    sequences_of,
+    tiles_of,
     with_parts,
 )
 
@@ -208,7 +209,8 @@ def _backward_call(
     out: Any = readable(saved.out)
     statistics = None
     if jvp and mask is None and (arch or architecture(q.device)) == "sm90":
-        statistics = q.new_empty(*q.shape[:2], 4, cdiv(q.shape[2], 64) * 64, dtype=torch.float32)
+        rows = tiles_of(q.shape[2], 64, sequences_of(x)) * 64
+        statistics = q.new_empty(*q.shape[:2], 4, rows, dtype=torch.float32)
     c = Call(
         _inputs(x),
         _tangents(t),

@@ -94,10 +94,8 @@ class Problem(NamedTuple):
         return None if self.sequences is None else 1 << self.sequences.bit_length()
 
     def tiles(self, rows: int, block: int) -> int:
-        """How many tiles the rows of a head have, as `block_info.tiles_of` counts them."""
-        if self.sequences is not None and rows > 0:
-            return rows // block + self.sequences + 1
-        return cdiv(rows, block)
+        """How many tiles the rows of a head have."""
+        return tiles_of(rows, block, self.sequences)
 
     def short(self, name: str) -> configs.Tile | None:
         """The tile of a pass of sequences that are shorter than a usual one."""
@@ -176,8 +174,8 @@ def problem(c: Call, spec: Spec, arch: str | None = None, tma: bool | None = Non
         )
     bool_mask = c.x.mask is not None and c.x.mask.dtype == torch.int8
     sizes = (B, H, Hk, L, S, D, DV)
-    sequences = None if c.x.cu_q is None else c.x.cu_q.shape[0] - 1
-    return Problem(*sizes, arch, tma, itemsize, spec, c.x.mask is not None, bool_mask, sequences)
+    masked, sequences = c.x.mask is not None, sequences_of(c.x)
+    return Problem(*sizes, arch, tma, itemsize, spec, masked, bool_mask, sequences)
 
 
 @cache
@@ -259,6 +257,18 @@ def mask_pointer(mask: Tensor | None, p: Problem):
 def blocks_pointer(blocks: Tensor | None, p: Problem):
     """(pointer, stride_b, stride_h, stride_row) of lists of blocks broadcast to (B, H, n, ...)."""
     return None if blocks is None else (blocks, *blocks.expand(p.B, p.H, -1, -1).stride()[:3])
+
+
+def sequences_of(x: Inputs) -> int | None:
+    """How many packed sequences there are, None for none."""
+    return None if x.cu_q is None else x.cu_q.shape[0] - 1
+
+
+def tiles_of(rows: int, block: int, sequences: int | None) -> int:
+    """As `block_info.tiles_of`."""
+    if sequences is not None and rows > 0:
+        return rows // block + sequences + 1
+    return cdiv(rows, block)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -90,11 +90,12 @@ def _bwd_preprocess(_name: str, p: Problem, c: Call) -> Iterator[Launch]:
     out, lse, t_out, mu = c.saved
     args = (
         *map(pointer, (c.d_out, c.d_t_out, out, t_out if c.jvp else None)),
-        *(lse, mu if c.jvp else None, c.h_sum, c.w_sum, c.statistics, p.H, p.L),
+        *(lse, mu if c.jvp else None, c.h_sum, c.w_sum, c.statistics, c.x.cu_q),
+        *(p.H, p.L, p.sequences),
     )
-    constexprs = {"DV": p.DV, "BLOCK_DV": p.block_dv, "BLOCK_M": 64}
+    constexprs = {"DV": p.DV, "BLOCK_DV": p.block_dv, "BLOCK_M": 64, "SEQUENCES": p.sequence_slots}
     constexprs["num_warps"] = 8 if p.block_dv > 64 else 4
-    yield Launch(bwd_preprocess_kernel, (cdiv(p.L, 64) * p.B * p.H,), args, constexprs)
+    yield Launch(bwd_preprocess_kernel, (p.tiles(p.L, 64) * p.B * p.H,), args, constexprs)
 
 
 def _bwd_dkdv(name: str, p: Problem, c: Call) -> Iterator[Launch]:

@@ -35,7 +35,6 @@ from .bwd_primitives import (
     clear_behind,
     fetch,
     load_p,
-    row_statistic,
     seen_row,
     seen_rows,
     store_p,
@@ -52,6 +51,7 @@ from .primitives import (
     matrix,
     query_tiles,
     smem_tile,
+    tiles_of,
     work_items,
 )
 
@@ -70,7 +70,7 @@ def _producer(
     phase = 1
     k_phase = 1
     for e in range(work_items(work[8], PAIRS)):
-        b, hk, n0, k0, S, q0, L = tile_of(e, work, PAIRS, SEQUENCES, 1)
+        b, hk, _n, n0, k0, S, q0, L = tile_of(e, work, PAIRS, SEQUENCES, 1)
         fetch(keys, (k, t_k, v, t_v), k_ready, k_free, [b, hk, k0 + n0, 0], 0, k_phase)
         k_phase ^= 1
         shift = S - L if LOWER_RIGHT else 0
@@ -116,14 +116,14 @@ def _values(
     ) = buffers  # fmt: skip
     q_ready, q_free, k_ready, k_free, p_ready, p_free = bars
     scale2 = scale * LOG2E
-    CU, _, lists, _, Hk, _, L_all, _, items = work
-    padded = (L_all + ROWS - 1) // ROWS * ROWS
+    CU, _, lists, sequences, Hk, _, L_all, _, items = work
+    padded = tiles_of(CU, L_all, ROWS, sequences) * ROWS
     slot = 0
     phase = 0
     k_phase = 0
     p_phase = 1
     for e in range(work_items(items, PAIRS)):
-        b, hk, n0, k0, S, q0, L = tile_of(e, work, PAIRS, SEQUENCES, 4)
+        b, hk, n, n0, k0, S, q0, L = tile_of(e, work, PAIRS, SEQUENCES, 4)
         shift = S - L if LOWER_RIGHT else 0
         d_v = gl.zeros([ROWS, D], gl.float32, D_L)
         d_t_v = gl.zeros([ROWS, D], gl.float32, D_L)
@@ -131,13 +131,13 @@ def _values(
         t_k = matrix(t_k_buffers, 0, ROWS, D)
         mbarrier.wait(k_ready.index(0), k_phase)
         for h in range(hk * GROUP, (hk + 1) * GROUP):
-            row = STATISTICS + first_row(b, h, Hk * GROUP, 4) * padded + q0
+            row = STATISTICS + first_row(b, h, Hk * GROUP, 4) * padded + (q0 // ROWS + n) * ROWS
             blocks, seen = seen_rows(lists, b, h, n0, L, BLOCK_K, BLOCK_Q)
             first, end = query_tiles(n0 - shift, seen, BLOCK_M, LEFT, RIGHT)
             for j in range(first, end):
                 m0 = seen_row(lists, blocks, j * BLOCK_M, BLOCK_Q)
                 i = m0 + gl.arange(0, BLOCK_M, layout=QUERY)
-                lse = row_statistic(row, i, L, float("inf"), CU)
+                lse = gl.load(row + i)
                 q = matrix(q_buffers, slot, BLOCK_M, D)
                 t_q = matrix(t_q_buffers, slot, BLOCK_M, D)
                 d_t_o = matrix(d_t_o_buffers, slot, BLOCK_M, D)
@@ -151,7 +151,7 @@ def _values(
                 t_s = warpgroup_mma(t_k, q.permute((1, 0)), t_s, is_async=True)
                 s = warpgroup_mma_wait(2, deps=[s])
                 p = gl.exp2(s * scale2 - gl.expand_dims(lse, 0))
-                mu = row_statistic(row + padded, i, L, 0.0, CU)
+                mu = gl.load(row + padded + i)
                 t_s = warpgroup_mma_wait(0, deps=[t_s])
                 r = p * (t_s * scale - gl.expand_dims(mu, 0))
                 if LEFT is not None or RIGHT is not None:
@@ -201,14 +201,14 @@ def _keys(
         k_buffers, t_k_buffers, v_buffers, t_v_buffers,
     ) = buffers  # fmt: skip
     q_ready, q_free, k_ready, k_free, p_ready, p_free = bars
-    CU, _, lists, _, Hk, _, L_all, _, items = work
-    padded = (L_all + ROWS - 1) // ROWS * ROWS
+    CU, _, lists, sequences, Hk, _, L_all, _, items = work
+    padded = tiles_of(CU, L_all, ROWS, sequences) * ROWS
     slot = 0
     phase = 0
     k_phase = 0
     p_phase = 0
     for e in range(work_items(items, PAIRS)):
-        b, hk, n0, k0, S, q0, L = tile_of(e, work, PAIRS, SEQUENCES, 4)
+        b, hk, n, n0, k0, S, q0, L = tile_of(e, work, PAIRS, SEQUENCES, 4)
         shift = S - L if LOWER_RIGHT else 0
         d_k = gl.zeros([ROWS, D], gl.float32, D_L)
         d_t_k = gl.zeros([ROWS, D], gl.float32, D_L)
@@ -216,13 +216,13 @@ def _keys(
         t_v = matrix(t_v_buffers, 0, ROWS, D)
         mbarrier.wait(k_ready.index(0), k_phase)
         for h in range(hk * GROUP, (hk + 1) * GROUP):
-            row = STATISTICS + first_row(b, h, Hk * GROUP, 4) * padded + q0
+            row = STATISTICS + first_row(b, h, Hk * GROUP, 4) * padded + (q0 // ROWS + n) * ROWS
             blocks, seen = seen_rows(lists, b, h, n0, L, BLOCK_K, BLOCK_Q)
             first, end = query_tiles(n0 - shift, seen, BLOCK_M, LEFT, RIGHT)
             for j in range(first, end):
                 m0 = seen_row(lists, blocks, j * BLOCK_M, BLOCK_Q)
                 i = m0 + gl.arange(0, BLOCK_M, layout=QUERY)
-                h_sum = row_statistic(row + 2 * padded, i, L, 0.0, CU)
+                h_sum = gl.load(row + 2 * padded + i)
                 q = matrix(q_buffers, slot, BLOCK_M, D)
                 t_q = matrix(t_q_buffers, slot, BLOCK_M, D)
                 d_t_o = matrix(d_t_o_buffers, slot, BLOCK_M, D)
@@ -239,7 +239,7 @@ def _keys(
                     g = warpgroup_mma(v, d_o.permute((1, 0)), g, is_async=True)
                 h_m = warpgroup_mma_wait(2 if HAS_D_O else 1, deps=[h_m])
                 h_m = h_m - gl.expand_dims(h_sum, 0)
-                w = row_statistic(row + 3 * padded, i, L, 0.0, CU)
+                w = gl.load(row + 3 * padded + i)
                 g = warpgroup_mma_wait(0, deps=[g])
                 g = g - gl.expand_dims(w, 0)
                 d_t_s, d_s = load_p(h_m, g, p_tile, r_tile, p_ready, p_free, p_phase, S_L)

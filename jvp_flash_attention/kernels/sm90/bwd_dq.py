@@ -35,7 +35,6 @@ from .bwd_primitives import (
     fetch,
     load_p,
     make_finite,
-    row_statistic,
     seen_row,
     seen_rows,
     store_p,
@@ -53,6 +52,7 @@ from .primitives import (
     key_tiles,
     matrix,
     smem_tile,
+    tiles_of,
     work_items,
 )
 
@@ -71,7 +71,7 @@ def _producer(
     phase = 1
     q_phase = 1
     for e in range(work_items(work[8], PAIRS)):
-        b, h, m0, q0, L, k0, S = tile_of(e, work, PAIRS, SEQUENCES, 1)
+        b, h, _n, m0, q0, L, k0, S = tile_of(e, work, PAIRS, SEQUENCES, 1)
         fetch(queries, (q, t_q, d_t_o, d_o), q_ready, q_free, [b, h, q0 + m0, 0], 0, q_phase)
         q_phase ^= 1
         shift = S - L if LOWER_RIGHT else 0
@@ -100,8 +100,8 @@ def _scores(
     ) = buffers  # fmt: skip
     q_ready, q_free, k_ready, k_free, p_ready, p_free = bars
     scale2 = scale * LOG2E
-    CU, _, lists, _, H, L_all, S_all, _, items = work
-    padded = (L_all + ROWS - 1) // ROWS * ROWS
+    CU, _, lists, sequences, H, L_all, _, _, items = work
+    padded = tiles_of(CU, L_all, ROWS, sequences) * ROWS
     if LEFT is not None or RIGHT is not None:
         declare_flag("spoiled")
     slot = 0
@@ -109,12 +109,12 @@ def _scores(
     q_phase = 0
     p_phase = 1
     for e in range(work_items(items, PAIRS)):
-        b, h, m0, q0, L, k0, S = tile_of(e, work, PAIRS, SEQUENCES, 4)
+        b, h, n, m0, q0, L, k0, S = tile_of(e, work, PAIRS, SEQUENCES, 4)
         shift = S - L if LOWER_RIGHT else 0
-        row = STATISTICS + first_row(b, h, H, 4) * padded + q0
+        row = STATISTICS + first_row(b, h, H, 4) * padded + (q0 // ROWS + n) * ROWS
         i = m0 + gl.arange(0, ROWS, layout=ROW)
-        lse = row_statistic(row, i, L, float("inf"), CU)
-        mu = row_statistic(row + padded, i, L, 0.0, CU)
+        lse = gl.load(row + i)
+        mu = gl.load(row + padded + i)
         q = matrix(q_buffers, 0, ROWS, D)
         t_q = matrix(t_q_buffers, 0, ROWS, D)
         mbarrier.wait(q_ready.index(0), q_phase)
@@ -174,19 +174,19 @@ def _gradients(
         k_buffers, t_k_buffers, v_buffers, t_v_buffers,
     ) = buffers  # fmt: skip
     q_ready, q_free, k_ready, k_free, p_ready, p_free = bars
-    CU, _, lists, _, H, L_all, S_all, _, items = work
-    padded = (L_all + ROWS - 1) // ROWS * ROWS
+    CU, _, lists, sequences, H, L_all, _, _, items = work
+    padded = tiles_of(CU, L_all, ROWS, sequences) * ROWS
     slot = 0
     phase = 0
     q_phase = 0
     p_phase = 0
     for e in range(work_items(items, PAIRS)):
-        b, h, m0, q0, L, k0, S = tile_of(e, work, PAIRS, SEQUENCES, 4)
+        b, h, n, m0, q0, L, k0, S = tile_of(e, work, PAIRS, SEQUENCES, 4)
         shift = S - L if LOWER_RIGHT else 0
-        row = STATISTICS + first_row(b, h, H, 4) * padded + q0
+        row = STATISTICS + first_row(b, h, H, 4) * padded + (q0 // ROWS + n) * ROWS
         i = m0 + gl.arange(0, ROWS, layout=ROW)
-        h_sum = row_statistic(row + 2 * padded, i, L, 0.0, CU)
-        w = row_statistic(row + 3 * padded, i, L, 0.0, CU)
+        h_sum = gl.load(row + 2 * padded + i)
+        w = gl.load(row + 3 * padded + i)
         d_q = gl.zeros([ROWS, D], gl.float32, D_L)
         d_t_q = gl.zeros([ROWS, D], gl.float32, D_L)
         if HAS_D_O:

@@ -33,20 +33,23 @@ from .primitives import (
 
 @gluon.jit
 def tile_of(e, work, PAIRS: gl.constexpr, SEQUENCES: gl.constexpr, WARPS: gl.constexpr):
-    """A work item: batch entry and head, the first row of its tile; where its sequence begins on
-    its own side, the rows of that, and the same of the other side, of which a tile that no
-    sequence needs sees none."""
+    """A work item: batch entry and head, the number of its sequence, the first row of its tile;
+    where the sequence begins on its own side, the rows of that, and the same of the other side, of
+    which a tile that no sequence needs sees none."""
     CU, CU_OTHER, _lists, sequences, heads, rows, others, tiles, items = work
     b, h, tile = work_item(e, tiles, heads, PAIRS, None if CU is None else items // tiles)
+    n = 0
     first = 0
     first_other = 0
     if CU is not None:
-        n = gl.arange(0, SEQUENCES, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+        all_n = gl.arange(0, SEQUENCES, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+        n = tile
         tile, first, rows, first_other, others = sequence_of(
-            CU, CU_OTHER, tile, n, rows, others, sequences, ROWS
+            CU, CU_OTHER, tile, all_n, rows, others, sequences, ROWS
         )
+        n -= tile + first // ROWS
         others = gl.where(tile * ROWS < rows, others, 0)
-    return b, h, tile * ROWS, first, rows, first_other, others
+    return b, h, n, tile * ROWS, first, rows, first_other, others
 
 
 @gluon.jit
@@ -66,13 +69,6 @@ def seen_row(lists, blocks, x, BLOCK_OTHER: gl.constexpr):
     if lists is not None:
         x = listed_row(blocks, x, BLOCK_OTHER)
     return x
-
-
-@gluon.jit
-def row_statistic(at, i, rows, other: gl.constexpr, CU):
-    """A statistic of rows i; behind the rows of a packed sequence `other`."""
-    mask = None if CU is None else i < rows
-    return gl.load(at + i, mask=mask, other=None if CU is None else other)
 
 
 @gluon.jit

@@ -208,13 +208,15 @@ def _seen_keys(p: Problem) -> int:
 
 
 def _constexprs(p: Problem, pipeline: configs.Pipeline) -> dict[str, Any]:
-    bounds = band(p.spec)
+    left, right = call.band(p.spec)  # whether rows see nothing matters to no gradient
     # tiles see more and more, or less and less
-    pairs = (bounds["LEFT"] is None) != (bounds["RIGHT"] is None) or p.spec.block_q is not None
+    pairs = (left is None) != (right is None) or p.spec.block_q is not None
     return {
         "GROUP": p.H // p.Hk,
         "D": pipeline.D,
-        **bounds,
+        "LEFT": left,
+        "RIGHT": right,
+        "LOWER_RIGHT": p.spec.lower_right,
         "PAIRS": pairs and p.sequences is None,
         "SEQUENCES": p.sequence_slots,
         "BLOCK_Q": p.spec.block_q,

@@ -13,13 +13,13 @@ from .. import block_info
 
 # block_info's functions, as Gluon's
 (
-    first_row, row_at, keys_begin, keys_end, listed_rows, listed_row, sequence_of,
+    first_row, row_at, keys_begin, keys_end, listed_rows, listed_row, tiles_of, sequence_of,
     _in_band, _is_valid,
 ) = (
     gluon.jit(function.fn)
     for function in (
         block_info.first_row, block_info.row_at, block_info.keys_begin, block_info.keys_end,
-        block_info.listed_rows, block_info.listed_row, block_info.sequence_of,
+        block_info.listed_rows, block_info.listed_row, block_info.tiles_of, block_info.sequence_of,
         block_info.in_band, block_info.is_valid,
     )
 )  # fmt: skip
