@@ -18,7 +18,9 @@ Bounds of positions (causal, windows) move along with rows and keys, and keys th
 all rows of a call are left out of it.
 """
 
-from functools import lru_cache
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +40,8 @@ from .call import (
     without_ranges,
 )
 from .merge import merge, wide
+
+BESIDE = 2**28  # pairs of rows and keys from which on a second stream pays
 
 
 class Part(NamedTuple):
@@ -61,9 +65,27 @@ def forward(x: Inputs, t: Tangents | None, spec: Spec) -> Saved:
         return _merged(calls[0], x, t)
     out = empty_rows(x.q, x.v.shape[3], spec)
     t_out = torch.empty_like(out)
-    found = [_merged(y, x, t, (_cut(out, y[0].rows), _cut(t_out, y[0].rows))) for y in calls]
-    lse, mu = (torch.cat(y, 2) for y in zip(*[(y.lse, y.mu) for y in found], strict=True))
-    return Saved(out, lse, t_out, mu)
+    total: Any = None
+
+    def run(parts: list[Part]) -> None:
+        nonlocal total
+        rows = parts[0].rows
+        found = _merged(parts, x, t, (_cut(out, rows), _cut(t_out, rows)))
+        if total is None:
+            lse, mu = (y.new_empty(*y.shape[:2], out.shape[2], *y.shape[3:]) for y in found[1::2])
+            total = Saved(out, lse, t_out, mu)
+        for y, given in ((total.lse, found.lse), (total.mu, found.mu)):
+            _cut(y, rows).copy_(given)
+
+    with_t = [y for y in calls if y[0].t_rows]
+    plain = [y for y in calls if not y[0].t_rows]
+    with _beside(x, with_t, plain) as stream:
+        for y in with_t:
+            run(y)
+        with stream:
+            for y in plain:
+                run(y)
+    return total
 
 
 def backward(
@@ -112,6 +134,28 @@ def backward(
         for y in (second.k, second.v):
             _zero_outside(y, spec)
     return first, second
+
+
+@contextmanager
+def _beside(x: Inputs, *calls: list) -> Iterator[Any]:
+    """A stream for the second of two kinds of calls: it begins on multiprocessors that the first
+    leaves idle at its end. What lives on is allocated outside of it. The current stream where one
+    of them is empty or the host is what takes time."""
+    (B, H, L, _), S, q = x.q.shape, x.k.shape[2], x.q
+    if not q.is_cuda or B * H * L * S < BESIDE or not all(calls):
+        yield nullcontext()
+        return
+    current, side = torch.cuda.current_stream(q.device), _stream(q.device)
+    side.wait_stream(current)
+    try:
+        yield torch.cuda.stream(side)
+    finally:
+        current.wait_stream(side)
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _read(x: Inputs, t: Tangents, spec: Spec) -> tuple[Tangents, bool]:
