@@ -70,7 +70,7 @@ def forward(x: Inputs, t: Tangents | None, spec: Spec) -> Saved:
     def run(parts: list[Part]) -> None:
         nonlocal total
         rows = parts[0].rows
-        found = _merged(parts, x, t, (_cut(out, rows), _cut(t_out, rows)))
+        found: Any = _merged(parts, x, t, (_cut(out, rows), _cut(t_out, rows)))
         if total is None:
             lse, mu = (y.new_empty(*y.shape[:2], out.shape[2], *y.shape[3:]) for y in found[1::2])
             total = Saved(out, lse, t_out, mu)
