@@ -241,11 +241,12 @@ def _squared(part: Part) -> list[Part]:
 
 def _merged(parts: list[Part], x: Inputs, t: Tangents, into: Any = None) -> Saved:
     """O, LSE, tO and μ of some rows, O and tO in `into` if that is given."""
+    if into is not None and all(y is None for y in _tangents(t, parts[0])):
+        _words(into[1])[0].zero_()  # before O: it waits for nothing
     total = _forward(parts[0], x, t, into)
     if total.t_out is None:
-        t_out = torch.empty_like(total.out) if into is None else into[1]
-        _words(t_out)[0].zero_()
         mu = total.lse.new_zeros(total.out.shape[:3])
+        t_out = torch.zeros_like(total.out) if into is None else into[1]
         total = total._replace(t_out=t_out, mu=mu)
     into = total.out, total.t_out
     for part in parts[1:]:
