@@ -63,7 +63,7 @@ INPUTS = (
     Case(L=276, S=300, D=72, packed=PACKED, causal=True, lower_right=True, layout="blhd"),
     Case(L=276, S=300, D=128, packed=PACKED, window=(50, 20), lower_right=True),
     Case(L=276, S=300, D=64, packed=PACKED, dropout_p=0.3),
-    # more tiles than a GPU has multiprocessors, which share them out in an order
+    # more tiles than a GPU has multiprocessors
     Case(L=900, S=900, D=96, H=12, Hk=6, packed=((0, 1, 258, 700, 900), None), causal=True),
     Case(B=3, H=16, Hk=16, L=276, S=300, D=64, packed=PACKED, causal=True, lower_right=True),
     Case(L=300, S=700, D=64, blocks=LAYOUT),

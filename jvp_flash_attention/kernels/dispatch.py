@@ -23,7 +23,6 @@ from .problem import (
     problem,
     readable,
     readable_mask,
-    room_for_order,
     sequences_of,
     tiles_of,
     with_parts,
@@ -75,8 +74,7 @@ def forward(
     launches = partial(_launches, c, spec, force)
     read = (*c.x, *c.t, *(into or ()))
     results = c.saved if into is None else _with(c.saved, (None, None))
-    scratch = c.q_order, *(c.parts or ())
-    launch_cache.record(key, given, read, (*results, *scratch), launches)
+    launch_cache.record(key, given, read, (*results, *(c.parts or ())), launches)
     return c.saved
 
 
@@ -108,8 +106,7 @@ def backward(
         c = _backward_call(d_out, d_t_out, _readable(x), t, saved, spec, mask_grad)
         grads, t_grads = c.grads, c.t_grads
         read = (*c.x, *c.t, *c.saved, c.d_out, c.d_t_out)
-        scratch = (c.w_sum, c.h_sum, c.statistics, c.q_order, c.k_order, *(c.parts or ()))
-        results = (*grads, *t_grads, *scratch)
+        results = (*grads, *t_grads, c.w_sum, c.h_sum, c.statistics, *(c.parts or ()))
         zeroed = tuple(i for i, x in enumerate(results) if x is grads.mask or x is t_grads.mask)
         launches = partial(_launches, c, spec, force)
         launch_cache.record(key, given, read, results, launches, zeroed)
@@ -193,10 +190,7 @@ def _forward_call(x: Inputs, t: Tangents | None, spec: Spec, into: Any = None, a
         out = empty_rows(x.q, x.v.shape[3], spec)
         into = out, torch.empty_like(out) if jvp else None
     saved = Saved(into[0], lse, into[1], mu)
-    order = None
-    if jvp and (arch or architecture(x.q.device)) == "sm90":
-        order = room_for_order(x, x.q, 128, spec)
-    c = Call(_inputs(x), _tangents(t) if t is not None else NOTHING, saved, q_order=order)
+    c = Call(_inputs(x), _tangents(t) if t is not None else NOTHING, saved)
     return with_parts(c, spec, arch, "fwd_jvp" if jvp else "fwd")
 
 
@@ -213,11 +207,10 @@ def _backward_call(
     d_t_q, d_t_k, d_t_v = (empty_rows(y, y.shape[3], spec) if jvp else None for y in (q, k, v))
     d_out, d_t_out = readable(d_out), readable(d_t_out)
     out: Any = readable(saved.out)
-    statistics, orders = None, (None, None)
+    statistics = None
     if jvp and mask is None and (arch or architecture(q.device)) == "sm90":
         rows = tiles_of(q.shape[2], 64, sequences_of(x)) * 64
         statistics = q.new_empty(*q.shape[:2], 4, rows, dtype=torch.float32)
-        orders = tuple(room_for_order(x, side, 64, spec) for side in (q, k))
     c = Call(
         _inputs(x),
         _tangents(t),
@@ -229,8 +222,6 @@ def _backward_call(
         w_sum=_row_vector(q),
         h_sum=_row_vector(q) if jvp else None,
         statistics=statistics,
-        q_order=orders[0],
-        k_order=orders[1],
     )
     return with_parts(c, spec, arch, "bwd_dkdv")
 

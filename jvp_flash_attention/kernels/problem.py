@@ -44,8 +44,6 @@ class Call(NamedTuple):
     w_sum: Tensor | None = None  # row sums: of `bwd_preprocess`, for the other two
     h_sum: Tensor | None = None
     statistics: Tensor | None = None  # LSE, μ, h and w once more, as sm90 reads them
-    q_order: Tensor | None = None  # of tiles of queries: sm90/order.py
-    k_order: Tensor | None = None  # of keys
     parts: Operands | None = None  # (B, heads, rows, parts · padded D) bfloat16: portable/split.py
 
     @property
@@ -271,16 +269,6 @@ def tiles_of(rows: int, block: int, sequences: int | None) -> int:
     if sequences is not None and rows > 0:
         return rows // block + sequences + 1
     return cdiv(rows, block)
-
-
-def room_for_order(x: Inputs, side: Tensor, block: int, spec: Spec) -> Tensor | None:
-    """For what a tile of packed queries or keys sees, and for the order of the tiles; None where
-    nothing is packed, or each tile has a program of its own."""
-    tiles = tiles_of(side.shape[2], block, sequences_of(x))
-    programs = multiprocessors(side.device)
-    if x.cu_q is None or spec.sharded or side.shape[0] * side.shape[1] * tiles <= programs:
-        return None
-    return side.new_empty(2, tiles, dtype=torch.int32)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -69,7 +69,7 @@ def _producer(
     slot = 0
     phase = 1
     k_phase = 1
-    for e in range(work_items(work[8], PAIRS, work[9])):
+    for e in range(work_items(work[8], PAIRS)):
         b, hk, _n, n0, k0, S, q0, L = tile_of(e, work, PAIRS, SEQUENCES, 1)
         fetch(keys, (k, t_k, v, t_v), k_ready, k_free, [b, hk, k0 + n0, 0], 0, k_phase)
         k_phase ^= 1
@@ -116,13 +116,13 @@ def _values(
     ) = buffers  # fmt: skip
     q_ready, q_free, k_ready, k_free, p_ready, p_free = bars
     scale2 = scale * LOG2E
-    CU, _, lists, sequences, Hk, _, L_all, _, items, order = work
+    CU, _, lists, sequences, Hk, _, L_all, _, items = work
     padded = tiles_of(CU, L_all, ROWS, sequences) * ROWS
     slot = 0
     phase = 0
     k_phase = 0
     p_phase = 1
-    for e in range(work_items(items, PAIRS, order)):
+    for e in range(work_items(items, PAIRS)):
         b, hk, n, n0, k0, S, q0, L = tile_of(e, work, PAIRS, SEQUENCES, 4)
         shift = S - L if LOWER_RIGHT else 0
         d_v = gl.zeros([ROWS, D], gl.float32, D_L)
@@ -201,13 +201,13 @@ def _keys(
         k_buffers, t_k_buffers, v_buffers, t_v_buffers,
     ) = buffers  # fmt: skip
     q_ready, q_free, k_ready, k_free, p_ready, p_free = bars
-    CU, _, lists, sequences, Hk, _, L_all, _, items, order = work
+    CU, _, lists, sequences, Hk, _, L_all, _, items = work
     padded = tiles_of(CU, L_all, ROWS, sequences) * ROWS
     slot = 0
     phase = 0
     k_phase = 0
     p_phase = 0
-    for e in range(work_items(items, PAIRS, order)):
+    for e in range(work_items(items, PAIRS)):
         b, hk, n, n0, k0, S, q0, L = tile_of(e, work, PAIRS, SEQUENCES, 4)
         shift = S - L if LOWER_RIGHT else 0
         d_k = gl.zeros([ROWS, D], gl.float32, D_L)
@@ -263,7 +263,7 @@ def _keys(
 
 @gluon.jit(do_not_specialize=("Hk", "L", "S", "sequences", "tiles", "items"))
 def bwd_dkdv_jvp_kernel(
-    Q, K, V, T_Q, T_K, T_V, D_O, D_T_O, STATISTICS, CU_Q, CU_K, ORDER, Q_BLOCKS,
+    Q, K, V, T_Q, T_K, T_V, D_O, D_T_O, STATISTICS, CU_Q, CU_K, Q_BLOCKS,
     D_K, D_T_K, D_V, D_T_V, D_K_ROWS, D_T_K_ROWS, D_V_ROWS, D_T_V_ROWS,
     scale, Hk, L, S, sequences, tiles, items,
     GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES_Q: gl.constexpr,
@@ -287,9 +287,9 @@ def bwd_dkdv_jvp_kernel(
     p_tile = smem_tile(BLOCK_M)
     r_tile = smem_tile(BLOCK_M)
     if CU_K is None:
-        work = (CU_Q, CU_Q, Q_BLOCKS, sequences, Hk, S, L, tiles, items, ORDER)
+        work = (CU_Q, CU_Q, Q_BLOCKS, sequences, Hk, S, L, tiles, items)
     else:
-        work = (CU_K, CU_Q, Q_BLOCKS, sequences, Hk, S, L, tiles, items, ORDER)
+        work = (CU_K, CU_Q, Q_BLOCKS, sequences, Hk, S, L, tiles, items)
     fence_async_shared()
     gl.warp_specialize(
         [

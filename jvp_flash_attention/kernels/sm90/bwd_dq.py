@@ -70,7 +70,7 @@ def _producer(
     slot = 0
     phase = 1
     q_phase = 1
-    for e in range(work_items(work[8], PAIRS, work[9])):
+    for e in range(work_items(work[8], PAIRS)):
         b, h, _n, m0, q0, L, k0, S = tile_of(e, work, PAIRS, SEQUENCES, 1)
         fetch(queries, (q, t_q, d_t_o, d_o), q_ready, q_free, [b, h, q0 + m0, 0], 0, q_phase)
         q_phase ^= 1
@@ -100,7 +100,7 @@ def _scores(
     ) = buffers  # fmt: skip
     q_ready, q_free, k_ready, k_free, p_ready, p_free = bars
     scale2 = scale * LOG2E
-    CU, _, lists, sequences, H, L_all, _, _, items, order = work
+    CU, _, lists, sequences, H, L_all, _, _, items = work
     padded = tiles_of(CU, L_all, ROWS, sequences) * ROWS
     if LEFT is not None or RIGHT is not None:
         declare_flag("spoiled")
@@ -108,7 +108,7 @@ def _scores(
     phase = 0
     q_phase = 0
     p_phase = 1
-    for e in range(work_items(items, PAIRS, order)):
+    for e in range(work_items(items, PAIRS)):
         b, h, n, m0, q0, L, k0, S = tile_of(e, work, PAIRS, SEQUENCES, 4)
         shift = S - L if LOWER_RIGHT else 0
         row = STATISTICS + first_row(b, h, H, 4) * padded + (q0 // ROWS + n) * ROWS
@@ -174,13 +174,13 @@ def _gradients(
         k_buffers, t_k_buffers, v_buffers, t_v_buffers,
     ) = buffers  # fmt: skip
     q_ready, q_free, k_ready, k_free, p_ready, p_free = bars
-    CU, _, lists, sequences, H, L_all, _, _, items, order = work
+    CU, _, lists, sequences, H, L_all, _, _, items = work
     padded = tiles_of(CU, L_all, ROWS, sequences) * ROWS
     slot = 0
     phase = 0
     q_phase = 0
     p_phase = 0
-    for e in range(work_items(items, PAIRS, order)):
+    for e in range(work_items(items, PAIRS)):
         b, h, n, m0, q0, L, k0, S = tile_of(e, work, PAIRS, SEQUENCES, 4)
         shift = S - L if LOWER_RIGHT else 0
         row = STATISTICS + first_row(b, h, H, 4) * padded + (q0 // ROWS + n) * ROWS
@@ -241,7 +241,7 @@ def _gradients(
 
 @gluon.jit(do_not_specialize=("H", "L", "S", "sequences", "tiles", "items"))
 def bwd_dq_jvp_kernel(
-    Q, K, V, T_Q, T_K, T_V, D_O, D_T_O, STATISTICS, CU_Q, CU_K, ORDER, KV_BLOCKS,
+    Q, K, V, T_Q, T_K, T_V, D_O, D_T_O, STATISTICS, CU_Q, CU_K, KV_BLOCKS,
     D_Q, D_T_Q, D_Q_ROWS, D_T_Q_ROWS,
     scale, H, L, S, sequences, tiles, items,
     GROUP: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES_K: gl.constexpr,
@@ -265,9 +265,9 @@ def bwd_dq_jvp_kernel(
     p_tile = smem_tile(BLOCK_N)
     r_tile = smem_tile(BLOCK_N)
     if CU_K is None:
-        work = (CU_Q, CU_Q, KV_BLOCKS, sequences, H, L, S, tiles, items, ORDER)
+        work = (CU_Q, CU_Q, KV_BLOCKS, sequences, H, L, S, tiles, items)
     else:
-        work = (CU_Q, CU_K, KV_BLOCKS, sequences, H, L, S, tiles, items, ORDER)
+        work = (CU_Q, CU_K, KV_BLOCKS, sequences, H, L, S, tiles, items)
     fence_async_shared()
     gl.warp_specialize(
         [

@@ -36,8 +36,8 @@ def tile_of(e, work, PAIRS: gl.constexpr, SEQUENCES: gl.constexpr, WARPS: gl.con
     """A work item: batch entry and head, the number of its sequence, the first row of its tile;
     where the sequence begins on its own side, the rows of that, and the same of the other side, of
     which a tile that no sequence needs sees none."""
-    CU, CU_OTHER, _lists, sequences, heads, rows, others, tiles, items, order = work
-    b, h, tile = work_item(e, tiles, heads, items, PAIRS, order)
+    CU, CU_OTHER, _lists, sequences, heads, rows, others, tiles, items = work
+    b, h, tile = work_item(e, tiles, heads, PAIRS, None if CU is None else items // tiles)
     n = 0
     first = 0
     first_other = 0

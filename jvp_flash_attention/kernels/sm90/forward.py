@@ -256,7 +256,7 @@ def _consumer(
     declare_flag(FLAG)
     if WG == 1:
         warp_scheduler_barrier_arrive(WG)
-    for e in range(work_items(work[8], PAIRS, work[9])):
+    for e in range(work_items(work[8], PAIRS)):
         b, h, q0, L, _k0, S, m0, shift, begin, end, _blocks = work_range(
             e, work, BLOCK_N, LEFT, RIGHT, LOWER_RIGHT, PAIRS, SEQUENCES, BLOCK_Q, BLOCK_K, 4
         )
@@ -357,8 +357,8 @@ def _consumer(
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
 def forward_jvp_kernel(
     Q, K, V, T_Q, T_K, T_V, O, T_O, Q2, K2, V2, T_Q2, T_K2, T_V2, O2, T_O2,
-    MASK_TILES, T_MASK_TILES, MASK_ROW, b_step, h_step, CU_Q, CU_K, ORDER, KV_BLOCKS, O_ROWS,
-    T_O_ROWS,    LSE, MU, scale, H, L, S, sequences, tiles, items,
+    MASK_TILES, T_MASK_TILES, MASK_ROW, b_step, h_step, CU_Q, CU_K, KV_BLOCKS, O_ROWS, T_O_ROWS,
+    LSE, MU, scale, H, L, S, sequences, tiles, items,
     GROUP: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES_K: gl.constexpr, STAGES_V: gl.constexpr, STAGES_Q: gl.constexpr,
     STAGES_MASK: gl.constexpr, OVERLAP_P: gl.constexpr,
@@ -408,7 +408,7 @@ def forward_jvp_kernel(
         barriers(STAGES_MASK, 1),
         barriers(STAGES_MASK, 2),
     )
-    work = (CU_Q, CU_K, KV_BLOCKS, sequences, H, L, S, tiles, items, ORDER)
+    work = (CU_Q, CU_K, KV_BLOCKS, sequences, H, L, S, tiles, items)
     fence_async_shared()
     gl.warp_specialize(
         [

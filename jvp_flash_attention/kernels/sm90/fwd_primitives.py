@@ -41,8 +41,8 @@ def work_range(
     """A work item: batch entry and head; where its sequence begins among queries and keys, and the
     rows of both; its first query; how far queries are shifted in the band; its first tile of keys
     and the one behind its last; the list of blocks that it sees."""
-    CU_Q, CU_K, KV_BLOCKS, sequences, H, L, S, tiles, items, order = work
-    b, h, tile = work_item(e, tiles, H, items, PAIRS, order)
+    CU_Q, CU_K, KV_BLOCKS, sequences, H, L, S, tiles, items = work
+    b, h, tile = work_item(e, tiles, H, PAIRS, None if CU_Q is None else items // tiles)
     q0 = 0
     k0 = 0
     shift = 0

@@ -46,7 +46,7 @@ def producer(
     v_phase = 1
     q_phase = 1
     b_phase = 1
-    for e in range(work_items(work[8], PAIRS, work[9])):
+    for e in range(work_items(work[8], PAIRS)):
         b, h, q0, _L, k0, _S, m0, _shift, begin, end, blocks = work_range(
             e, work, BLOCK_N, LEFT, RIGHT, LOWER_RIGHT, PAIRS, SEQUENCES, BLOCK_Q, BLOCK_K, 1
         )

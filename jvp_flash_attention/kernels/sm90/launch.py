@@ -25,7 +25,6 @@ from ..problem import (
     pointer,
     tma_can_read,
 )
-from . import order
 from .bwd_dkdv import bwd_dkdv_jvp_kernel
 from .bwd_dq import bwd_dq_jvp_kernel
 from .forward import forward_jvp_kernel
@@ -76,8 +75,6 @@ def unsupported_reason(name: str, p: Problem, c: Call) -> str | None:
 
 def launches(name: str, p: Problem, c: Call) -> Iterator[Launch]:
     """Those of a pass."""
-    queries = name != "bwd_dkdv_jvp"
-    yield from order.launches(p, c, queries, 128 if name == "fwd_jvp" else 64)
     yield {"fwd_jvp": _fwd_jvp, "bwd_dkdv_jvp": _bwd_dkdv_jvp, "bwd_dq_jvp": _bwd_dq_jvp}[name](
         p, c
     )
@@ -117,7 +114,7 @@ def _fwd_jvp(p: Problem, c: Call) -> Launch:
         *(first for first, _ in operands),
         *(second for _, second in operands),
         *_mask(mask, c.t.mask, kind, p, N),
-        *(c.x.cu_q, c.x.cu_k, c.q_order, blocks_pointer(c.x.kv_blocks, p)),
+        *(c.x.cu_q, c.x.cu_k, blocks_pointer(c.x.kv_blocks, p)),
         *(pointer(x if packed else None) for x in (c.saved.out, c.saved.t_out)),
         *(c.saved.lse, c.saved.mu, p.spec.scale, p.H, p.L, p.S, p.sequences, tiles, items),
     )
@@ -149,7 +146,7 @@ def _bwd_dkdv_jvp(p: Problem, c: Call) -> Launch:
     items = tiles * p.B * p.Hk
     results = c.grads.k, c.t_grads.k, c.grads.v, c.t_grads.v
     args = (
-        *_given(p, c, pipeline.D, c.k_order, c.x.q_blocks, results),
+        *_given(p, c, pipeline.D, c.x.q_blocks, results),
         *(p.spec.scale, p.Hk, p.L, p.S, p.sequences, tiles, items),
     )
     constexprs = {"STAGES_Q": pipeline.stages, "BLOCK_M": 64, **_constexprs(p, pipeline)}
@@ -162,7 +159,7 @@ def _bwd_dq_jvp(p: Problem, c: Call) -> Launch:
     tiles = p.tiles(p.L, 64)
     items = tiles * p.B * p.H
     args = (
-        *_given(p, c, pipeline.D, c.q_order, c.x.kv_blocks, (c.grads.q, c.t_grads.q)),
+        *_given(p, c, pipeline.D, c.x.kv_blocks, (c.grads.q, c.t_grads.q)),
         *(p.spec.scale, p.H, p.L, p.S, p.sequences, tiles, items),
     )
     edge = call.band(p.spec) != Band() or p.S % 64 != 0 or p.sequences is not None
@@ -172,14 +169,7 @@ def _bwd_dq_jvp(p: Problem, c: Call) -> Launch:
     return Launch(bwd_dq_jvp_kernel, grid, args, constexprs)
 
 
-def _given(
-    p: Problem,
-    c: Call,
-    columns: int,
-    ranks: Tensor | None,
-    blocks: Tensor | None,
-    results: tuple,
-) -> tuple:
+def _given(p: Problem, c: Call, columns: int, blocks: Tensor | None, results: tuple) -> tuple:
     """The arguments that both gradient kernels begin with, up to the results: as descriptors, and
     as pointers where packed sequences end inside of a tile."""
     packed = p.sequences is not None
@@ -191,7 +181,7 @@ def _given(
         *_squares(columns, t_q),
         *_squares(columns, t_k, t_v, length=keys),
         *_squares(columns, c.d_out, c.d_t_out),
-        *(c.statistics, c.x.cu_q, c.x.cu_k, ranks, blocks_pointer(blocks, p)),
+        *(c.statistics, c.x.cu_q, c.x.cu_k, blocks_pointer(blocks, p)),
         *_squares(columns, *results),
         *(pointer(x if packed else None) for x in results),
     )

@@ -125,15 +125,11 @@ def any_above(x, THRESHOLD: gl.constexpr, FLAG: gl.constexpr):
 
 
 @gluon.jit
-def work_items(items, PAIRS: gl.constexpr, order=None):
+def work_items(items, PAIRS: gl.constexpr):
     """How many work items this block has."""
     pid = gl.program_id(0)
     blocks = gl.num_programs(0)
-    if order is not None:
-        rounds = items // blocks
-        place = gl.where(rounds % 2 == 0, pid, blocks - 1 - pid)
-        mine = rounds + gl.where(place < items % blocks, 1, 0)
-    elif PAIRS:
+    if PAIRS:
         pairs = (items + 1) // 2
         mine = 2 * ((pairs - pid + blocks - 1) // blocks)
         if (items % 2 == 1) & ((pairs - 1) % blocks == pid):
@@ -144,25 +140,23 @@ def work_items(items, PAIRS: gl.constexpr, order=None):
 
 
 @gluon.jit
-def work_item(e, tiles, H, items, PAIRS: gl.constexpr, order=None):
+def work_item(e, tiles, H, PAIRS: gl.constexpr, heads=None):
     """Batch entry, head and tile of this block's e-th work item, of `tiles` tiles a head. PAIRS:
     the first, the last, the second, the last but one ..., two to a block, whose costs under a
-    causal mask add up to the same. order: that of packed sequences' tiles (`order.py`), each of all
-    heads before the next one; a round of items goes to the blocks in turn, the next one back."""
+    causal mask add up to the same. heads: of all batch entries, where a tile of all heads comes
+    before the next tile: each block then meets every packed sequence about as often."""
     pid = gl.program_id(0)
     blocks = gl.num_programs(0)
-    if order is not None:
-        w = e * blocks + gl.where(e % 2 == 0, pid, blocks - 1 - pid)
-        heads = items // tiles
-        bh = w % heads
-        tile = gl.load(order + tiles + w // heads)
+    if PAIRS:
+        w = 2 * (e // 2 * blocks + pid) + e % 2
     else:
-        if PAIRS:
-            w = 2 * (e // 2 * blocks + pid) + e % 2
-        else:
-            w = e * blocks + pid
+        w = e * blocks + pid
+    if heads is None:
         bh = w // tiles
         tile = w % tiles
+    else:
+        bh = w % heads
+        tile = w // heads
     if PAIRS:
         tile = gl.where(tile % 2 == 0, tile // 2, tiles - 1 - tile // 2)
     return bh // H, bh % H, tile
