@@ -122,3 +122,17 @@ def test_peers_are_timed_beside_ours_and_their_errors_are_seen(tmp_path):
     assert "jvp_utils" in rows["tvm", "jvp"]["error"]  # a folder without it
     assert "| (1, 2, 20, 8) | the same, and the gradient of both |" in run.stdout
     assert "earlier 1x2x20x8 both: NotImplementedError: its tangent has no gradient" in run.stdout
+
+
+def test_structure_is_timed_beside_the_dense_call(benchmark, monkeypatch):
+    structure = importlib.import_module("benchmarks.structure")
+    for name, value in (("HEADS", 1), ("HEAD_DIMS", (8,)), ("ROUNDS", 1)):
+        monkeypatch.setattr(structure, name, value)
+    rows = list(structure.measure(512, "cpu", budget_ms=0.1))
+    assert [round(row["share"], 3) for row in rows] == [0.063, 0.625, 8.0, 8.0, 0.667]
+    for row in rows:
+        assert row["full_ms"] > 0
+        assert row["jvp_of_dense"] == row["jvp_ms"] / row["dense_jvp_ms"]
+    window, *_, ranges = structure.table(rows)[1:]
+    assert window[:3] == ["window (16, 16)", "(1, 1, 512, 8)", "0.06"]
+    assert ranges[0] == "half of the rows without a tangent"

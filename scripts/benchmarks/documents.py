@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from . import accuracy, headline, legacy_table, peers, plots, report, tables, targets
+from . import accuracy, headline, legacy_table, peers, plots, report, structure, tables, targets
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path("docs/results")
@@ -28,6 +28,11 @@ INTRODUCTIONS = {
         " tolerances. Here it is the relative error of value and tangent."
     ),
 }
+SHARE = (
+    "`share` is what is left of the dense call: of its pairs under a window, of its blocks, of its"
+    " tiles of 128 by 128 where sequences are packed (the dense call has 4 rows of 4096 tokens), of"
+    " its matrix products where rows have no tangent. It is the multiple of dense to hope for."
+)
 FORMER = {"readme": "legacy_table"}  # suites, as older result files name them
 Results = dict[Path, dict]  # path, relative to the root -> content
 
@@ -181,10 +186,21 @@ def _peers(root: Path) -> str:
     return _spaced(parts)
 
 
+def _structure(root: Path) -> str:
+    """Windows, packed sequences, block masks and ranges."""
+    parts = []
+    for path, result in structure.load(root).items():
+        gpu, link = result["environment"]["gpu"], path.relative_to("docs")
+        parts += ["## Structure in the mask", f"{gpu}, bfloat16 ([{path.name}]({link})). {SHARE}"]
+        parts.append(report.markdown(structure.table(result["rows"])))
+    return _spaced(parts)
+
+
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "headline": lambda root: _spaced(headline.lines(root)),
     "figures": _figures,
     "peers": _peers,
+    "structure": _structure,
     "steps": lambda root: _spaced(headline.steps_by_gpu(root)),
     **{suite: _section(suite) for suite in SUITES},
 }
