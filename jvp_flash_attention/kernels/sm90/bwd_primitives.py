@@ -1,6 +1,6 @@
-"""What the warp-specialised gradient passes (`bwd_dkdv.py`, `bwd_dq.py`) share: their
-barriers, what their producers fetch, how P and R pass from one warpgroup to the other, and what the
-second makes of them.
+"""What the warp-specialised gradient passes (`bwd_dkdv.py`, `bwd_dq.py`) share: which rows a tile
+sees, their barriers, what their producers fetch, how P and R pass from one warpgroup to the other,
+what the second makes of them, and how results are stored.
 
 A pass walks with a tile of one side, queries or keys, along the other; the side that stays has one
 slot, the other several.
