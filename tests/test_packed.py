@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.func import grad, jvp, vjp, vmap
 
-from jvp_flash_attention import attention, attention_jvp, kernels, reference, selfcheck
-from jvp_flash_attention.call import Band, Packed, Saved
+from jvp_flash_attention import attention, attention_jvp, reference, selfcheck
+from jvp_flash_attention.call import Band, Packed
 from jvp_flash_attention.distributed import rules
 from jvp_flash_attention.selfcheck import COMPOSITIONS, Inputs, dense
 from tests.cases import Case, build, check, close, errors, solve
@@ -282,18 +282,6 @@ def test_what_is_not_supported_beside_it_raises():
             NotImplementedError, match=f"context parallel attention takes no {name}"
         ):
             rules.numbers(**{name: CU_Q})
-
-
-def test_hopper_takes_them_in_all_passes_of_value_and_tangent():
-    p = build(Case(L=256, S=256, D=128, packed=((0, 100, 256), None)), torch.bfloat16)
-    rows, made = torch.empty(p.d_out.shape[:3]), {"arch": "sm90", "tma": True}
-    saved = Saved(p.d_out, rows, p.d_out, rows)
-    forward = kernels.launches(p.x, p.t, p.spec, **made)
-    backward = kernels.launches(p.x, p.t, p.spec, saved, p.d_out, p.d_t_out, **made)
-    assert [launch.kernel.fn.__name__ for launch in (*forward, *backward)] == [
-        "forward_jvp_kernel", "repair_kernel",
-        "bwd_preprocess_kernel", "bwd_dkdv_jvp_kernel", "bwd_dq_jvp_kernel",
-    ]  # fmt: skip
 
 
 def ragged(lengths, H, D, like=None):

@@ -96,14 +96,14 @@ def _passes(size: tuple[int, int], head_dim: int, how: dict, device: str) -> tup
     """Value and tangent, and the gradient of both without its forward pass."""
     torch.manual_seed(0)
     shape = size[0], HEADS, size[1], head_dim
-    *x, d_out, d_t_out = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(8))
-    leaves = [y.requires_grad_() for y in x]
+    x: Any = [torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(8)]
+    leaves, cotangents = [y.requires_grad_() for y in x[:6]], x[6:]
     results = attention_jvp(*leaves, **how)
-    gradient = partial(torch.autograd.grad, results, leaves, (d_out, d_t_out), retain_graph=True)
+    gradient = partial(torch.autograd.grad, results, leaves, cotangents, retain_graph=True)
 
     @torch.no_grad()
     def forward() -> tuple[Tensor, Tensor]:
-        return attention_jvp(*x, **how)
+        return attention_jvp(*leaves, **how)
 
     return forward, gradient
 
