@@ -241,7 +241,7 @@ def _squared(part: Part) -> list[Part]:
 
 def _merged(parts: list[Part], x: Inputs, t: Tangents, into: Any = None) -> Saved:
     """O, LSE, tO and μ of some rows, O and tO in `into` if that is given."""
-    if into is not None and all(y is None for y in _tangents(t, parts[0])):
+    if into is not None and not _reads_tangents(parts[0], t):
         _words(into[1])[0].zero_()  # before O: it waits for nothing
     total = _forward(parts[0], x, t, into)
     if total.t_out is None:
@@ -259,9 +259,9 @@ def _merged(parts: list[Part], x: Inputs, t: Tangents, into: Any = None) -> Save
 
 def _forward(part: Part, x: Inputs, t: Tangents, into: Any = None) -> Saved:
     """O, LSE, tO and μ of a part; tO and μ are None where none of its tangents is read."""
-    t_i: Any = _tangents(t, part)
-    if all(y is None for y in t_i):
-        t_i, into = None, None if into is None else (into[0], None)
+    t_i = _tangents(t, part) if _reads_tangents(part, t) else None
+    if t_i is None and into is not None:
+        into = into[0], None
     how = {"into": into} if part.spec.backend == "triton" else {}
     found = implementation(part.spec).forward(_inputs(x, part), t_i, part.spec, **how)
     if into is None or found.out is into[0]:
@@ -301,6 +301,11 @@ def _inputs(x: Inputs, part: Part) -> Inputs:
         ]
         listed = lists(layout_of(x.kv_blocks)[:, :, at[0], at[1]], *sizes)[:2]
     return Inputs(_cut(q, part.rows), k, v, mask, None, None, None, *listed)
+
+
+def _reads_tangents(part: Part, t: Tangents) -> bool:
+    of_keys = part.t_keys and (t.k is not None or t.v is not None)
+    return part.t_rows and (of_keys or t.q is not None or t.mask is not None)
 
 
 def _tangents(t: Tangents, part: Part) -> Tangents:
