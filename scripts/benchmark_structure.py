@@ -38,8 +38,9 @@ def main() -> int:
     rows: list[dict] = []
     result = {"command": command, "environment": environment(), "rows": rows}
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    measured = structure.measure(options.tokens, options.device, options.budget_ms)
-    total = len(structure.HEAD_DIMS) * len(list(structure.cases(options.tokens, options.device)))
+    cases = list(structure.cases(options.tokens, options.device))
+    measured = structure.measure(cases, options.device, options.budget_ms)
+    total = len(structure.HEAD_DIMS) * len(cases)
     for row in tracked(measured, "rows measured", total, lines=False):
         rows.append(row)
         options.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -128,7 +128,8 @@ def test_structure_is_timed_beside_the_dense_call(benchmark, monkeypatch):
     structure = importlib.import_module("benchmarks.structure")
     for name, value in (("HEADS", 1), ("HEAD_DIMS", (8,)), ("ROUNDS", 1)):
         monkeypatch.setattr(structure, name, value)
-    rows = list(structure.measure(512, "cpu", budget_ms=0.1))
+    cases = list(structure.cases(512, "cpu"))
+    rows = list(structure.measure(cases, "cpu", budget_ms=0.1))
     assert [round(row["share"], 3) for row in rows] == [0.063, 0.625, 8.0, 8.0, 0.667]
     for row in rows:
         assert row["full_ms"] > 0
