@@ -81,6 +81,37 @@ def test_compiled_code_takes_cudnn_earlier_and_the_layout_of_results_does_not_sa
     assert not cudnn.pays(x._replace(k=x.k[:, :, 1:]), Spec(1.0, compiled=True))
 
 
+def test_the_gradients_of_o_alone_are_one_launch_on_hopper():
+    """Behind the row sums, where nothing is hidden and no heads are shared."""
+
+    def names(L=256, S=256, D=72, Hk=2, force=None, **how):
+        q = torch.empty(1, 2, L, D, dtype=torch.bfloat16)
+        k = torch.empty(1, Hk, S, D, dtype=torch.bfloat16)
+        saved = Saved(q, torch.empty(1, 2, L))
+        found = kernels.launches(
+            Inputs(q, k, k), None, Spec(0.1, **how), saved, q, arch="sm90", force=force
+        )
+        return [launch.kernel.fn.__name__ for launch in found]
+
+    assert names() == names(300, 65, 128) == ["bwd_preprocess_kernel", "bwd_kernel"]
+    portable = ["bwd_preprocess_kernel", "bwd_dkdv_kernel", "bwd_dq_kernel"]
+    for how in ({"causal": True}, {"left": 9}, {"softcap": 1.0}, {"S": 64}, {"Hk": 1}, {"D": 32}):
+        assert names(**how) == portable, how
+        with pytest.raises(NotImplementedError, match="bwd_dkdv of 'sm90'"):
+            names(**how, force="sm90")
+    assert names(force="portable") == portable
+
+
+def test_cudnn_leaves_the_gradients_of_short_heads():
+    short = Inputs(*torch.empty(3, 64, 4, 1024, 64, dtype=torch.bfloat16, device="meta"))
+    long = Inputs(*torch.empty(3, 16, 4, 2048, 64, dtype=torch.bfloat16, device="meta"))
+    assert cudnn.pays(short, Spec(1.0))
+    assert cudnn.pays(long, Spec(1.0))
+    assert cudnn.pays_backward(long, Spec(1.0))
+    assert not cudnn.pays_backward(short, Spec(1.0))
+    assert cudnn.pays_backward(short, Spec(1.0, causal=True))
+
+
 def test_structure_and_a_bias_with_its_tangent_stay_on_hoppers_kernels():
     """All but the gradients of the bias, which are the portable kernels'."""
     x = torch.empty(1, 2, 512, 64, dtype=torch.bfloat16)

@@ -133,6 +133,13 @@ def short(name: str, block_d: int, tokens: int) -> Tile | None:
     return Tile(*tiles[column(block_d)]) if column(block_d) < len(tiles) else None
 
 
+def pieces(head_dim: int) -> tuple[int, int]:
+    """A head dim as a power of two and, between 64 and 96, a smaller one beside it."""
+    if 64 < head_dim <= 96:
+        return 64, 16 if head_dim <= 80 else 32
+    return max(16, 1 << (head_dim - 1).bit_length()), 0
+
+
 class Schedule(NamedTuple):
     """The warp-specialised forward (sm90/forward.py): a head dim in two pieces, keys a tile, how
     many tiles of keys, of values, of query pairs and of masks are in flight, and whether the
@@ -175,3 +182,18 @@ class Pipeline(NamedTuple):
 
 def pipeline(head_dim: int) -> Pipeline:
     return Pipeline(64, 4) if head_dim <= 64 else Pipeline(128, 2)
+
+
+class Ring(NamedTuple):
+    """The gradients of O in one launch (sm90/bwd.py): a head dim in two pieces, and how many pairs
+    of tiles that pass are in flight."""
+
+    D1: int
+    D2: int
+    STAGES: int
+
+
+def ring(head_dim: int) -> Ring:
+    """As many as fit, above 64."""
+    D1, D2 = pieces(max(head_dim, 64))
+    return Ring(D1, D2, {64: 6, 80: 6, 96: 5, 128: 3}[D1 + D2])

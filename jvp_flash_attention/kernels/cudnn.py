@@ -9,12 +9,15 @@ from torch import Tensor
 
 from ..call import Inputs, Saved, Spec, Tangents, is_default, laid_out
 from ..functorch import cudnn_attention, cudnn_attention_backward
-from .problem import architecture
+from .problem import DETAILS, architecture
 
 # From this many pairs of query and key on: a new shape costs cuDNN 0.05 to 1 s of planning, which a
 # few hundred larger calls win back. Compiled code returns to the same shapes at every step, and
 # smaller calls win it back too.
 PAIRS, PAIRS_COMPILED = 2**28, 2**24
+# Up to so many pairs in a head `sm90/bwd.py`, which supports what cuDNN does but for causal masks
+# and small head dims, computes the gradients faster.
+PAIRS_OF_A_HEAD = 2**21
 
 
 def pays(x: Inputs, spec: Spec) -> bool:
@@ -22,6 +25,13 @@ def pays(x: Inputs, spec: Spec) -> bool:
     B, H, L, _ = x.q.shape
     least = PAIRS_COMPILED if spec.compiled else PAIRS
     return B * H * L * x.k.shape[2] >= least
+
+
+def pays_backward(x: Inputs, spec: Spec) -> bool:
+    """The same of the gradients."""
+    _, _, L, D = x.q.shape
+    long = L * x.k.shape[2] > PAIRS_OF_A_HEAD
+    return pays(x, spec) and (long or spec.causal or D <= 32)
 
 
 def supports(x: Inputs, spec: Spec, *more: Tensor) -> bool:
@@ -35,7 +45,7 @@ def supports(x: Inputs, spec: Spec, *more: Tensor) -> bool:
         and x.q.element_size() == 2
         and x.mask is None
         and x.cu_q is None
-        and is_default(spec, but=("causal", "backend", "rows_first", "compiled", "sharded"))
+        and is_default(spec, but=(*DETAILS, "causal"))
         and Hk == H
         and D == DV <= 128
         and D % 8 == 0

@@ -36,9 +36,9 @@ PASSES: dict[str, tuple[str, ...]] = {
     "fwd": ("portable",),
     "fwd_jvp": ("sm90", "portable"),
     "bwd_preprocess": ("portable",),
-    "bwd_dkdv": ("portable",),
+    "bwd_dkdv": ("sm90", "portable"),
     "bwd_dkdv_jvp": ("sm90", "portable"),
-    "bwd_dq": ("portable",),
+    "bwd_dq": ("sm90", "portable"),
     "bwd_dq_jvp": ("sm90", "portable"),
 }
 
@@ -91,7 +91,7 @@ def backward(
 ) -> tuple[Tangents, Tangents]:
     """(dQ, dK, dV, db) and, with dtO, (dtQ, dtK, dtV, dtb); db and dtb are None unless
     `mask_grad`. `force` as in `forward`."""
-    if d_t_out is None and force in (None, "cudnn") and cudnn.pays(x, spec):
+    if d_t_out is None and force in (None, "cudnn") and cudnn.pays_backward(x, spec):
         x, saved = _readable(x), saved._replace(out=readable(saved.out))
         d_o: Any = readable(d_out)
         if cudnn.supports(x, spec, saved.out, d_o):
@@ -208,9 +208,9 @@ def _backward_call(
     d_out, d_t_out = readable(d_out), readable(d_t_out)
     out: Any = readable(saved.out)
     statistics = None
-    if jvp and mask is None and (arch or architecture(q.device)) == "sm90":
+    if mask is None and (arch or architecture(q.device)) == "sm90":
         rows = tiles_of(q.shape[2], 64, sequences_of(x)) * 64
-        statistics = q.new_empty(*q.shape[:2], 4, rows, dtype=torch.float32)
+        statistics = q.new_empty(*q.shape[:2], 4 if jvp else 2, rows, dtype=torch.float32)
     c = Call(
         _inputs(x),
         _tangents(t),

@@ -13,8 +13,10 @@ from ..functorch import materialized
 from . import configs
 
 TMA = ("sm90", "sm100")  # architectures whose copies it makes
-# What a call may ask for beside no mask but causal.
-PLAIN = ("causal", "lower_right", "backend", "rows_first", "compiled", "sharded")
+# What a call may ask for beside its mathematics.
+DETAILS = ("backend", "rows_first", "compiled", "sharded")
+# And beside no mask but causal.
+PLAIN = (*DETAILS, "causal", "lower_right")
 
 
 class Operands(NamedTuple):
@@ -43,7 +45,7 @@ class Call(NamedTuple):
     t_grads: Tangents = Tangents()
     w_sum: Tensor | None = None  # row sums: of `bwd_preprocess`, for the other two
     h_sum: Tensor | None = None
-    statistics: Tensor | None = None  # LSE, μ, h and w once more, as sm90 reads them
+    statistics: Tensor | None = None  # LSE, μ, h and w, or LSE and w, once more, as sm90 reads them
     parts: Operands | None = None  # (B, heads, rows, parts · padded D) bfloat16: portable/split.py
 
     @property

@@ -88,13 +88,17 @@ def _split(_name: str, p: Problem, c: Call) -> Iterator[Launch]:
 
 def _bwd_preprocess(_name: str, p: Problem, c: Call) -> Iterator[Launch]:
     out, lse, t_out, mu = c.saved
+    read = (c.d_out, c.d_t_out, out, t_out if c.jvp else None)
+    unit = 8 if all(step % 8 == 0 for x in read if x is not None for step in x.stride()[:3]) else 1
     args = (
-        *map(pointer, (c.d_out, c.d_t_out, out, t_out if c.jvp else None)),
+        *(x if x is None else (x, *(step // unit for step in x.stride()[:3])) for x in read),
         *(lse, mu if c.jvp else None, c.h_sum, c.w_sum, c.statistics, c.x.cu_q),
         *(p.H, p.L, p.sequences),
     )
-    constexprs = {"DV": p.DV, "BLOCK_DV": p.block_dv, "BLOCK_M": 64, "SEQUENCES": p.sequence_slots}
-    constexprs["num_warps"] = 8 if p.block_dv > 64 else 4
+    D1, D2 = configs.pieces(p.DV)
+    constexprs = {"DV": p.DV, "D1": D1, "D2": D2, "BLOCK_M": 64, "UNIT": unit}
+    constexprs["SEQUENCES"] = p.sequence_slots
+    constexprs["num_warps"] = 8 if p.DV > 64 else 4
     yield Launch(bwd_preprocess_kernel, (p.tiles(p.L, 64) * p.B * p.H,), args, constexprs)
 
 

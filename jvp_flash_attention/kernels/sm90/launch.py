@@ -17,6 +17,7 @@ from ..block_info import band
 from ..launch_cache import Launch
 from ..portable.launch import repair
 from ..problem import (
+    DETAILS,
     Call,
     Problem,
     blocks_pointer,
@@ -25,15 +26,13 @@ from ..problem import (
     pointer,
     tma_can_read,
 )
+from .bwd import bwd_kernel
 from .bwd_dkdv import bwd_dkdv_jvp_kernel
 from .bwd_dq import bwd_dq_jvp_kernel
 from .forward import forward_jvp_kernel
 
 # What a call may ask for beside a mask.
-SUPPORTED = (
-    "causal", "backend", "rows_first", "compiled", "sharded", "left", "right", "lower_right",
-    "block_q", "block_k",
-)  # fmt: skip
+SUPPORTED = (*DETAILS, "causal", "left", "right", "lower_right", "block_q", "block_k")
 LAYOUT_TYPES = {
     torch.float16: gl.float16,
     torch.bfloat16: gl.bfloat16,
@@ -64,6 +63,8 @@ def unsupported_reason(name: str, p: Problem, c: Call) -> str | None:
         if c.x.mask is not None and _mask_kind(c.x.mask, p) == "":
             return "needs a mask that TMA or a row of keys can hold"
         return None if c.t.mask is None else _no_tangent_of(c.x.mask, c.t, p)
+    if not c.jvp:
+        return _not_in_one_launch(p)
     if p.mask or None in c.t[:3]:
         return "needs every tangent and no mask but causal"
     if p.S <= 64:
@@ -73,11 +74,23 @@ def unsupported_reason(name: str, p: Problem, c: Call) -> str | None:
     return None
 
 
+def _not_in_one_launch(p: Problem) -> str | None:
+    """Why the gradients of O cannot be computed together, or should not; None where they are."""
+    if p.mask or p.sequences is not None or not is_default(p.spec, but=DETAILS):
+        return f"has no mask, band or packed sequences without a tangent, got {p.spec}"
+    if p.Hk != p.H:
+        return f"needs as many key heads as heads without a tangent, got {p.H} and {p.Hk}"
+    if p.D <= 32:
+        return "leaves head dims up to 32 to the portable kernels, which do not pad them to 64"
+    if p.S <= 64:
+        return "leaves few keys to the portable kernels, which take w from the tile"
+    return None
+
+
 def launches(name: str, p: Problem, c: Call) -> Iterator[Launch]:
-    """Those of a pass."""
-    yield {"fwd_jvp": _fwd_jvp, "bwd_dkdv_jvp": _bwd_dkdv_jvp, "bwd_dq_jvp": _bwd_dq_jvp}[name](
-        p, c
-    )
+    """Those of a pass. Where no tangent is there, dQ comes with dK and dV."""
+    if name != "bwd_dq":
+        yield PASSES[name](p, c)
     if name == "fwd_jvp" and _hides(p, c):
         yield repair(p, c)
 
@@ -140,6 +153,20 @@ def _fwd_jvp(p: Problem, c: Call) -> Launch:
     return Launch(forward_jvp_kernel, _grid(items, p, q, pairs), args, constexprs)
 
 
+def _bwd(p: Problem, c: Call) -> Launch:
+    ring = configs.ring(p.D)
+    tiles = cdiv(max(p.L, p.S), 128)
+    items = tiles * p.B * p.H
+    operands = (*c.x[:3], c.d_out, *c.grads[:3])
+    args = (
+        *_squares(ring.D1, *operands),
+        *(_squares(ring.D2, *operands) if ring.D2 else [None] * 7),
+        *(c.statistics, p.spec.scale, p.H, p.L, p.S, tiles, items),
+    )
+    constexprs = {**ring._asdict(), "EDGE": p.S % 64 != 0, "num_warps": 4}
+    return Launch(bwd_kernel, _grid(items, p, c.x.q, False), args, constexprs)
+
+
 def _bwd_dkdv_jvp(p: Problem, c: Call) -> Launch:
     pipeline = configs.pipeline(p.D)
     tiles = p.tiles(p.S, 64)
@@ -167,6 +194,14 @@ def _bwd_dq_jvp(p: Problem, c: Call) -> Launch:
     constexprs |= _constexprs(p, pipeline)
     grid = _grid(items, p, c.x.q, constexprs["PAIRS"])
     return Launch(bwd_dq_jvp_kernel, grid, args, constexprs)
+
+
+PASSES = {
+    "fwd_jvp": _fwd_jvp,
+    "bwd_dkdv": _bwd,
+    "bwd_dkdv_jvp": _bwd_dkdv_jvp,
+    "bwd_dq_jvp": _bwd_dq_jvp,
+}
 
 
 def _given(p: Problem, c: Call, columns: int, blocks: Tensor | None, results: tuple) -> tuple:

@@ -1,0 +1,300 @@
+"""Gradients of O alone on Hopper: one launch behind the row sums, with one role a warp.
+
+    S  = s Q Kᵀ      P = exp(S − LSE)      dP = dO Vᵀ      dS = P ∘ (dP − w)
+    dQ = s dS K                                            first half of a work item
+    dK = s dSᵀ Q     dV = Pᵀ dO                            second half, tiles transposed
+
+A work item is 128 queries and the 128 keys of the same place in a head, 64 of each a warpgroup. In
+the first half queries stay and tiles of keys pass, in the second keys stay and queries pass. S and
+dP are computed in both, seven products for five. So no result is summed between blocks: no float32
+buffer to clear and to convert, and two runs are equal bit for bit. The items of a head run beside
+each other, and the second half reads from L2 what the first has fetched.
+
+Both warpgroups read what passes and share no result. One's products run under the other's softmax,
+without any order between them. The results of a half are stored under the next one's first scores.
+
+A head dim between 64 and 128 is two pieces, as in `forward.py`. Names of the second end in 2.
+"""
+
+# Each role unpacks all buffers and barriers, by name, and uses its own. What is known at compile
+# time stands in an `if` of its own.
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ..portable.primitives import LOG2E
+from .primitives import (
+    ROWS,
+    advance,
+    allocate_stages,
+    barriers,
+    first_row,
+    keep_alive,
+    load,
+    matrix,
+    scores,
+    store,
+)
+
+
+@gluon.jit
+def _fetch(x, buffers, bar, b, h, row, slot, D1: gl.constexpr):
+    """A tile of each of two tensors, in both pieces."""
+    for i in gl.static_range(2):
+        load(x[i][0], [b, h, row, 0], bar, buffers[i][0].index(slot))
+        if x[i][1] is not None:
+            load(x[i][1], [b, h, row, D1], bar, buffers[i][1].index(slot))
+
+
+@gluon.jit
+def _fetch_half(
+    staying, passing, buffers, bars, b, h, row, rows, own, own_phase, slot, phase,
+    D1: gl.constexpr, TILE_BYTES: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """What stays, of both warpgroups, and all tiles that pass, of so many rows."""
+    stay, ring = buffers
+    stay_ready, stay_free, ready, free = bars
+    mbarrier.wait(stay_free.index(own), own_phase)
+    mbarrier.expect(stay_ready.index(own), 4 * TILE_BYTES)
+    for g in gl.static_range(2):
+        at = row + g * ROWS
+        _fetch(staying, stay, stay_ready.index(own), b, h, at, 2 * own + g, D1)
+    own, own_phase = advance(own, own_phase, 1, 2)
+    for at in range(0, rows, ROWS):
+        mbarrier.wait(free.index(slot), phase)
+        mbarrier.expect(ready.index(slot), 2 * TILE_BYTES)
+        _fetch(passing, ring, ready.index(slot), b, h, at, slot, D1)
+        slot, phase = advance(slot, phase, 1, STAGES)
+    return own, own_phase, slot, phase
+
+
+@gluon.jit
+def _producer(
+    queries, keys, buffers, bars, work,
+    D1: gl.constexpr, TILE_BYTES: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The warp that fetches. queries: Q and dO, keys: K and V, each in two pieces."""
+    H, L, S, tiles, items = work
+    own = 0
+    own_phase = 1
+    slot = 0
+    phase = 1
+    for e in range(gl.program_id(0), items, gl.num_programs(0)):
+        b = e // tiles // H
+        h = e // tiles % H
+        row = e % tiles * (2 * ROWS)
+        if row < L:
+            own, own_phase, slot, phase = _fetch_half(
+                queries, keys, buffers, bars, b, h, row, S, own, own_phase, slot, phase,
+                D1, TILE_BYTES, STAGES,
+            )  # fmt: skip
+        if row < S:
+            own, own_phase, slot, phase = _fetch_half(
+                keys, queries, buffers, bars, b, h, row, L, own, own_phase, slot, phase,
+                D1, TILE_BYTES, STAGES,
+            )  # fmt: skip
+
+
+@gluon.jit
+def _add_product(a, x, x2, d, d2):
+    """d + a x, not awaited, and a in 16 bits, which the products read."""
+    L1: gl.constexpr = gl.DotOperandLayout(0, d.type.layout, 2)
+    a16 = gl.convert_layout(a.to(x.dtype), L1, assert_trivial=True)
+    d = warpgroup_mma(a16, x, d, is_async=True)
+    if x2 is not None:
+        L2: gl.constexpr = gl.DotOperandLayout(0, d2.type.layout, 2)
+        d2 = warpgroup_mma(gl.convert_layout(a16, L2, assert_trivial=True), x2, d2, is_async=True)
+    return a16, d, d2
+
+
+@gluon.jit
+def _await_stores(stored, stay_free):
+    """The results of the half before have left their slots, which are free."""
+    if stored > 0:
+        tma.store_wait(0)
+        mbarrier.arrive(stay_free.index(stored - 1), count=1)
+        stored = 0
+    return stored
+
+
+@gluon.jit
+def _store(out, x, x2, tile, tile2, buffers, slot, b, h, row, D1: gl.constexpr):
+    """A result, through the slot of an operand that has been read."""
+    tile.store(x.to(tile.dtype))
+    if tile2 is not None:
+        tile2.store(x2.to(tile.dtype))
+    fence_async_shared()
+    store(out[0], [b, h, row, 0], buffers[0].index(slot))
+    if tile2 is not None:
+        store(out[1], [b, h, row, D1], buffers[1].index(slot))
+
+
+@gluon.jit
+def _consumer(
+    WG: gl.constexpr, results, STATISTICS, buffers, bars, scale, work,
+    D1: gl.constexpr, D2: gl.constexpr, STAGES: gl.constexpr, EDGE: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup of the two. STATISTICS: by head two rows, LSE in base 2 and w, padded with
+    LSE = inf, hence P = 0."""
+    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    L1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D1, 16])
+    L2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, max(D2, 16), 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, S_L)
+    COLUMN: gl.constexpr = gl.SliceLayout(0, S_L)
+    TWO: gl.constexpr = D2 > 0
+    PIECES: gl.constexpr = 2 if TWO else 1
+    stay, ring = buffers
+    stay0, stay1 = stay
+    ring0, ring1 = ring
+    stay_ready, stay_free, ready, free = bars
+    d_q_out, d_k_out, d_v_out = results
+    H, L, S, tiles, items = work
+    scale2 = scale * LOG2E
+    padded = (L + (ROWS - 1)) // ROWS * ROWS
+    stored = 0  # number + 1 of the slot that the last stores may still read
+    own = 0
+    own_phase = 0
+    slot = 0
+    phase = 0
+    for e in range(gl.program_id(0), items, gl.num_programs(0)):
+        b = e // tiles // H
+        h = e // tiles % H
+        begin = e % tiles * (2 * ROWS)
+        row = begin + WG * ROWS
+        statistics = STATISTICS + first_row(b, h, H, 2) * padded
+        if begin < L:
+            i = row + gl.arange(0, ROWS, layout=ROW)
+            lse = gl.load(statistics + i, mask=i < padded, other=float("inf"))
+            w = gl.load(statistics + padded + i, mask=i < padded, other=0.0)
+            at = 2 * own + WG
+            q = matrix(stay0[0], at, ROWS, D1)
+            d_o = matrix(stay1[0], at, ROWS, D1)
+            q2 = matrix(stay0[1], at, ROWS, D2) if TWO else None
+            d_o2 = matrix(stay1[1], at, ROWS, D2) if TWO else None
+            d_q = gl.zeros([ROWS, D1], gl.float32, L1)
+            d_q2 = gl.zeros([ROWS, D2], gl.float32, L2) if TWO else 0
+            mbarrier.wait(stay_ready.index(own), own_phase)
+            for n0 in range(0, S, ROWS):
+                k = matrix(ring0[0], slot, ROWS, D1)
+                v = matrix(ring1[0], slot, ROWS, D1)
+                k2 = matrix(ring0[1], slot, ROWS, D2) if TWO else None
+                v2 = matrix(ring1[1], slot, ROWS, D2) if TWO else None
+                zero = gl.zeros([ROWS, ROWS], gl.float32, S_L)
+                mbarrier.wait(ready.index(slot), phase)
+                s = scores(q, k, q2, k2, zero, True)
+                d_p = scores(d_o, v, d_o2, v2, zero, True)
+                stored = _await_stores(stored, stay_free)
+                s = warpgroup_mma_wait(PIECES, deps=[s])
+                p = gl.exp2(s * scale2 - gl.expand_dims(lse, 1))
+                d_p = warpgroup_mma_wait(0, deps=[d_p])
+                d_s = p * (d_p - gl.expand_dims(w, 1))
+                if EDGE:  # behind the last key P may be infinite, and 0 · inf is not 0
+                    j = gl.expand_dims(n0 + gl.arange(0, ROWS, layout=COLUMN), 0)
+                    d_s = gl.where(j < S, d_s, 0.0)
+                d_s16, d_q, d_q2 = _add_product(d_s, k, k2, d_q, d_q2)
+                if TWO:
+                    d_q, d_q2 = warpgroup_mma_wait(0, deps=[d_q, d_q2])
+                else:
+                    d_q = warpgroup_mma_wait(0, deps=[d_q])
+                keep_alive(d_s16)
+                mbarrier.arrive(free.index(slot), count=1)
+                slot, phase = advance(slot, phase, 1, STAGES)
+            d_q2 = d_q2 * scale if TWO else None
+            _store(d_q_out, d_q * scale, d_q2, q, q2, stay0, at, b, h, row, D1)
+            stored = own + 1
+            own, own_phase = advance(own, own_phase, 1, 2)
+        if begin < S:
+            at = 2 * own + WG
+            k = matrix(stay0[0], at, ROWS, D1)
+            v = matrix(stay1[0], at, ROWS, D1)
+            k2 = matrix(stay0[1], at, ROWS, D2) if TWO else None
+            v2 = matrix(stay1[1], at, ROWS, D2) if TWO else None
+            d_k = gl.zeros([ROWS, D1], gl.float32, L1)
+            d_v = gl.zeros([ROWS, D1], gl.float32, L1)
+            d_k2 = gl.zeros([ROWS, D2], gl.float32, L2) if TWO else 0
+            d_v2 = gl.zeros([ROWS, D2], gl.float32, L2) if TWO else 0
+            mbarrier.wait(stay_ready.index(own), own_phase)
+            for m0 in range(0, L, ROWS):
+                i = m0 + gl.arange(0, ROWS, layout=COLUMN)
+                lse = gl.load(statistics + i)
+                q = matrix(ring0[0], slot, ROWS, D1)
+                d_o = matrix(ring1[0], slot, ROWS, D1)
+                q2 = matrix(ring0[1], slot, ROWS, D2) if TWO else None
+                d_o2 = matrix(ring1[1], slot, ROWS, D2) if TWO else None
+                zero = gl.zeros([ROWS, ROWS], gl.float32, S_L)
+                mbarrier.wait(ready.index(slot), phase)
+                s = scores(k, q, k2, q2, zero, True)
+                d_p = scores(v, d_o, v2, d_o2, zero, True)
+                stored = _await_stores(stored, stay_free)
+                s = warpgroup_mma_wait(PIECES, deps=[s])
+                p = gl.exp2(s * scale2 - gl.expand_dims(lse, 0))
+                w = gl.load(statistics + padded + i)
+                p16, d_v, d_v2 = _add_product(p, d_o, d_o2, d_v, d_v2)
+                d_p = warpgroup_mma_wait(PIECES, deps=[d_p])
+                d_s = p * (d_p - gl.expand_dims(w, 0))
+                d_s16, d_k, d_k2 = _add_product(d_s, q, q2, d_k, d_k2)
+                if TWO:
+                    d_k, d_k2, d_v, d_v2 = warpgroup_mma_wait(0, deps=[d_k, d_k2, d_v, d_v2])
+                else:
+                    d_k, d_v = warpgroup_mma_wait(0, deps=[d_k, d_v])
+                keep_alive(p16)
+                keep_alive(d_s16)
+                mbarrier.arrive(free.index(slot), count=1)
+                slot, phase = advance(slot, phase, 1, STAGES)
+            d_k2 = d_k2 * scale if TWO else None
+            _store(d_k_out, d_k * scale, d_k2, k, k2, stay0, at, b, h, row, D1)
+            _store(d_v_out, d_v, d_v2, v, v2, stay1, at, b, h, row, D1)
+            stored = own + 1
+            own, own_phase = advance(own, own_phase, 1, 2)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=("H", "L", "S", "tiles", "items"))
+def bwd_kernel(
+    Q, K, V, D_O, D_Q, D_K, D_V, Q2, K2, V2, D_O2, D_Q2, D_K2, D_V2, STATISTICS,
+    scale, H, L, S, tiles, items,
+    D1: gl.constexpr, D2: gl.constexpr, STAGES: gl.constexpr, EDGE: gl.constexpr,
+):  # fmt: skip
+    """D1 + D2 columns; STAGES pairs of passing tiles in flight, two pairs of what stays; EDGE: the
+    last tile of keys is cut."""
+    TILE_BYTES: gl.constexpr = ROWS * (D1 + D2) * 2
+    TWO: gl.constexpr = D2 > 0
+    stay = (
+        (allocate_stages(Q, 4), allocate_stages(Q2, 4) if TWO else None),
+        (allocate_stages(V, 4), allocate_stages(V2, 4) if TWO else None),
+    )
+    ring = (
+        (allocate_stages(Q, STAGES), allocate_stages(Q2, STAGES) if TWO else None),
+        (allocate_stages(V, STAGES), allocate_stages(V2, STAGES) if TWO else None),
+    )
+    buffers = (stay, ring)
+    bars = (barriers(2, 1), barriers(2, 2), barriers(STAGES, 1), barriers(STAGES, 2))
+    work = (H, L, S, tiles, items)
+    results = ((D_Q, D_Q2), (D_K, D_K2), (D_V, D_V2))
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (
+                _consumer,
+                (0, results, STATISTICS, buffers, bars, scale, work, D1, D2, STAGES, EDGE),
+            ),
+            (
+                _consumer,
+                (1, results, STATISTICS, buffers, bars, scale, work, D1, D2, STAGES, EDGE),
+            ),
+            (
+                _producer,
+                (((Q, Q2), (D_O, D_O2)), ((K, K2), (V, V2)), buffers, bars, work,
+                 D1, TILE_BYTES, STAGES),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
