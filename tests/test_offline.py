@@ -26,12 +26,15 @@ def hopper():
 
 
 def check_passes(table, target, variants):
-    # on Hopper every forward with tangents is warp-specialised, and the plain one's gradients
-    for name, on_hopper in (("forward", variants), ("bwd_dkdv", 1)):
+    # on Hopper every forward with tangents is warp-specialised, and the plain one's gradients,
+    # which without tangents are one launch
+    one_launch = table.count("bwd_kernel")
+    assert one_launch == (target == "sm_90")
+    for name, on_hopper, joined in (("forward", variants, 0), ("bwd_dkdv", 1, one_launch)):
         special = table.count(f"{name}_jvp_kernel")
         assert special == (on_hopper if target == "sm_90" else 0)
-        assert table.count(f"{name}_kernel") + special == 2 * variants
-    assert table.count("bwd_dq_kernel") == 2 * variants
+        assert table.count(f"{name}_kernel") + special + joined == 2 * variants
+    assert table.count("bwd_dq_kernel") + one_launch == 2 * variants
 
 
 def test_every_pass_compiles_and_fits(hopper):

@@ -184,7 +184,7 @@ def pipeline(head_dim: int) -> Pipeline:
     return Pipeline(64, 4) if head_dim <= 64 else Pipeline(128, 2)
 
 
-class Ring(NamedTuple):
+class Backward(NamedTuple):
     """The gradients of O in one launch (sm90/bwd.py): a head dim in two pieces, and how many pairs
     of tiles that pass are in flight."""
 
@@ -193,7 +193,7 @@ class Ring(NamedTuple):
     STAGES: int
 
 
-def ring(head_dim: int) -> Ring:
+def backward(head_dim: int) -> Backward:
     """As many as fit, above 64."""
     D1, D2 = pieces(max(head_dim, 64))
-    return Ring(D1, D2, {64: 6, 80: 6, 96: 5, 128: 3}[D1 + D2])
+    return Backward(D1, D2, {64: 6, 80: 6, 96: 5, 128: 3}[D1 + D2])

@@ -59,7 +59,7 @@ def _fetch_half(
     D1: gl.constexpr, TILE_BYTES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """What stays, of both warpgroups, and all tiles that pass, of so many rows."""
-    stay, ring = buffers
+    stay, moving = buffers
     stay_ready, stay_free, ready, free = bars
     mbarrier.wait(stay_free.index(own), own_phase)
     mbarrier.expect(stay_ready.index(own), 4 * TILE_BYTES)
@@ -70,7 +70,7 @@ def _fetch_half(
     for at in range(0, rows, ROWS):
         mbarrier.wait(free.index(slot), phase)
         mbarrier.expect(ready.index(slot), 2 * TILE_BYTES)
-        _fetch(passing, ring, ready.index(slot), b, h, at, slot, D1)
+        _fetch(passing, moving, ready.index(slot), b, h, at, slot, D1)
         slot, phase = advance(slot, phase, 1, STAGES)
     return own, own_phase, slot, phase
 
@@ -150,9 +150,9 @@ def _consumer(
     COLUMN: gl.constexpr = gl.SliceLayout(0, S_L)
     TWO: gl.constexpr = D2 > 0
     PIECES: gl.constexpr = 2 if TWO else 1
-    stay, ring = buffers
+    stay, moving = buffers
     stay0, stay1 = stay
-    ring0, ring1 = ring
+    moving0, moving1 = moving
     stay_ready, stay_free, ready, free = bars
     d_q_out, d_k_out, d_v_out = results
     H, L, S, tiles, items = work
@@ -182,10 +182,10 @@ def _consumer(
             d_q2 = gl.zeros([ROWS, D2], gl.float32, L2) if TWO else 0
             mbarrier.wait(stay_ready.index(own), own_phase)
             for n0 in range(0, S, ROWS):
-                k = matrix(ring0[0], slot, ROWS, D1)
-                v = matrix(ring1[0], slot, ROWS, D1)
-                k2 = matrix(ring0[1], slot, ROWS, D2) if TWO else None
-                v2 = matrix(ring1[1], slot, ROWS, D2) if TWO else None
+                k = matrix(moving0[0], slot, ROWS, D1)
+                v = matrix(moving1[0], slot, ROWS, D1)
+                k2 = matrix(moving0[1], slot, ROWS, D2) if TWO else None
+                v2 = matrix(moving1[1], slot, ROWS, D2) if TWO else None
                 zero = gl.zeros([ROWS, ROWS], gl.float32, S_L)
                 mbarrier.wait(ready.index(slot), phase)
                 s = scores(q, k, q2, k2, zero, True)
@@ -224,10 +224,10 @@ def _consumer(
             for m0 in range(0, L, ROWS):
                 i = m0 + gl.arange(0, ROWS, layout=COLUMN)
                 lse = gl.load(statistics + i)
-                q = matrix(ring0[0], slot, ROWS, D1)
-                d_o = matrix(ring1[0], slot, ROWS, D1)
-                q2 = matrix(ring0[1], slot, ROWS, D2) if TWO else None
-                d_o2 = matrix(ring1[1], slot, ROWS, D2) if TWO else None
+                q = matrix(moving0[0], slot, ROWS, D1)
+                d_o = matrix(moving1[0], slot, ROWS, D1)
+                q2 = matrix(moving0[1], slot, ROWS, D2) if TWO else None
+                d_o2 = matrix(moving1[1], slot, ROWS, D2) if TWO else None
                 zero = gl.zeros([ROWS, ROWS], gl.float32, S_L)
                 mbarrier.wait(ready.index(slot), phase)
                 s = scores(k, q, k2, q2, zero, True)
@@ -270,11 +270,11 @@ def bwd_kernel(
         (allocate_stages(Q, 4), allocate_stages(Q2, 4) if TWO else None),
         (allocate_stages(V, 4), allocate_stages(V2, 4) if TWO else None),
     )
-    ring = (
+    moving = (
         (allocate_stages(Q, STAGES), allocate_stages(Q2, STAGES) if TWO else None),
         (allocate_stages(V, STAGES), allocate_stages(V2, STAGES) if TWO else None),
     )
-    buffers = (stay, ring)
+    buffers = (stay, moving)
     bars = (barriers(2, 1), barriers(2, 2), barriers(STAGES, 1), barriers(STAGES, 2))
     work = (H, L, S, tiles, items)
     results = ((D_Q, D_Q2), (D_K, D_K2), (D_V, D_V2))

@@ -154,16 +154,16 @@ def _fwd_jvp(p: Problem, c: Call) -> Launch:
 
 
 def _bwd(p: Problem, c: Call) -> Launch:
-    ring = configs.ring(p.D)
+    schedule = configs.backward(p.D)
     tiles = cdiv(max(p.L, p.S), 128)
     items = tiles * p.B * p.H
     operands = (*c.x[:3], c.d_out, *c.grads[:3])
     args = (
-        *_squares(ring.D1, *operands),
-        *(_squares(ring.D2, *operands) if ring.D2 else [None] * 7),
+        *_squares(schedule.D1, *operands),
+        *(_squares(schedule.D2, *operands) if schedule.D2 else [None] * 7),
         *(c.statistics, p.spec.scale, p.H, p.L, p.S, tiles, items),
     )
-    constexprs = {**ring._asdict(), "EDGE": p.S % 64 != 0, "num_warps": 4}
+    constexprs = {**schedule._asdict(), "EDGE": p.S % 64 != 0, "num_warps": 4}
     return Launch(bwd_kernel, _grid(items, p, c.x.q, False), args, constexprs)
 
 
