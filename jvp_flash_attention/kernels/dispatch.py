@@ -88,28 +88,34 @@ def backward(
     mask_grad: bool,
     *,
     force: str | None = None,
+    into: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tangents, Tangents]:
     """(dQ, dK, dV, db) and, with dtO, (dtQ, dtK, dtV, dtb); db and dtb are None unless
-    `mask_grad`. `force` as in `forward`."""
+    `mask_grad`. `force` as in `forward`. `into` are tensors for dQ, dK and dV, which may be parts
+    of a larger one."""
     if d_t_out is None and force in (None, "cudnn") and cudnn.pays_backward(x, spec):
         x, saved = _readable(x), saved._replace(out=readable(saved.out))
         d_o: Any = readable(d_out)
         if cudnn.supports(x, spec, saved.out, d_o):
-            return cudnn.backward(d_o, x, saved, spec), NOTHING
-    given = (*x, *t, *saved, d_out, d_t_out)
+            grads = cudnn.backward(d_o, x, saved, spec)
+            return grads if into is None else _copied(grads, into), NOTHING
+    given = (*x, *t, *saved, d_out, d_t_out, *(into or ()))
     fixed = mask_grad and torch.are_deterministic_algorithms_enabled()
     key = launch_cache.key(("backward", spec, force, mask_grad, fixed, _tf32(x)), given)
     results = launch_cache.replay(key, given)
     if results is not None:
         grads, t_grads, *_ = split(results, Tangents, Tangents)
     else:
-        c = _backward_call(d_out, d_t_out, _readable(x), t, saved, spec, mask_grad)
+        c = _backward_call(d_out, d_t_out, _readable(x), t, saved, spec, mask_grad, into)
         grads, t_grads = c.grads, c.t_grads
-        read = (*c.x, *c.t, *c.saved, c.d_out, c.d_t_out)
-        results = (*grads, *t_grads, c.w_sum, c.h_sum, c.statistics, *(c.parts or ()))
+        read = (*c.x, *c.t, *c.saved, c.d_out, c.d_t_out, *(into or ()))
+        allocated = grads if into is None else grads._replace(q=None, k=None, v=None)
+        results = (*allocated, *t_grads, c.w_sum, c.h_sum, c.statistics, *(c.parts or ()))
         zeroed = tuple(i for i, x in enumerate(results) if x is grads.mask or x is t_grads.mask)
         launches = partial(_launches, c, spec, force)
         launch_cache.record(key, given, read, results, launches, zeroed)
+    if into is not None:
+        grads = grads._replace(q=into[0], k=into[1], v=into[2])
     if not mask_grad:
         return grads, t_grads
     return (
@@ -137,7 +143,7 @@ def launches(
     if saved is None:
         c = _forward_call(x, t, spec, arch=arch)
     else:
-        c = _backward_call(d_out, d_t_out, x, t or Tangents(), saved, spec, mask_grad, arch)
+        c = _backward_call(d_out, d_t_out, x, t or Tangents(), saved, spec, mask_grad, arch=arch)
     return list(_launches(c, spec, force, arch, tma))
 
 
@@ -182,6 +188,10 @@ def _with(saved: Saved, into: Any) -> Saved:
     return saved if into is None else saved._replace(out=into[0], t_out=into[1])
 
 
+def _copied(grads: Tangents, into: tuple[Tensor, ...]) -> Tangents:
+    return Tangents(*(x.copy_(y) for x, y in zip(into, grads, strict=False)))
+
+
 def _forward_call(x: Inputs, t: Tangents | None, spec: Spec, into: Any = None, arch=None) -> Call:
     jvp = t is not None
     pair = x.mask is not None and x.mask.dtype != torch.bool  # m and log l apart
@@ -195,15 +205,16 @@ def _forward_call(x: Inputs, t: Tangents | None, spec: Spec, into: Any = None, a
 
 
 def _backward_call(
-    d_out, d_t_out, x: Inputs, t: Tangents, saved: Saved, spec: Spec, mask_grad: bool, arch=None
-) -> Call:
+    d_out, d_t_out, x: Inputs, t: Tangents, saved: Saved, spec: Spec, mask_grad: bool,
+    into: Any = None, arch=None,
+) -> Call:  # fmt: skip
     q, k, v, mask, *_ = x
     jvp = d_t_out is not None
     d_mask, d_t_mask = (
         _mask_accumulator(mask, q, k) if mask_grad and mask is not None and there else None
         for there in (True, jvp)
     )
-    d_q, d_k, d_v = (empty_rows(y, y.shape[3], spec) for y in (q, k, v))
+    d_q, d_k, d_v = into or (empty_rows(y, y.shape[3], spec) for y in (q, k, v))
     d_t_q, d_t_k, d_t_v = (empty_rows(y, y.shape[3], spec) if jvp else None for y in (q, k, v))
     d_out, d_t_out = readable(d_out), readable(d_t_out)
     out: Any = readable(saved.out)

@@ -79,11 +79,16 @@ def _(d_q, d_k, d_v, bias):
     return d_q.new_empty(B, N, 3 * H * D), d_q.new_empty(size, dtype=torch.float32)
 
 
+def views(z: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """z (B, N, 3 H D) -> q, k and v (B, H, N, D)."""
+    return z.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+
 class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, bias: Tensor | None, heads: int) -> tuple[Tensor, ...]:
         ctx.bias = None if bias is None else bias.dtype
-        return z.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        return views(z, heads)
 
     @staticmethod
     def backward(ctx: Any, *d: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]

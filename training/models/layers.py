@@ -9,9 +9,11 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from training.attentions import attend_jvp, ours
 from training.kernels import residual_norm
 from training.kernels.inputs import takes
 from training.kernels.mlp import mlp as fused_mlp
+from training.kernels.self_attention import self_attention
 from training.kernels.split_heads import split_heads as fused_split_heads
 from training.models.jvp_layers import (
     Dropout,
@@ -112,12 +114,15 @@ class SelfAttention(nn.Module):
 
     def project_in(
         self, x: Tensor, angles: torch.Tensor | None, fused: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values. (B, N, W) -> (B, H, N, D). ``fused``: a kernel of ours joins
-        their gradients and sums that of the bias.
+    ) -> tuple[Tensor, ...]:
+        """Queries, keys and values, for ``attend``. (B, N, W) -> (B, H, N, D). ``fused``: kernels
+        of ours join their gradients and sum that of the bias. Where attention can write the joined
+        gradient itself, they stay one product (B, N, 3 W).
         """
         if fused and fusable(x):
             z = product_without_bias_gradient(self.qkv, x)
+            if self._takes_product(z, angles):
+                return (z,)
             q, k, v = fused_split_heads(primal(z), self.qkv.bias, self.heads)
             if isinstance(z, Dual):
                 tangents = map(primal, split_heads(z.tangent, 3, self.heads))
@@ -130,9 +135,29 @@ class SelfAttention(nn.Module):
             q, k = rotate(q, angles), rotate(k, angles)
         return q, k, v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        attention = self.attention if self.sequence is None else self.sequence.attention
-        return attend(attention, q, k, v)
+    def _takes_product(self, z: Tensor, angles: Any) -> bool:
+        """Whether attention is ours, of the product as it is, and few examples have a tangent, so
+        that the values of all are one call (``jvp_layers.attend``).
+        """
+        few = not isinstance(z, Dual) or 2 * len(z.tangent) <= len(z.primal)
+        asis = angles is None and self.qk_norm is None and self.sequence is None
+        given = ours(self.attention)
+        return few and asis and given is not None and not given.keywords
+
+    def attend(self, *heads: Tensor) -> Tensor:
+        if len(heads) == 3:
+            attention = self.attention if self.sequence is None else self.sequence.attention
+            return attend(attention, *heads)
+        (z,) = heads
+        out = self_attention(primal(z), self.qkv.bias, self.heads)
+        if not isinstance(z, Dual):
+            return out
+        with z.rule():
+            values, tangents = (
+                split_heads(y, 3, self.heads) for y in (z.primal[-len(z.tangent) :], z.tangent)
+            )
+            _, t_out = attend_jvp(self.attention, values, tangents, False)
+        return z.follow(out, t_out)
 
     def project_out(self, out: Tensor) -> Tensor:
         """(B, H, N, D) -> (B, N, W)"""

@@ -64,7 +64,7 @@ def unsupported_reason(name: str, p: Problem, c: Call) -> str | None:
             return "needs a mask that TMA or a row of keys can hold"
         return None if c.t.mask is None else _no_tangent_of(c.x.mask, c.t, p)
     if not c.jvp:
-        return _not_in_one_launch(p)
+        return _not_in_one_launch(p, c)
     if p.mask or None in c.t[:3]:
         return "needs every tangent and no mask but causal"
     if p.S <= 64:
@@ -74,7 +74,7 @@ def unsupported_reason(name: str, p: Problem, c: Call) -> str | None:
     return None
 
 
-def _not_in_one_launch(p: Problem) -> str | None:
+def _not_in_one_launch(p: Problem, c: Call) -> str | None:
     """Why the gradients of O cannot be computed together, or should not; None where they are."""
     if p.mask or p.sequences is not None or not is_default(p.spec, but=DETAILS):
         return f"has no mask, band or packed sequences without a tangent, got {p.spec}"
@@ -84,7 +84,7 @@ def _not_in_one_launch(p: Problem) -> str | None:
         return "leaves head dims up to 32 to the portable kernels, which do not pad them to 64"
     if p.S <= 64:
         return "leaves few keys to the portable kernels, which take w from the tile"
-    return None
+    return None if all(map(tma_can_read, c.grads[:3])) else "needs results that TMA can write"
 
 
 def launches(name: str, p: Problem, c: Call) -> Iterator[Launch]:

@@ -1,0 +1,103 @@
+"""Attention of one product, whose gradient is one tensor, against that of three."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+import jvp_flash_attention
+from jvp_flash_attention.kernels import launch_cache
+from training.dual import Dual
+from training.kernels import self_attention as module
+from training.kernels.self_attention import self_attention
+from training.models.layers import SelfAttention
+
+
+def plain(z, heads):
+    q, k, v = (x.transpose(1, 2) for x in z.unflatten(-1, (3, heads, -1)).unbind(2))
+    return scaled_dot_product_attention(q, k, v)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("B", "N", "H", "D"), [(3, 37, 2, 24), (2, 70, 3, 72), (1, 5, 1, 8)])
+def test_value_and_gradient(B, N, H, D, bias, device):
+    torch.manual_seed(0)
+    z = torch.randn(B, N, 3 * H * D, device=device, requires_grad=True)
+    b = torch.zeros(3 * H * D, device=device, requires_grad=True) if bias else None
+    d_out = torch.randn(B, N, H, D, device=device).transpose(1, 2)
+    exact = z.detach().double().requires_grad_()
+    wanted = plain(exact, H)
+    (expected,) = torch.autograd.grad(wanted, exact, d_out.double())
+    for _ in range(2):  # the second time by the cached launches
+        out = self_attention(z, b, H)
+        assert (out.double() - wanted).norm() < 1e-5 * wanted.norm()
+        d_z, *d_b = torch.autograd.grad(out, (z, b) if bias else (z,), d_out)
+        assert d_z.is_contiguous()
+        assert (d_z.double() - expected).norm() < 1e-5 * expected.norm()
+        for x in d_b:
+            sums = expected.sum((0, 1))
+            assert (x.double() - sums).norm() < 1e-5 * sums.norm()
+
+
+def test_the_gradient_of_another_call_is_not_written_over():
+    z = torch.randn(2, 9, 48, requires_grad=True)
+    (first,) = torch.autograd.grad(self_attention(z, None, 2).sum(), z)
+    kept = first.clone()
+    torch.autograd.grad(self_attention(2 * z, None, 2).sin().sum(), z)
+    assert torch.equal(first, kept)
+    launch_cache.enable(False)
+    try:
+        (again,) = torch.autograd.grad(self_attention(z, None, 2).sum(), z)
+    finally:
+        launch_cache.enable()
+    assert torch.equal(again, kept)
+
+
+def test_a_second_derivative_raises():
+    z = torch.randn(1, 5, 24, requires_grad=True)
+    (d_z,) = torch.autograd.grad(self_attention(z, None, 2).sum(), z, create_graph=True)
+    with pytest.raises(RuntimeError):
+        d_z.square().sum().backward()
+
+
+def test_it_compiles():
+    z, b = torch.randn(2, 5, 24, requires_grad=True), torch.zeros(24, requires_grad=True)
+
+    def f(z, b):
+        return self_attention(z, b, 2).sin().sum()
+
+    ours = torch.autograd.grad(torch.compile(f, fullgraph=True, backend="aot_eager")(z, b), (z, b))
+    for x, y in zip(ours, torch.autograd.grad(f(z, b), (z, b)), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("kind", ["value", "few", "all", "through"])
+@pytest.mark.parametrize("how", ["plain", "qk_norm", "rotary", "scale", "sdpa"])
+def test_a_layer_takes_it_where_it_may_and_is_the_same(kind, how, monkeypatch):
+    torch.manual_seed(0)
+    attention = {
+        "scale": partial(jvp_flash_attention.attention, scale=0.3),
+        "sdpa": scaled_dot_product_attention,
+    }.get(how, jvp_flash_attention.attention)
+    if how == "sdpa" and kind != "value":
+        pytest.skip("PyTorch's fused attention has no tangent")
+    layer = SelfAttention(16, 2, attention, qk_norm=how == "qk_norm")
+    angles = torch.rand(5, 4) if how == "rotary" else None
+    x, t = torch.randn(4, 5, 16, requires_grad=True), torch.randn(4, 5, 16)
+    calls, inner = [], module._forward
+    monkeypatch.setattr(module, "_forward", lambda *a: (calls.append(0), inner(*a))[1])
+
+    def run(fused):
+        n = {"few": 2}.get(kind, 4)
+        given = x if kind == "value" else Dual(x, t[:n], kind == "through")
+        out = layer.project_out(layer.attend(*layer.project_in(given, angles, fused)))
+        parts = [out] if kind == "value" else [out.primal, out.tangent]
+        loss = sum((i + 1) * y.sin().sum() for i, y in enumerate(parts) if y.requires_grad)
+        return [*parts, *torch.autograd.grad(loss, (x, layer.qkv.weight, layer.qkv.bias))]
+
+    without = run(False)
+    assert not calls
+    for ours, theirs in zip(run(True), without, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert bool(calls) == (how == "plain" and kind in ("value", "few"))
