@@ -10,7 +10,7 @@ from torch import Tensor
 from jvp_flash_attention.kernels.launch_cache import Launch
 from training.kernels.launch import launched
 
-ROWS, TILE, COLUMNS = 256, 32, 128  # of a program, at a time, and side by side
+ROWS, TILE, COLUMNS = 128, 32, 64  # of a program, at a time, and side by side
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def column_sums(x: Tensor, wanted: bool = True) -> Tensor:
     chunks = -(-rows // ROWS)
 
     def launch(sums: Tensor) -> Launch:
-        constexprs = {"ROWS": ROWS, "TILE": TILE, "COLUMNS": COLUMNS, "num_warps": 4}
+        constexprs = {"ROWS": ROWS, "TILE": TILE, "COLUMNS": COLUMNS, "num_warps": 2}
         grid = (chunks, -(-width // COLUMNS))
         return Launch(_column_sums, grid, (x, sums, rows, width), constexprs)
 
