@@ -62,7 +62,7 @@ def choose(backend: str | None, q: Tensor, v: Tensor) -> str:
     they can serve."""
     if backend in _registered:
         return str(backend)
-    reason = _unsupported_reason(q, v)
+    reason = unsupported_reason(q, v)
     if backend is None:
         return "reference" if reason or not q.is_cuda else "triton"
     if backend not in BACKENDS:
@@ -85,7 +85,8 @@ def implementation(spec: Spec) -> Any:
     return found
 
 
-def _unsupported_reason(q: Tensor, v: Tensor) -> str | None:
+def unsupported_reason(q: Tensor, v: Tensor) -> str | None:
+    """Why the kernels cannot take such tensors; None where they do."""
     if NO_TRITON:
         return NO_TRITON
     if not q.is_cuda and not INTERPRETED:

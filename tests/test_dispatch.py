@@ -102,6 +102,18 @@ def test_the_gradients_of_o_alone_are_one_launch_on_hopper():
     assert names(force="portable") == portable
 
 
+def test_row_sums_count_strides_in_eights_only_where_the_product_fits():
+    q = torch.empty(2, 2, 64, 64, dtype=torch.bfloat16, device="meta")
+    for far, unit in ((2**30, 8), (2**31, 1), (2**30 + 4, 1)):
+        d_out = torch.empty_strided(q.shape, (far, 64 * 64, 64, 1), dtype=q.dtype, device="meta")
+        saved = Saved(q, torch.empty(2, 2, 64, device="meta"))
+        sums, *_ = kernels.launches(
+            Inputs(q, q, q), None, Spec(0.1), saved, d_out, arch="sm80", tma=False
+        )
+        assert sums.constexprs["UNIT"] == unit
+        assert sums.args[0][1] * unit == far
+
+
 def test_cudnn_leaves_the_gradients_of_short_heads():
     short = Inputs(*torch.empty(3, 64, 4, 1024, 64, dtype=torch.bfloat16, device="meta"))
     long = Inputs(*torch.empty(3, 16, 4, 2048, 64, dtype=torch.bfloat16, device="meta"))
@@ -110,6 +122,8 @@ def test_cudnn_leaves_the_gradients_of_short_heads():
     assert cudnn.pays_backward(long, Spec(1.0))
     assert not cudnn.pays_backward(short, Spec(1.0))
     assert cudnn.pays_backward(short, Spec(1.0, causal=True))
+    few = short._replace(k=short.k[:, :, :64].repeat(16, 1, 1, 1), q=short.q.repeat(16, 1, 1, 1))
+    assert cudnn.pays_backward(few, Spec(1.0))
 
 
 def test_structure_and_a_bias_with_its_tangent_stay_on_hoppers_kernels():

@@ -133,11 +133,16 @@ def short(name: str, block_d: int, tokens: int) -> Tile | None:
     return Tile(*tiles[column(block_d)]) if column(block_d) < len(tiles) else None
 
 
+def padded(head_dim: int) -> int:
+    """The head dim a tile is given: a power of two, at least what a matrix product takes."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
 def pieces(head_dim: int) -> tuple[int, int]:
     """A head dim as a power of two and, between 64 and 96, a smaller one beside it."""
     if 64 < head_dim <= 96:
         return 64, 16 if head_dim <= 80 else 32
-    return max(16, 1 << (head_dim - 1).bit_length()), 0
+    return padded(head_dim), 0
 
 
 class Schedule(NamedTuple):
@@ -194,6 +199,6 @@ class Backward(NamedTuple):
 
 
 def backward(head_dim: int) -> Backward:
-    """As many as fit, above 64."""
+    """Above 64 columns six pairs do not always fit."""
     D1, D2 = pieces(max(head_dim, 64))
     return Backward(D1, D2, {64: 6, 80: 6, 96: 5, 128: 3}[D1 + D2])

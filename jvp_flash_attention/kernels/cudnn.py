@@ -15,8 +15,8 @@ from .problem import DETAILS, architecture
 # few hundred larger calls win back. Compiled code returns to the same shapes at every step, and
 # smaller calls win it back too.
 PAIRS, PAIRS_COMPILED = 2**28, 2**24
-# Up to so many pairs in a head `sm90/bwd.py`, which supports what cuDNN does but for causal masks
-# and small head dims, computes the gradients faster.
+# Up to so many pairs in a head `sm90/bwd.py` computes the gradients faster. It supports what cuDNN
+# does but for causal masks, few keys and small head dims.
 PAIRS_OF_A_HEAD = 2**21
 
 
@@ -30,8 +30,8 @@ def pays(x: Inputs, spec: Spec) -> bool:
 def pays_backward(x: Inputs, spec: Spec) -> bool:
     """The same of the gradients."""
     _, _, L, D = x.q.shape
-    long = L * x.k.shape[2] > PAIRS_OF_A_HEAD
-    return pays(x, spec) and (long or spec.causal or D <= 32)
+    S = x.k.shape[2]
+    return pays(x, spec) and (L * S > PAIRS_OF_A_HEAD or spec.causal or S <= 64 or D <= 32)
 
 
 def supports(x: Inputs, spec: Spec, *more: Tensor) -> bool:

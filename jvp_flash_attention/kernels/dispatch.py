@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call import Inputs, Saved, Spec, Tangents, empty_rows, split, tf32_allowed
+from ..call import Inputs, Saved, Spec, Tangents, empty_rows, is_default, split, tf32_allowed
 from . import configs, cudnn, launch_cache
 from .launch_cache import Launch
 from .problem import (
+    DETAILS,
     Call,
     Problem,
     architecture,
@@ -92,13 +93,13 @@ def backward(
 ) -> tuple[Tangents, Tangents]:
     """(dQ, dK, dV, db) and, with dtO, (dtQ, dtK, dtV, dtb); db and dtb are None unless
     `mask_grad`. `force` as in `forward`. `into` are tensors for dQ, dK and dV, which may be parts
-    of a larger one."""
-    if d_t_out is None and force in (None, "cudnn") and cudnn.pays_backward(x, spec):
+    of a larger one; cuDNN, which allocates its own, is then not asked."""
+    pays = cudnn.pays if force == "cudnn" else cudnn.pays_backward
+    if d_t_out is None and into is None and force in (None, "cudnn") and pays(x, spec):
         x, saved = _readable(x), saved._replace(out=readable(saved.out))
         d_o: Any = readable(d_out)
         if cudnn.supports(x, spec, saved.out, d_o):
-            grads = cudnn.backward(d_o, x, saved, spec)
-            return grads if into is None else _copied(grads, into), NOTHING
+            return cudnn.backward(d_o, x, saved, spec), NOTHING
     given = (*x, *t, *saved, d_out, d_t_out, *(into or ()))
     fixed = mask_grad and torch.are_deterministic_algorithms_enabled()
     key = launch_cache.key(("backward", spec, force, mask_grad, fixed, _tf32(x)), given)
@@ -188,10 +189,6 @@ def _with(saved: Saved, into: Any) -> Saved:
     return saved if into is None else saved._replace(out=into[0], t_out=into[1])
 
 
-def _copied(grads: Tangents, into: tuple[Tensor, ...]) -> Tangents:
-    return Tangents(*(x.copy_(y) for x, y in zip(into, grads, strict=False)))
-
-
 def _forward_call(x: Inputs, t: Tangents | None, spec: Spec, into: Any = None, arch=None) -> Call:
     jvp = t is not None
     pair = x.mask is not None and x.mask.dtype != torch.bool  # m and log l apart
@@ -219,7 +216,8 @@ def _backward_call(
     d_out, d_t_out = readable(d_out), readable(d_t_out)
     out: Any = readable(saved.out)
     statistics = None
-    if mask is None and (arch or architecture(q.device)) == "sm90":
+    plain = is_default(spec, but=DETAILS) and x.cu_q is None and q.element_size() == 2
+    if (jvp or plain) and mask is None and (arch or architecture(q.device)) == "sm90":
         rows = tiles_of(q.shape[2], 64, sequences_of(x)) * 64
         statistics = q.new_empty(*q.shape[:2], 4 if jvp else 2, rows, dtype=torch.float32)
     c = Call(

@@ -79,11 +79,11 @@ class Problem(NamedTuple):
 
     @property
     def block_d(self) -> int:
-        return _padded(self.D)
+        return configs.padded(self.D)
 
     @property
     def block_dv(self) -> int:
-        return _padded(self.DV)
+        return configs.padded(self.DV)
 
     @property
     def widest(self) -> int:
@@ -276,11 +276,6 @@ def tiles_of(rows: int, block: int, sequences: int | None) -> int:
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)
-
-
-def _padded(d: int) -> int:
-    """The head dim a tile is given: a power of two, at least what a matrix product takes."""
-    return max(16, 1 << (d - 1).bit_length())
 
 
 def tma_can_read(x: Tensor | None) -> bool:

@@ -54,6 +54,35 @@ def test_the_gradient_of_another_call_is_not_written_over():
     assert torch.equal(again, kept)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("B", "N", "H", "D"), [(2, 130, 3, 72), (2, 256, 2, 64), (1, 40, 2, 128)])
+def test_in_bfloat16_on_a_gpu(B, N, H, D):
+    """The gradient lies in rows of all three, which TMA writes."""
+    z = torch.randn(B, N, 3 * H * D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    exact = z.detach().double().requires_grad_()
+    d_out = torch.randn(B, N, H, D, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    (expected,) = torch.autograd.grad(plain(exact, H), exact, d_out.double())
+    for _ in range(2):
+        (d_z,) = torch.autograd.grad(self_attention(z, None, H), z, d_out)
+        assert (d_z - expected).norm() < 4e-3 * expected.norm()
+
+
+def test_where_cudnn_may_serve_its_gradients_are_joined(monkeypatch):
+    z, b = torch.randn(2, 9, 48, requires_grad=True), torch.zeros(48, requires_grad=True)
+    written = torch.autograd.grad(self_attention(z, b, 2).sin().sum(), (z, b))
+    monkeypatch.setattr(module.cudnn, "pays_backward", lambda *_: True)
+    joined = torch.autograd.grad(self_attention(z, b, 2).sin().sum(), (z, b))
+    for x, y in zip(joined, written, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_head_dims_that_the_kernels_lack_stay_with_the_layers():
+    layer = SelfAttention(600, 2, jvp_flash_attention.attention)
+    heads = layer.project_in(torch.randn(1, 3, 600), None, fused=True)
+    assert len(heads) == 3
+    assert layer.attend(*heads).shape == (1, 2, 3, 300)
+
+
 def test_a_second_derivative_raises():
     z = torch.randn(1, 5, 24, requires_grad=True)
     (d_z,) = torch.autograd.grad(self_attention(z, None, 2).sum(), z, create_graph=True)

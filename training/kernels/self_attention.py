@@ -10,19 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jvp_flash_attention import kernels
+from jvp_flash_attention import backends, kernels
 from jvp_flash_attention.call import Inputs, Saved, Spec, Tangents
+from jvp_flash_attention.kernels import cudnn
 from jvp_flash_attention.operators import operator
 from training.kernels.column_sums import column_sums
-from training.kernels.split_heads import views
+from training.kernels.split_heads import joined, views
 
 NO_TANGENT = "self_attention has no tangent; take attention_jvp of the views of its product"
 
 
 def _call(z: Tensor, heads: int) -> tuple[Inputs, Spec]:
     x = Inputs(*views(z, heads))
-    # a step returns to its shapes, also where no compiler is
+    # as below an operator of the library: only compiled blocks come here
     return x, Spec(x.q.shape[3] ** -0.5, rows_first=True, compiled=True)
+
+
+def supports(z: Tensor, heads: int) -> bool:
+    """Whether the kernels take it."""
+    q, _, v = views(z, heads)
+    return backends.unsupported_reason(q, v) is None
 
 
 @operator("flash_jvp_training::self_attention", no_tangent=NO_TANGENT)
@@ -46,6 +53,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """d_z and, with ``bias``, d_bias in float32."""
     x, spec = _call(z, heads)
+    if cudnn.pays_backward(x, spec):  # and may serve, in tensors of its own
+        grads: Any = kernels.backward(d_out, None, x, Tangents(), Saved(out, lse), spec, False)[0]
+        return joined(grads.q, grads.k, grads.v, bias)
     d_z = torch.empty_like(z, memory_format=torch.contiguous_format)
     into = views(d_z, heads)
     kernels.backward(d_out, None, x, Tangents(), Saved(out, lse), spec, False, into=into)

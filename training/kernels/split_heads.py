@@ -51,8 +51,7 @@ def _join(
         tl.store(into, tl.sum(total, 0), mask=head < H)
 
 
-@operator("flash_jvp_training::join_heads")
-def _joined(d_q: Tensor, d_k: Tensor, d_v: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+def joined(d_q: Tensor, d_k: Tensor, d_v: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
     """d_z (B, N, 3 H D) of gradients (B, H, N, D) and, with ``bias``, d_bias in float32."""
     B, H, N, D = d_q.shape
     chunks = -(-B * N // ROWS)
@@ -70,6 +69,9 @@ def _joined(d_q: Tensor, d_k: Tensor, d_v: Tensor, bias: bool) -> tuple[Tensor, 
 
     d_z, sums = launched(("join", bias), parts, outputs, launch)
     return d_z, sums.sum(0) if bias else sums
+
+
+_joined = operator("flash_jvp_training::join_heads")(joined)
 
 
 @_joined.register_fake

@@ -13,7 +13,7 @@ from training.attentions import attend_jvp, ours
 from training.kernels import residual_norm
 from training.kernels.inputs import takes
 from training.kernels.mlp import mlp as fused_mlp
-from training.kernels.self_attention import self_attention
+from training.kernels.self_attention import self_attention, supports
 from training.kernels.split_heads import split_heads as fused_split_heads
 from training.models.jvp_layers import (
     Dropout,
@@ -141,8 +141,10 @@ class SelfAttention(nn.Module):
         """
         few = not isinstance(z, Dual) or 2 * len(z.tangent) <= len(z.primal)
         asis = angles is None and self.qk_norm is None and self.sequence is None
+        if not (few and asis and supports(primal(z), self.heads)):
+            return False
         given = ours(self.attention)
-        return few and asis and given is not None and not given.keywords
+        return given is not None and not given.keywords
 
     def attend(self, *heads: Tensor) -> Tensor:
         if len(heads) == 3:

@@ -89,7 +89,9 @@ def _split(_name: str, p: Problem, c: Call) -> Iterator[Launch]:
 def _bwd_preprocess(_name: str, p: Problem, c: Call) -> Iterator[Launch]:
     out, lse, t_out, mu = c.saved
     read = (c.d_out, c.d_t_out, out, t_out if c.jvp else None)
-    unit = 8 if all(step % 8 == 0 for x in read if x is not None for step in x.stride()[:3]) else 1
+    steps = [step for x in read if x is not None for step in x.stride()[:3]]
+    # a stride from 2³¹ on stays whole: the product of its eighth would be one of 32 bits
+    unit = 8 if all(step % 8 == 0 and step < 2**31 for step in steps) else 1
     args = (
         *(x if x is None else (x, *(step // unit for step in x.stride()[:3])) for x in read),
         *(lse, mu if c.jvp else None, c.h_sum, c.w_sum, c.statistics, c.x.cu_q),

@@ -13,7 +13,7 @@ each other, and the second half reads from L2 what the first has fetched.
 Both warpgroups read what passes and share no result. One's products run under the other's softmax,
 without any order between them. The results of a half are stored under the next one's first scores.
 
-A head dim between 64 and 128 is two pieces, as in `forward.py`. Names of the second end in 2.
+A head dim above 64 and up to 96 is two pieces, as in `forward.py`. Names of the second end in 2.
 """
 
 # Each role unpacks all buffers and barriers, by name, and uses its own. What is known at compile
