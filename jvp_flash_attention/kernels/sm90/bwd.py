@@ -34,6 +34,7 @@ from .primitives import (
     ROWS,
     advance,
     allocate_stages,
+    await_stores,
     barriers,
     first_row,
     keep_alive,
@@ -115,16 +116,6 @@ def _add_product(a, x, x2, d, d2):
 
 
 @gluon.jit
-def _await_stores(stored, stay_free):
-    """The results of the half before have left their slots, which are free."""
-    if stored > 0:
-        tma.store_wait(0)
-        mbarrier.arrive(stay_free.index(stored - 1), count=1)
-        stored = 0
-    return stored
-
-
-@gluon.jit
 def _store(out, x, x2, tile, tile2, buffers, slot, b, h, row, D1: gl.constexpr):
     """A result, through the slot of an operand that has been read."""
     tile.store(x.to(tile.dtype))
@@ -190,7 +181,7 @@ def _consumer(
                 mbarrier.wait(ready.index(slot), phase)
                 s = scores(q, k, q2, k2, zero, True)
                 d_p = scores(d_o, v, d_o2, v2, zero, True)
-                stored = _await_stores(stored, stay_free)
+                stored = await_stores(stored, stay_free)
                 s = warpgroup_mma_wait(PIECES, deps=[s])
                 p = gl.exp2(s * scale2 - gl.expand_dims(lse, 1))
                 d_p = warpgroup_mma_wait(0, deps=[d_p])
@@ -232,7 +223,7 @@ def _consumer(
                 mbarrier.wait(ready.index(slot), phase)
                 s = scores(k, q, k2, q2, zero, True)
                 d_p = scores(v, d_o, v2, d_o2, zero, True)
-                stored = _await_stores(stored, stay_free)
+                stored = await_stores(stored, stay_free)
                 s = warpgroup_mma_wait(PIECES, deps=[s])
                 p = gl.exp2(s * scale2 - gl.expand_dims(lse, 0))
                 w = gl.load(statistics + padded + i)

@@ -44,7 +44,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..portable.primitives import LN2, LOG2E
 from .fwd_primitives import (
-    await_stores,
     finish,
     mask_scores,
     softmax,
@@ -60,6 +59,7 @@ from .primitives import (
     ROWS,
     advance,
     allocate_stages,
+    await_stores,
     barriers,
     declare_flag,
     first_row,
@@ -109,7 +109,8 @@ def _tile_overlapping_p(
     s, t_s = start_scores(q, q2, t_q, t_q2, k, k2, buffers, kj, D1, D2, BLOCK_N, T_Q, T_K)
     warp_scheduler_barrier_arrive(WG)
     s = warpgroup_mma_wait(T_S_PRODUCTS, deps=[s])
-    stored = await_stores(stored, q_free, STAGES_Q)
+    if STAGES_Q > 1:
+        stored = await_stores(stored, q_free)
 
     s, t_s, mask, edge, bj, b_phase = mask_scores(
         WG, s, t_s, buffers, b_ready, b_free, masks, place, scale, scale2, j, bj, b_phase,
@@ -180,7 +181,8 @@ def _tile_overlapping_softmax(
     else:
         s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_free.index(kj), count=1)
-    stored = await_stores(stored, q_free, STAGES_Q)
+    if STAGES_Q > 1:
+        stored = await_stores(stored, q_free)
 
     s, t_s, mask, edge, bj, b_phase = mask_scores(
         WG, s, t_s, buffers, b_ready, b_free, masks, place, scale, scale2, j, bj, b_phase,

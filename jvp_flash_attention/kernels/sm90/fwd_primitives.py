@@ -8,7 +8,7 @@ which is absent where D2 is 0, has the names with a 2.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
 
 from ..portable.primitives import LOG2E
 from .primitives import (
@@ -83,17 +83,6 @@ def start_scores(
         t_k2 = matrix(buffers[3][1], kj, BLOCK_N, D2) if D2 > 0 else None
         t_s = scores(q, t_k, q2, t_k2, t_s, not T_Q)
     return s, t_s
-
-
-@gluon.jit
-def await_stores(stored, q_free, STAGES_Q: gl.constexpr):
-    """The last item's results are out of their buffers, which are free for queries."""
-    if STAGES_Q > 1:
-        if stored > 0:
-            tma.store_wait(0)
-            mbarrier.arrive(q_free.index(stored - 1), count=1)
-            stored = 0
-    return stored
 
 
 @gluon.jit

@@ -91,6 +91,16 @@ def advance(slot, phase, STEP: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
+def await_stores(stored, free):
+    """The last results are out of their slot, number `stored` - 1, which is free; 0: none are."""
+    if stored > 0:
+        tma.store_wait(0)
+        mbarrier.arrive(free.index(stored - 1), count=1)
+        stored = 0
+    return stored
+
+
+@gluon.jit
 def keep_alive(x):
     """No instruction: ties the registers of x to this point, so that none is reused while a product
     still reads them."""
