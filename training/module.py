@@ -1,6 +1,7 @@
 """Glue between a network, an objective and Lightning; no mathematics here."""
 
 from collections.abc import Callable
+from numbers import Number
 from typing import Any
 
 import torch
@@ -130,6 +131,14 @@ class GenerativeModule(LightningModule):
             sums, counts = over_ranks(torch.stack([sums, counts]), "mean")
             means = sums / counts
         self.log_dict({f"train/{name}": mean for name, mean in zip(values, means, strict=True)})
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """A number stays on the host. Lightning would copy it to the GPU, and the host would wait
+        there until all that is queued is done.
+        """
+        if isinstance(value, Number):
+            value = torch.tensor(value, dtype=torch.get_default_dtype())
+        super().log(name, value, *args, **kwargs)
 
     def configure_optimizers(self) -> Any:
         optimizer, scheduler = self.optimizer(self.net.parameters(), self.trainer.max_steps)

@@ -20,10 +20,13 @@ from rich.console import Console
 from jvp_flash_attention import attention as jvp_attention
 from training.attentions import sdpa
 from training.callbacks.checkpoint import Interrupted, LastCheckpoint, interrupted_once, remedy
+from training.callbacks.divergence import Divergence
 from training.callbacks.ema import EMA, choose
+from training.callbacks.loss_by_timestep import LossByTimestep
 from training.callbacks.non_finite_guard import Diverged, NonFiniteGuard
 from training.callbacks.progress import RichProgress
 from training.callbacks.summary import Summary, strict_json
+from training.callbacks.throughput import Throughput
 from training.checkpoints import AtomicCheckpointIO, find_checkpoint, load_checkpoint, refuse_used
 from training.data.digits import Digits
 from training.loggers import wandb as loggers
@@ -39,7 +42,7 @@ class Losses(Callback):
         self.values = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.values.append(float(outputs["metrics"]["error"]))
+        self.values.append(outputs["metrics"]["error"])  # not read: that waits for a GPU
 
 
 def train(folder, steps, *callbacks, resume=None, max_steps=None, optimizer=None, **options):
@@ -54,7 +57,7 @@ def train(folder, steps, *callbacks, resume=None, max_steps=None, optimizer=None
     )
     module = GenerativeModule(net, MeanFlow(data_proportion=0.5, p=0.5), schedule, 3, compile)
     trainer = Trainer(
-        accelerator="cpu",
+        accelerator=options.pop("accelerator", "cpu"),
         max_steps=steps,
         max_epochs=-1,
         logger=options.pop("logger", False),
@@ -67,7 +70,7 @@ def train(folder, steps, *callbacks, resume=None, max_steps=None, optimizer=None
         **options,
     )
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-    return losses.values, module
+    return [float(value) for value in losses.values], module
 
 
 def last(folder, **options):
@@ -416,6 +419,42 @@ def test_a_compiled_objective_trains_like_an_eager_one(tmp_path):
     eager, _ = train(tmp_path, 3, dropout=0.0, attention=jvp_attention)
     compiled, _ = train(tmp_path, 3, dropout=0.0, attention=jvp_attention, compile=True)
     assert compiled == pytest.approx(eager, rel=1e-4)
+
+
+class NoWaiting(Callback):
+    """What would wait for the GPU is an error in the steps after the first ones."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 4:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 8:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_step_without_a_row_does_not_wait_for_the_gpu(tmp_path):
+    callbacks = [Throughput(), NonFiniteGuard(), Divergence(), LossByTimestep(), RichProgress()]
+    options = {"accelerator": "gpu", "log_every_n_steps": 100, "attention": jvp_attention}
+    try:
+        losses, _ = train(
+            tmp_path, 20, *callbacks, NoWaiting(), logger=CSVFile(tmp_path), **options
+        )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(losses) == 20
+
+
+def test_a_number_that_is_logged_stays_on_the_host(tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr(
+        L.LightningModule, "log", lambda self, name, value, **_: given.__setitem__(name, value)
+    )
+    train(tmp_path, 2, Throughput(warmup=0), NonFiniteGuard())
+    assert {"train/lr", "train/skipped", "perf/step_ms"} < given.keys()
+    assert all(isinstance(value, torch.Tensor) for value in given.values())
+    assert given["train/lr"].device.type == "cpu"
 
 
 def test_two_seeds_differ_and_one_seed_repeats(tmp_path):

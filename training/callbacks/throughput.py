@@ -16,24 +16,25 @@ PERCENTILES = {"step_ms_p10": 0.1, "step_ms": 0.5, "step_ms_p90": 0.9}
 
 
 class Clock:
-    """Seconds of steps; on a GPU from events that have passed, read without waiting for others."""
+    """Seconds from one mark to the next; on a GPU between events that have passed, read without
+    waiting for others.
+    """
 
     def __init__(self) -> None:
-        self.marks: deque[tuple[Any, Any]] = deque()
-        self.begun: Any = None
+        self.marks: deque[Any] = deque()
 
-    def start(self, device: torch.device) -> None:
-        self.begun = self._mark() if device.type == "cuda" else time.perf_counter()
-
-    def stop(self) -> None:
-        on_gpu = isinstance(self.begun, torch.cuda.Event)
-        self.marks.append((self.begun, self._mark() if on_gpu else time.perf_counter()))
+    def mark(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            self.marks.append(time.perf_counter())
+            return
+        self.marks.append(torch.cuda.Event(enable_timing=True))
+        self.marks[-1].record()
 
     def known(self) -> list[float]:
-        """Of the steps that are over and were not asked for yet."""
+        """What is over and was not asked for yet."""
         found = []
-        while self.marks:
-            start, end = self.marks[0]
+        while len(self.marks) > 1:
+            start, end = self.marks[0], self.marks[1]
             if not isinstance(start, torch.cuda.Event):
                 found.append(end - start)
             elif end.query():
@@ -42,11 +43,6 @@ class Clock:
                 break
             self.marks.popleft()
         return found
-
-    def _mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
 
 class Throughput(Callback):
@@ -57,9 +53,10 @@ class Throughput(Callback):
     perf/tflops                useful operations (``metrics.flops``) of one process, at the median
     perf/mfu                   the same as a share of ``peak_tflops``
 
-    A step is timed from the start of its (first) batch to the end of the optimizer's step, on a GPU
-    between two events on the device, which is not kept waiting. The first ``warmup`` steps, in
-    which kernels are compiled and tuned, are forgotten afterwards.
+    A step is timed from the start of its (first) batch to that of the next step: averages, logging
+    and the wait for data count too. On a GPU that is between two events on the device, which is not
+    kept waiting. The first ``warmup`` steps, in which kernels are compiled and tuned, are forgotten
+    afterwards.
 
     ``peak_tflops``: of one device; None looks it up for data-centre GPUs in half precision, and
     where it is not known there is no perf/mfu.
@@ -85,7 +82,7 @@ class Throughput(Callback):
             self.flops = self._count(pl_module, *batch) // shared
             self.peak = self.peak or peak_tflops(pl_module.device, str(trainer.precision))
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self.clock.start(pl_module.device)
+            self.clock.mark(pl_module.device)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -93,7 +90,6 @@ class Throughput(Callback):
         batches = trainer.accumulate_grad_batches
         if (batch_idx + 1) % batches:
             return
-        self.clock.stop()
         for duration in self.clock.known():
             if self.steps == self.warmup:
                 self.durations.clear()
