@@ -74,7 +74,7 @@ def test_thirty_steps_leave_all_files_and_a_table(runs, attention):
     assert summary["steps"] == 30
     for title in ("error (unweighted)", "du/dt RMS", "accuracy of samples"):
         assert title in outputs[attention]
-    assert "ms per step (median of the last 20)" in outputs[attention]  # without ten of warm-up
+    assert "ms per step (median of the last 19)" in outputs[attention]  # without ten of warm-up
     assert "samples per second (the last 20 steps)" in outputs[attention]
 
 

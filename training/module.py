@@ -1,7 +1,6 @@
 """Glue between a network, an objective and Lightning; no mathematics here."""
 
 from collections.abc import Callable
-from numbers import Number
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from training.context_parallel import ContextParallel, data_place
 from training.distributed import over_ranks
 from training.objectives.objective import OPTIONAL, Objective
 from training.randomness import Draws, key
+from training.rows import Rows
 from training.sharding import is_sharded
 from training.step import Step, teachers
 from training.strategies import Sharded
@@ -47,6 +47,7 @@ class GenerativeModule(LightningModule):
         self.context = context
         objective.setup(net)
         self.step = Step(net, objective, compile, cuda_graphs)
+        self.rows = Rows()
         self.batches: list[dict[str, torch.Tensor]] = []  # metrics of those since the last step
 
     def configure_model(self) -> None:
@@ -81,13 +82,14 @@ class GenerativeModule(LightningModule):
         return self.objective.sample(x, y, null_label, draws)
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> dict:
+        self.rows.begin(self.global_step)
         # Dropout inside the network: of tokens, which no other process has.
         torch.manual_seed(key(*self._where(batch_idx), self.global_rank, "layers"))
         sample = self.sample(batch, batch_idx)
         loss, metrics, errors = self.step(sample)
         means = self._of_step({"loss": loss.detach(), **metrics}, batch_idx)
         if means is not None:
-            self._log_means(means)
+            self._record_means(means)
         times = getattr(sample, "t", None)
         # Lightning divides the loss by the number of accumulated batches; ``means`` has the step's.
         return {
@@ -120,25 +122,28 @@ class GenerativeModule(LightningModule):
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         self.step.backward(loss)
 
-    def _log_means(self, values: dict[str, torch.Tensor]) -> None:
+    def _record_means(self, values: dict[str, torch.Tensor]) -> None:
         """Means over the processes, in one exchange, where a row is going to be written."""
         means = torch.stack([value.float() for value in values.values()])
         last = self.trainer.max_steps - 1
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0 or self.global_step == last:  # type: ignore[attr-defined]
-            seen = [name not in OPTIONAL or not value.isnan() for name, value in values.items()]
-            counts = torch.tensor(seen, device=means.device, dtype=means.dtype)
+            missing = [
+                value.isnan() if name in OPTIONAL else torch.zeros_like(value, dtype=torch.bool)
+                for name, value in values.items()
+            ]
+            counts = 1.0 - torch.stack(missing).float()
             sums = torch.where(counts > 0, means, 0)
             sums, counts = over_ranks(torch.stack([sums, counts]), "mean")
             means = sums / counts
-        self.log_dict({f"train/{name}": mean for name, mean in zip(values, means, strict=True)})
+        for name, mean in zip(values, means, strict=True):
+            self.rows.record(f"train/{name}", mean)
 
-    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """A number stays on the host. Lightning would copy it to the GPU, and the host would wait
-        there until all that is queued is done.
-        """
-        if isinstance(value, Number):
-            value = torch.tensor(value, dtype=torch.get_default_dtype())
-        super().log(name, value, *args, **kwargs)
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.rows.end(self.trainer)
+
+    def on_train_epoch_end(self) -> None:
+        """Of the stream, which ends with the run."""
+        self.rows.finish(self.trainer)
 
     def configure_optimizers(self) -> Any:
         optimizer, scheduler = self.optimizer(self.net.parameters(), self.trainer.max_steps)
@@ -152,7 +157,9 @@ class GenerativeModule(LightningModule):
         self.objective.after_step(self.net)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.log("train/lr", optimizer.param_groups[0]["lr"])
+        self.rows.record("train/lr", optimizer.param_groups[0]["lr"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.rows.end(self.trainer)  # a run that goes on from here begins with the next row
+        self.rows.flush(self.trainer)
         checkpoint["config"], checkpoint["data"] = self.config, self.data

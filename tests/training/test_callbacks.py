@@ -40,7 +40,9 @@ class Fake:
         )
         self.logged = {}
         self.module = SimpleNamespace(
-            log=lambda name, value, **_: self.logged.__setitem__(name, float(value)),
+            rows=SimpleNamespace(
+                record=lambda name, value: self.logged.__setitem__(name, float(value))
+            ),
             net=net,
             objective=objective,
             device=torch.device("cpu"),

@@ -116,7 +116,7 @@ def work(rank, world, folder):
             results["alike"] = counts(module)
             module.step.exchange = None
             results["unlike"] = counts(module)
-        results[name] = keep.gradients, weights, float(trainer.callback_metrics["train/error"])
+        results[name] = keep.gradients, weights, module.rows.known["train/error"]
     results["parts"] = [exchanged_in(parts, rank) for parts in (1, 8, 50)]
     torch.save(results, f"{folder}/{rank}.pt")
 

@@ -1,5 +1,6 @@
 """A run whose error explodes without ever being infinite is ended, not paid for."""
 
+import math
 import statistics
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from training.callbacks.non_finite_guard import Diverged
-from training.distributed import over_ranks
+from training.distributed import Later, over_ranks
 from training.validation import between, positive_integer
 
 
@@ -23,7 +24,8 @@ class Divergence(Callback):
         positive_integer("callbacks.divergence.window", window)
         self.factor, self.window = factor, window
         self.best: float | None = None
-        self.errors: list[torch.Tensor] = []  # read once a window: reading waits for the device
+        self.errors: list[torch.Tensor] = []  # of the window so far
+        self.later = Later()
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -36,18 +38,32 @@ class Divergence(Callback):
     ) -> None:
         if outputs["means"] is not None:
             self.errors.append(outputs["means"]["error"])
+        self._judge_flushed(trainer)
         if len(self.errors) < self.window:
             return
-        errors = over_ranks(torch.stack(self.errors), "mean")
-        self.errors.clear()
-        finite = errors[errors.isfinite()].tolist()
+        errors, self.errors = over_ranks(torch.stack(self.errors), "mean"), []
+        for known in self.later(errors):
+            self._judge(known, trainer.global_step)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Weights that diverged replace none that did not."""
+        self._judge_flushed(trainer)
+
+    def _judge_flushed(self, trainer: Trainer) -> None:
+        for errors in self.later.flush():  # of the step before
+            self._judge(errors, trainer.global_step)
+
+    def _judge(self, errors: list[float], step: int) -> None:
+        finite = [error for error in errors if math.isfinite(error)]
         if not finite:
             return  # the guard's affair
         median = statistics.median(finite)
         if self.best is not None and median > self.factor * self.best:
             raise Diverged(
                 f"the error (train/error) has grown to {median:.4g}, {median / self.best:.0f} times"
-                f" its best, at step {trainer.global_step}; lower optimizer.lr, set"
+                f" its best, at step {step}; lower optimizer.lr, set"
                 " trainer.gradient_clip_val, or raise callbacks.divergence.factor (now"
                 f" {self.factor:g}), then resume from an earlier checkpoint"
             )

@@ -1,6 +1,5 @@
 """The error by time: where on the path from noise to data a network is good or bad."""
 
-import math
 from itertools import pairwise
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from training.distributed import over_ranks
+from training.rows import Rows
 from training.validation import between, positive_integer
 
 
@@ -43,7 +43,8 @@ class LossByTimestep(Callback):
         self.sums[1].index_add_(0, interval, torch.ones_like(errors, dtype=torch.float))
         whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if whole and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            sums, counts = over_ranks(self.sums, "mean").tolist()
-            for name, total, count in zip(self.names, sums, counts, strict=True):
-                pl_module.log(name, total / count if count else math.nan)  # not the value before
+            sums, counts = over_ranks(self.sums, "mean")
+            rows: Rows = pl_module.rows  # type: ignore[assignment]
+            for name, mean in zip(self.names, sums / counts, strict=True):  # 0 / 0 is NaN
+                rows.record(name, mean)
             self.sums.zero_()

@@ -6,6 +6,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from training.distributed import Later, over_ranks
+from training.rows import Rows
 from training.sharding import beside, whole
 from training.validation import positive_integer
 
@@ -64,8 +65,9 @@ class NonFiniteGuard(Callback):
                 " optimizer.lr, set trainer.gradient_clip_val, or use"
                 " trainer.precision=32-true, then resume from the last checkpoint"
             )
-        pl_module.log("train/grad_norm", norm)
-        pl_module.log("train/skipped", float(self.skipped))
+        rows: Rows = pl_module.rows  # type: ignore[assignment]
+        rows.record("train/grad_norm", norm)
+        rows.record("train/skipped", self.skipped)
 
     def _count(self, known: list[list[float]]) -> bool:
         """Whether the last of these steps was skipped."""

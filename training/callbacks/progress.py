@@ -1,5 +1,6 @@
 """Progress on the terminal."""
 
+import math
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -8,6 +9,7 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 
 from training.progress import bar_of
+from training.rows import Rows
 
 EVERY = 100  # steps between two lines of a run whose end is not a number of steps
 FIELDS = "step {step:.1f} ms  loss {loss:.4f}  error {error:.4f}"
@@ -56,15 +58,16 @@ class RichProgress(ProgressBar):
         every = 10 if self.bar else _lines(last)
         if not self.enabled or (step % every and step != last) or outputs["means"] is None:
             return
-        text = FIELDS.format(
-            step=float(trainer.callback_metrics.get("perf/step_ms", float("nan"))),
-            loss=float(outputs["means"]["loss"]),
-            error=float(outputs["means"]["error"]),
-        )
-        if self.bar:
+        rows: Rows = pl_module.rows  # type: ignore[assignment]
+        ms = rows.values.get("perf/step_ms", math.nan)
+        if self.bar:  # moves often, and does not wait for this step's numbers
+            loss, error = (rows.known.get(f"train/{name}", math.nan) for name in ("loss", "error"))
+            text = FIELDS.format(step=ms, loss=loss, error=error)
             self.bar.update(self.task, completed=step, text=text)
         else:
+            loss, error = (float(outputs["means"][name]) for name in ("loss", "error"))
             of = f"{step}/{last}" if last > 0 else f"{step}"
+            text = FIELDS.format(step=ms, loss=loss, error=error)
             self.console.print(f"{of}  {text}", highlight=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -43,7 +43,7 @@ class Snapshots(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         now = self.seconds()
-        pl_module.log("perf/seconds", now)
+        pl_module.rows.record("perf/seconds", now)  # type: ignore[union-attr]
         if now < (self.written + 1) * self.every or not trainer.is_global_zero:
             return
         self.written = int(now / self.every)

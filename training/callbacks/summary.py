@@ -77,17 +77,10 @@ class Summary(Callback):
         if outputs["means"] is not None:  # a step, not one of the batches that it accumulates
             self.history.append(outputs["means"])
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Whatever the logging interval, the last step is logged."""
-        if trainer.callback_metrics and trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=trainer.global_step - 1)
-
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or not self.history:
             return
-        now = trainer.callback_metrics
+        now: dict[str, float] = pl_module.rows.known  # type: ignore[union-attr,assignment]
         summary: dict[str, Any] = {
             "steps": trainer.global_step,
             "seconds": round(self.seconds(), 1),
@@ -99,7 +92,7 @@ class Summary(Callback):
             summary[name] = sum(values) / len(values)
         for name in FROM_THE_LOG:
             if name in now:
-                summary[name.split("/")[1]] = float(now[name])
+                summary[name.split("/")[1]] = now[name]
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SampleQuality):
                 summary |= callback.result

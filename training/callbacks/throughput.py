@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from training.context_parallel import data_place
 from training.metrics.flops import peak_tflops, step_flops
+from training.rows import Rows
 from training.validation import between, positive_integer
 
 PERCENTILES = {"step_ms_p10": 0.1, "step_ms": 0.5, "step_ms_p90": 0.9}
@@ -97,18 +98,19 @@ class Throughput(Callback):
             self.durations.append(duration)
         if not self.durations:
             return
+        rows: Rows = pl_module.rows  # type: ignore[assignment]
         times = torch.tensor(self.durations, dtype=torch.float64)
         for name, share in PERCENTILES.items():
             value = 1000 * float(times.quantile(share))
-            pl_module.log(f"perf/{name}", value, prog_bar=name == "step_ms")
+            rows.record(f"perf/{name}", value)
         median = float(times.quantile(0.5))
         samples = len(batch[0]) * batches * data_place(trainer)[1]
-        pl_module.log("perf/samples_per_s", samples / median)
+        rows.record("perf/samples_per_s", samples / median)
         if self.flops:
             tflops = self.flops * batches / median / 1e12
-            pl_module.log("perf/tflops", tflops)
+            rows.record("perf/tflops", tflops)
             if self.peak:
-                pl_module.log("perf/mfu", tflops / self.peak)
+                rows.record("perf/mfu", tflops / self.peak)
 
     def _count(self, module: Any, x: torch.Tensor, y: torch.Tensor) -> int:
         try:
