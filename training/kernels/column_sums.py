@@ -8,9 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from jvp_flash_attention.kernels.launch_cache import Launch
+from jvp_flash_attention.kernels.problem import cdiv
 from training.kernels.launch import launched
 
-ROWS, TILE, COLUMNS = 128, 32, 64  # of a program, at a time, and side by side
+TILE, COLUMNS, WARPS = 32, 64, 2  # rows at a time, and side by side, of a program
+PROGRAMS = 2048  # at most so many, which run at once: all of the same size end together
 
 
 @triton.jit
@@ -28,7 +30,7 @@ def _column_sums(
     first = tl.program_id(0) * ROWS
     w = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([TILE, COLUMNS], tl.float32)
-    for i in range(0, ROWS, TILE):
+    for i in tl.range(0, ROWS, TILE, loop_unroll_factor=2):
         at, valid = places(first + i + tl.arange(0, TILE), w, rows, W)  # pyright: ignore
         total += tl.load(X + at, mask=valid, other=0.0).to(tl.float32)
     tl.store(SUMS + tl.program_id(0) * W + w, tl.sum(total, 0), mask=w < W)
@@ -40,11 +42,13 @@ def column_sums(x: Tensor, wanted: bool = True) -> Tensor:
         return x.new_empty(0, dtype=torch.float32)
     width = x.shape[-1]
     rows = x.numel() // width
-    chunks = -(-rows // ROWS)
+    strips = cdiv(width, COLUMNS)
+    each = max(TILE, triton.next_power_of_2(cdiv(rows, max(1, PROGRAMS // strips))))
+    chunks = cdiv(rows, each)
 
     def launch(sums: Tensor) -> Launch:
-        constexprs = {"ROWS": ROWS, "TILE": TILE, "COLUMNS": COLUMNS, "num_warps": 2}
-        grid = (chunks, -(-width // COLUMNS))
+        constexprs = {"ROWS": each, "TILE": TILE, "COLUMNS": COLUMNS, "num_warps": WARPS}
+        grid = (chunks, strips)
         return Launch(_column_sums, grid, (x, sums, rows, width), constexprs)
 
     outputs = lambda: (x.new_empty(chunks, width, dtype=torch.float32),)  # noqa: E731
