@@ -58,6 +58,14 @@ def runs(tmp_path_factory):
     return folder, outputs
 
 
+def test_without_the_checkpoint_callback_no_checkpoint_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where Lightning would write its own
+    off = ["callbacks.checkpoint=null", "callbacks.sample_quality=null", "logger=csv"]
+    in_process("train.py", *FAST, "trainer.max_steps=2", *off, f"hydra.run.dir={tmp_path}/run")
+    assert (tmp_path / "run" / "summary.json").is_file()
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
 @pytest.mark.parametrize("attention", ["jvp", "sdpa", "reference"])
 def test_thirty_steps_leave_all_files_and_a_table(runs, attention):
     folder, outputs = runs

@@ -3,8 +3,11 @@
 import logging
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from hydra.utils import instantiate
+from lightning import Callback
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -48,7 +51,8 @@ def _train(config: DictConfig, run_dir: Path, *notes: str) -> None:
     if resumed and checkpoint:
         checked(checkpoint["config"], resumed)
         refuse_changed(config, checkpoint, resumed)
-    ending, limits = [], {}
+    ending: list[Callback] = []
+    limits: dict[str, Any] = {}
     if resumed and checkpoint and (limit := over(config.trainer, checkpoint)):
         step = checkpoint["global_step"]
         own = run_dir.resolve() in resumed.resolve().parents
@@ -68,6 +72,8 @@ def _train(config: DictConfig, run_dir: Path, *notes: str) -> None:
     module.objective.prepare(data.shape, data.num_classes)
     callbacks = [instantiate(c) for c in config.callbacks.values() if c]
     loggers = [logger for c in config.logger.values() if c and (logger := instantiate(c))]
+    if not any(isinstance(callback, Checkpoint) for callback in callbacks):
+        limits["enable_checkpointing"] = False  # nor any of Lightning's own
     trainer = instantiate(
         config.trainer,
         callbacks=callbacks + ending,
