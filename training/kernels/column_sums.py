@@ -11,7 +11,7 @@ from jvp_flash_attention.kernels.launch_cache import Launch
 from jvp_flash_attention.kernels.problem import cdiv
 from training.kernels.launch import launched
 
-TILE, COLUMNS, WARPS = 32, 64, 2  # rows at a time, and side by side, of a program
+TILE, COLUMNS, WARPS = 8, 256, 2  # rows at a time, and side by side, of a program
 PROGRAMS = 2048  # at most so many, which run at once: all of the same size end together
 
 
@@ -30,7 +30,7 @@ def _column_sums(
     first = tl.program_id(0) * ROWS
     w = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([TILE, COLUMNS], tl.float32)
-    for i in tl.range(0, ROWS, TILE, loop_unroll_factor=2):
+    for i in tl.range(0, ROWS, TILE, loop_unroll_factor=2):  # pyright: ignore
         at, valid = places(first + i + tl.arange(0, TILE), w, rows, W)  # pyright: ignore
         total += tl.load(X + at, mask=valid, other=0.0).to(tl.float32)
     tl.store(SUMS + tl.program_id(0) * W + w, tl.sum(total, 0), mask=w < W)
