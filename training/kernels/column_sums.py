@@ -43,7 +43,8 @@ def column_sums(x: Tensor, wanted: bool = True) -> Tensor:
     width = x.shape[-1]
     rows = x.numel() // width
     strips = cdiv(width, COLUMNS)
-    each = max(TILE, triton.next_power_of_2(cdiv(rows, max(1, PROGRAMS // strips))))
+    share = cdiv(rows, max(1, PROGRAMS // strips))
+    each = max(TILE, 1 << (share - 1).bit_length())
     chunks = cdiv(rows, each)
 
     def launch(sums: Tensor) -> Launch:
