@@ -1,6 +1,7 @@
 """One run of scripts/train.py, from its configuration to the last file."""
 
 import logging
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -92,4 +93,9 @@ def _train(config: DictConfig, run_dir: Path, *notes: str) -> None:
     for logger in loggers:
         logger.log_hyperparams(module.config)
     with interrupted_once(callbacks):
-        trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
+        except BaseException:
+            with suppress(Exception):  # a lost GPU gives no numbers
+                module.rows.flush(trainer)
+            raise

@@ -59,7 +59,7 @@ class Rows:
             self._write(trainer, numbers)
 
     def _hand_in(self, trainer: Trainer) -> None:
-        self.handed, self.unwritten = (self.step, self.values), False
+        self.handed, self.unwritten = (self.step, dict(self.values)), False
         tensors = [x.float() for x in self.values.values() if isinstance(x, torch.Tensor)]
         for numbers in self.later(torch.stack(tensors)) if tensors else [[]]:
             self._write(trainer, numbers)
@@ -69,5 +69,5 @@ class Rows:
         read, tensor = iter(numbers), torch.Tensor
         self.known = {k: next(read) if isinstance(v, tensor) else v for k, v in values.items()}
         for logger in trainer.loggers:
-            logger.log_metrics(self.known, step)
+            logger.log_metrics(dict(self.known), step)
             logger.save()

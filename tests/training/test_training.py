@@ -479,6 +479,32 @@ def test_a_row_has_the_numbers_of_its_step_also_where_they_come_later(tmp_path, 
     assert [float(row["train/error"]) for row in rows["now"]] == [losses[i] for i in written]
 
 
+def test_a_window_that_is_known_later_is_judged_before_a_checkpoint(monkeypatch):
+    monkeypatch.setattr("training.callbacks.divergence.Later", Waits)
+    divergence, trainer = Divergence(factor=10, window=2), SimpleNamespace(global_step=0)
+
+    def window(error):
+        for _ in range(2):
+            trainer.global_step += 1
+            outputs = {"means": {"error": torch.tensor(error)}}
+            divergence.on_train_batch_end(trainer, None, outputs, None, 0)
+
+    window(1.0)
+    assert divergence.best is None  # not known yet
+    assert divergence.state_dict() == {"best": 1.0}
+    window(50.0)
+    with pytest.raises(Diverged, match="50 times its best, at step 4"):
+        divergence.state_dict()
+
+
+def test_the_bar_on_a_terminal_shows_numbers_from_the_first_to_the_last_step(tmp_path):
+    progress, printed = RichProgress(), io.StringIO()
+    progress.console = Console(file=printed, force_terminal=True, width=200)
+    losses, _ = train(tmp_path, 12, progress, log_every_n_steps=5, logger=CSVFile(tmp_path))
+    assert f"error {losses[-1]:.4f}" in printed.getvalue()
+    assert "nan" not in printed.getvalue()
+
+
 def test_a_step_that_an_error_ends_is_in_no_row():
     rows, trainer = Rows(), SimpleNamespace(global_step=0, log_every_n_steps=1, loggers=[])
     rows.begin(0)

@@ -26,8 +26,11 @@ class Divergence(Callback):
         self.best: float | None = None
         self.errors: list[torch.Tensor] = []  # of the window so far
         self.later = Later()
+        self.step = 0  # the last one of the window that was handed in
 
     def state_dict(self) -> dict[str, Any]:
+        """A window that has just ended is judged before a checkpoint is written."""
+        self._judge_known()
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -38,24 +41,20 @@ class Divergence(Callback):
     ) -> None:
         if outputs["means"] is not None:
             self.errors.append(outputs["means"]["error"])
-        self._judge_flushed(trainer)
+        self._judge_known()
         if len(self.errors) < self.window:
             return
         errors, self.errors = over_ranks(torch.stack(self.errors), "mean"), []
+        self.step = trainer.global_step
         for known in self.later(errors):
-            self._judge(known, trainer.global_step)
+            self._judge(known)
 
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Weights that diverged replace none that did not."""
-        self._judge_flushed(trainer)
+    def _judge_known(self) -> None:
+        """The window that ended with the step before, where a GPU computes."""
+        for errors in self.later.flush():
+            self._judge(errors)
 
-    def _judge_flushed(self, trainer: Trainer) -> None:
-        for errors in self.later.flush():  # of the step before
-            self._judge(errors, trainer.global_step)
-
-    def _judge(self, errors: list[float], step: int) -> None:
+    def _judge(self, errors: list[float]) -> None:
         finite = [error for error in errors if math.isfinite(error)]
         if not finite:
             return  # the guard's affair
@@ -63,7 +62,7 @@ class Divergence(Callback):
         if self.best is not None and median > self.factor * self.best:
             raise Diverged(
                 f"the error (train/error) has grown to {median:.4g}, {median / self.best:.0f} times"
-                f" its best, at step {step}; lower optimizer.lr, set"
+                f" its best, at step {self.step}; lower optimizer.lr, set"
                 " trainer.gradient_clip_val, or raise callbacks.divergence.factor (now"
                 f" {self.factor:g}), then resume from an earlier checkpoint"
             )

@@ -1,6 +1,5 @@
 """Progress on the terminal."""
 
-import math
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -12,7 +11,7 @@ from training.progress import bar_of
 from training.rows import Rows
 
 EVERY = 100  # steps between two lines of a run whose end is not a number of steps
-FIELDS = "step {step:.1f} ms  loss {loss:.4f}  error {error:.4f}"
+FIELDS = "loss {loss:.4f}  error {error:.4f}"
 
 
 def _lines(last: int) -> int:
@@ -59,15 +58,16 @@ class RichProgress(ProgressBar):
         if not self.enabled or (step % every and step != last) or outputs["means"] is None:
             return
         rows: Rows = pl_module.rows  # type: ignore[assignment]
-        ms = rows.values.get("perf/step_ms", math.nan)
-        if self.bar:  # moves often, and does not wait for this step's numbers
-            loss, error = (rows.known.get(f"train/{name}", math.nan) for name in ("loss", "error"))
-            text = FIELDS.format(step=ms, loss=loss, error=error)
+        if self.bar and rows.known and step != last:  # it moves often, and waits for no GPU
+            found = {name: rows.known[f"train/{name}"] for name in ("loss", "error")}
+        else:
+            found = {name: float(outputs["means"][name]) for name in ("loss", "error")}
+        ms = rows.values.get("perf/step_ms")
+        text = (f"step {ms:.1f} ms  " if ms is not None else "") + FIELDS.format(**found)
+        if self.bar:
             self.bar.update(self.task, completed=step, text=text)
         else:
-            loss, error = (float(outputs["means"][name]) for name in ("loss", "error"))
             of = f"{step}/{last}" if last > 0 else f"{step}"
-            text = FIELDS.format(step=ms, loss=loss, error=error)
             self.console.print(f"{of}  {text}", highlight=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -47,7 +47,7 @@ class Clock:
 
 
 class Throughput(Callback):
-    """Logs, over the last ``window`` optimizer steps:
+    """Logs, over the last ``window`` optimizer steps that are over:
 
     perf/step_ms, _p10, _p90   median and percentiles of the time of a step
     perf/samples_per_s         of all processes, at the median
