@@ -62,8 +62,8 @@ STEPS = [meanflow, through_the_tangent]
 STEPS += [pytest.param(f, marks=pytest.mark.slow) for f in THOROUGH]
 # inductor compiles a loss through the tangent in test_window.py too
 ON_CPU = [(meanflow, "inductor"), (through_the_tangent, "inductor" if OLDER else "aot_eager")]
-THOROUGH += [] if OLDER else [through_the_tangent]
-ON_CPU += [pytest.param(f, "inductor", marks=pytest.mark.slow) for f in THOROUGH]
+NIGHTLY = THOROUGH if OLDER else [*THOROUGH, through_the_tangent]
+ON_CPU += [pytest.param(f, "inductor", marks=pytest.mark.slow) for f in NIGHTLY]
 
 
 @pytest.mark.parametrize(("step", "backend"), ON_CPU)

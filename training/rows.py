@@ -38,19 +38,17 @@ class Rows:
         self.values[name] = value.detach() if isinstance(value, torch.Tensor) else float(value)
         self.unwritten = True
 
-    def end(self, trainer: Trainer) -> None:
+    def end(self, trainer: Trainer, last: bool = False) -> None:
         """Nothing where the step is not made, as when an error ends it, or is in a row already."""
         if trainer.global_step != self.step + 1 or not self.unwritten:
             return
         self.flush(trainer)
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if last or trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._hand_in(trainer)
 
     def finish(self, trainer: Trainer) -> None:
         """Whatever the interval, the last step has a row."""
-        self.flush(trainer)
-        if trainer.global_step == self.step + 1 and self.unwritten:
-            self._hand_in(trainer)
+        self.end(trainer, last=True)
         self.flush(trainer)
 
     def flush(self, trainer: Trainer) -> None:
