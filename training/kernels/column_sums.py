@@ -10,6 +10,7 @@ from torch import Tensor
 from jvp_flash_attention.kernels.launch_cache import Launch
 from jvp_flash_attention.kernels.problem import cdiv
 from training.kernels.launch import launched
+from training.kernels.partial_sums import sum_parts
 
 TILE, COLUMNS, WARPS = 8, 256, 2  # rows at a time, and side by side, of a program
 PROGRAMS = 2048  # at most so many, which run at once: all of the same size end together
@@ -24,34 +25,47 @@ def places(row, w, rows, W):
 
 @triton.jit
 def _column_sums(
-    X, SUMS,  # SUMS (programs, W)
-    rows, W, ROWS: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+    X, SUMS,  # X (rows, parts, W), SUMS (programs, parts, W)
+    rows, W, stride_row, stride_part, zero,
+    ROWS: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * ROWS
+    part = tl.program_id(2)
     w = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    X += part.to(tl.int64) * stride_part
     total = tl.zeros([TILE, COLUMNS], tl.float32)
-    for i in tl.range(0, ROWS, TILE, loop_unroll_factor=2):  # pyright: ignore
-        at, valid = places(first + i + tl.arange(0, TILE), w, rows, W)  # pyright: ignore
-        total += tl.load(X + at, mask=valid, other=0.0).to(tl.float32)
-    tl.store(SUMS + tl.program_id(0) * W + w, tl.sum(total, 0), mask=w < W)
+    end = tl.where(part == zero, 0, ROWS)
+    for i in tl.range(0, end, TILE, loop_unroll_factor=2):  # pyright: ignore
+        row = first + i + tl.arange(0, TILE)  # pyright: ignore
+        at = row[:, None].to(tl.int64) * stride_row + w[None, :]
+        there = (row < rows)[:, None] & (w < W)[None, :]
+        total += tl.load(X + at, mask=there, other=0.0).to(tl.float32)
+    into = SUMS + (tl.program_id(0) * tl.num_programs(2) + part) * W
+    tl.store(into + w, tl.sum(total, 0), mask=w < W)
 
 
 def column_sums(x: Tensor, wanted: bool = True) -> Tensor:
     """Σ over all but the last dimension, in float32; empty where it is not wanted. x contiguous."""
     if not wanted:
         return x.new_empty(0, dtype=torch.float32)
-    width = x.shape[-1]
-    rows = x.numel() // width
-    strips = cdiv(width, COLUMNS)
-    share = cdiv(rows, max(1, PROGRAMS // strips))
+    return part_sums(x.view(-1, 1, x.shape[-1]))[0]
+
+
+def part_sums(x: Tensor, zero: int | None = None) -> Tensor:
+    """Σ over the rows of (rows, parts, W), in float32. Columns lie beside each other. ``zero``: the
+    part whose sums are known to be zero; it is not read.
+    """
+    rows, parts, width = x.shape
+    strips, read = cdiv(width, COLUMNS), parts - (zero is not None)
+    share = cdiv(rows, max(1, PROGRAMS // (strips * read)))
     each = max(TILE, 1 << (share - 1).bit_length())
     chunks = cdiv(rows, each)
 
     def launch(sums: Tensor) -> Launch:
         constexprs = {"ROWS": each, "TILE": TILE, "COLUMNS": COLUMNS, "num_warps": WARPS}
-        grid = (chunks, strips)
-        return Launch(_column_sums, grid, (x, sums, rows, width), constexprs)
+        args = (x, sums, rows, width, *x.stride()[:2], -1 if zero is None else zero)
+        return Launch(_column_sums, (chunks, strips, parts), args, constexprs)
 
-    outputs = lambda: (x.new_empty(chunks, width, dtype=torch.float32),)  # noqa: E731
-    (sums,) = launched(("column sums",), (x,), outputs, launch)
-    return sums.sum(0)
+    outputs = lambda: (x.new_empty(chunks, parts * width, dtype=torch.float32),)  # noqa: E731
+    (sums,) = launched(("column sums", zero), (x,), outputs, launch)
+    return sum_parts(sums[None]).view(parts, width)

@@ -16,6 +16,7 @@ from torch import Tensor
 from jvp_flash_attention.kernels.launch_cache import Launch
 from training.kernels.column_sums import places
 from training.kernels.launch import launched
+from training.kernels.partial_sums import sum_parts
 
 CUBE = tl.constexpr(0.044715)
 TWICE = tl.constexpr(1.5957691216057308)  # 2 √(2/π)
@@ -99,4 +100,4 @@ def gelu_backward(z: Tensor, d_h: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
         return Launch(_gelu_backward, (chunks, -(-width // COLUMNS)), args, constexprs)
 
     d_z, sums = launched(("gelu backward", bias), (z, d_h), outputs, launch)
-    return d_z, sums.sum(0) if bias else sums
+    return d_z, sum_parts(sums[None])[0] if bias else sums

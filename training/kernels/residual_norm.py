@@ -27,6 +27,7 @@ from jvp_flash_attention.kernels.launch_cache import Launch
 from jvp_flash_attention.operators import operator
 from training.kernels.inputs import takes
 from training.kernels.launch import launched
+from training.kernels.partial_sums import sum_parts
 
 EPSILON = tl.constexpr(1e-6)
 MAX_WIDTH = 4096
@@ -216,7 +217,7 @@ def _backward(
         return Launch(_residual_norm_backward, (images, chunks), args, constexprs)
 
     into, d_y, sums = launched(("residual norm backward", rms), inputs, outputs, launch)
-    return into, d_y, sums.sum(1) if chunks > 1 else sums[:, 0].clone()
+    return into, d_y, sum_parts(sums.flatten(2)).view(images, 3, width)
 
 
 @_backward.register_fake

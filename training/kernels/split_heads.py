@@ -16,6 +16,7 @@ from torch import Tensor
 from jvp_flash_attention.kernels.launch_cache import Launch
 from jvp_flash_attention.operators import operator
 from training.kernels.launch import launched
+from training.kernels.partial_sums import sum_parts
 
 ROWS, TILE, COLUMNS = 256, 32, 128  # of a program, at a time, and side by side
 
@@ -68,7 +69,7 @@ def joined(d_q: Tensor, d_k: Tensor, d_v: Tensor, bias: bool) -> tuple[Tensor, T
         return Launch(_join, grid, args, {**constexprs, "num_warps": 4})
 
     d_z, sums = launched(("join", bias), parts, outputs, launch)
-    return d_z, sums.sum(0) if bias else sums
+    return d_z, sum_parts(sums[None])[0] if bias else sums
 
 
 _joined = operator("flash_jvp_training::join_heads")(joined)
