@@ -15,8 +15,10 @@ from .problem import DETAILS, architecture
 # few hundred larger calls win back. Compiled code returns to the same shapes at every step, and
 # smaller calls win it back too.
 PAIRS, PAIRS_COMPILED = 2**28, 2**24
-# Up to so many pairs in a head `sm90/bwd.py` computes the gradients faster. It supports what cuDNN
-# does but for causal masks, few keys and small head dims.
+# A forward goes to `sm90/forward_plain.py`, which plans nothing and is slower at some 1,024 tokens
+# of 64 columns alone (4 %), but for causal masks and small head dims. Up to so many pairs in a head
+# `sm90/bwd.py` computes the gradients faster. It supports what cuDNN does but for causal masks, few
+# keys and small head dims.
 PAIRS_OF_A_HEAD = 2**21
 
 
@@ -27,8 +29,13 @@ def pays(x: Inputs, spec: Spec) -> bool:
     return B * H * L * x.k.shape[2] >= least
 
 
+def pays_forward(x: Inputs, spec: Spec) -> bool:
+    """The same of a forward without a tangent."""
+    return pays(x, spec) and (spec.causal or x.q.shape[3] <= 32)
+
+
 def pays_backward(x: Inputs, spec: Spec) -> bool:
-    """The same of the gradients."""
+    """The same of the gradients of O."""
     _, _, L, D = x.q.shape
     S = x.k.shape[2]
     return pays(x, spec) and (L * S > PAIRS_OF_A_HEAD or spec.causal or S <= 64 or D <= 32)

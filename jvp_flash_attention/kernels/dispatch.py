@@ -34,7 +34,7 @@ from .problem import (
 # ordinary forward or backward whole and allocates its results.
 PASSES: dict[str, tuple[str, ...]] = {
     "split": ("portable",),
-    "fwd": ("portable",),
+    "fwd": ("sm90", "portable"),
     "fwd_jvp": ("sm90", "portable"),
     "bwd_preprocess": ("portable",),
     "bwd_dkdv": ("sm90", "portable"),
@@ -62,7 +62,8 @@ def forward(
     the call or raises. `into` are tensors for O and tO, which may be rows of larger ones; cuDNN
     returns its own.
     """
-    if t is None and force in (None, "cudnn") and cudnn.pays(x, spec):
+    pays = cudnn.pays if force == "cudnn" else cudnn.pays_forward
+    if t is None and force in (None, "cudnn") and pays(x, spec):
         x = _readable(x)
         if cudnn.supports(x, spec):
             return cudnn.forward(x, spec)

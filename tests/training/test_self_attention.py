@@ -10,7 +10,7 @@ import jvp_flash_attention
 from jvp_flash_attention.kernels import launch_cache
 from training.dual import Dual
 from training.kernels import self_attention as module
-from training.kernels.self_attention import self_attention
+from training.kernels.self_attention import self_attention, self_attention_jvp
 from training.models.layers import SelfAttention
 
 
@@ -38,6 +38,27 @@ def test_value_and_gradient(B, N, H, D, bias, device):
         for x in d_b:
             sums = expected.sum((0, 1))
             assert (x.double() - sums).norm() < 1e-5 * sums.norm()
+
+
+@pytest.mark.parametrize("moving", [1, 2, 3])
+def test_the_last_examples_have_a_tangent(moving, device):
+    torch.manual_seed(0)
+    B, N, H, D = 3, 37, 2, 24
+    z = torch.randn(B, N, 3 * H * D, device=device, requires_grad=True)
+    b = torch.zeros(3 * H * D, device=device, requires_grad=True)
+    t_z = torch.randn(moving, N, 3 * H * D, device=device)
+    exact, t_exact = z.detach().double()[-moving:], t_z.double()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        _, t_expected = torch.func.jvp(lambda z: plain(z, H), (exact,), (t_exact,))
+    expected = torch.autograd.grad(self_attention(z, b, H).sin().sum(), (z, b))
+    for _ in range(2):
+        out, t_out = self_attention_jvp(z, t_z, b, H)
+        assert (out - self_attention(z, b, H)).norm() < 1e-6 * out.norm()
+        assert (t_out.double() - t_expected).norm() < 1e-5 * t_expected.norm()
+        assert not t_out.requires_grad
+        found = torch.autograd.grad(out.sin().sum(), (z, b))
+        for x, y in zip(found, expected, strict=True):
+            assert (x - y).norm() < 1e-5 * y.norm()
 
 
 def test_the_gradient_of_another_call_is_not_written_over():

@@ -3,6 +3,9 @@ nothing joins three.
 
     O   = softmax(s Q Kᵀ) V            [Q K V] = z = x Wᵀ + bias, views
     d_z = [d_q d_k d_v],               d_bias = Σ d_z over the tokens
+
+The bias of the keys adds the same to all scores of a query. So Σ d_k = 0. It is not summed, and
+not the noise that rounding would leave of it.
 """
 
 from typing import Any
@@ -11,10 +14,10 @@ import torch
 from torch import Tensor
 
 from jvp_flash_attention import backends, kernels
-from jvp_flash_attention.call import Inputs, Saved, Spec, Tangents
+from jvp_flash_attention.call import Inputs, Saved, Spec, Tangents, empty_rows
 from jvp_flash_attention.kernels import cudnn
 from jvp_flash_attention.operators import operator
-from training.kernels.column_sums import column_sums
+from training.kernels.column_sums import part_sums
 from training.kernels.split_heads import joined, views
 
 NO_TANGENT = "self_attention has no tangent; take attention_jvp of the views of its product"
@@ -33,18 +36,34 @@ def supports(z: Tensor, heads: int) -> bool:
 
 
 @operator("flash_jvp_training::self_attention", no_tangent=NO_TANGENT)
-def _forward(z: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """O (B, H, N, D), which lies as (B, N, H, D), and LSE (B, H, N) of z (B, N, 3 H D)."""
+def _forward(z: Tensor, t_z: Tensor | None, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """O (B, H, N, D), which lies as (B, N, H, D), LSE (B, H, N) of z (B, N, 3 H D), and tO."""
     x, spec = _call(z, heads)
-    saved = kernels.forward(x, None, spec)
-    return saved.out, saved.lse
+    if t_z is None:
+        saved = kernels.forward(x, None, spec)
+        return saved.out, saved.lse, z.new_empty(0)
+    first = len(z) - len(t_z)  # of so many examples the value alone
+    out, t_out = (empty_rows(q, q.shape[3], spec) for q in (x.q, x.q[first:]))
+    values = kernels.forward(_examples(x, 0, first), None, spec, into=(out[:first], None))
+    if values.out.data_ptr() != out.data_ptr():  # cuDNN's own
+        out[:first] = values.out
+    t = Tangents(*views(t_z, heads))
+    rest = _examples(x, first, len(z))
+    both = kernels.forward(rest, t, spec, into=(out[first:], t_out))
+    return out, torch.cat([values.lse, both.lse]), t_out
+
+
+def _examples(x: Inputs, begin: int, end: int) -> Inputs:
+    return Inputs(x.q[begin:end], x.k[begin:end], x.v[begin:end])
 
 
 @_forward.register_fake
-def _(z, heads):
+def _(z, t_z, heads):
     B, N, width = z.shape
-    out = z.new_empty(B, N, heads, width // (3 * heads)).transpose(1, 2)
-    return out, z.new_empty(B, heads, N, dtype=torch.float32)
+    shape = N, heads, width // (3 * heads)
+    out = z.new_empty(B, *shape).transpose(1, 2)
+    t_out = z.new_empty(0) if t_z is None else z.new_empty(len(t_z), *shape).transpose(1, 2)
+    return out, z.new_empty(B, heads, N, dtype=torch.float32), t_out
 
 
 @operator("flash_jvp_training::self_attention_backward", no_tangent=NO_TANGENT)
@@ -59,7 +78,9 @@ def _backward(
     d_z = torch.empty_like(z, memory_format=torch.contiguous_format)
     into = views(d_z, heads)
     kernels.backward(d_out, None, x, Tangents(), Saved(out, lse), spec, False, into=into)
-    return d_z, column_sums(d_z, bias)
+    if not bias:
+        return d_z, d_z.new_empty(0, dtype=torch.float32)
+    return d_z, part_sums(d_z.view(-1, 3, z.shape[2] // 3), zero=1).flatten()
 
 
 @_backward.register_fake
@@ -71,20 +92,32 @@ def _(d_out, z, out, lse, heads, bias):
 
 class _SelfAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, bias: Tensor | None, heads: int) -> Tensor:
-        out, lse = _forward(z, heads)
+    def forward(
+        ctx: Any, z: Tensor, bias: Tensor | None, heads: int, t_z: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        out, lse, t_out = _forward(z, t_z, heads)
         ctx.save_for_backward(z, out, lse)
+        ctx.mark_non_differentiable(t_out)
         ctx.heads, ctx.bias = heads, None if bias is None else bias.dtype
-        return out
+        return out, t_out
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, d_out: Tensor, _: Any) -> tuple[Any, ...]:  # type: ignore[override]
         d_z, d_bias = _backward(d_out, *ctx.saved_tensors, ctx.heads, ctx.bias is not None)
-        return d_z, None if ctx.bias is None else d_bias.to(ctx.bias), None
+        return d_z, None if ctx.bias is None else d_bias.to(ctx.bias), None, None
 
 
 def self_attention(z: Tensor, bias: Tensor | None, heads: int) -> Tensor:
     """z (B, N, 3 H D) -> O (B, H, N, D), with scale D^-½. ``bias`` (3 H D,), already in z, is there
     for its gradient alone: whoever makes z adds ``bias.detach()``. A second derivative raises.
     """
-    return _SelfAttention.apply(z, bias, heads)
+    return _SelfAttention.apply(z, bias, heads, None)[0]
+
+
+def self_attention_jvp(
+    z: Tensor, t_z: Tensor, bias: Tensor | None, heads: int
+) -> tuple[Tensor, Tensor]:
+    """O, and tO of the last examples, which have the tangent ``t_z``, a constant. The values of the
+    others are computed without one.
+    """
+    return _SelfAttention.apply(z, bias, heads, t_z)

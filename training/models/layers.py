@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from training.attentions import attend_jvp, ours
+from training.attentions import ours
 from training.kernels import residual_norm
 from training.kernels.inputs import takes
 from training.kernels.mlp import mlp as fused_mlp
-from training.kernels.self_attention import self_attention, supports
+from training.kernels.self_attention import self_attention, self_attention_jvp, supports
 from training.kernels.split_heads import split_heads as fused_split_heads
 from training.models.jvp_layers import (
     Dropout,
@@ -151,15 +151,9 @@ class SelfAttention(nn.Module):
             attention = self.attention if self.sequence is None else self.sequence.attention
             return attend(attention, *heads)
         (z,) = heads
-        out = self_attention(primal(z), self.qkv.bias, self.heads)
         if not isinstance(z, Dual):
-            return out
-        with z.rule():
-            values, tangents = (
-                split_heads(y, 3, self.heads) for y in (z.primal[-len(z.tangent) :], z.tangent)
-            )
-            _, t_out = attend_jvp(self.attention, values, tangents, False)
-        return z.follow(out, t_out)
+            return self_attention(z, self.qkv.bias, self.heads)
+        return z.follow(*self_attention_jvp(z.primal, z.tangent, self.qkv.bias, self.heads))
 
     def project_out(self, out: Tensor) -> Tensor:
         """(B, H, N, D) -> (B, N, W)"""

@@ -30,6 +30,7 @@ from .bwd import bwd_kernel
 from .bwd_dkdv import bwd_dkdv_jvp_kernel
 from .bwd_dq import bwd_dq_jvp_kernel
 from .forward import forward_jvp_kernel
+from .forward_plain import forward_kernel
 
 # What a call may ask for beside a mask.
 SUPPORTED = (*DETAILS, "causal", "left", "right", "lower_right", "block_q", "block_k")
@@ -53,6 +54,8 @@ def unsupported_reason(name: str, p: Problem, c: Call) -> str | None:
         return "needs elements"
     if p.short(name) is not None:
         return "leaves short sequences to the portable kernels"
+    if name == "fwd":
+        return _not_without_tangent(p)
     if name == "fwd_jvp":
         if c.x.kv_blocks is not None and (p.mask or call.band(p.spec) != Band()):
             return "takes blocks alone"
@@ -71,6 +74,17 @@ def unsupported_reason(name: str, p: Problem, c: Call) -> str | None:
         return "leaves few keys to the portable kernels, which take h and w from the tile"
     if name == "bwd_dq_jvp" and p.D <= 64:
         return "leaves head dims up to 64 to the portable kernel, which is as fast"
+    return None
+
+
+def _not_without_tangent(p: Problem) -> str | None:
+    """Why the value alone cannot be computed, or should not; None where it is."""
+    if p.mask or p.sequences is not None or not is_default(p.spec, but=DETAILS):
+        return f"has no mask, band or packed sequences without a tangent, got {p.spec}"
+    if p.spec.scale <= 0.0:
+        return "needs a scale > 0"
+    if p.D <= 32:
+        return "leaves head dims up to 32 to the portable kernels, which do not pad them to 64"
     return None
 
 
@@ -145,12 +159,37 @@ def _fwd_jvp(p: Problem, c: Call) -> Launch:
         "BOOL": p.bool_mask,
         # c matters to rows that see few keys
         "CENTER": banded or packed or listed or p.S <= 128,
-        # 8 and 2: p̃ times a tangent score must fit float16
-        "THRESHOLD": "0f41000000" if q.dtype == torch.bfloat16 else "0f40000000",
+        "THRESHOLD": _threshold(q),
         "HIDES": _hides(p, c),
         "num_warps": 4,
     }
     return Launch(forward_jvp_kernel, _grid(items, p, q, pairs), args, constexprs)
+
+
+def _fwd(p: Problem, c: Call) -> Launch:
+    schedule = configs.plain(p.D, p.L)
+    tiles = cdiv(p.L, 64 * schedule.GROUPS)
+    items = tiles * p.B * p.H
+    q, k, v, *_ = c.x
+    given = ((q, 64), (k, schedule.BLOCK_N), (v, schedule.BLOCK_N), (c.saved.out, 64))
+    args = (
+        *(_descriptor(x, rows, schedule.D1) for x, rows in given),
+        *(_descriptor(x, rows, schedule.D2) if schedule.D2 else None for x, rows in given),
+        *(c.saved.lse, p.spec.scale, p.H, p.L, p.S, tiles, items),
+    )
+    constexprs = {
+        "GROUP": p.H // p.Hk,
+        **schedule._asdict(),
+        "EDGE": p.S % schedule.BLOCK_N != 0,
+        "THRESHOLD": _threshold(q),
+        "num_warps": 4,
+    }
+    return Launch(forward_kernel, _grid(items, p, q, False), args, constexprs)
+
+
+def _threshold(q: Tensor) -> str:
+    """8 and 2, as PTX writes them: p̃ times a tangent score must fit float16."""
+    return "0f41000000" if q.dtype == torch.bfloat16 else "0f40000000"
 
 
 def _bwd(p: Problem, c: Call) -> Launch:
@@ -197,6 +236,7 @@ def _bwd_dq_jvp(p: Problem, c: Call) -> Launch:
 
 
 PASSES = {
+    "fwd": _fwd,
     "fwd_jvp": _fwd_jvp,
     "bwd_dkdv": _bwd,
     "bwd_dkdv_jvp": _bwd_dkdv_jvp,
