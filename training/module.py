@@ -67,6 +67,11 @@ class GenerativeModule(LightningModule):
         self.step.accumulate = self.trainer.accumulate_grad_batches
         self.step.prepare()
 
+    def on_train_start(self) -> None:
+        if self.trainer.world_size == 1 and self.trainer.precision == "bf16-mixed":
+            optimizer: Any = self.optimizers(use_pl_optimizer=False)
+            self.step.halve(optimizer, torch.bfloat16)
+
     def _where(self, batch_idx: int) -> tuple[int, int]:
         """What keys the draws of a step: (seed, number of the batch)."""
         accumulate = self.trainer.accumulate_grad_batches

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from training.kernels.adamw import AdamW
 from training.validation import between, one_of, positive_integer
 
 SCHEDULES = ("constant", "cosine", "linear", "inverse_sqrt")
@@ -29,7 +30,7 @@ def adamw(
     Adam.
     """
     options = _checked(lr, betas, eps, weight_decay)
-    optimizer = torch.optim.AdamW(parameters, **options, fused=fused is not False)
+    optimizer = AdamW(parameters, **options, fused=fused is not False)
     rate = factor(max_steps, schedule, warmup_steps, min_lr_ratio, decay_steps)
     return optimizer, Rate(optimizer, rate)
 

@@ -1,7 +1,7 @@
 """The private names of PyTorch that the trainer uses, in one place (but ``torch.utils._pytree``).
 
-They serve what is counted without being computed. Each is looked for when it is used: a version of
-PyTorch that lacks one trains, and says what it cannot count.
+Most of them serve what is counted without being computed. Each is looked for when it is used: a
+version of PyTorch that lacks one trains, and says what it cannot count.
 """
 
 from pkgutil import resolve_name
@@ -43,3 +43,8 @@ def cut_and_not_compiled() -> Any:
 def identity(storage: torch.UntypedStorage) -> int:
     """The same for all views of a memory, while it lives; also of one that is a shape alone."""
     return private("torch:UntypedStorage._cdata").__get__(storage)
+
+
+def foreach_norm(tensors: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Norms in a few launches, summed and returned in ``dtype``; ``get_total_norm`` rounds them."""
+    return list(private("torch:_foreach_norm")(tensors, 2, dtype))

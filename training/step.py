@@ -12,7 +12,7 @@ the second one is recorded and replayed, with the same kernels in the same order
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from training import cuda_graphs
 from training.distributed import SummedGradients
+from training.half_weights import HalfWeights
 from training.models.dit import DiT
 from training.models.layers import Block, FinalLayer
 from training.objectives.objective import Objective, Terms
@@ -47,9 +49,11 @@ class Step:
             where the tangent is a constant.
         accumulate: of so many batches the gradients are averaged.
         exchange: makes gradients the means over all processes, inside of the graph.
+        halves: what the network computes with, see ``half_weights``; None: its weights.
     """
 
     exchange: SummedGradients | None = None
+    halves: HalfWeights | None = None
 
     def __init__(
         self,
@@ -72,9 +76,20 @@ class Step:
             for module in (self.net, *teachers(self.objective)):
                 compile_blocks(module, self.fused)
 
+    def halve(self, optimizer: torch.optim.Optimizer, dtype: torch.dtype | None) -> None:
+        """The network of this process alone computes with weights in 16 bits that the optimizer
+        keeps, where it can. Sums of gradients over batches stay in float32, and teachers share the
+        blocks' compiled code, whose weights are of one dtype.
+        """
+        taught = next(teachers(self.objective), None) is not None
+        if self.compile and self.exchange is None and self.accumulate == 1 and not taught:
+            self.halves = HalfWeights.of(self.net, optimizer, dtype)
+
     def __call__(self, sample: Any) -> Terms:
+        if self.halves is not None:
+            self.halves.refresh()
         if not self.cuda_graphs:
-            return self.objective.loss(self.net, sample)
+            return self._loss(sample)
         leaves, spec = tree_flatten(sample)
         kind = (spec, self.net.training, *(_kind(x) for x in leaves))
         if kind not in self.recorded:
@@ -84,7 +99,7 @@ class Step:
             elif self.recorded:
                 rank_zero_info("CUDA graphs: the sample has changed its shape; recording anew")
             self.recorded[kind] = None
-            return self.objective.loss(self.net, sample)
+            return self._loss(sample)
         recorded = self.recorded[kind]
         if recorded is None:
             recorded = self.recorded[kind] = self._record(leaves, spec)
@@ -100,11 +115,15 @@ class Step:
     def backward(self, loss: torch.Tensor) -> None:
         """``loss``: that of the terms returned last, divided by ``accumulate``."""
         recorded, self.pending = self.pending, None
-        if recorded is None:
-            self._backward(loss)
-            return
-        # The next replay writes there again.
-        self._add(recorded.gradients, copied=self.accumulate > 1)
+        if recorded is not None:
+            # The next replay writes there again.
+            self._add(recorded.gradients, copied=self.accumulate > 1)
+        elif self.exchange is None and self.halves is None:
+            loss.backward()
+        else:
+            with self._halved(), self._alone() as gradients:
+                self._differentiate(loss)
+            self._add(gradients)
 
     def release(self) -> None:
         """Forget the graphs. What processes send each other in one keeps their connection open,
@@ -118,15 +137,20 @@ class Step:
         self.recorded.clear()
         self.pending = None
 
-    def _backward(self, loss: torch.Tensor) -> None:
+    def _halved(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.halves is None else self.halves.instead()
+
+    def _loss(self, sample: Any) -> Terms:
+        with self._halved():
+            return self.objective.loss(self.net, sample)
+
+    def _differentiate(self, loss: torch.Tensor) -> None:
+        """Gradients of this batch alone: a sum over the processes would add what is there again."""
         if self.exchange is None:
             loss.backward()
             return
-        # Sums over the processes are of this batch alone: what is there already is a mean.
-        with self._alone() as gradients:
-            (loss / self.exchange.size).backward()
-            self.exchange.wait()
-        self._add(gradients)
+        (loss / self.exchange.size).backward()
+        self.exchange.wait()
 
     @contextmanager
     def _alone(self) -> Iterator[list[torch.Tensor | None]]:
@@ -159,13 +183,14 @@ class Step:
         static = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graph has memory of its own
-        graph = torch.cuda.CUDAGraph()
+        graph = cuda_graphs.new_graph()
         # Other threads (loaders, loggers) may use the device meanwhile.
         try:
             captured = torch.cuda.graph(graph, capture_error_mode="thread_local")
-            with self._alone() as gradients, captured:
+            with self._halved(), self._alone() as gradients, captured:
                 terms = self.objective.loss(self.net, tree_unflatten(static, spec))
-                self._backward(terms.loss / self.accumulate)
+                self._differentiate(terms.loss / self.accumulate)
+            cuda_graphs.finish(graph)
         except RuntimeError as error:
             graph.reset()
             if isinstance(error, torch.OutOfMemoryError):

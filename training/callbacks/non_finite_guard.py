@@ -6,6 +6,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from training.distributed import Later, over_ranks
+from training.private import foreach_norm
 from training.rows import Rows
 from training.sharding import beside, whole
 from training.validation import positive_integer
@@ -48,7 +49,7 @@ class NonFiniteGuard(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm(gradients))
+        norm = whole(total_norm(gradients))
         finite = torch.isfinite(torch.stack([norm, *self.losses])).all()
         self.losses.clear()
         skip = over_ranks(1.0 - finite.float(), "max")
@@ -75,6 +76,14 @@ class NonFiniteGuard(Callback):
             self.skipped += bool(skip)
             self.in_a_row = self.in_a_row + 1 if skip else 0
         return bool(known and known[-1][0])
+
+
+def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Of gradients of any dtypes, in float32: in 16 bits it would be rounded."""
+    narrow = [g for g in gradients if g.itemsize == 2]
+    norms = foreach_norm(narrow, torch.float32) if narrow else []
+    wide = [g for g in gradients if g.itemsize > 2]
+    return torch.nn.utils.get_total_norm([*norms, *wide])
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:

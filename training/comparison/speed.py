@@ -55,6 +55,7 @@ class Stepper:
         self.step = Step(net, self.objective, compiled(config), graphs)
         self.step.prepare()
         self.dtype = DTYPES.get(precision(config.trainer))
+        self.step.halve(optimizer, self.dtype)
 
     def __call__(self, mark: Any) -> None:
         x, y = self.batch
