@@ -81,6 +81,32 @@ def test_compiled_code_takes_cudnn_earlier_and_the_layout_of_results_does_not_sa
     assert not cudnn.pays(x._replace(k=x.k[:, :, 1:]), Spec(1.0, compiled=True))
 
 
+def test_a_forward_without_a_tangent_is_warp_specialised_on_hopper():
+    """In three warpgroups where a head has many queries of 64 columns. cuDNN need not plan it."""
+
+    def launch(L=256, S=256, D=64, Hk=2, force=None, scale=0.1, **how):
+        q = torch.empty(1, 2, L, D, dtype=torch.bfloat16)
+        k = torch.empty(1, Hk, S, D, dtype=torch.bfloat16)
+        x = Inputs(q, k, k)
+        (found,) = kernels.launches(x, None, Spec(scale, **how), arch="sm90", force=force)
+        return found
+
+    for L, S, D, Hk, groups in ((65, 300, 40, 1, 2), (3000, 9, 64, 2, 3), (3000, 77, 72, 2, 2)):
+        found = launch(L, S, D, Hk)
+        assert "sm90" in found.kernel.fn.__module__
+        assert found.constexprs["GROUPS"] == groups
+        assert found.constexprs["EDGE"]  # no number of keys here fills its tiles
+        assert found.constexprs["GROUP"] == 2 // Hk
+    assert launch(S=512).constexprs["EDGE"] is False
+    for how in ({"causal": True}, {"left": 9}, {"softcap": 1.0}, {"D": 32}, {"scale": -1.0}):
+        assert "portable" in launch(**how).kernel.fn.__module__, how
+        with pytest.raises(NotImplementedError, match="fwd of 'sm90'"):
+            launch(**how, force="sm90")
+    long = Inputs(*torch.empty(3, 16, 4, 2048, 64, dtype=torch.bfloat16, device="meta"))
+    assert not cudnn.pays_forward(long, Spec(1.0))
+    assert cudnn.pays_forward(long, Spec(1.0, causal=True))
+
+
 def test_the_gradients_of_o_alone_are_one_launch_on_hopper():
     """Behind the row sums, where nothing is hidden and no heads are shared."""
 

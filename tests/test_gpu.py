@@ -39,6 +39,28 @@ def test_every_output_at_all_pairs_of_lengths(dtype, head_dim, causal, record_pr
 
 @pytest.mark.parametrize("head_dim", [40, 64, 72, 96, 128])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=name)
+def test_the_value_alone_in_one_launch_is_right_and_repeats(dtype, head_dim, record_property):
+    """Of several work items a multiprocessor, of few and many keys, of shared heads."""
+    worst = 0.0
+    shapes = ((70, 8, 8, 256, 256), (1, 8, 2, 2100, 257), (5, 6, 6, 300, 65), (40, 4, 4, 1, 1000))
+    for B, H, Hk, L, S in shapes:
+        q = 2 * torch.randn(B, L, H, head_dim, device="cuda", dtype=dtype).transpose(1, 2)
+        k, v = torch.randn(2, B, Hk, S, head_dim, device="cuda", dtype=dtype)
+        run = partial(kernels.forward, Inputs(q, k, v), None, Spec(head_dim**-0.5), force="sm90")
+        found, again = run(), run()
+        assert torch.equal(found.out, again.out)
+        assert torch.equal(found.lse, again.lse)
+        k, v = (y.double().repeat_interleave(H // Hk, 1) for y in (k, v))
+        scores = q.double() @ k.mT * head_dim**-0.5
+        wanted = torch.softmax(scores, -1) @ v
+        worst = max(worst, ((found.out - wanted).norm() / wanted.norm()).item())
+        assert torch.allclose(found.lse.double(), scores.logsumexp(-1), rtol=1e-4, atol=1e-4)
+    record_property("error", worst)
+    assert worst < 4e-3
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 72, 96, 128])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=name)
 def test_the_gradients_of_o_in_one_launch_are_right_and_repeat(dtype, head_dim, record_property):
     """Of lengths that end inside of tiles and work items, of either side the longer one."""
     worst = 0.0

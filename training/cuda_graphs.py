@@ -10,6 +10,7 @@ is missing, or a node is anything but such a clear, the graph stays as it was re
 """
 
 import ctypes
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -52,9 +53,18 @@ def finish(graph: torch.cuda.CUDAGraph) -> int:
         recorded = graph.raw_cuda_graph()
     except (AttributeError, RuntimeError):  # not kept
         return 0
-    replaced = sum(_replace(driver, recorded, node) for node in _nodes(driver, recorded))
+    clears: list[Any] = []
+    renewed: dict[int, Any] = {}  # clears may be neighbours
+    with suppress(AttributeError, RuntimeError, ValueError):  # bindings or a driver too old
+        kernel = _clear(torch.cuda.current_device())
+        found = (_found(driver, node) for node in _nodes(driver, recorded))
+        clears = [(*clear, kernel) for clear in found if clear is not None]
+    for node, before, after, place, size, kernel in clears:
+        before, after = ([renewed.get(int(n), n) for n in nodes] for nodes in (before, after))
+        renewed[int(node)] = _added(driver, recorded, before, after, place, size, kernel)
+        _call(driver.cuGraphDestroyNode, node)  # and its edges
     graph.instantiate()
-    return replaced
+    return len(clears)
 
 
 def _driver() -> Any:
@@ -78,31 +88,41 @@ def _nodes(driver: Any, graph: Any) -> list[Any]:
     return nodes[:count]
 
 
-def _replace(driver: Any, graph: Any, node: Any) -> bool:
-    """Whether this node was a small clear, and is a kernel now."""
+def _found(driver: Any, node: Any) -> tuple[Any, ...] | None:
+    """Of a small clear the node, its neighbours before and after, place and bytes."""
     (kind,) = _call(driver.cuGraphNodeGetType, node)
     if kind != driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_MEMSET:
-        return False
+        return None
     (memset,) = _call(driver.cuGraphMemsetNodeGetParams, node)
     size, place = memset.elementSize * memset.width, int(memset.dst)
     if memset.value or memset.height != 1 or size > LARGEST or size % 4 or place % 4:
-        return False
+        return None
     before = _neighbours(driver, "cuGraphNodeGetDependencies", node)
     after = _neighbours(driver, "cuGraphNodeGetDependentNodes", node)
-    if before is None or after is None:
-        return False
+    return None if before is None or after is None else (node, before, after, place, size)
+
+
+def _added(
+    driver: Any,
+    graph: Any,
+    before: list[Any],
+    after: list[Any],
+    place: int,
+    size: int,
+    function: Any,
+) -> Any:
+    """A kernel node between these."""
     kernel = driver.CUDA_KERNEL_NODE_PARAMS()
-    kernel.func = _clear(torch.cuda.current_device())
+    kernel.func = function
     kernel.gridDimX = kernel.gridDimY = kernel.gridDimZ = 1
     kernel.blockDimX, kernel.blockDimY, kernel.blockDimZ = size // 4, 1, 1
     kernel.sharedMemBytes = 0
     kernel.kernelParams = ((place,), (ctypes.c_void_p,))
     (clear,) = _call(driver.cuGraphAddKernelNode, graph, before, len(before), kernel)
-    _call(driver.cuGraphDestroyNode, node)  # and its edges
     if after:
         add = _of_edges(driver, "cuGraphAddDependencies")
         _call(add, graph, [clear] * len(after), after, None, len(after))
-    return True
+    return clear
 
 
 def _of_edges(driver: Any, name: str) -> Any:

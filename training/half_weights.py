@@ -3,7 +3,8 @@
 Under autocast a product casts its weight, and autograd casts the weight's gradient back. Both are
 passes over memory: 3 of the 112 ms of a DiT-XL/2 step (H100). Here the network computes with copies
 that the optimizer writes together with the weights, and the optimizer reads the gradients as the
-products leave them. All numbers are those of autocast, bit for bit.
+products leave them. Where a weight is multiplied once a step, all numbers are those of autocast,
+bit for bit; where its gradient is a sum, the sum would be in 16 bits.
 
     halves = HalfWeights.of(net, optimizer, torch.bfloat16)
     halves.refresh()                      copies of weights that something else has changed
@@ -27,13 +28,13 @@ from training.models.layers import Block
 class HalfWeights:
     """Of the products in the blocks of a network. Elsewhere weights are few, and used otherwise."""
 
-    def __init__(self, layers: list[nn.Linear], optimizer: AdamW, dtype: torch.dtype) -> None:
-        self.refresh = optimizer.refresh
+    def __init__(self, layers: list[nn.Linear], optimizer: AdamW) -> None:
+        self.refresh, self.release = optimizer.refresh, optimizer.release
         self.places: list[tuple[dict[str, Any], nn.Parameter, nn.Parameter]] = []
         for layer in layers:
             weight: Any = layer.weight
             weight.grad_dtype = None  # any
-            self.places.append((layer._parameters, weight, optimizer.copy(weight, dtype)))
+            self.places.append((layer._parameters, weight, optimizer.copy(weight)))
 
     @classmethod
     def of(
@@ -42,13 +43,13 @@ class HalfWeights:
         """None where PyTorch, the optimizer or the weights know no such gradients."""
         if not hasattr(torch.Tensor, "grad_dtype"):  # before PyTorch 2.10
             return None
-        if not isinstance(optimizer, AdamW) or dtype is None or dtype != torch.bfloat16:
+        if not isinstance(optimizer, AdamW) or dtype != torch.bfloat16:
             return None
         blocks = [module for module in net.modules() if isinstance(module, Block)]
         layers = [x for block in blocks for x in block.modules() if isinstance(x, nn.Linear)]
         if not layers or not all(optimizer.serves(layer.weight) for layer in layers):
             return None
-        return cls(layers, optimizer, dtype)
+        return cls(layers, optimizer)
 
     @contextmanager
     def instead(self) -> Iterator[None]:

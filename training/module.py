@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
 from training.context_parallel import ContextParallel, data_place
@@ -68,9 +69,15 @@ class GenerativeModule(LightningModule):
         self.step.prepare()
 
     def on_train_start(self) -> None:
-        if self.trainer.world_size == 1 and self.trainer.precision == "bf16-mixed":
-            optimizer: Any = self.optimizers(use_pl_optimizer=False)
-            self.step.halve(optimizer, torch.bfloat16)
+        alone = isinstance(self.trainer.strategy, SingleDeviceStrategy)
+        half = torch.bfloat16 if alone and self.trainer.precision == "bf16-mixed" else None
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        self.step.halve(optimizer, half)
+
+    def on_train_end(self) -> None:
+        if self.step.halves is not None:
+            self.step.halves.release()
+            self.step.halves = None
 
     def _where(self, batch_idx: int) -> tuple[int, int]:
         """What keys the draws of a step: (seed, number of the batch)."""

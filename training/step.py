@@ -77,13 +77,15 @@ class Step:
                 compile_blocks(module, self.fused)
 
     def halve(self, optimizer: torch.optim.Optimizer, dtype: torch.dtype | None) -> None:
-        """The network of this process alone computes with weights in 16 bits that the optimizer
-        keeps, where it can. Sums of gradients over batches stay in float32, and teachers share the
-        blocks' compiled code, whose weights are of one dtype.
+        """The network, of this process alone, computes with weights in 16 bits that the optimizer
+        keeps, where it can. Gradients of a weight are added in float32: over batches, over passes
+        of the network and where a tangent has one too. Teachers share the blocks' compiled code,
+        whose weights are of one dtype.
         """
         taught = next(teachers(self.objective), None) is not None
-        if self.compile and self.exchange is None and self.accumulate == 1 and not taught:
-            self.halves = HalfWeights.of(self.net, optimizer, dtype)
+        added = self.accumulate > 1 or not getattr(self.objective, "one_pass", False)
+        wanted = self.compile and self.exchange is None and not (added or taught)
+        self.halves = HalfWeights.of(self.net, optimizer, dtype) if wanted else None
 
     def __call__(self, sample: Any) -> Terms:
         if self.halves is not None:

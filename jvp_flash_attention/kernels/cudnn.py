@@ -15,10 +15,8 @@ from .problem import DETAILS, architecture
 # few hundred larger calls win back. Compiled code returns to the same shapes at every step, and
 # smaller calls win it back too.
 PAIRS, PAIRS_COMPILED = 2**28, 2**24
-# A forward goes to `sm90/forward_plain.py`, which plans nothing and is slower at some 1,024 tokens
-# of 64 columns alone (4 %), but for causal masks and small head dims. Up to so many pairs in a head
-# `sm90/bwd.py` computes the gradients faster. It supports what cuDNN does but for causal masks, few
-# keys and small head dims.
+# Up to so many pairs in a head `sm90/bwd.py` computes the gradients faster. It supports what cuDNN
+# does but for causal masks, few keys and small head dims.
 PAIRS_OF_A_HEAD = 2**21
 
 
@@ -30,8 +28,10 @@ def pays(x: Inputs, spec: Spec) -> bool:
 
 
 def pays_forward(x: Inputs, spec: Spec) -> bool:
-    """The same of a forward without a tangent."""
-    return pays(x, spec) and (spec.causal or x.q.shape[3] <= 32)
+    """The same of a forward without a tangent, but for what `sm90/forward_plain.py` does: that
+    plans nothing, and is the slower one (4 %) at some 1,024 tokens of 64 columns alone."""
+    few = x.q.shape[3] <= 32 or x.k.shape[2] <= 64
+    return pays(x, spec) and (spec.causal or few)
 
 
 def pays_backward(x: Inputs, spec: Spec) -> bool:

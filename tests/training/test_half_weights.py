@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from jvp_flash_attention import attention
+from tests.training.test_training import last, train
 from training import cuda_graphs
-from training.callbacks.non_finite_guard import total_norm
+from training import step as module
+from training.callbacks.non_finite_guard import NonFiniteGuard, total_norm
 from training.half_weights import HalfWeights
 from training.kernels.adamw import AdamW
 from training.models.dit import DiT
@@ -74,7 +76,7 @@ def test_the_update_is_that_of_pytorch(betas):
     ours = [torch.nn.Parameter(p.detach().clone()) for p in theirs]
     options = {"lr": 1e-2, "betas": betas, "weight_decay": 0.1, "fused": True}
     expected, optimizer = torch.optim.AdamW(theirs, **options), AdamW(ours, **options)
-    copies = [optimizer.copy(p, HALF) for p in ours[:2]]  # the third has none
+    copies = [optimizer.copy(p) for p in ours[:2]]  # the third has none
     for p in ours:
         p.grad_dtype = None
     for skip in (0.0, 0.0, 1.0, 0.0):
@@ -123,13 +125,14 @@ def test_an_error_gives_the_weights_back():
     assert all(a is b for a, b in zip(before, step.net.parameters(), strict=True))
 
 
-def test_they_are_for_one_process_fused_adamw_and_no_sum_over_batches():
+def test_they_are_for_one_process_fused_adamw_and_no_sum_of_gradients():
     step, optimizer = step_of(halves=False)
     step.halve(optimizer, HALF)
     assert step.halves is None  # not compiled
     step.compile = True
-    for reason in ("accumulate", "exchange", "optimizer", "dtype"):
+    for reason in ("accumulate", "exchange", "optimizer", "dtype", "passes"):
         step.accumulate = 2 if reason == "accumulate" else 1
+        step.objective.one_pass = reason != "passes"
         step.exchange = object() if reason == "exchange" else None
         others = torch.optim.AdamW(step.net.parameters(), fused=True)
         step.halve(
@@ -138,8 +141,15 @@ def test_they_are_for_one_process_fused_adamw_and_no_sum_over_batches():
         assert step.halves is None, reason
     eager = AdamW(step.net.parameters(), fused=False)
     assert HalfWeights.of(step.net, eager, HALF) is None
+    step.objective.one_pass = True
     step.halve(optimizer, HALF)
     assert step.halves is not None
+    differentiate(step)
+    copied = copy.deepcopy(optimizer)  # of other weights
+    assert not copied.copies
+    assert optimizer.copies
+    step.halve(optimizer, None)
+    assert step.halves is None
 
 
 def test_the_norm_of_narrow_gradients_is_not_rounded():
@@ -149,8 +159,42 @@ def test_the_norm_of_narrow_gradients_is_not_rounded():
     assert float(total_norm(gradients)) == pytest.approx(float(exact), rel=1e-6)
 
 
+def test_a_run_keeps_them_and_continues_exactly(tmp_path, monkeypatch):
+    """Also from a checkpoint of a run without them; the numbers of both are alike."""
+    monkeypatch.setattr(module, "compile_blocks", lambda *_: None)
+    # Triton's interpreter cuts float32 to 16 bits, a GPU rounds: every step copies anew
+    monkeypatch.setattr(AdamW, "_written", lambda *_: None)
+    options = {"precision": "bf16-mixed", "attention": attention, "compile": True, "max_steps": 6}
+    found, halve = [], Step.halve
+
+    def halved(self, *given):
+        halve(self, *given)
+        found.append(self.halves)
+
+    monkeypatch.setattr(Step, "halve", halved)
+    callbacks = lambda path: [NonFiniteGuard(), last(path)]  # noqa: E731
+    whole, one = train(tmp_path, 6, *callbacks(tmp_path / "a"), **options)
+    assert found[-1] is not None
+    assert one.step.halves is None  # released
+    assert {p.grad.dtype for p in one.net.parameters() if p.grad is not None} <= {
+        HALF,
+        torch.float32,
+    }
+    for kept in (True, False):
+        path = tmp_path / str(kept)
+        with monkeypatch.context() as context:
+            if not kept:
+                context.setattr(Step, "halve", lambda *_: None)
+            first, _ = train(tmp_path, 3, *callbacks(path), **options)
+        checkpoint = path / "checkpoints" / "last.ckpt"
+        rest, other = train(tmp_path, 6, *callbacks(path), resume=checkpoint, **options)
+        assert first + rest == (whole if kept else pytest.approx(whole, rel=1e-4))
+        for p, q in zip(one.net.parameters(), other.net.parameters(), strict=True):
+            assert torch.equal(p, q) if kept else torch.allclose(p, q, atol=1e-4)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_recorded_step_has_the_same_gradients_and_no_small_clears(monkeypatch):
+def test_a_recorded_step_has_the_same_gradients(monkeypatch):
     finish, replaced = cuda_graphs.finish, []
     monkeypatch.setattr(cuda_graphs, "finish", lambda graph: replaced.append(finish(graph)))
     plain, _ = step_of(halves=False)
@@ -173,12 +217,12 @@ def test_small_clears_of_a_graph_are_kernels_and_clear():
     with torch.cuda.graph(graph):
         counter += 1
         stream = torch.cuda.current_stream().cuda_stream
-        for x in (counter[:4], large):
+        for x in (counter[:4], counter[2:6], large):
             (status,) = driver.cuMemsetD32Async(x.data_ptr(), 0, len(x), stream)
             assert not int(status)
         counter += 1
-    assert cuda_graphs.finish(graph) == 1
+    assert cuda_graphs.finish(graph) == 2
     graph.replay()
     graph.replay()
-    assert counter.tolist() == [1.0] * 4 + [5.0] * 4  # 1, and 2 a replay
+    assert counter.tolist() == [1.0] * 6 + [5.0] * 2  # 1, and 2 a replay
     assert not large.any()

@@ -36,6 +36,7 @@ def test_value_and_gradient(B, N, H, D, bias, device):
         assert d_z.is_contiguous()
         assert (d_z.double() - expected).norm() < 1e-5 * expected.norm()
         for x in d_b:
+            assert not x.view(3, -1)[1].any()  # of the keys
             sums = expected.sum((0, 1))
             assert (x.double() - sums).norm() < 1e-5 * sums.norm()
 
@@ -86,6 +87,13 @@ def test_in_bfloat16_on_a_gpu(B, N, H, D):
     for _ in range(2):
         (d_z,) = torch.autograd.grad(self_attention(z, None, H), z, d_out)
         assert (d_z - expected).norm() < 4e-3 * expected.norm()
+    t_z = torch.randn_like(z[:1])
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        last, t_z64 = exact.detach()[-1:], t_z.double()
+        _, t_expected = torch.func.jvp(lambda z: plain(z, H), (last,), (t_z64,))
+    out, t_out = self_attention_jvp(z, t_z, None, H)
+    assert (out - plain(exact, H)).norm() < 4e-3 * out.norm()
+    assert (t_out - t_expected).norm() < 4e-3 * t_expected.norm()
 
 
 def test_where_cudnn_may_serve_its_gradients_are_joined(monkeypatch):
@@ -93,6 +101,7 @@ def test_where_cudnn_may_serve_its_gradients_are_joined(monkeypatch):
     written = torch.autograd.grad(self_attention(z, b, 2).sin().sum(), (z, b))
     monkeypatch.setattr(module.cudnn, "pays_backward", lambda *_: True)
     joined = torch.autograd.grad(self_attention(z, b, 2).sin().sum(), (z, b))
+    assert not joined[1].view(3, -1)[1].any()
     for x, y in zip(joined, written, strict=True):
         torch.testing.assert_close(x, y)
 

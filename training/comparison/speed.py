@@ -103,7 +103,9 @@ class Stepper:
         return time.perf_counter() - start
 
     def memory(self) -> dict[str, float]:
-        """MiB of a GPU: before a step (the same for all arms of a cell), and at its peak."""
+        """MiB of a GPU: before a step (the same for all arms of a cell, which share weights, their
+        copies in 16 bits and the optimizer), and at its peak.
+        """
         if self.device != "cuda":
             return {}
         torch.cuda.synchronize()

@@ -87,6 +87,15 @@ class AdamW(torch.optim.AdamW):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.release()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "copies" not in vars(self):  # a copy of an optimizer has other weights
+            self.release()
+
+    def release(self) -> None:
+        """Forgets the copies."""
         self.copies: dict[Parameter, Parameter] = {}
         self.versions: dict[Parameter, int] = {}  # of the weight that a copy is of
         self.tables: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -104,20 +113,23 @@ class AdamW(torch.optim.AdamW):
             and (weight.is_cuda or INTERPRETED)
             and weight.dtype == torch.float32
             and weight.is_contiguous()
+            and weight.data_ptr() != 0  # as that of a wrapper
             and weight.data_ptr() % ALIGNED == weight.numel() % ALIGNED == 0
         )
 
     @torch.no_grad()
-    def copy(self, weight: Parameter, dtype: torch.dtype) -> Parameter:
-        """Of ``weight``, which ``step`` writes and ``refresh`` mends."""
+    def copy(self, weight: Parameter) -> Parameter:
+        """Of ``weight`` in bfloat16, which ``step`` writes and ``refresh`` mends."""
         if weight not in self.copies:
-            self.copies[weight] = Parameter(weight.to(dtype), weight.requires_grad)
+            self.copies[weight] = Parameter(weight.to(torch.bfloat16), weight.requires_grad)
             self.versions[weight] = weight._version
         return self.copies[weight]
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copies anew what something else than ``step`` has changed: a checkpoint, a user."""
+        """Copies anew what something else than ``step`` has changed: a checkpoint, a user. A write
+        through ``.data`` is not seen before the next step.
+        """
         stale = [w for w in self.copies if w._version != self.versions[w]]
         if stale:
             for weight in stale:
@@ -137,7 +149,7 @@ class AdamW(torch.optim.AdamW):
             [p for p in group["params"] if p in self.copies and self._narrow(p)]
             for group in self.param_groups
         ]
-        gradients = {p: p.grad for weights in mine for p in weights}
+        gradients = {p: _readable(p.grad) for weights in mine for p in weights}
         for p in gradients:
             p.grad = None  # PyTorch's passes over it
         try:
@@ -162,8 +174,7 @@ class AdamW(torch.optim.AdamW):
         (beta1, beta2), lr = group["betas"], float(group["lr"])
         factors = (lr, _log(beta1), _log(beta2), 1 - beta1, beta2, 1 - beta2)
         rest = (group["eps"], lr * group["weight_decay"])
-        half = tl.bfloat16 if self.copies[weights[0]].dtype == torch.bfloat16 else tl.float16
-        options = {"HALF": half, "BLOCK": BLOCK, "num_warps": WARPS}
+        options = {"HALF": tl.bfloat16, "BLOCK": BLOCK, "num_warps": WARPS}
         args = (table, owners, found_inf, *factors, *rest)
         Launch(_adamw, (len(owners),), args, options).run()
         Launch(_count, (len(weights),), (table, found_inf), {"num_warps": 1}).run()
@@ -183,10 +194,8 @@ class AdamW(torch.optim.AdamW):
         """What the kernels read. A recorded step keeps its gradients where they are."""
         rows = []
         for weight, state in zip(weights, states, strict=True):
-            gradient, copy = weight.grad, self.copies[weight]
-            if gradient is None or not gradient.is_contiguous():
-                raise RuntimeError("the gradient of a weight must be laid out as the weight is")
-            fields = (weight, state["exp_avg"], state["exp_avg_sq"], gradient, copy, state["step"])
+            averages = state["exp_avg"], state["exp_avg_sq"]
+            fields: Any = (weight, *averages, weight.grad, self.copies[weight], state["step"])
             rows.append([*(x.data_ptr() for x in fields), weight.numel()])
         key = tuple(address for row in rows for address in row)
         if key not in self.tables:
@@ -211,6 +220,13 @@ class AdamW(torch.optim.AdamW):
 def _sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """On the device, without waiting for it."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
+def _readable(gradient: Any) -> torch.Tensor:
+    """As the kernel reads it."""
+    if gradient.is_contiguous() and gradient.data_ptr() % ALIGNED == 0:
+        return gradient
+    return gradient.clone(memory_format=torch.contiguous_format)
 
 
 def _log(beta: float) -> float:

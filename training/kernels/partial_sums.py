@@ -19,8 +19,8 @@ def _sum_parts(
     PARTS, SUMS, parts, W, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """PARTS (n, parts, W), SUMS (n, W)"""
-    n = tl.program_id(1).to(tl.int64)
-    w = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    n = tl.program_id(0).to(tl.int64)
+    w = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.arange(0, ROWS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for i in range(0, parts, ROWS):
@@ -36,7 +36,7 @@ def sum_parts(x: Tensor) -> Tensor:
     def launch(sums: Tensor) -> Launch:
         rows, columns, warps = ONE if n == 1 else MANY
         constexprs = {"ROWS": rows, "COLUMNS": columns, "num_warps": warps}
-        return Launch(_sum_parts, (cdiv(width, columns), n), (x, sums, parts, width), constexprs)
+        return Launch(_sum_parts, (n, cdiv(width, columns)), (x, sums, parts, width), constexprs)
 
     (sums,) = launched(("sum of parts",), (x,), lambda: (x.new_empty(n, width),), launch)
     return sums

@@ -37,7 +37,9 @@ def supports(z: Tensor, heads: int) -> bool:
 
 @operator("flash_jvp_training::self_attention", no_tangent=NO_TANGENT)
 def _forward(z: Tensor, t_z: Tensor | None, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """O (B, H, N, D), which lies as (B, N, H, D), LSE (B, H, N) of z (B, N, 3 H D), and tO."""
+    """O (B, H, N, D), which lies as (B, N, H, D), and LSE (B, H, N) in float32 of z (B, N, 3 H D);
+    tO (n, H, N, D), which lies as O, of t_z (n, N, 3 H D), empty without.
+    """
     x, spec = _call(z, heads)
     if t_z is None:
         saved = kernels.forward(x, None, spec)
@@ -74,7 +76,9 @@ def _backward(
     x, spec = _call(z, heads)
     if cudnn.pays_backward(x, spec):  # and may serve, in tensors of its own
         grads: Any = kernels.backward(d_out, None, x, Tangents(), Saved(out, lse), spec, False)[0]
-        return joined(grads.q, grads.k, grads.v, bias)
+        d_z, d_bias = joined(grads.q, grads.k, grads.v, bias)
+        d_bias[len(d_bias) // 3 : -(len(d_bias) // 3)] = 0.0
+        return d_z, d_bias
     d_z = torch.empty_like(z, memory_format=torch.contiguous_format)
     into = views(d_z, heads)
     kernels.backward(d_out, None, x, Tangents(), Saved(out, lse), spec, False, into=into)
@@ -117,7 +121,7 @@ def self_attention(z: Tensor, bias: Tensor | None, heads: int) -> Tensor:
 def self_attention_jvp(
     z: Tensor, t_z: Tensor, bias: Tensor | None, heads: int
 ) -> tuple[Tensor, Tensor]:
-    """O, and tO of the last examples, which have the tangent ``t_z``, a constant. The values of the
-    others are computed without one.
+    """O, and tO (n, H, N, D) of the last n examples, whose tangent ``t_z`` (n, N, 3 H D) is a
+    constant. The values of the others are computed without one.
     """
     return _SelfAttention.apply(z, bias, heads, t_z)

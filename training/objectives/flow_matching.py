@@ -27,7 +27,7 @@ class FlowMatchingSample(NamedTuple):
 class FlowMatching(Objective):
     """Args: ``reduce`` sum or mean over the elements of a sample; ``time_*`` see ``Times``."""
 
-    teaches_velocity = True
+    teaches_velocity = one_pass = True
 
     def __init__(
         self,

@@ -55,7 +55,7 @@ class IMF(Objective):
         label_dropout: share of samples without label; their target is the plain v, and r = t.
     """
 
-    teaches_velocity = True
+    teaches_velocity = one_pass = True
 
     @keywords(equal_share="data_proportion")
     def __init__(

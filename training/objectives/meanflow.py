@@ -53,7 +53,7 @@ class MeanFlow(Objective):
         label_dropout: share of samples without label; their target is the plain v, and r = t.
     """
 
-    teaches_velocity = True
+    teaches_velocity = one_pass = True
     dropped_keep_v = True  # the target of a sample without label is the plain v
 
     @keywords(equal_share="data_proportion")

@@ -37,6 +37,8 @@ class MeanFlowDistillation(FixedTeacher, MeanFlow):
     The others are MeanFlow's; it has no guidance of its own.
     """
 
+    one_pass = False  # through the tangent too
+
     def __init__(
         self,
         teacher: Callable[[], nn.Module],

@@ -40,6 +40,7 @@ class Net(Protocol):
 
 class Objective(nn.Module):
     teaches_velocity = False  # u(z, t, t) becomes the velocity of the linear path
+    one_pass = False  # the loss is differentiated through one pass of the network, no tangent
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -69,6 +69,8 @@ class SCM(FixedTeacher, ScheduledObjective):
         label_dropout: share of samples without label.
     """
 
+    one_pass = True
+
     def __init__(
         self,
         jvp: Jvp | None = None,

@@ -1,4 +1,4 @@
-"""Forward without a tangent on Hopper: one role a warp, as in `forward.py`, whose producer it has.
+"""Forward without a tangent on Hopper: one role a warp, as in `forward.py`.
 
     S = s Q Kᵀ      m = row maximum of S so far      P̃ = exp(S − m)
     l ← α l + Σ P̃   O ← α O + P̃ V                    α = exp(m_before − m)
