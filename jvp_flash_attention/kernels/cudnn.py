@@ -28,8 +28,8 @@ def pays(x: Inputs, spec: Spec) -> bool:
 
 
 def pays_forward(x: Inputs, spec: Spec) -> bool:
-    """The same of a forward without a tangent, but for what `sm90/forward_plain.py` does: that
-    plans nothing, and is the slower one (4 %) at some 1,024 tokens of 64 columns alone."""
+    """The same of a forward without a tangent, but for what `sm90/forward_plain.py` does, without
+    planning. That is the slower one (4 %) at some 1,024 tokens of 64 columns alone."""
     few = x.q.shape[3] <= 32 or x.k.shape[2] <= 64
     return pays(x, spec) and (spec.causal or few)
 
