@@ -8,7 +8,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from training.kernels.adamw import AdamW
-from training.validation import between, one_of, positive_integer
+from training.validation import between, one_of, positive_integer, switch
 
 SCHEDULES = ("constant", "cosine", "linear", "inverse_sqrt")
 
@@ -25,12 +25,14 @@ def adamw(
     min_lr_ratio: float = 0.0,
     decay_steps: int = 10_000,
     fused: bool | None = None,
+    half_weights: bool = True,
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
     """AdamW; for the schedule see ``factor``. ``fused`` None is true. Without weight decay it is
-    Adam.
+    Adam. ``half_weights``: where they can be, see ``training.half_weights``.
     """
     options = _checked(lr, betas, eps, weight_decay)
-    optimizer = AdamW(parameters, **options, fused=fused is not False)
+    switch("optimizer.half_weights", half_weights)
+    optimizer = AdamW(parameters, **options, fused=fused is not False, half_weights=half_weights)
     rate = factor(max_steps, schedule, warmup_steps, min_lr_ratio, decay_steps)
     return optimizer, Rate(optimizer, rate)
 

@@ -140,8 +140,9 @@ def test_they_are_for_one_process_fused_adamw_and_no_sum_of_gradients():
             others if reason == "optimizer" else optimizer, None if reason == "dtype" else HALF
         )
         assert step.halves is None, reason
-    eager = AdamW(step.net.parameters(), fused=False)
-    assert HalfWeights.of(step.net, eager, HALF) is None
+    for options in ({"fused": False}, {"half_weights": False}):
+        other = AdamW(step.net.parameters(), **({"fused": True} | options))
+        assert HalfWeights.of(step.net, other, HALF) is None, options
     step.objective.one_pass = True
     step.halve(optimizer, HALF)
     assert step.halves is not None

@@ -85,8 +85,11 @@ class AdamW(torch.optim.AdamW):
     the kernel above, all else by PyTorch's.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    half_weights = True  # whether there may be copies
+
+    def __init__(self, *args: Any, half_weights: bool = True, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.half_weights = half_weights
         self.release()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -108,6 +111,7 @@ class AdamW(torch.optim.AdamW):
         unknown = ("amsgrad", "maximize", "capturable", "differentiable")
         return (
             group is not None
+            and self.half_weights
             and bool(group["fused"])
             and not any(group[option] for option in unknown)
             and (weight.is_cuda or INTERPRETED)
