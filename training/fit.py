@@ -1,5 +1,6 @@
 """One run of scripts/train.py, from its configuration to the last file."""
 
+import gc
 import logging
 from contextlib import suppress
 from datetime import timedelta
@@ -99,3 +100,5 @@ def _train(config: DictConfig, run_dir: Path, *notes: str) -> None:
             with suppress(Exception):  # a lost GPU gives no numbers
                 module.rows.flush(trainer)
             raise
+        finally:
+            gc.unfreeze()  # also after an error

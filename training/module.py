@@ -1,5 +1,6 @@
 """Glue between a network, an objective and Lightning; no mathematics here."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ from training.rows import Rows
 from training.sharding import is_sharded
 from training.step import Step, teachers
 from training.strategies import Sharded
+
+SETTLED = 3  # batches, after which all is compiled and recorded
 
 
 class GenerativeModule(LightningModule):
@@ -50,6 +53,7 @@ class GenerativeModule(LightningModule):
         self.step = Step(net, objective, compile, cuda_graphs)
         self.rows = Rows()
         self.batches: list[dict[str, torch.Tensor]] = []  # metrics of those since the last step
+        self.made = 0  # batches of this run
 
     def configure_model(self) -> None:
         """Each process keeps its part of the network, where they share one."""
@@ -69,12 +73,14 @@ class GenerativeModule(LightningModule):
         self.step.prepare()
 
     def on_train_start(self) -> None:
+        self.made = 0
         alone = isinstance(self.trainer.strategy, SingleDeviceStrategy)
         half = torch.bfloat16 if alone and self.trainer.precision == "bf16-mixed" else None
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
         self.step.halve(optimizer, half)
 
     def on_train_end(self) -> None:
+        gc.unfreeze()
         if self.step.halves is not None:
             self.step.halves.release()
             self.step.halves = None
@@ -152,6 +158,12 @@ class GenerativeModule(LightningModule):
 
     def on_train_batch_end(self, *args: Any) -> None:
         self.rows.end(self.trainer)
+        self.made += 1
+        if self.made == SETTLED and self.step.compile:
+            # A compiler leaves some 700,000 objects. Python's collector would look at all of them
+            # now and then, for 0.3 s and more, while the GPU waits.
+            gc.collect()
+            gc.freeze()
 
     def on_train_epoch_end(self) -> None:
         """Of the stream, which ends with the run."""

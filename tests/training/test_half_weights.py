@@ -1,9 +1,12 @@
 """Weights in 16 bits: the numbers are those of autocast, and no change of a weight goes unseen."""
 
 import copy
+import gc
+from typing import ClassVar
 
 import pytest
 import torch
+from lightning import Callback
 
 from jvp_flash_attention import attention
 from tests.training.test_training import last, train
@@ -39,6 +42,15 @@ def step_of(halves=True, seed=0, graphs=False, compile=False):
     if halves:
         step.halves = HalfWeights.of(net, optimizer, HALF)
     return step, optimizer
+
+
+class Frozen(Callback):
+    """How many objects Python's collector leaves out, before each batch."""
+
+    counts: ClassVar[list[int]] = []
+
+    def on_train_batch_start(self, *_):
+        self.counts.append(gc.get_freeze_count())
 
 
 def differentiate(step, number=0):
@@ -175,9 +187,12 @@ def test_a_run_keeps_them_and_continues_exactly(tmp_path, monkeypatch):
         found.append(self.halves)
 
     monkeypatch.setattr(Step, "halve", halved)
-    callbacks = lambda path: [NonFiniteGuard(), last(path)]  # noqa: E731
+    callbacks = lambda path: [NonFiniteGuard(), last(path), Frozen()]  # noqa: E731
     whole, one = train(tmp_path, 6, *callbacks(tmp_path / "a"), **options)
     assert found[-1] is not None
+    assert Frozen.counts[:3] == [0, 0, 0]
+    assert min(Frozen.counts[3:]) > 10_000  # which no collection looks at
+    assert gc.get_freeze_count() == 0
     assert one.step.halves is None  # released
     assert {p.grad.dtype for p in one.net.parameters() if p.grad is not None} <= {
         HALF,
