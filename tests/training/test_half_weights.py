@@ -2,6 +2,10 @@
 
 import copy
 import gc
+import os
+import re
+import subprocess
+import sys
 from typing import ClassVar
 
 import pytest
@@ -14,6 +18,7 @@ from training import cuda_graphs
 from training import step as module
 from training.callbacks.non_finite_guard import NonFiniteGuard, total_norm
 from training.half_weights import HalfWeights
+from training.kernels import adamw
 from training.kernels.adamw import AdamW
 from training.kernels.inputs import INTERPRETED
 from training.models.dit import DiT
@@ -114,6 +119,37 @@ def test_the_update_is_that_of_pytorch(betas):
     other.load_state_dict(state)
     assert state["state"].keys() == expected.state_dict()["state"].keys()
     assert torch.equal(other.state_dict()["state"][0]["exp_avg"], state["state"][0]["exp_avg"])
+
+
+COMPILED = """
+import torch
+import triton.language as tl
+from triton.runtime import driver
+from jvp_flash_attention.kernels.launch_cache import Launch
+from tests import offline
+from training.kernels import adamw
+
+driver.set_active(offline._Driver(offline.TARGETS["sm_90"]))
+table, owners = torch.zeros(7, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)
+args = (table, owners, torch.zeros(()), *[0.1] * 8)
+options = {"HALF": tl.bfloat16, "BLOCK": adamw.BLOCK, "num_warps": adamw.WARPS}
+print(Launch(adamw._adamw, (1,), args, options).compile().asm["ptx"])
+"""
+
+
+def test_the_update_reads_and_writes_16_bytes_at_a_time():
+    """Its addresses come from a table, of which a compiler knows nothing: it takes 9.1 ms for 6.3
+    of DiT-XL/2's weights otherwise.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    whole = adamw.BLOCK // (32 * adamw.WARPS) // 4  # of a tensor of float32
+    found = re.findall(r"(?:ld|st)\.global[\w.]*v4\.[bf]32", done.stdout)
+    assert len(found) == (3 + 3) * whole + (1 + 1) * whole // 2
+    assert not re.search(r"(?:ld|st)\.global[\w.]*b16", done.stdout)
 
 
 def test_a_weight_that_something_else_changes_is_copied_anew():
