@@ -65,8 +65,11 @@ def _train(config: DictConfig, run_dir: Path, *notes: str) -> None:
         ending, limits = [FinalizeOnly()], {"max_steps": step + 1, "max_time": timedelta.max}
     if rank_zero_only.rank == 0:
         refuse_used(run_dir, resumed, config.ckpt_path)
-        changed = changes(config, checkpoint) if checkpoint else ""
-        for line in (*notes, changed, warning(config)):
+        changed = begun = ""
+        if checkpoint:
+            begun = f"resumed after step {checkpoint['global_step']}: {resumed}"
+            changed = changes(config, checkpoint)
+        for line in (*notes, begun, changed, warning(config)):
             if line:
                 print(line)
     data = build_data(config)

@@ -1,17 +1,19 @@
 """Weights in 16 bits beside those in float32, cast once a step and not in every product's graph.
 
 Under autocast a product casts its weight, and autograd casts the weight's gradient back. Both are
-passes over memory: 3 of the 112 ms of a DiT-XL/2 step (H100). Here the network computes with copies
-that the optimizer writes together with the weights, and the optimizer reads the gradients as the
-products leave them. Where a weight is multiplied once a step, all numbers are those of autocast,
-bit for bit; where its gradient is a sum, the sum would be in 16 bits.
+passes over memory: 3.0 of 112 ms in a step of DiT-XL/2 (H100). Here the network computes with
+copies that the optimizer writes together with the weights, and the optimizer reads the gradients as
+the products leave them. Loss and gradients are those of autocast, bit for bit, where a weight is
+multiplied once a step. Where its gradient is a sum, the sum would be in 16 bits: ``Step.halve``
+says when there are copies.
 
-    halves = HalfWeights.of(net, optimizer, torch.bfloat16)
+    halves = HalfWeights.of(net, optimizer, torch.bfloat16)      None where they cannot be
     halves.refresh()                      copies of weights that something else has changed
-    with halves.instead():                ``net.parameters()`` are the copies
-        ...                               loss, gradients
+    with halves.instead():                ``net.parameters()`` are the copies:
+        ...                               under autocast loss, and gradients of the copies
 
-The gradient of such a weight is 16 bits wide, in ``weight.grad`` as ever.
+Whoever differentiates hands these gradients over to ``weight.grad``, as ``Step`` does. They stay 16
+bits wide there.
 """
 
 from collections.abc import Iterator

@@ -2,7 +2,7 @@
 
 step = Step(net, objective, compile=True, cuda_graphs=True)
 terms = step(sample)            loss and metrics
-step.backward(terms.loss)       gradients in p.grad, added to those that are there
+step.backward(terms.loss)       gradients in p.grad, added to those that are there (``accumulate``)
 
 Compiled by the block: all blocks of a network share one compiled graph, so that the first step
 takes as long for 28 blocks as for one. A CUDA graph holds everything between sample and gradients,
@@ -176,6 +176,12 @@ class Step:
         for p, gradient in zip(self.net.parameters(), gradients, strict=True):
             if gradient is None:
                 continue
+            if p.grad is gradient or (p.grad is not None and gradient.dtype != p.dtype):
+                raise RuntimeError(
+                    "p.grad has the gradients of the step before, where this step's are written;"
+                    " call optimizer.zero_grad() after each step, or set accumulate to the number"
+                    " of batches whose gradients are to be averaged"
+                )
             if p.grad is not None:
                 p.grad += gradient
             else:

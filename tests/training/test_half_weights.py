@@ -166,6 +166,14 @@ def test_a_weight_that_something_else_changes_is_copied_anew():
     assert all(p.dtype == torch.float32 for p in copy.deepcopy(step.net).parameters())
 
 
+def test_gradients_that_were_not_cleared_raise():
+    """They would be added in 16 bits."""
+    step, _ = step_of()
+    differentiate(step)
+    with pytest.raises(RuntimeError, match="zero_grad"):
+        differentiate(step, 1)
+
+
 def test_an_error_gives_the_weights_back():
     step, _ = step_of()
     before = list(step.net.parameters())

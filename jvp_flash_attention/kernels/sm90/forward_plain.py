@@ -10,10 +10,11 @@ the values of this one are started together. The next softmax runs while the val
     S(j + 1), P(j) V(j) │ softmax of S(j + 1) under P(j) V(j) │ ...
 
 Warpgroups share no result. Two take the tensor cores by turns (ORDER) where exponentials, and not
-products, take the longest. Three, of 192 queries, wait less, and pay where a head has many.
+products, take the longest. Three, of 192 queries, wait less, and pay where a head has many
+(`configs.plain`).
 
-O and l are brought to a new maximum only where a row of the warp outgrew its old one by
-2^THRESHOLD. Results are stored under the next item's first scores.
+m is kept in base 2. O and l are brought to a new maximum only where a row of the warp outgrew its
+old one by 2^THRESHOLD, as in `forward.py`. Results are stored under the next item's first scores.
 
 A head dim above 64 and up to 96 is two pieces. Names of the second end in 2.
 """

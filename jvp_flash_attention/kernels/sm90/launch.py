@@ -188,7 +188,7 @@ def _fwd(p: Problem, c: Call) -> Launch:
 
 
 def _threshold(q: Tensor) -> str:
-    """8 and 2, as PTX writes them: p̃ times a tangent score must fit float16."""
+    """8 and 2, as PTX writes them: p̃, beside a tangent times its score, must fit float16."""
     return "0f41000000" if q.dtype == torch.bfloat16 else "0f40000000"
 
 
