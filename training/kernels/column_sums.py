@@ -17,9 +17,9 @@ PROGRAMS = 2048  # at most so many, which run at once: all of the same size end 
 
 
 @triton.jit
-def places(row, w, rows, W):
+def places(row, w, rows, W, stride):
     """Where these rows and columns of (rows, W) lie, and which of them there are."""
-    at = row[:, None].to(tl.int64) * W + w[None, :]
+    at = row[:, None].to(tl.int64) * stride + w[None, :]
     return at, (row < rows)[:, None] & (w < W)[None, :]
 
 
@@ -37,9 +37,8 @@ def _column_sums(
     end = tl.where(part == zero, 0, ROWS)
     for i in tl.range(0, end, TILE, loop_unroll_factor=2):  # pyright: ignore
         row = first + i + tl.arange(0, TILE)  # pyright: ignore
-        at = row[:, None].to(tl.int64) * stride_row + w[None, :]
-        there = (row < rows)[:, None] & (w < W)[None, :]
-        total += tl.load(X + at, mask=there, other=0.0).to(tl.float32)
+        at, valid = places(row, w, rows, W, stride_row)
+        total += tl.load(X + at, mask=valid, other=0.0).to(tl.float32)
     into = SUMS + (tl.program_id(0) * tl.num_programs(2) + part) * W
     tl.store(into + w, tl.sum(total, 0), mask=w < W)
 

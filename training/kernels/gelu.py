@@ -56,7 +56,7 @@ def _gelu_backward(
     w = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([TILE, COLUMNS], tl.float32)
     for i in range(0, ROWS, TILE):
-        at, valid = places(first + i + tl.arange(0, TILE), w, rows, W)
+        at, valid = places(first + i + tl.arange(0, TILE), w, rows, W, W)
         z = tl.load(Z + at, mask=valid, other=0.0).to(tl.float32)
         d = tl.load(DH + at, mask=valid, other=0.0).to(tl.float32)
         d = d * _derivative(z, _sigmoid(z))

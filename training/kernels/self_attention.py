@@ -56,7 +56,7 @@ def _forward(z: Tensor, t_z: Tensor | None, heads: int) -> tuple[Tensor, Tensor,
 
 
 def _examples(x: Inputs, begin: int, end: int) -> Inputs:
-    return Inputs(x.q[begin:end], x.k[begin:end], x.v[begin:end])
+    return Inputs(*(y[begin:end] for y in (x.q, x.k, x.v)))
 
 
 @_forward.register_fake

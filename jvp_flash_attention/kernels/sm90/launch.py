@@ -55,7 +55,7 @@ def unsupported_reason(name: str, p: Problem, c: Call) -> str | None:
     if p.short(name) is not None:
         return "leaves short sequences to the portable kernels"
     if name == "fwd":
-        return _not_without_tangent(p)
+        return _not_without_tangent(p) or (None if p.spec.scale > 0.0 else "needs a scale > 0")
     if name == "fwd_jvp":
         if c.x.kv_blocks is not None and (p.mask or call.band(p.spec) != Band()):
             return "takes blocks alone"
@@ -78,11 +78,9 @@ def unsupported_reason(name: str, p: Problem, c: Call) -> str | None:
 
 
 def _not_without_tangent(p: Problem) -> str | None:
-    """Why the value alone cannot be computed, or should not; None where it is."""
+    """Why neither O alone nor its gradients can be computed, or should not; None where they are."""
     if p.mask or p.sequences is not None or not is_default(p.spec, but=DETAILS):
         return f"has no mask, band or packed sequences without a tangent, got {p.spec}"
-    if p.spec.scale <= 0.0:
-        return "needs a scale > 0"
     if p.D <= 32:
         return "leaves head dims up to 32 to the portable kernels, which do not pad them to 64"
     return None
@@ -90,12 +88,10 @@ def _not_without_tangent(p: Problem) -> str | None:
 
 def _not_in_one_launch(p: Problem, c: Call) -> str | None:
     """Why the gradients of O cannot be computed together, or should not; None where they are."""
-    if p.mask or p.sequences is not None or not is_default(p.spec, but=DETAILS):
-        return f"has no mask, band or packed sequences without a tangent, got {p.spec}"
+    if reason := _not_without_tangent(p):
+        return reason
     if p.Hk != p.H:
         return f"needs as many key heads as heads without a tangent, got {p.H} and {p.Hk}"
-    if p.D <= 32:
-        return "leaves head dims up to 32 to the portable kernels, which do not pad them to 64"
     if p.S <= 64:
         return "leaves few keys to the portable kernels, which take w from the tile"
     return None if all(map(tma_can_read, c.grads[:3])) else "needs results that TMA can write"
