@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -142,10 +143,13 @@ def test_row_sums_count_strides_in_eights_only_where_the_product_fits():
 
 def test_cudnn_leaves_the_gradients_of_short_heads():
     short = Inputs(*torch.empty(3, 64, 4, 1024, 64, dtype=torch.bfloat16, device="meta"))
-    long = Inputs(*torch.empty(3, 16, 4, 2048, 64, dtype=torch.bfloat16, device="meta"))
+    long = Inputs(*torch.empty(3, 16, 4, 2560, 64, dtype=torch.bfloat16, device="meta"))
     assert cudnn.pays(short, Spec(1.0))
     assert cudnn.pays(long, Spec(1.0))
     assert cudnn.pays_backward(long, Spec(1.0))
+    for D, pays in ((64, False), (72, False), (96, True), (128, True)):
+        middle = Inputs(*torch.empty(3, 16, 4, 2048, D, dtype=torch.bfloat16, device="meta"))
+        assert cudnn.pays_backward(middle, Spec(1.0)) == pays
     assert not cudnn.pays_backward(short, Spec(1.0))
     assert cudnn.pays_backward(short, Spec(1.0, causal=True))
     few = short._replace(k=short.k[:, :, :64].repeat(16, 1, 1, 1), q=short.q.repeat(16, 1, 1, 1))
@@ -209,3 +213,42 @@ def test_an_implementation_that_is_named_serves_or_raises(device):
         kernels.forward(p.x, None, Spec(1.0), force="cudnn")
     with pytest.raises(ValueError, match="force must be one of"):
         kernels.forward(p.x, p.t, Spec(1.0), force="hopper")
+
+
+def test_sums_of_gradients_come_where_one_launch_makes_them():
+    def room(D=64, L=300, dtype=torch.bfloat16, arch="sm90", **how):
+        z = torch.empty(2, L, 3, 5, D, dtype=dtype)
+        q, k, v = (z[:, :, i].transpose(1, 2) for i in range(3))
+        return kernels.room_for_sums(Inputs(q, k, v), Spec(0.1, **how), arch=arch)
+
+    assert room().shape == (2, 5, 2, 5, 64)
+    assert room(D=72, L=64 * 9).shape == (2, 9, 2, 5, 72)
+    for how in (
+        {"L": 64},
+        {"causal": True},
+        {"dtype": torch.float32},
+        {"arch": "sm80"},
+    ):
+        assert room(**how) is None, how
+    q = torch.randn(1, 1, 5, 8)
+    into = (*(torch.empty_like(q) for _ in range(3)), torch.empty(1, 1, 2, 1, 8))
+    saved = kernels.forward(Inputs(q, q, q), None, Spec(1.0))
+    with pytest.raises(NotImplementedError, match="gives no sums of dQ"):
+        kernels.backward(q, None, Inputs(q, q, q), Tangents(), saved, Spec(1.0), False, into=into)
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 6, 7, 8, 22, 131, 132, 133])
+def test_every_block_meets_the_last_tiles_of_heads_as_often_as_any_other(tiles):
+    """They are cut, and cost less. `work_item` in Python, for 132 blocks."""
+    q = torch.empty(96, 4, 192 * tiles - 90, 64, dtype=torch.bfloat16, device="meta")
+    saved = Saved(q, torch.empty(q.shape[:3], device="meta"))
+    *_, launch = kernels.launches(Inputs(q, q, q), None, Spec(0.1), saved, q, arch="sm90")
+    per_head, turn, items = launch.args[-3:]
+    per_head = per_head if tiles > 1 else 1
+    seen, cut = set(), Counter()
+    for w in range(items):
+        bh, tile = w // per_head, (w + w // per_head // turn) % per_head
+        seen.add((bh, tile))
+        cut[w % launch.grid[0]] += tile == per_head - 1
+    assert len(seen) == items == 384 * per_head
+    assert max(cut.values()) - min(cut.values()) <= 1

@@ -43,6 +43,7 @@ def test_the_value_alone_in_one_launch_is_right_and_repeats(dtype, head_dim, rec
     """Of several work items a multiprocessor, of few and many keys, of shared heads."""
     worst = 0.0
     shapes = ((70, 8, 8, 256, 256), (1, 8, 2, 2100, 257), (5, 6, 6, 300, 65), (40, 4, 4, 1, 1000))
+    shapes += ((50, 8, 8, 520, 200), (50, 8, 8, 640, 130))
     for B, H, Hk, L, S in shapes:
         q = 2 * torch.randn(B, L, H, head_dim, device="cuda", dtype=dtype).transpose(1, 2)
         k, v = torch.randn(2, B, Hk, S, head_dim, device="cuda", dtype=dtype)
@@ -62,10 +63,12 @@ def test_the_value_alone_in_one_launch_is_right_and_repeats(dtype, head_dim, rec
 @pytest.mark.parametrize("head_dim", [40, 64, 72, 96, 128])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=name)
 def test_the_gradients_of_o_in_one_launch_are_right_and_repeat(dtype, head_dim, record_property):
-    """Of lengths that end inside of tiles and work items, of either side the longer one."""
+    """Of lengths that end inside of tiles and work items, of either side the longer one, of few
+    work items and of several a multiprocessor."""
     worst = 0.0
-    for L, S in ((256, 256), (130, 71), (1, 300), (333, 65), (64, 640)):
-        rows = torch.randn(4, 2, 3, max(L, S), head_dim, device="cuda", dtype=dtype)
+    lengths = ((256, 256), (130, 71), (1, 300), (333, 65), (64, 640), (1000, 520), (577, 1000))
+    for B, (L, S) in ((1, (400, 400)), (60, (400, 330)), *((2, x) for x in lengths)):
+        rows = torch.randn(4, B, 3, max(L, S), head_dim, device="cuda", dtype=dtype)
         q, d_out = rows[:2, :, :, :L]
         k, v = rows[2:, :, :, :S]
         x, spec = Inputs(q, k, v), Spec(head_dim**-0.5)

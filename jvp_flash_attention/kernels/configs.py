@@ -193,9 +193,9 @@ class Plain(NamedTuple):
 
 
 def plain(head_dim: int, queries: int) -> Plain:
-    """At 1,024 queries a third warpgroup gains as much as the last, half empty tile loses."""
+    """Up to 512 queries a third warpgroup gains less than the last tile, partly empty, loses."""
     D1, D2 = pieces(max(head_dim, 64))
-    many = D1 + D2 == 64 and queries >= 2048
+    many = D1 + D2 == 64 and queries > 512
     return Plain(D1, D2, 128, 2, 2, 2, 3 if many else 2, D1 + D2 == 64 and not many)
 
 
@@ -212,15 +212,18 @@ def pipeline(head_dim: int) -> Pipeline:
 
 
 class Backward(NamedTuple):
-    """The gradients of O in one launch (sm90/bwd.py): a head dim in two pieces, and how many pairs
-    of tiles that pass are in flight."""
+    """The gradients of O in one launch (sm90/bwd.py): a head dim in two pieces, how many pairs of
+    tiles that pass are in flight, and warpgroups of 64 rows."""
 
     D1: int
     D2: int
     STAGES: int
+    GROUPS: int
 
 
-def backward(head_dim: int) -> Backward:
-    """Above 64 columns six pairs do not always fit."""
+def backward(head_dim: int, rows: int) -> Backward:
+    """Above 64 columns six pairs do not always fit, nor do the registers of three warpgroups, whose
+    last tile would be empty at 256 rows."""
     D1, D2 = pieces(max(head_dim, 64))
-    return Backward(D1, D2, {64: 6, 80: 6, 96: 5, 128: 3}[D1 + D2])
+    groups = 3 if D1 + D2 == 64 and rows > 256 else 2
+    return Backward(D1, D2, {64: 6, 80: 6, 96: 5, 128: 3}[D1 + D2], groups)

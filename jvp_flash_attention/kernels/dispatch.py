@@ -94,7 +94,8 @@ def backward(
 ) -> tuple[Tangents, Tangents]:
     """(dQ, dK, dV, db) and, with dtO, (dtQ, dtK, dtV, dtb); db and dtb are None unless
     `mask_grad`. `force` as in `forward`. `into` are tensors for dQ, dK and dV, which may be parts
-    of a larger one; cuDNN, which allocates its own, is then not asked."""
+    of a larger one; cuDNN, which allocates its own, is then not asked. A fourth is `room_for_sums`.
+    """
     pays = cudnn.pays if force == "cudnn" else cudnn.pays_backward
     if d_t_out is None and into is None and force in (None, "cudnn") and pays(x, spec):
         x, saved = _readable(x), saved._replace(out=readable(saved.out))
@@ -124,6 +125,21 @@ def backward(
         grads._replace(mask=_mask_grad(grads.mask, x.mask)),
         t_grads._replace(mask=_mask_grad(t_grads.mask, x.mask)),
     )
+
+
+def room_for_sums(x: Inputs, spec: Spec, arch: str | None = None) -> Tensor | None:
+    """For Σ dQ and Σ dO over the rows of each tile of 64, (B, tiles, 2, H, D) in float32: the
+    gradients of biases of Q and V, as Σ dV = Σ dO. None where the kernels of `backward` without
+    tangents give no such sums."""
+    q, k, v, *_ = x
+    B, H, L, D = q.shape
+    sums = q.new_empty(B, tiles_of(L, 64, None), 2, H, D, dtype=torch.float32)
+    c = Call(x, NOTHING, Saved(q, sums), q, grads=Tangents(q, k, v), sums=sums)
+    try:
+        choose("bwd_dkdv", problem(c, spec, arch), c)
+    except NotImplementedError:
+        return None
+    return sums
 
 
 def launches(
@@ -172,6 +188,7 @@ def choose(name: str, p: Problem, c: Call, force: str | None = None) -> Any:
     if force == "cudnn":
         raise NotImplementedError(f"cuDNN does not support this call, got {p}")
     forced = force in PASSES[name]
+    reasons = []
     for candidate in (force,) if forced else PASSES[name]:
         if candidate in configs.TABLES and candidate != p.arch:
             reason = f"is for {candidate}, got {p.arch}"
@@ -180,9 +197,8 @@ def choose(name: str, p: Problem, c: Call, force: str | None = None) -> Any:
             reason = module.unsupported_reason(name, p, c)
             if reason is None:
                 return module
-        if forced:
-            raise NotImplementedError(f"{name} of {candidate!r} {reason}")
-    raise NotImplementedError(f"{name}: none of {PASSES[name]} supports {p}")
+        reasons.append(f"{name} of {candidate!r} {reason}")
+    raise NotImplementedError("; ".join(reasons))
 
 
 def _with(saved: Saved, into: Any) -> Saved:
@@ -212,7 +228,7 @@ def _backward_call(
         _mask_accumulator(mask, q, k) if mask_grad and mask is not None and there else None
         for there in (True, jvp)
     )
-    d_q, d_k, d_v = into or (empty_rows(y, y.shape[3], spec) for y in (q, k, v))
+    d_q, d_k, d_v, *sums = into or (empty_rows(y, y.shape[3], spec) for y in (q, k, v))
     d_t_q, d_t_k, d_t_v = (empty_rows(y, y.shape[3], spec) if jvp else None for y in (q, k, v))
     d_out, d_t_out = readable(d_out), readable(d_t_out)
     out: Any = readable(saved.out)
@@ -232,6 +248,7 @@ def _backward_call(
         w_sum=_row_vector(q),
         h_sum=_row_vector(q) if jvp else None,
         statistics=statistics,
+        sums=sums[0] if sums else None,
     )
     return with_parts(c, spec, arch, "bwd_dkdv")
 

@@ -46,6 +46,7 @@ class Call(NamedTuple):
     w_sum: Tensor | None = None  # row sums: of `bwd_preprocess`, for the other two
     h_sum: Tensor | None = None
     statistics: Tensor | None = None  # LSE, μ, h and w, or LSE and w, once more, as sm90 reads them
+    sums: Tensor | None = None  # of dQ and dO over the rows of each tile of 64: (B, tiles, 2, H, D)
     parts: Operands | None = None  # (B, heads, rows, parts · padded D) bfloat16: portable/split.py
 
     @property

@@ -2,7 +2,8 @@
 
     h = rowsum(dtO ∘ O)          w = rowsum(dO ∘ O) + rowsum(dtO ∘ tO)
 
-w is what FlashAttention calls delta.
+w is what FlashAttention calls delta. Where it is asked for, Σ dO over the rows too: it is Σ dV, for
+the rows of P add to one.
 """
 
 import triton
@@ -30,15 +31,19 @@ def _load(
 
 @triton.jit
 def _row_sums(
-    D_O, D_T_O, O, T_O, b, h, m0, end, UNIT: tl.constexpr,
+    D_O, D_T_O, O, T_O, SUMS, b, h, m0, end, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMN: tl.constexpr,
 ):  # fmt: skip
-    """w and h over BLOCK_D columns, of which D exist, from COLUMN on."""
+    """w and h over BLOCK_D columns, of which D exist, from COLUMN on. Σ dO goes to SUMS."""
     o = _load(O, b, h, m0, end, UNIT, BLOCK_M, D, BLOCK_D, COLUMN)
     w = tl.zeros([BLOCK_M], tl.float32)
     h_sum = w
     if D_O is not None:
-        w += tl.sum(_load(D_O, b, h, m0, end, UNIT, BLOCK_M, D, BLOCK_D, COLUMN) * o, 1)
+        d_o = _load(D_O, b, h, m0, end, UNIT, BLOCK_M, D, BLOCK_D, COLUMN)
+        w += tl.sum(d_o * o, 1)
+        if SUMS is not None:
+            j = tl.arange(0, BLOCK_D)
+            tl.store(SUMS + COLUMN + j, tl.sum(d_o, 0), mask=j < D)
     if D_T_O is not None:
         t_o = _load(T_O, b, h, m0, end, UNIT, BLOCK_M, D, BLOCK_D, COLUMN)
         d_t_o = _load(D_T_O, b, h, m0, end, UNIT, BLOCK_M, D, BLOCK_D, COLUMN)
@@ -49,14 +54,14 @@ def _row_sums(
 
 @triton.jit(do_not_specialize=["H", "L", "sequences"])
 def bwd_preprocess_kernel(
-    D_O, D_T_O, O, T_O, LSE, MU, H_SUM, W_SUM, STATISTICS, CU_Q, H, L, sequences,
+    D_O, D_T_O, O, T_O, LSE, MU, H_SUM, W_SUM, STATISTICS, SUMS, CU_Q, H, L, sequences,
     DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr,
     SEQUENCES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """One program: h and w of BLOCK_M queries of one head, whose columns are read in two pieces.
     STATISTICS, for sm90: by head four rows, LSE in base 2, μ, h and w, or without dtO two, LSE and
     w, in which each packed sequence begins a new tile and the last one is padded with
-    LSE = inf."""
+    LSE = inf. SUMS: `Call.sums`, of which dQ's part is another launch's."""
     tiles = tiles_of(CU_Q, L, BLOCK_M, sequences)
     b, h, tile = head_of(tl.program_id(0), tiles, H, False)
     place = tile * BLOCK_M
@@ -69,7 +74,9 @@ def bwd_preprocess_kernel(
         end = first + rows
     i = m0 + tl.arange(0, BLOCK_M)
     row = first_row(b, h, H, L) + i
-    given = (D_O, D_T_O, O, T_O, b, h, m0, end)
+    if SUMS is not None:
+        SUMS += (((b * tiles + tile) * 2 + 1) * H + h) * DV
+    given = (D_O, D_T_O, O, T_O, SUMS, b, h, m0, end)
     w, h_sum = _row_sums(*given, UNIT, BLOCK_M, min(DV, D1), D1, 0)
     if D2 > 0:
         w2, h_sum2 = _row_sums(*given, UNIT, BLOCK_M, DV - D1, D2, D1)

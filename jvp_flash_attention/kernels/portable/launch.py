@@ -31,8 +31,9 @@ from .split import split_kernel
 MOST_ITEMS = 16  # tiles that one program of the repair looks at
 
 
-def unsupported_reason(_name: str, _p: Problem, _c: Call) -> str | None:
-    return None
+def unsupported_reason(name: str, _p: Problem, c: Call) -> str | None:
+    """Why a pass cannot take the problem; None where it does."""
+    return None if c.sums is None or name != "bwd_dkdv" else "gives no sums of dQ"
 
 
 def launches(name: str, p: Problem, c: Call) -> Iterator[Launch]:
@@ -94,7 +95,7 @@ def _bwd_preprocess(_name: str, p: Problem, c: Call) -> Iterator[Launch]:
     unit = 8 if all(step % 8 == 0 and step < 2**31 for step in steps) else 1
     args = (
         *(x if x is None else (x, *(step // unit for step in x.stride()[:3])) for x in read),
-        *(lse, mu if c.jvp else None, c.h_sum, c.w_sum, c.statistics, c.x.cu_q),
+        *(lse, mu if c.jvp else None, c.h_sum, c.w_sum, c.statistics, c.sums, c.x.cu_q),
         *(p.H, p.L, p.sequences),
     )
     D1, D2 = configs.pieces(p.DV)

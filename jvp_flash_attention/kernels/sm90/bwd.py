@@ -4,14 +4,16 @@
     dQ = s dS K                                            first half of a work item
     dK = s dSᵀ Q     dV = Pᵀ dO                            second half, tiles transposed
 
-A work item is 128 queries and the 128 keys of the same place in a head, 64 of each a warpgroup. In
-the first half queries stay and tiles of keys pass, in the second keys stay and queries pass. S and
-dP are computed in both, seven products for five. So no result is summed between blocks: no float32
-buffer to clear and to convert, and two runs are equal bit for bit. The items of a head run beside
-each other, and the second half reads from L2 what the first has fetched.
+A work item is 64 queries of each warpgroup and the keys of the same place in a head. In the first
+half queries stay and tiles of keys pass, in the second keys stay and queries pass. S and dP are
+computed in both, seven products for five. So no result is summed between blocks: no float32 buffer
+to clear and to convert, and two runs are equal bit for bit. The items of a head run beside each
+other, and the second half reads from L2 what the first has fetched.
 
-Both warpgroups read what passes and share no result. One's products run under the other's softmax,
-without any order between them. The results of a half are stored under the next one's first scores.
+All warpgroups read what passes and share no result. One's products run under the others' softmax,
+without any order between them. Up to 64 columns there are registers for three: dP begins at -w, so
+that w takes none of its own. A warpgroup whose rows lie behind the last lets tiles pass. Results
+of a half are stored under the first scores of the next.
 
 A head dim above 64 and up to 96 is two pieces, as in `forward.py`. Names of the second end in 2.
 """
@@ -38,10 +40,13 @@ from .primitives import (
     barriers,
     first_row,
     keep_alive,
+    let_pass,
     load,
     matrix,
     scores,
     store,
+    work_item,
+    work_items,
 )
 
 
@@ -57,16 +62,16 @@ def _fetch(x, buffers, bar, b, h, row, slot, D1: gl.constexpr):
 @gluon.jit
 def _fetch_half(
     staying, passing, buffers, bars, b, h, row, rows, own, own_phase, slot, phase,
-    D1: gl.constexpr, TILE_BYTES: gl.constexpr, STAGES: gl.constexpr,
+    D1: gl.constexpr, TILE_BYTES: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
     """What stays, of both warpgroups, and all tiles that pass, of so many rows."""
     stay, moving = buffers
     stay_ready, stay_free, ready, free = bars
     mbarrier.wait(stay_free.index(own), own_phase)
-    mbarrier.expect(stay_ready.index(own), 4 * TILE_BYTES)
-    for g in gl.static_range(2):
+    mbarrier.expect(stay_ready.index(own), 2 * GROUPS * TILE_BYTES)
+    for g in gl.static_range(GROUPS):
         at = row + g * ROWS
-        _fetch(staying, stay, stay_ready.index(own), b, h, at, 2 * own + g, D1)
+        _fetch(staying, stay, stay_ready.index(own), b, h, at, GROUPS * own + g, D1)
     own, own_phase = advance(own, own_phase, 1, 2)
     for at in range(0, rows, ROWS):
         mbarrier.wait(free.index(slot), phase)
@@ -79,27 +84,26 @@ def _fetch_half(
 @gluon.jit
 def _producer(
     queries, keys, buffers, bars, work,
-    D1: gl.constexpr, TILE_BYTES: gl.constexpr, STAGES: gl.constexpr,
+    D1: gl.constexpr, TILE_BYTES: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
     """The warp that fetches. queries: Q and dO, keys: K and V, each in two pieces."""
-    H, L, S, tiles, items = work
+    H, L, S, tiles, turn, items = work
     own = 0
     own_phase = 1
     slot = 0
     phase = 1
-    for e in range(gl.program_id(0), items, gl.num_programs(0)):
-        b = e // tiles // H
-        h = e // tiles % H
-        row = e % tiles * (2 * ROWS)
+    for e in range(work_items(items, False)):
+        b, h, tile = work_item(e, tiles, H, False, turn=turn)
+        row = tile * (GROUPS * ROWS)
         if row < L:
             own, own_phase, slot, phase = _fetch_half(
                 queries, keys, buffers, bars, b, h, row, S, own, own_phase, slot, phase,
-                D1, TILE_BYTES, STAGES,
+                D1, TILE_BYTES, STAGES, GROUPS,
             )  # fmt: skip
         if row < S:
             own, own_phase, slot, phase = _fetch_half(
                 keys, queries, buffers, bars, b, h, row, L, own, own_phase, slot, phase,
-                D1, TILE_BYTES, STAGES,
+                D1, TILE_BYTES, STAGES, GROUPS,
             )  # fmt: skip
 
 
@@ -128,11 +132,42 @@ def _store(out, x, x2, tile, tile2, buffers, slot, b, h, row, D1: gl.constexpr):
 
 
 @gluon.jit
-def _consumer(
-    WG: gl.constexpr, results, STATISTICS, buffers, bars, scale, work,
-    D1: gl.constexpr, D2: gl.constexpr, STAGES: gl.constexpr, EDGE: gl.constexpr,
+def _store_sums(SUMS, x, tile, b, h, H, row, rows, begin, D):
+    """Σ over the rows of dQ, of columns from `begin` on, as a product of ones and the tile in
+    shared memory. Rows behind the last query are zero there. x: the results, for their layout."""
+    L: gl.constexpr = x.type.layout
+    ones = gl.full([ROWS, ROWS], 1.0, tile.dtype, layout=gl.DotOperandLayout(0, L, 2))
+    sums = warpgroup_mma(ones, tile, gl.zeros_like(x), use_acc=False, is_async=True)
+    sums = warpgroup_mma_wait(0, deps=[sums])
+    keep_alive(ones)
+    at = 2 * (b * ((rows + (ROWS - 1)) // ROWS) + row // ROWS)
+    i = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, L)), 1)
+    j = begin + gl.expand_dims(gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, L)), 0)
+    gl.store(SUMS + (at * H + h) * D + j + 0 * i, sums, mask=(i == 0) & (j < D))
+
+
+@gluon.jit
+def _skip_half(
+    stay_ready, stay_free, ready, free, slot, phase, own, own_phase, stored, rows,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup of the two. STATISTICS: by head two rows, LSE in base 2 and w, padded with
+    """Of a warpgroup whose rows lie behind the last."""
+    stored = await_stores(stored, stay_free)
+    mbarrier.wait(stay_ready.index(own), own_phase)
+    for _ in range(0, rows, ROWS):
+        slot, phase = let_pass(ready, free, slot, phase, STAGES)
+    stored = own + 1  # nothing is
+    own, own_phase = advance(own, own_phase, 1, 2)
+    return slot, phase, own, own_phase, stored
+
+
+@gluon.jit
+def _consumer(
+    WG: gl.constexpr, results, STATISTICS, SUMS, buffers, bars, scale, work,
+    D1: gl.constexpr, D2: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
+    EDGE: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup of GROUPS. STATISTICS: by head two rows, LSE in base 2 and w, padded with
     LSE = inf, hence P = 0."""
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     L1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D1, 16])
@@ -146,7 +181,7 @@ def _consumer(
     moving0, moving1 = moving
     stay_ready, stay_free, ready, free = bars
     d_q_out, d_k_out, d_v_out = results
-    H, L, S, tiles, items = work
+    H, L, S, tiles, turn, items = work
     scale2 = scale * LOG2E
     padded = (L + (ROWS - 1)) // ROWS * ROWS
     stored = 0  # number + 1 of the slot that the last stores may still read
@@ -154,17 +189,16 @@ def _consumer(
     own_phase = 0
     slot = 0
     phase = 0
-    for e in range(gl.program_id(0), items, gl.num_programs(0)):
-        b = e // tiles // H
-        h = e // tiles % H
-        begin = e % tiles * (2 * ROWS)
+    for e in range(work_items(items, False)):
+        b, h, tile = work_item(e, tiles, H, False, turn=turn)
+        begin = tile * (GROUPS * ROWS)
         row = begin + WG * ROWS
         statistics = STATISTICS + first_row(b, h, H, 2) * padded
-        if begin < L:
+        if row < L:
             i = row + gl.arange(0, ROWS, layout=ROW)
             lse = gl.load(statistics + i, mask=i < padded, other=float("inf"))
             w = gl.load(statistics + padded + i, mask=i < padded, other=0.0)
-            at = 2 * own + WG
+            at = GROUPS * own + WG
             q = matrix(stay0[0], at, ROWS, D1)
             d_o = matrix(stay1[0], at, ROWS, D1)
             q2 = matrix(stay0[1], at, ROWS, D2) if TWO else None
@@ -197,12 +231,22 @@ def _consumer(
                 keep_alive(d_s16)
                 mbarrier.arrive(free.index(slot), count=1)
                 slot, phase = advance(slot, phase, 1, STAGES)
+            d_q = d_q * scale
             d_q2 = d_q2 * scale if TWO else None
-            _store(d_q_out, d_q * scale, d_q2, q, q2, stay0, at, b, h, row, D1)
+            _store(d_q_out, d_q, d_q2, q, q2, stay0, at, b, h, row, D1)
+            if SUMS is not None:
+                D = d_q_out[0].shape[3]
+                _store_sums(SUMS, d_q, q, b, h, H, row, L, 0, D)
+                if TWO:
+                    _store_sums(SUMS, d_q2, q2, b, h, H, row, L, D1, D)
             stored = own + 1
             own, own_phase = advance(own, own_phase, 1, 2)
-        if begin < S:
-            at = 2 * own + WG
+        elif begin < L:
+            slot, phase, own, own_phase, stored = _skip_half(
+                stay_ready, stay_free, ready, free, slot, phase, own, own_phase, stored, S, STAGES
+            )
+        if row < S:
+            at = GROUPS * own + WG
             k = matrix(stay0[0], at, ROWS, D1)
             v = matrix(stay1[0], at, ROWS, D1)
             k2 = matrix(stay0[1], at, ROWS, D2) if TWO else None
@@ -215,6 +259,7 @@ def _consumer(
             for m0 in range(0, L, ROWS):
                 i = m0 + gl.arange(0, ROWS, layout=COLUMN)
                 lse = gl.load(statistics + i)
+                w = gl.load(statistics + padded + i)
                 q = matrix(moving0[0], slot, ROWS, D1)
                 d_o = matrix(moving1[0], slot, ROWS, D1)
                 q2 = matrix(moving0[1], slot, ROWS, D2) if TWO else None
@@ -222,14 +267,13 @@ def _consumer(
                 zero = gl.zeros([ROWS, ROWS], gl.float32, S_L)
                 mbarrier.wait(ready.index(slot), phase)
                 s = scores(k, q, k2, q2, zero, True)
-                d_p = scores(v, d_o, v2, d_o2, zero, True)
+                d_p = scores(v, d_o, v2, d_o2, zero - gl.expand_dims(w, 0), False)
                 stored = await_stores(stored, stay_free)
                 s = warpgroup_mma_wait(PIECES, deps=[s])
                 p = gl.exp2(s * scale2 - gl.expand_dims(lse, 0))
-                w = gl.load(statistics + padded + i)
                 p16, d_v, d_v2 = _add_product(p, d_o, d_o2, d_v, d_v2)
                 d_p = warpgroup_mma_wait(PIECES, deps=[d_p])
-                d_s = p * (d_p - gl.expand_dims(w, 0))
+                d_s = p * d_p
                 d_s16, d_k, d_k2 = _add_product(d_s, q, q2, d_k, d_k2)
                 if TWO:
                     d_k, d_k2, d_v, d_v2 = warpgroup_mma_wait(0, deps=[d_k, d_k2, d_v, d_v2])
@@ -244,48 +288,84 @@ def _consumer(
             _store(d_v_out, d_v, d_v2, v, v2, stay1, at, b, h, row, D1)
             stored = own + 1
             own, own_phase = advance(own, own_phase, 1, 2)
+        elif begin < S:
+            slot, phase, own, own_phase, stored = _skip_half(
+                stay_ready, stay_free, ready, free, slot, phase, own, own_phase, stored, L, STAGES
+            )
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=("H", "L", "S", "tiles", "items"))
+@gluon.jit(do_not_specialize=("H", "L", "S", "tiles", "turn", "items"))
 def bwd_kernel(
-    Q, K, V, D_O, D_Q, D_K, D_V, Q2, K2, V2, D_O2, D_Q2, D_K2, D_V2, STATISTICS,
-    scale, H, L, S, tiles, items,
-    D1: gl.constexpr, D2: gl.constexpr, STAGES: gl.constexpr, EDGE: gl.constexpr,
+    Q, K, V, D_O, D_Q, D_K, D_V, Q2, K2, V2, D_O2, D_Q2, D_K2, D_V2, STATISTICS, SUMS,
+    scale, H, L, S, tiles, turn, items,
+    D1: gl.constexpr, D2: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
+    EDGE: gl.constexpr,
 ):  # fmt: skip
-    """D1 + D2 columns; STAGES pairs of passing tiles in flight, two pairs of what stays; EDGE: the
-    last tile of keys is cut."""
+    """D1 + D2 columns; STAGES pairs of passing tiles in flight, two pairs of what stays of each of
+    GROUPS warpgroups; SUMS: `Call.sums`, of which Σ dO is another launch's; EDGE: the last tile of
+    keys is cut."""
     TILE_BYTES: gl.constexpr = ROWS * (D1 + D2) * 2
     TWO: gl.constexpr = D2 > 0
     stay = (
-        (allocate_stages(Q, 4), allocate_stages(Q2, 4) if TWO else None),
-        (allocate_stages(V, 4), allocate_stages(V2, 4) if TWO else None),
+        (allocate_stages(Q, 2 * GROUPS), allocate_stages(Q2, 2 * GROUPS) if TWO else None),
+        (allocate_stages(V, 2 * GROUPS), allocate_stages(V2, 2 * GROUPS) if TWO else None),
     )
     moving = (
         (allocate_stages(Q, STAGES), allocate_stages(Q2, STAGES) if TWO else None),
         (allocate_stages(V, STAGES), allocate_stages(V2, STAGES) if TWO else None),
     )
     buffers = (stay, moving)
-    bars = (barriers(2, 1), barriers(2, 2), barriers(STAGES, 1), barriers(STAGES, 2))
-    work = (H, L, S, tiles, items)
+    bars = (barriers(2, 1), barriers(2, GROUPS), barriers(STAGES, 1), barriers(STAGES, GROUPS))
+    work = (H, L, S, tiles, turn, items)
     results = ((D_Q, D_Q2), (D_K, D_K2), (D_V, D_V2))
     fence_async_shared()
-    gl.warp_specialize(
-        [
-            (
-                _consumer,
-                (0, results, STATISTICS, buffers, bars, scale, work, D1, D2, STAGES, EDGE),
-            ),
-            (
-                _consumer,
-                (1, results, STATISTICS, buffers, bars, scale, work, D1, D2, STAGES, EDGE),
-            ),
-            (
-                _producer,
-                (((Q, Q2), (D_O, D_O2)), ((K, K2), (V, V2)), buffers, bars, work,
-                 D1, TILE_BYTES, STAGES),
-            ),
-        ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (
+                    _consumer,
+                    (0, results, STATISTICS, SUMS, buffers, bars, scale, work, D1, D2, STAGES,
+                     GROUPS, EDGE),
+                ),
+                (
+                    _consumer,
+                    (1, results, STATISTICS, SUMS, buffers, bars, scale, work, D1, D2, STAGES,
+                     GROUPS, EDGE),
+                ),
+                (
+                    _producer,
+                    (((Q, Q2), (D_O, D_O2)), ((K, K2), (V, V2)), buffers, bars, work,
+                     D1, TILE_BYTES, STAGES, GROUPS),
+                ),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _consumer,
+                    (0, results, STATISTICS, SUMS, buffers, bars, scale, work, D1, D2, STAGES,
+                     GROUPS, EDGE),
+                ),
+                (
+                    _consumer,
+                    (1, results, STATISTICS, SUMS, buffers, bars, scale, work, D1, D2, STAGES,
+                     GROUPS, EDGE),
+                ),
+                (
+                    _consumer,
+                    (2, results, STATISTICS, SUMS, buffers, bars, scale, work, D1, D2, STAGES,
+                     GROUPS, EDGE),
+                ),
+                (
+                    _producer,
+                    (((Q, Q2), (D_O, D_O2)), ((K, K2), (V, V2)), buffers, bars, work,
+                     D1, TILE_BYTES, STAGES, GROUPS),
+                ),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
+        )  # fmt: skip

@@ -45,6 +45,7 @@ from .primitives import (
     first_row,
     keep_alive,
     lane_sums,
+    let_pass,
     load,
     matrix,
     rows_times,
@@ -73,7 +74,7 @@ def _producer(
 ):  # fmt: skip
     """The warp that fetches Q, K and V."""
     q_ready, q_free, k_ready, k_free, v_ready, v_free = bars
-    H, _L, S, tiles, items = work
+    H, _L, S, tiles, turn, items = work
     kj = 0
     vj = 0
     qj = 0
@@ -81,7 +82,7 @@ def _producer(
     v_phase = 1
     q_phase = 1
     for e in range(work_items(items, False)):
-        b, h, tile = work_item(e, tiles, H, False)
+        b, h, tile = work_item(e, tiles, H, False, turn=turn)
         for n0 in range(0, S, BLOCK_N):
             mbarrier.wait(k_free.index(kj), k_phase)
             mbarrier.expect(k_ready.index(kj), BLOCK_N * ROW_BYTES)
@@ -167,7 +168,7 @@ def _consumer(
     PIECES: gl.constexpr = 2 if TWO else 1
     FLAG: gl.constexpr = "grown0" if WG == 0 else ("grown1" if WG == 1 else "grown2")
     q_ready, q_free, k_ready, k_free, v_ready, v_free = bars
-    H, L, S, tiles, items = work
+    H, L, S, tiles, turn, items = work
     scale2 = scale * LOG2E
     kj = 0
     vj = 0
@@ -181,70 +182,77 @@ def _consumer(
         if WG == 1:
             warp_scheduler_barrier_arrive(WG)
     for e in range(work_items(items, False)):
-        b, h, tile = work_item(e, tiles, H, False)
+        b, h, tile = work_item(e, tiles, H, False, turn=turn)
         m0 = (tile * GROUPS + WG) * ROWS
         at = qj + WG
-        q = matrix(buffers[0][0], at, ROWS, D1)
-        q2 = matrix(buffers[0][1], at, ROWS, D2) if TWO else None
-        o = gl.zeros([ROWS, D1], gl.float32, L1)
-        o2 = gl.zeros([ROWS, D2], gl.float32, L2) if TWO else 0
-        mbarrier.wait(q_ready.index(at), q_phase)
-        s = _start_scores(q, q2, buffers[1], kj, k_ready, k_phase, D1, D2, BLOCK_N)
-        stored = await_stores(stored, q_free)
-        s = warpgroup_mma_wait(0, deps=[s])
-        mbarrier.arrive(k_free.index(kj), count=1)
-        kj, k_phase = advance(kj, k_phase, 1, STAGES_K)
-        s = _seen(s, 0, S, BLOCK_N, EDGE)
-        m = gl.max(s, 1) * scale2
-        p = exponential(s, scale2, m, False)
-        l = lane_sums(p, BLOCK_N)
-        p16 = gl.convert_layout(p.to(q.dtype), P1, assert_trivial=True)
-        for n0 in range(BLOCK_N, S, BLOCK_N):
-            if ORDER:
-                warp_scheduler_barrier_sync(WG)
+        if (m0 < L) | ORDER:
+            q = matrix(buffers[0][0], at, ROWS, D1)
+            q2 = matrix(buffers[0][1], at, ROWS, D2) if TWO else None
+            o = gl.zeros([ROWS, D1], gl.float32, L1)
+            o2 = gl.zeros([ROWS, D2], gl.float32, L2) if TWO else 0
+            mbarrier.wait(q_ready.index(at), q_phase)
             s = _start_scores(q, q2, buffers[1], kj, k_ready, k_phase, D1, D2, BLOCK_N)
-            o, o2 = _start_values(p16, buffers[2], vj, v_ready, v_phase, o, o2, D1, D2, BLOCK_N)
-            if ORDER:
-                warp_scheduler_barrier_arrive(WG)
-            s = warpgroup_mma_wait(PIECES, deps=[s])
+            stored = await_stores(stored, q_free)
+            s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(k_free.index(kj), count=1)
             kj, k_phase = advance(kj, k_phase, 1, STAGES_K)
-            s = _seen(s, n0, S, BLOCK_N, EDGE)
-            m_new = gl.maximum(m, gl.max(s, 1) * scale2)
-            grown = any_above(m_new - m, THRESHOLD, FLAG)
-            alpha = gl.full([ROWS], 1.0, gl.float32, ROW)
-            if grown:
-                alpha = gl.exp2(m - m_new)
-                m = m_new
+            s = _seen(s, 0, S, BLOCK_N, EDGE)
+            m = gl.max(s, 1) * scale2
             p = exponential(s, scale2, m, False)
-            sums = lane_sums(p, BLOCK_N)
+            l = lane_sums(p, BLOCK_N)
+            p16 = gl.convert_layout(p.to(q.dtype), P1, assert_trivial=True)
+            for n0 in range(BLOCK_N, S, BLOCK_N):
+                if ORDER:
+                    warp_scheduler_barrier_sync(WG)
+                s = _start_scores(q, q2, buffers[1], kj, k_ready, k_phase, D1, D2, BLOCK_N)
+                o, o2 = _start_values(p16, buffers[2], vj, v_ready, v_phase, o, o2, D1, D2, BLOCK_N)
+                if ORDER:
+                    warp_scheduler_barrier_arrive(WG)
+                s = warpgroup_mma_wait(PIECES, deps=[s])
+                mbarrier.arrive(k_free.index(kj), count=1)
+                kj, k_phase = advance(kj, k_phase, 1, STAGES_K)
+                s = _seen(s, n0, S, BLOCK_N, EDGE)
+                m_new = gl.maximum(m, gl.max(s, 1) * scale2)
+                grown = any_above(m_new - m, THRESHOLD, FLAG)
+                alpha = gl.full([ROWS], 1.0, gl.float32, ROW)
+                if grown:
+                    alpha = gl.exp2(m - m_new)
+                    m = m_new
+                p = exponential(s, scale2, m, False)
+                sums = lane_sums(p, BLOCK_N)
+                o, o2 = _await_values(p16, o, o2, TWO)
+                mbarrier.arrive(v_free.index(vj), count=1)
+                vj, v_phase = advance(vj, v_phase, 1, STAGES_V)
+                p16 = gl.convert_layout(p.to(q.dtype), P1, assert_trivial=True)
+                if grown:
+                    alpha4 = gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout))
+                    l = l * gl.expand_dims(alpha4, 1)
+                    o = rows_times(o, alpha, L1)
+                    if TWO:
+                        o2 = rows_times(o2, alpha, L2)
+                l = l + sums
+            o, o2 = _start_values(p16, buffers[2], vj, v_ready, v_phase, o, o2, D1, D2, BLOCK_N)
+            l_row = gl.convert_layout(gl.sum(l, 1), ROW)
             o, o2 = _await_values(p16, o, o2, TWO)
             mbarrier.arrive(v_free.index(vj), count=1)
             vj, v_phase = advance(vj, v_phase, 1, STAGES_V)
-            p16 = gl.convert_layout(p.to(q.dtype), P1, assert_trivial=True)
-            if grown:
-                alpha4 = gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout))
-                l = l * gl.expand_dims(alpha4, 1)
-                o = rows_times(o, alpha, L1)
-                if TWO:
-                    o2 = rows_times(o2, alpha, L2)
-            l = l + sums
-        o, o2 = _start_values(p16, buffers[2], vj, v_ready, v_phase, o, o2, D1, D2, BLOCK_N)
-        l_row = gl.convert_layout(gl.sum(l, 1), ROW)
-        o, o2 = _await_values(p16, o, o2, TWO)
-        mbarrier.arrive(v_free.index(vj), count=1)
-        vj, v_phase = advance(vj, v_phase, 1, STAGES_V)
-        inverse = 1.0 / l_row
-        q.store(rows_times(o, inverse, L1).to(q.dtype))
-        if TWO:
-            q2.store(rows_times(o2, inverse, L2).to(q.dtype))
-        fence_async_shared()
-        store(out[0], [b, h, m0, 0], buffers[0][0].index(at))
-        if TWO:
-            store(out[1], [b, h, m0, D1], buffers[0][1].index(at))
-        i = m0 + gl.arange(0, ROWS, layout=ROW)
-        row = first_row(b, h, H, L) + i
-        gl.store(LSE + row, (m + gl.log2(l_row)) * LN2, mask=i < L)
+            inverse = 1.0 / l_row
+            q.store(rows_times(o, inverse, L1).to(q.dtype))
+            if TWO:
+                q2.store(rows_times(o2, inverse, L2).to(q.dtype))
+            fence_async_shared()
+            store(out[0], [b, h, m0, 0], buffers[0][0].index(at))
+            if TWO:
+                store(out[1], [b, h, m0, D1], buffers[0][1].index(at))
+            i = m0 + gl.arange(0, ROWS, layout=ROW)
+            row = first_row(b, h, H, L) + i
+            gl.store(LSE + row, (m + gl.log2(l_row)) * LN2, mask=i < L)
+        else:  # in the last tile, without turns
+            mbarrier.wait(q_ready.index(at), q_phase)
+            stored = await_stores(stored, q_free)
+            for _ in range(0, S, BLOCK_N):
+                kj, k_phase = let_pass(k_ready, k_free, kj, k_phase, STAGES_K)
+                vj, v_phase = let_pass(v_ready, v_free, vj, v_phase, STAGES_V)
         stored = at + 1
         qj, q_phase = advance(qj, q_phase, GROUPS, GROUPS * STAGES_Q)
     tma.store_wait(0)
@@ -253,9 +261,9 @@ def _consumer(
             warp_scheduler_barrier_sync(WG)
 
 
-@gluon.jit(do_not_specialize=("H", "L", "S", "tiles", "items"))
+@gluon.jit(do_not_specialize=("H", "L", "S", "tiles", "turn", "items"))
 def forward_kernel(
-    Q, K, V, O, Q2, K2, V2, O2, LSE, scale, H, L, S, tiles, items,
+    Q, K, V, O, Q2, K2, V2, O2, LSE, scale, H, L, S, tiles, turn, items,
     GROUP: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES_K: gl.constexpr, STAGES_V: gl.constexpr, STAGES_Q: gl.constexpr, GROUPS: gl.constexpr,
     ORDER: gl.constexpr, EDGE: gl.constexpr, THRESHOLD: gl.constexpr,
@@ -278,7 +286,7 @@ def forward_kernel(
         barriers(STAGES_V, 1),
         barriers(STAGES_V, GROUPS),
     )
-    work = (H, L, S, tiles, items)
+    work = (H, L, S, tiles, turn, items)
     x = ((Q, Q2), (K, K2), (V, V2))
     fence_async_shared()
     if GROUPS == 2:

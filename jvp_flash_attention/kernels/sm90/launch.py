@@ -3,6 +3,7 @@ reads."""
 
 from collections.abc import Iterator
 from functools import cache
+from math import gcd
 from typing import Any
 
 import torch
@@ -164,14 +165,13 @@ def _fwd_jvp(p: Problem, c: Call) -> Launch:
 
 def _fwd(p: Problem, c: Call) -> Launch:
     schedule = configs.plain(p.D, p.L)
-    tiles = cdiv(p.L, 64 * schedule.GROUPS)
-    items = tiles * p.B * p.H
     q, k, v, *_ = c.x
+    grid, work = _shares(p, cdiv(p.L, 64 * schedule.GROUPS), q)
     given = ((q, 64), (k, schedule.BLOCK_N), (v, schedule.BLOCK_N), (c.saved.out, 64))
     args = (
         *(_descriptor(x, rows, schedule.D1) for x, rows in given),
         *(_descriptor(x, rows, schedule.D2) if schedule.D2 else None for x, rows in given),
-        *(c.saved.lse, p.spec.scale, p.H, p.L, p.S, tiles, items),
+        *(c.saved.lse, p.spec.scale, p.H, p.L, p.S, *work),
     )
     constexprs = {
         "GROUP": p.H // p.Hk,
@@ -180,7 +180,15 @@ def _fwd(p: Problem, c: Call) -> Launch:
         "THRESHOLD": _threshold(q),
         "num_warps": 4,
     }
-    return Launch(forward_kernel, _grid(items, p, q, False), args, constexprs)
+    return Launch(forward_kernel, grid, args, constexprs)
+
+
+def _shares(p: Problem, tiles: int, x: Tensor) -> tuple[tuple[int], tuple[int, int, int]]:
+    """The grid, and of the work items: tiles a head, after how many heads a tile of the same place
+    comes to the same block again, and all."""
+    items = tiles * p.B * p.H
+    (blocks,) = grid = _grid(items, p, x, False)
+    return grid, (tiles, blocks // gcd(blocks, tiles), items)
 
 
 def _threshold(q: Tensor) -> str:
@@ -189,17 +197,16 @@ def _threshold(q: Tensor) -> str:
 
 
 def _bwd(p: Problem, c: Call) -> Launch:
-    schedule = configs.backward(p.D)
-    tiles = cdiv(max(p.L, p.S), 128)
-    items = tiles * p.B * p.H
+    schedule = configs.backward(p.D, max(p.L, p.S))
+    grid, work = _shares(p, cdiv(max(p.L, p.S), 64 * schedule.GROUPS), c.x.q)
     operands = (*c.x[:3], c.d_out, *c.grads[:3])
     args = (
         *_squares(schedule.D1, *operands),
         *(_squares(schedule.D2, *operands) if schedule.D2 else [None] * 7),
-        *(c.statistics, p.spec.scale, p.H, p.L, p.S, tiles, items),
+        *(c.statistics, c.sums, p.spec.scale, p.H, p.L, p.S, *work),
     )
     constexprs = {**schedule._asdict(), "EDGE": p.S % 64 != 0, "num_warps": 4}
-    return Launch(bwd_kernel, _grid(items, p, c.x.q, False), args, constexprs)
+    return Launch(bwd_kernel, grid, args, constexprs)
 
 
 def _bwd_dkdv_jvp(p: Problem, c: Call) -> Launch:

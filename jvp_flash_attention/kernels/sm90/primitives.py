@@ -150,11 +150,13 @@ def work_items(items, PAIRS: gl.constexpr):
 
 
 @gluon.jit
-def work_item(e, tiles, H, PAIRS: gl.constexpr, heads=None):
+def work_item(e, tiles, H, PAIRS: gl.constexpr, heads=None, turn=None):
     """Batch entry, head and tile of this block's e-th work item, of `tiles` tiles a head. PAIRS:
     the first, the last, the second, the last but one ..., two to a block, whose costs under a
     causal mask add up to the same. heads: of all batch entries, where a tile of all heads comes
-    before the next tile: each block then meets every packed sequence about as often."""
+    before the next tile: each block then meets every packed sequence about as often. turn: after so
+    many heads their tiles begin with the next one, so that each block meets last tiles, which are
+    cut, as often as the others."""
     pid = gl.program_id(0)
     blocks = gl.num_programs(0)
     if PAIRS:
@@ -163,13 +165,21 @@ def work_item(e, tiles, H, PAIRS: gl.constexpr, heads=None):
         w = e * blocks + pid
     if heads is None:
         bh = w // tiles
-        tile = w % tiles
+        tile = w % tiles if turn is None else (w + bh // turn) % tiles
     else:
         bh = w % heads
         tile = w // heads
     if PAIRS:
         tile = gl.where(tile % 2 == 0, tile // 2, tiles - 1 - tile // 2)
     return bh // H, bh % H, tile
+
+
+@gluon.jit
+def let_pass(ready, free, slot, phase, STAGES: gl.constexpr):
+    """Frees a tile that this warpgroup, which has no rows of its own, does not read."""
+    mbarrier.wait(ready.index(slot), phase)
+    mbarrier.arrive(free.index(slot), count=1)
+    return advance(slot, phase, 1, STAGES)
 
 
 @gluon.jit
