@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from training.dual import Dual
 from training.kernels import cublaslt, gelu, mlp
-from training.kernels.column_sums import column_sums
+from training.kernels.column_sums import column_sums, part_sums
 from training.models.layers import Mlp
 
 
@@ -46,6 +46,13 @@ def test_sums_over_the_tokens(shape):
     torch.manual_seed(0)
     x = torch.randn(shape)
     assert error(column_sums(x), x.double().flatten(0, -2).sum(0)) < 1e-6
+    if width := x.shape[-1] // 3:
+        parts = x[..., : 3 * width].contiguous().view(-1, 3, width)
+        for zero in range(3):
+            kept = torch.arange(3) != zero
+            sums = part_sums(parts, zero)
+            assert not sums[zero].any()
+            assert error(sums[kept], parts.double().sum(0)[kept]) < 1e-6
 
 
 def test_the_operator_states_its_shapes_and_gradients():

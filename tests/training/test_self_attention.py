@@ -76,17 +76,29 @@ def test_the_gradient_of_another_call_is_not_written_over():
     assert torch.equal(again, kept)
 
 
+# two warpgroups and three, few work items and several a multiprocessor
+SHAPES = [(2, 130, 3, 72), (2, 256, 2, 64), (3, 700, 2, 64), (40, 520, 3, 40), (2, 130, 2, 128)]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(("B", "N", "H", "D"), [(2, 130, 3, 72), (2, 256, 2, 64), (1, 40, 2, 128)])
+@pytest.mark.parametrize(("B", "N", "H", "D"), SHAPES)
 def test_in_bfloat16_on_a_gpu(B, N, H, D):
-    """The gradient lies in rows of all three, which TMA writes."""
+    """The gradient lies in rows of all three, which TMA writes. The bias's is summed beside it."""
     z = torch.randn(B, N, 3 * H * D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     exact = z.detach().double().requires_grad_()
     d_out = torch.randn(B, N, H, D, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
     (expected,) = torch.autograd.grad(plain(exact, H), exact, d_out.double())
+    b = torch.zeros(3 * H * D, device="cuda", requires_grad=True)
+    parts = expected.flatten(0, 1).view(B * N, 3, H * D)
     for _ in range(2):
         (d_z,) = torch.autograd.grad(self_attention(z, None, H), z, d_out)
         assert (d_z - expected).norm() < 4e-3 * expected.norm()
+        d_z2, d_b = torch.autograd.grad(self_attention(z, b, H), (z, b), d_out)
+        assert torch.equal(d_z, d_z2)
+        assert not d_b.view(3, -1)[1].any()
+        for i in (0, 2):  # as large as what rounding leaves of each row adds up to
+            wrong = d_b.view(3, -1)[i] - parts[:, i].sum(0)
+            assert wrong.norm() < 4e-3 * parts[:, i].norm()
     t_z = torch.randn_like(z[:1])
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         last, t_z64 = exact.detach()[-1:], t_z.double()

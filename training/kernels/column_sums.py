@@ -25,21 +25,21 @@ def places(row, w, rows, W, stride):
 
 @triton.jit
 def _column_sums(
-    X, SUMS,  # X (rows, parts, W), SUMS (programs, parts, W)
+    X, SUMS,  # X (rows, parts, W), SUMS (programs, parts that are read, W)
     rows, W, stride_row, stride_part, zero,
     ROWS: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * ROWS
     part = tl.program_id(2)
+    part += tl.where(part >= zero, 1, 0)
     w = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     X += part.to(tl.int64) * stride_part
     total = tl.zeros([TILE, COLUMNS], tl.float32)
-    end = tl.where(part == zero, 0, ROWS)
-    for i in tl.range(0, end, TILE, loop_unroll_factor=2):  # pyright: ignore
+    for i in tl.range(0, ROWS, TILE, loop_unroll_factor=2):  # pyright: ignore
         row = first + i + tl.arange(0, TILE)  # pyright: ignore
         at, valid = places(row, w, rows, W, stride_row)
         total += tl.load(X + at, mask=valid, other=0.0).to(tl.float32)
-    into = SUMS + (tl.program_id(0) * tl.num_programs(2) + part) * W
+    into = SUMS + (tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)) * W
     tl.store(into + w, tl.sum(total, 0), mask=w < W)
 
 
@@ -55,16 +55,17 @@ def part_sums(x: Tensor, zero: int | None = None) -> Tensor:
     part whose sums are known to be zero; it is not read.
     """
     rows, parts, width = x.shape
-    strips, read = cdiv(width, COLUMNS), parts - (zero is not None)
+    zero, read = (parts, parts) if zero is None else (zero, parts - 1)
+    strips = cdiv(width, COLUMNS)
     share = cdiv(rows, max(1, PROGRAMS // (strips * read)))
     each = max(TILE, 1 << (share - 1).bit_length())
     chunks = cdiv(rows, each)
 
     def launch(sums: Tensor) -> Launch:
         constexprs = {"ROWS": each, "TILE": TILE, "COLUMNS": COLUMNS, "num_warps": WARPS}
-        args = (x, sums, rows, width, *x.stride()[:2], -1 if zero is None else zero)
-        return Launch(_column_sums, (chunks, strips, parts), args, constexprs)
+        args = (x, sums, rows, width, *x.stride()[:2], zero)
+        return Launch(_column_sums, (chunks, strips, read), args, constexprs)
 
-    outputs = lambda: (x.new_empty(chunks, parts * width, dtype=torch.float32),)  # noqa: E731
+    outputs = lambda: (x.new_empty(1, chunks, read * width, dtype=torch.float32),)  # noqa: E731
     (sums,) = launched(("column sums", zero), (x,), outputs, launch)
-    return sum_parts(sums[None]).view(parts, width)
+    return sum_parts(sums, (zero * width, (parts - read) * width)).view(parts, width)

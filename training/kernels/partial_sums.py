@@ -16,27 +16,33 @@ ONE, MANY = (32, 16, 4), (8, 256, 2)
 
 @triton.jit
 def _sum_parts(
-    PARTS, SUMS, parts, W, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PARTS, SUMS, parts, W, first, gap, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """PARTS (n, parts, W), SUMS (n, W)"""
+    """PARTS (n, parts, W), SUMS (n, W + gap)"""
     n = tl.program_id(0).to(tl.int64)
-    w = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    w = tl.where(column < first, column, column - gap)
+    there = ((column < first) | (column >= first + gap)) & (w < W)
     row = tl.arange(0, ROWS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for i in range(0, parts, ROWS):
         at = (n * parts + i + row)[:, None] * W + w[None, :]
-        total += tl.load(PARTS + at, mask=(i + row < parts)[:, None] & (w < W)[None, :], other=0.0)
-    tl.store(SUMS + n * W + w, tl.sum(total, 0), mask=w < W)
+        total += tl.load(PARTS + at, mask=(i + row < parts)[:, None] & there[None, :], other=0.0)
+    tl.store(SUMS + n * (W + gap) + column, tl.sum(total, 0), mask=column < W + gap)
 
 
-def sum_parts(x: Tensor) -> Tensor:
-    """(n, parts, W) -> (n, W), in float32, always in the same order."""
+def sum_parts(x: Tensor, gap: tuple[int, int] = (0, 0)) -> Tensor:
+    """(n, parts, W) -> (n, W), in float32, always in the same order. ``gap``: from which column on
+    so many zeros stand between the sums.
+    """
     n, parts, width = x.shape
+    columns = width + gap[1]
 
     def launch(sums: Tensor) -> Launch:
-        rows, columns, warps = ONE if n == 1 else MANY
-        constexprs = {"ROWS": rows, "COLUMNS": columns, "num_warps": warps}
-        return Launch(_sum_parts, (n, cdiv(width, columns)), (x, sums, parts, width), constexprs)
+        rows, each, warps = ONE if n == 1 else MANY
+        constexprs = {"ROWS": rows, "COLUMNS": each, "num_warps": warps}
+        args = (x, sums, parts, width, *gap)
+        return Launch(_sum_parts, (n, cdiv(columns, each)), args, constexprs)
 
-    (sums,) = launched(("sum of parts",), (x,), lambda: (x.new_empty(n, width),), launch)
+    (sums,) = launched(("sum of parts", gap), (x,), lambda: (x.new_empty(n, columns),), launch)
     return sums

@@ -5,7 +5,9 @@ nothing joins three.
     d_z = [d_q d_k d_v],               d_bias = Σ d_z over the tokens
 
 The bias of the keys adds the same to all scores of a query. So Σ d_k = 0. It is not summed, and
-not the noise that rounding would leave of it.
+not the noise that rounding would leave of it. The rows of softmax add to one, so Σ d_v = Σ d_O.
+Where the kernel can it makes both sums beside d_z, which is then not read again
+(``kernels.room_for_sums``).
 """
 
 from typing import Any
@@ -18,6 +20,7 @@ from jvp_flash_attention.call import Inputs, Saved, Spec, Tangents, empty_rows
 from jvp_flash_attention.kernels import cudnn
 from jvp_flash_attention.operators import operator
 from training.kernels.column_sums import part_sums
+from training.kernels.partial_sums import sum_parts
 from training.kernels.split_heads import joined, views
 
 NO_TANGENT = "self_attention has no tangent; take attention_jvp of the views of its product"
@@ -80,11 +83,15 @@ def _backward(
         d_bias[len(d_bias) // 3 : -(len(d_bias) // 3)] = 0.0
         return d_z, d_bias
     d_z = torch.empty_like(z, memory_format=torch.contiguous_format)
-    into = views(d_z, heads)
+    sums = kernels.room_for_sums(x, spec) if bias else None
+    into = (*views(d_z, heads), *([] if sums is None else [sums]))
     kernels.backward(d_out, None, x, Tangents(), Saved(out, lse), spec, False, into=into)
-    if not bias:
-        return d_z, d_z.new_empty(0, dtype=torch.float32)
-    return d_z, part_sums(d_z.view(-1, 3, z.shape[2] // 3), zero=1).flatten()
+    width = z.shape[2] // 3
+    if sums is not None:
+        return d_z, sum_parts(sums.view(1, -1, 2 * width), (width, width))[0]
+    if bias:
+        return d_z, part_sums(d_z.view(-1, 3, width), zero=1).flatten()
+    return d_z, d_z.new_empty(0, dtype=torch.float32)
 
 
 @_backward.register_fake
