@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from training.background_checkpoints import BackgroundCheckpointIO
 from training.build import build_data, build_module, settle_batch
 from training.callbacks.checkpoint import interrupted_once
 from training.callbacks.finalize import FinalizeOnly, finished, over
@@ -83,7 +84,7 @@ def _train(config: DictConfig, run_dir: Path, *notes: str) -> None:
         config.trainer,
         callbacks=callbacks + ending,
         logger=loggers,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO() if sharded(config.trainer) else BackgroundCheckpointIO()],
         **limits,
     )
     if resumed and checkpoint:

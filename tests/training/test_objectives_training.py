@@ -10,9 +10,10 @@ from lightning import Callback, Trainer
 from omegaconf import OmegaConf
 
 from training.attentions import sdpa
+from training.background_checkpoints import BackgroundCheckpointIO
 from training.callbacks.checkpoint import LastCheckpoint
 from training.callbacks.ema import EMA
-from training.checkpoints import AtomicCheckpointIO, find_checkpoint, load_checkpoint
+from training.checkpoints import find_checkpoint, load_checkpoint
 from training.config_checks import warning
 from training.data.digits import Digits
 from training.loading import load_flow
@@ -68,7 +69,7 @@ def train(folder, objective, steps, resume=None, compile=False, config=None, kee
         max_epochs=-1,
         logger=False,
         callbacks=[errors, EMA(), LastCheckpoint(folder / "checkpoints", 500, keep)],
-        plugins=[AtomicCheckpointIO()],
+        plugins=[BackgroundCheckpointIO()],
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,

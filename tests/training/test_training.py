@@ -19,6 +19,7 @@ from rich.console import Console
 
 from jvp_flash_attention import attention as jvp_attention
 from training.attentions import sdpa
+from training.background_checkpoints import BackgroundCheckpointIO
 from training.callbacks.checkpoint import Interrupted, LastCheckpoint, interrupted_once, remedy
 from training.callbacks.divergence import Divergence
 from training.callbacks.ema import EMA, choose
@@ -64,7 +65,7 @@ def train(folder, steps, *callbacks, resume=None, max_steps=None, optimizer=None
         max_epochs=-1,
         logger=options.pop("logger", False),
         callbacks=[losses, EMA(), *callbacks],
-        plugins=[AtomicCheckpointIO()],
+        plugins=[BackgroundCheckpointIO()],
         enable_progress_bar=any(isinstance(c, RichProgress) for c in callbacks),
         enable_model_summary=False,
         enable_checkpointing=any(isinstance(c, LastCheckpoint) for c in callbacks),

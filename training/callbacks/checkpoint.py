@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from training.background_checkpoints import BackgroundCheckpointIO
 from training.callbacks.ema import EMA
 from training.callbacks.non_finite_guard import Diverged
 from training.distributed import Later, over_ranks
@@ -72,6 +73,24 @@ def remedy(path: Path) -> str:
     return "resume with " + shlex.join(["ckpt_path=last", f"hydra.run.dir={folder}", *given])
 
 
+def finish(trainer: Trainer) -> None:
+    """Until the checkpoint that was saved last can be read."""
+    io = trainer.strategy.checkpoint_io
+    if isinstance(trainer.strategy, Sharded):
+        trainer.strategy.finish()
+    elif isinstance(io, BackgroundCheckpointIO):
+        io.finish()
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """A write's failure is told; the run's own error, which is told after it, goes on."""
+    try:
+        yield
+    except Exception as error:
+        print(f"error: {error}", file=sys.stderr)
+
+
 class LastCheckpoint(Checkpoint):
     """Writes ``directory/last.ckpt``. SIGINT and SIGTERM let the step in progress finish, write it
     and raise ``Interrupted``; another signal later than ``SAME`` seconds acts as usual. An error
@@ -116,8 +135,7 @@ class LastCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self.stop:  # not earlier: the step before is logged by now
-            if isinstance(trainer.strategy, Sharded):
-                trainer.strategy.finish()
+            finish(trainer)
             raise Interrupted(self.stop, self.path, trainer.global_step)
 
     def on_before_optimizer_step(
@@ -130,6 +148,7 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # gradients half accumulated are not in a checkpoint
+        self._check(trainer)
         if trainer.world_size == 1:
             self.stop = self.signal
         else:  # one rank's signal stops all
@@ -142,15 +161,26 @@ class LastCheckpoint(Checkpoint):
         keep = self.keep_every_n_steps is not None and step % self.keep_every_n_steps == 0
         if self.stop or step % self.every_n_steps == 0 or keep or end:
             self._save(trainer)
+        if end or (keep and trainer.is_global_zero):
+            finish(trainer)
         if keep and trainer.is_global_zero:
-            if isinstance(trainer.strategy, Sharded):
-                trainer.strategy.finish()
             self._keep(step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step not in (self.first, self.saved_step):
             self._save(trainer)
+        finish(trainer)
         self._restore()
+
+    def _check(self, trainer: Trainer) -> None:
+        """A write that failed beside the training ends it."""
+        io = trainer.strategy.checkpoint_io
+        try:
+            if isinstance(io, BackgroundCheckpointIO):
+                io.check()
+        except Exception:
+            self.saved_step = trainer.global_step  # it is not tried again
+            raise
 
     def _save(self, trainer: Trainer) -> None:
         self.saved_step = trainer.global_step  # before: a write that fails is not tried again
@@ -175,6 +205,10 @@ class LastCheckpoint(Checkpoint):
         averages = [c.updates for c in trainer.callbacks if isinstance(c, EMA)]  # type: ignore[attr-defined]
         whole = self.begun <= step and all(updates == step for updates in averages)
         failed = isinstance(exception, Exception) and not isinstance(exception, Diverged)
+        io = trainer.strategy.checkpoint_io
+        if isinstance(io, BackgroundCheckpointIO):
+            with told():
+                io.finish()
         if not failed or not whole or step in (self.first, self.saved_step) or trainer.global_rank:
             return
         if isinstance(trainer.strategy, Sharded) and trainer.world_size > 1:
@@ -185,15 +219,14 @@ class LastCheckpoint(Checkpoint):
         loop._batches_that_stepped = step
         for counter in (loop.batch_progress.total, loop.batch_progress.current):
             counter.load_state_dict(dict.fromkeys(vars(counter), batches))
-        try:  # not trainer.save_checkpoint: it would wait for the other processes
+        with told():  # not trainer.save_checkpoint: it would wait for the other processes
             checkpoint = trainer._checkpoint_connector.dump_checkpoint()
             trainer.strategy.save_checkpoint(checkpoint, self.path)
+            finish(trainer)
             from training.cli import message  # which reads this file
 
             print(f"stopped: {message(exception)}")
             print(f"wrote last.ckpt after step {step}; {remedy(self.path)}")
-        except Exception as error:  # the run's own error is told after this one
-            print(f"error: {error}", file=sys.stderr)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._restore()
