@@ -7,8 +7,9 @@ import torch
 from torch.func import jvp
 
 from jvp_flash_attention import attention, attention_jvp, kernels, reference
-from jvp_flash_attention.call import tf32_allowed
-from jvp_flash_attention.kernels import configs
+from jvp_flash_attention.call import Inputs, Spec, Tangents, tf32_allowed
+from jvp_flash_attention.kernels import configs, dispatch
+from jvp_flash_attention.kernels.portable import launch as portable
 from jvp_flash_attention.kernels.portable.split import split_kernel
 from jvp_flash_attention.kernels.problem import Problem, pointer, problem
 from tests.cases import Case, build, check, errors, solve
@@ -208,3 +209,24 @@ def test_short_sequences_in_tiles_of_their_size(tokens, monkeypatch):
     )
     case = Case(B=1, L=tokens, S=tokens - 2, D=8, H=2, Hk=1, mask="full", causal=True)
     check(errors(kernels, case, torch.float16, "cpu", rows=1), torch.float16, slack=2.0)
+
+
+@pytest.mark.parametrize(("L", "D"), [(130, 72), (64, 16), (5, 24)])
+def test_the_row_sums_leave_those_of_the_columns(L, D, device):
+    """Σ dO of each tile of 64, where a call has room for it."""
+    torch.manual_seed(0)
+    q = torch.randn(2, L, 3, D, device=device).transpose(1, 2)
+    d_out = torch.randn(2, L, 3, D, device=device).transpose(1, 2)
+    saved = kernels.forward(Inputs(q, q, q), None, Spec(0.3))
+    sums = q.new_full((2, -(-L // 64), 2, 3, D), 7.0)
+    into = (*map(torch.empty_like, (q, q, q)), sums)
+    c = dispatch._backward_call(
+        d_out, None, Inputs(q, q, q), Tangents(), saved, Spec(0.3), False, into
+    )
+    for launch in portable.launches("bwd_preprocess", problem(c, Spec(0.3)), c):
+        launch.run()
+    for i, tile in enumerate(d_out.split(64, 2)):
+        assert torch.allclose(sums[:, i, 1], tile.sum(2), rtol=1e-5, atol=1e-5)
+    assert (sums[:, :, 0] == 7.0).all()  # dQ's are another launch's
+    w = (d_out * saved.out).sum(3)
+    assert torch.allclose(c.w_sum, w, rtol=1e-4, atol=1e-5)

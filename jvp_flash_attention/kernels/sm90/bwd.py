@@ -83,10 +83,10 @@ def _fetch_half(
 
 @gluon.jit
 def _producer(
-    queries, keys, buffers, bars, work,
-    D1: gl.constexpr, TILE_BYTES: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
+    given, D1: gl.constexpr, TILE_BYTES: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
     """The warp that fetches. queries: Q and dO, keys: K and V, each in two pieces."""
+    queries, keys, buffers, bars, work = given
     H, L, S, tiles, turn, items = work
     own = 0
     own_phase = 1
@@ -163,9 +163,8 @@ def _skip_half(
 
 @gluon.jit
 def _consumer(
-    WG: gl.constexpr, results, STATISTICS, SUMS, buffers, bars, scale, work,
-    D1: gl.constexpr, D2: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
-    EDGE: gl.constexpr,
+    WG: gl.constexpr, given, D1: gl.constexpr, D2: gl.constexpr, STAGES: gl.constexpr,
+    GROUPS: gl.constexpr, EDGE: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup of GROUPS. STATISTICS: by head two rows, LSE in base 2 and w, padded with
     LSE = inf, hence P = 0."""
@@ -176,6 +175,7 @@ def _consumer(
     COLUMN: gl.constexpr = gl.SliceLayout(0, S_L)
     TWO: gl.constexpr = D2 > 0
     PIECES: gl.constexpr = 2 if TWO else 1
+    results, STATISTICS, SUMS, buffers, bars, scale, work = given
     stay, moving = buffers
     stay0, stay1 = stay
     moving0, moving1 = moving
@@ -319,53 +319,27 @@ def bwd_kernel(
     bars = (barriers(2, 1), barriers(2, GROUPS), barriers(STAGES, 1), barriers(STAGES, GROUPS))
     work = (H, L, S, tiles, turn, items)
     results = ((D_Q, D_Q2), (D_K, D_K2), (D_V, D_V2))
+    given = (results, STATISTICS, SUMS, buffers, bars, scale, work)
+    fetched = (((Q, Q2), (D_O, D_O2)), ((K, K2), (V, V2)), buffers, bars, work)
     fence_async_shared()
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (
-                    _consumer,
-                    (0, results, STATISTICS, SUMS, buffers, bars, scale, work, D1, D2, STAGES,
-                     GROUPS, EDGE),
-                ),
-                (
-                    _consumer,
-                    (1, results, STATISTICS, SUMS, buffers, bars, scale, work, D1, D2, STAGES,
-                     GROUPS, EDGE),
-                ),
-                (
-                    _producer,
-                    (((Q, Q2), (D_O, D_O2)), ((K, K2), (V, V2)), buffers, bars, work,
-                     D1, TILE_BYTES, STAGES, GROUPS),
-                ),
+                (_consumer, (0, given, D1, D2, STAGES, GROUPS, EDGE)),
+                (_consumer, (1, given, D1, D2, STAGES, GROUPS, EDGE)),
+                (_producer, (fetched, D1, TILE_BYTES, STAGES, GROUPS)),
             ],
             [4, 1],
             [240, 24],
-        )  # fmt: skip
+        )
     else:
         gl.warp_specialize(
             [
-                (
-                    _consumer,
-                    (0, results, STATISTICS, SUMS, buffers, bars, scale, work, D1, D2, STAGES,
-                     GROUPS, EDGE),
-                ),
-                (
-                    _consumer,
-                    (1, results, STATISTICS, SUMS, buffers, bars, scale, work, D1, D2, STAGES,
-                     GROUPS, EDGE),
-                ),
-                (
-                    _consumer,
-                    (2, results, STATISTICS, SUMS, buffers, bars, scale, work, D1, D2, STAGES,
-                     GROUPS, EDGE),
-                ),
-                (
-                    _producer,
-                    (((Q, Q2), (D_O, D_O2)), ((K, K2), (V, V2)), buffers, bars, work,
-                     D1, TILE_BYTES, STAGES, GROUPS),
-                ),
+                (_consumer, (0, given, D1, D2, STAGES, GROUPS, EDGE)),
+                (_consumer, (1, given, D1, D2, STAGES, GROUPS, EDGE)),
+                (_consumer, (2, given, D1, D2, STAGES, GROUPS, EDGE)),
+                (_producer, (fetched, D1, TILE_BYTES, STAGES, GROUPS)),
             ],
             [4, 4, 1],
             [160, 160, 24],
-        )  # fmt: skip
+        )

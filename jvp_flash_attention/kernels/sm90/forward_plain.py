@@ -68,11 +68,12 @@ def _fetch(x, buffers, b, h, row, barrier, slot, D1: gl.constexpr):
 
 @gluon.jit
 def _producer(
-    x, buffers, bars, work, GROUPS: gl.constexpr, GROUP: gl.constexpr, D1: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr,
-    STAGES_Q: gl.constexpr, ROW_BYTES: gl.constexpr,
+    given, GROUP: gl.constexpr, GROUPS: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr, STAGES_Q: gl.constexpr,
 ):  # fmt: skip
     """The warp that fetches Q, K and V."""
+    ROW_BYTES: gl.constexpr = (D1 + D2) * 2
+    x, buffers, bars, work = given
     q_ready, q_free, k_ready, k_free, v_ready, v_free = bars
     H, _L, S, tiles, turn, items = work
     kj = 0
@@ -153,12 +154,12 @@ def _await_values(p16, o, o2, TWO: gl.constexpr):
 
 @gluon.jit
 def _consumer(
-    WG: gl.constexpr, out, LSE, buffers, bars, scale, work, GROUPS: gl.constexpr,
-    ORDER: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES_K: gl.constexpr, STAGES_V: gl.constexpr, STAGES_Q: gl.constexpr, EDGE: gl.constexpr,
-    THRESHOLD: gl.constexpr,
+    WG: gl.constexpr, given, ORDER: gl.constexpr, EDGE: gl.constexpr, THRESHOLD: gl.constexpr,
+    GROUPS: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES_K: gl.constexpr, STAGES_V: gl.constexpr, STAGES_Q: gl.constexpr,
 ):  # fmt: skip
     """64 queries of each work item against all keys."""
+    out, LSE, buffers, bars, scale, work = given
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     L1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D1, 16])
     L2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, max(D2, 16), 16])
@@ -270,7 +271,6 @@ def forward_kernel(
 ):  # fmt: skip
     """D1 + D2 columns; STAGES_K tiles of keys, STAGES_V of values and STAGES_Q query tiles of each
     of GROUPS warpgroups in flight; EDGE: the last tile of keys is cut."""
-    ROW_BYTES: gl.constexpr = (D1 + D2) * 2
     TWO: gl.constexpr = D2 > 0
     TILES: gl.constexpr = GROUPS * STAGES_Q
     buffers = (
@@ -287,25 +287,25 @@ def forward_kernel(
         barriers(STAGES_V, GROUPS),
     )
     work = (H, L, S, tiles, turn, items)
-    x = ((Q, Q2), (K, K2), (V, V2))
+    given = ((O, O2), LSE, buffers, bars, scale, work)
+    fetched = (((Q, Q2), (K, K2), (V, V2)), buffers, bars, work)
     fence_async_shared()
     if GROUPS == 2:
         gl.warp_specialize(
             [
                 (
                     _consumer,
-                    (0, (O, O2), LSE, buffers, bars, scale, work, GROUPS, ORDER,
-                     D1, D2, BLOCK_N, STAGES_K, STAGES_V, STAGES_Q, EDGE, THRESHOLD),
+                    (0, given, ORDER, EDGE, THRESHOLD,
+                     GROUPS, D1, D2, BLOCK_N, STAGES_K, STAGES_V, STAGES_Q),
                 ),
                 (
                     _consumer,
-                    (1, (O, O2), LSE, buffers, bars, scale, work, GROUPS, ORDER,
-                     D1, D2, BLOCK_N, STAGES_K, STAGES_V, STAGES_Q, EDGE, THRESHOLD),
+                    (1, given, ORDER, EDGE, THRESHOLD,
+                     GROUPS, D1, D2, BLOCK_N, STAGES_K, STAGES_V, STAGES_Q),
                 ),
                 (
                     _producer,
-                    (x, buffers, bars, work, GROUPS, GROUP, D1, BLOCK_N,
-                     STAGES_K, STAGES_V, STAGES_Q, ROW_BYTES),
+                    (fetched, GROUP, GROUPS, D1, D2, BLOCK_N, STAGES_K, STAGES_V, STAGES_Q),
                 ),
             ],
             [4, 1],
@@ -316,23 +316,22 @@ def forward_kernel(
             [
                 (
                     _consumer,
-                    (0, (O, O2), LSE, buffers, bars, scale, work, GROUPS, ORDER,
-                     D1, D2, BLOCK_N, STAGES_K, STAGES_V, STAGES_Q, EDGE, THRESHOLD),
+                    (0, given, ORDER, EDGE, THRESHOLD,
+                     GROUPS, D1, D2, BLOCK_N, STAGES_K, STAGES_V, STAGES_Q),
                 ),
                 (
                     _consumer,
-                    (1, (O, O2), LSE, buffers, bars, scale, work, GROUPS, ORDER,
-                     D1, D2, BLOCK_N, STAGES_K, STAGES_V, STAGES_Q, EDGE, THRESHOLD),
+                    (1, given, ORDER, EDGE, THRESHOLD,
+                     GROUPS, D1, D2, BLOCK_N, STAGES_K, STAGES_V, STAGES_Q),
                 ),
                 (
                     _consumer,
-                    (2, (O, O2), LSE, buffers, bars, scale, work, GROUPS, ORDER,
-                     D1, D2, BLOCK_N, STAGES_K, STAGES_V, STAGES_Q, EDGE, THRESHOLD),
+                    (2, given, ORDER, EDGE, THRESHOLD,
+                     GROUPS, D1, D2, BLOCK_N, STAGES_K, STAGES_V, STAGES_Q),
                 ),
                 (
                     _producer,
-                    (x, buffers, bars, work, GROUPS, GROUP, D1, BLOCK_N,
-                     STAGES_K, STAGES_V, STAGES_Q, ROW_BYTES),
+                    (fetched, GROUP, GROUPS, D1, D2, BLOCK_N, STAGES_K, STAGES_V, STAGES_Q),
                 ),
             ],
             [4, 4, 1],
