@@ -244,7 +244,6 @@ def test_every_block_meets_the_last_tiles_of_heads_as_often_as_any_other(tiles):
     saved = Saved(q, torch.empty(q.shape[:3], device="meta"))
     *_, launch = kernels.launches(Inputs(q, q, q), None, Spec(0.1), saved, q, arch="sm90")
     per_head, turn, items = launch.args[-3:]
-    per_head = per_head if tiles > 1 else 1
     seen, cut = set(), Counter()
     for w in range(items):
         bh, tile = w // per_head, (w + w // per_head // turn) % per_head

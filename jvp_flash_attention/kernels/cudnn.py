@@ -15,9 +15,9 @@ from .problem import DETAILS, architecture
 # few hundred larger calls win back. Compiled code returns to the same shapes at every step, and
 # smaller calls win it back too.
 PAIRS, PAIRS_COMPILED = 2**28, 2**24
-# Up to so many pairs in a head `sm90/bwd.py` computes the gradients faster, up to head dim 80 and
-# above. It supports what cuDNN does but for causal masks, few keys and small head dims.
-PAIRS_OF_A_HEAD = 2**22, 2**21
+# Up to so many pairs in a head `sm90/bwd.py` computes the gradients faster, up to head dim 80 up to
+# twice as many. It supports what cuDNN does but for causal masks, few keys and small head dims.
+PAIRS_OF_A_HEAD = 2**21
 
 
 def pays(x: Inputs, spec: Spec) -> bool:
@@ -38,7 +38,7 @@ def pays_backward(x: Inputs, spec: Spec) -> bool:
     """The same of the gradients of O."""
     _, _, L, D = x.q.shape
     S = x.k.shape[2]
-    many = PAIRS_OF_A_HEAD[D > 80] < L * S
+    many = (2 if D <= 80 else 1) * PAIRS_OF_A_HEAD < L * S
     return pays(x, spec) and (many or spec.causal or S <= 64 or D <= 32)
 
 

@@ -1,10 +1,13 @@
 """Checkpoints that are written while the training goes on."""
 
 from threading import Event
+from zipfile import ZipFile
 
 import pytest
 import torch
 from lightning import Callback
+from torch import nn
+from torch.utils._pytree import tree_flatten
 
 from tests.training.test_training import Failing, train
 from training.background_checkpoints import BackgroundCheckpointIO
@@ -45,15 +48,63 @@ def test_the_file_holds_what_was_there_when_it_was_saved(tmp_path, held, device)
     assert found["weights"]["steps"] == [1]
     assert found["pair"][1] == 2
 
-    memory = {key: room.data_ptr() for key, room in io.host.items()}
+    memory = [room.data_ptr() for room in io.host]
     io.save_checkpoint(state, path)  # in the same memory
     io.finish()
-    assert {key: room.data_ptr() for key, room in io.host.items()} == memory
+    assert [room.data_ptr() for room in io.host] == memory
     assert load_checkpoint(path)["weights"]["x"].sum() == 15
     io.save_checkpoint({**state, "pair": (y.double()[:2], 2)}, path)  # of another kind
     io.teardown()
     assert torch.equal(load_checkpoint(path)["pair"][0], torch.full((2,), 2.0).double())
     assert not io.host
+
+
+def test_the_file_is_the_one_that_is_written_at_once(tmp_path, device):
+    """Shared memory, strides, what a state_dict has beside its tensors, and no byte more."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).to(device)
+    w = torch.arange(6.0, device=device).view(2, 3)
+    state = {
+        "config": {},
+        "state_dict": net.state_dict(),
+        "shared": [w, w.T, w[1:], (w, None)],
+        "empty": [torch.empty(0, device=device), torch.empty(0, 3, dtype=torch.int64)],
+        "dtypes": [w.to(dtype) for dtype in (torch.bfloat16, torch.int64, torch.bool)],
+    }
+    AtomicCheckpointIO().save_checkpoint(state, tmp_path / "at_once.ckpt")
+    io = BackgroundCheckpointIO()
+    io.save_checkpoint(state, tmp_path / "beside.ckpt")
+    io.finish()
+    files = [tmp_path / f"{name}.ckpt" for name in ("at_once", "beside")]
+    sizes = [[r.file_size for r in ZipFile(f).infolist() if "/data/" in r.filename] for f in files]
+    assert sorted(sizes[0]) == sorted(sizes[1])
+    a, b = map(load_checkpoint, files)
+    assert a["state_dict"]._metadata == b["state_dict"]._metadata
+    assert len({x.untyped_storage().data_ptr() for x in b["shared"][:3]}) == 1
+    leaves = [tree_flatten(x)[0] for x in (a, b)]
+    assert len(leaves[0]) == len(leaves[1])
+    for x, y in zip(*leaves, strict=True):
+        if isinstance(x, torch.Tensor):
+            assert (x.stride(), x.dtype) == (y.stride(), y.dtype)
+            assert torch.equal(x, y)
+        else:
+            assert x == y
+
+
+def interrupted():
+    raise KeyboardInterrupt
+
+
+def test_an_interrupt_of_the_wait_forgets_no_write(tmp_path, held, monkeypatch):
+    io, x = BackgroundCheckpointIO(), torch.zeros(2)
+    io.save_checkpoint({"config": {}, "x": x}, tmp_path / "a.ckpt")
+    with monkeypatch.context() as patch:
+        patch.setattr(io.pending, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            io.finish()
+    assert io.pending is not None
+    held.set()
+    io.finish()
+    assert load_checkpoint(tmp_path / "a.ckpt")["x"].sum() == 0
 
 
 def test_the_next_save_waits_for_the_one_before(tmp_path, held):

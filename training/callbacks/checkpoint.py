@@ -170,6 +170,7 @@ class LastCheckpoint(Checkpoint):
         if trainer.global_step not in (self.first, self.saved_step):
             self._save(trainer)
         finish(trainer)
+        trainer.strategy.barrier()  # the file is there for every process
         self._restore()
 
     def _check(self, trainer: Trainer) -> None:

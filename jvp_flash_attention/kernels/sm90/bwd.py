@@ -11,9 +11,9 @@ to clear and to convert, and two runs are equal bit for bit. The items of a head
 other, and the second half reads from L2 what the first has fetched.
 
 All warpgroups read what passes and share no result. One's products run under the others' softmax,
-without any order between them. Up to 64 columns there are registers for three: dP begins at -w, so
-that w takes none of its own. A warpgroup whose rows lie behind the last lets tiles pass. Results
-of a half are stored under the first scores of the next.
+without any order between them. Up to 64 columns there are registers for three: in the second half
+dP begins at -w, so that w takes none of its own. A warpgroup whose rows lie behind the last lets
+tiles pass. Results of a half are stored under the first scores of the next.
 
 A head dim above 64 and up to 96 is two pieces, as in `forward.py`. Names of the second end in 2.
 """
@@ -64,7 +64,7 @@ def _fetch_half(
     staying, passing, buffers, bars, b, h, row, rows, own, own_phase, slot, phase,
     D1: gl.constexpr, TILE_BYTES: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
-    """What stays, of both warpgroups, and all tiles that pass, of so many rows."""
+    """What stays, of all warpgroups, and all tiles that pass, of so many rows."""
     stay, moving = buffers
     stay_ready, stay_free, ready, free = bars
     mbarrier.wait(stay_free.index(own), own_phase)
@@ -196,8 +196,8 @@ def _consumer(
         statistics = STATISTICS + first_row(b, h, H, 2) * padded
         if row < L:
             i = row + gl.arange(0, ROWS, layout=ROW)
-            lse = gl.load(statistics + i, mask=i < padded, other=float("inf"))
-            w = gl.load(statistics + padded + i, mask=i < padded, other=0.0)
+            lse = gl.load(statistics + i)
+            w = gl.load(statistics + padded + i)
             at = GROUPS * own + WG
             q = matrix(stay0[0], at, ROWS, D1)
             d_o = matrix(stay1[0], at, ROWS, D1)
