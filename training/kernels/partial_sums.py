@@ -16,13 +16,17 @@ ONE, MANY = (32, 16, 4), (8, 256, 2)
 
 @triton.jit
 def _sum_parts(
-    PARTS, SUMS, parts, W, first, gap, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PARTS, SUMS, parts, W, first, gap,
+    GAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """PARTS (n, parts, W), SUMS (n, W + gap)"""
+    """PARTS (n, parts, W), SUMS (n, W + gap); GAP: there is one."""
     n = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    w = tl.where(column < first, column, column - gap)
-    there = ((column < first) | (column >= first + gap)) & (w < W)
+    w = column
+    there = w < W
+    if GAP:
+        w = tl.where(column < first, column, column - gap)
+        there = ((column < first) | (column >= first + gap)) & (w < W)
     row = tl.arange(0, ROWS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for i in range(0, parts, ROWS):
@@ -40,7 +44,7 @@ def sum_parts(x: Tensor, gap: tuple[int, int] = (0, 0)) -> Tensor:
 
     def launch(sums: Tensor) -> Launch:
         rows, each, warps = ONE if n == 1 else MANY
-        constexprs = {"ROWS": rows, "COLUMNS": each, "num_warps": warps}
+        constexprs = {"GAP": gap[1] > 0, "ROWS": rows, "COLUMNS": each, "num_warps": warps}
         args = (x, sums, parts, width, *gap)
         return Launch(_sum_parts, (n, cdiv(columns, each)), args, constexprs)
 
