@@ -13,7 +13,7 @@ from training.context_parallel import ContextParallel, data_place
 from training.distributed import over_ranks
 from training.objectives.objective import OPTIONAL, Objective
 from training.randomness import Draws, key
-from training.rows import Rows
+from training.rows import Rows, is_due
 from training.sharding import is_sharded
 from training.step import Step, teachers
 from training.strategies import Sharded
@@ -144,7 +144,7 @@ class GenerativeModule(LightningModule):
         """Means over the processes, in one exchange, where a row is going to be written."""
         means = torch.stack([value.float() for value in values.values()])
         last = self.trainer.max_steps - 1
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0 or self.global_step == last:  # type: ignore[attr-defined]
+        if is_due(self.trainer, self.global_step + 1) or self.global_step == last:
             missing = [
                 value.isnan() if name in OPTIONAL else torch.zeros_like(value, dtype=torch.bool)
                 for name, value in values.items()

@@ -12,9 +12,19 @@ on an H100. These rows are read one step later, when the next step is queued.
 from typing import Any
 
 import torch
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 
 from training.distributed import Later
+
+
+def rows_of(module: LightningModule) -> "Rows":
+    """Those of a run's module, for callbacks."""
+    return module.rows  # type: ignore[return-value]
+
+
+def is_due(trainer: Trainer, step: int) -> bool:
+    """Whether so many steps end with a row."""
+    return step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
 
 class Rows:
@@ -43,7 +53,7 @@ class Rows:
         if trainer.global_step != self.step + 1 or not self.unwritten:
             return
         self.flush(trainer)
-        if last or trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if last or is_due(trainer, trainer.global_step):
             self._hand_in(trainer)
 
     def finish(self, trainer: Trainer) -> None:

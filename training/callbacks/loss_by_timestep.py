@@ -7,7 +7,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from training.distributed import over_ranks
-from training.rows import Rows
+from training.rows import is_due, rows_of
 from training.validation import between, positive_integer
 
 
@@ -42,9 +42,9 @@ class LossByTimestep(Callback):
         self.sums[0].index_add_(0, interval, errors.float())
         self.sums[1].index_add_(0, interval, torch.ones_like(errors, dtype=torch.float))
         whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if whole and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if whole and is_due(trainer, trainer.global_step):
             sums, counts = over_ranks(self.sums, "mean")
-            rows: Rows = pl_module.rows  # type: ignore[assignment]
+            rows = rows_of(pl_module)
             for name, mean in zip(self.names, sums / counts, strict=True):  # 0 / 0 is NaN
                 rows.record(name, mean)
             self.sums.zero_()

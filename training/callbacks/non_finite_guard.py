@@ -7,7 +7,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from training.distributed import Later, over_ranks
 from training.private import foreach_norm
-from training.rows import Rows
+from training.rows import rows_of
 from training.sharding import beside, whole
 from training.validation import positive_integer
 
@@ -66,7 +66,7 @@ class NonFiniteGuard(Callback):
                 " optimizer.lr, set trainer.gradient_clip_val, or use"
                 " trainer.precision=32-true, then resume from the last checkpoint"
             )
-        rows: Rows = pl_module.rows  # type: ignore[assignment]
+        rows = rows_of(pl_module)
         rows.record("train/grad_norm", norm)
         rows.record("train/skipped", self.skipped)
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 
 from training.progress import bar_of
-from training.rows import Rows
+from training.rows import rows_of
 
 EVERY = 100  # steps between two lines of a run whose end is not a number of steps
 FIELDS = "loss {loss:.4f}  error {error:.4f}"
@@ -57,7 +57,7 @@ class RichProgress(ProgressBar):
         every = 10 if self.bar else _lines(last)
         if not self.enabled or (step % every and step != last) or outputs["means"] is None:
             return
-        rows: Rows = pl_module.rows  # type: ignore[assignment]
+        rows = rows_of(pl_module)
         if self.bar and rows.known and step != last:  # it moves often, and waits for no GPU
             found = {name: rows.known[f"train/{name}"] for name in ("loss", "error")}
         else:

@@ -8,6 +8,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from training.callbacks.ema import averaged_net
+from training.rows import rows_of
 from training.sharding import is_sharded
 from training.validation import between
 
@@ -43,7 +44,7 @@ class Snapshots(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         now = self.seconds()
-        pl_module.rows.record("perf/seconds", now)  # type: ignore[union-attr]
+        rows_of(pl_module).record("perf/seconds", now)
         if now < (self.written + 1) * self.every or not trainer.is_global_zero:
             return
         self.written = int(now / self.every)

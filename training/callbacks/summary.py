@@ -15,6 +15,7 @@ from rich.table import Table
 from training.callbacks.sample_quality import SampleQuality
 from training.callbacks.throughput import Throughput
 from training.objectives.objective import OPTIONAL
+from training.rows import rows_of
 
 # summary.json's name of a metric -> its row in the table; LAST is of how many steps
 LAST = "{last}"
@@ -80,7 +81,7 @@ class Summary(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or not self.history:
             return
-        now: dict[str, float] = pl_module.rows.known  # type: ignore[union-attr,assignment]
+        now = rows_of(pl_module).known
         summary: dict[str, Any] = {
             "steps": trainer.global_step,
             "seconds": round(self.seconds(), 1),

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from training.context_parallel import data_place
 from training.metrics.flops import peak_tflops, step_flops
-from training.rows import Rows
+from training.rows import rows_of
 from training.validation import between, positive_integer
 
 PERCENTILES = {"step_ms_p10": 0.1, "step_ms": 0.5, "step_ms_p90": 0.9}
@@ -98,7 +98,7 @@ class Throughput(Callback):
             self.durations.append(duration)
         if not self.durations:
             return
-        rows: Rows = pl_module.rows  # type: ignore[assignment]
+        rows = rows_of(pl_module)
         times = torch.tensor(self.durations, dtype=torch.float64)
         for name, share in PERCENTILES.items():
             value = 1000 * float(times.quantile(share))
