@@ -1,5 +1,6 @@
 """Checkpoints that are written while the training goes on."""
 
+import signal
 from threading import Event
 from zipfile import ZipFile
 
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 
 from tests.training.test_training import Failing, train
 from training.background_checkpoints import BackgroundCheckpointIO
-from training.callbacks.checkpoint import LastCheckpoint
+from training.callbacks.checkpoint import LastCheckpoint, interrupted_once
 from training.checkpoints import AtomicCheckpointIO, load_checkpoint
 
 
@@ -128,6 +129,21 @@ def test_a_failed_write_ends_the_run_and_is_not_tried_again(tmp_path, monkeypatc
     with pytest.raises(OSError, match="the disk is full"):
         train(tmp_path, 60, LastCheckpoint(tmp_path / "checkpoints", every_n_steps=2))
     assert len(calls) == 1
+
+
+def test_a_signal_hides_no_failed_write(tmp_path, monkeypatch):
+    class Signal(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 2:
+                signal.raise_signal(signal.SIGTERM)
+
+    def save(*_):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", save)
+    last = LastCheckpoint(tmp_path / "checkpoints")
+    with pytest.raises(OSError, match="the disk is full"), interrupted_once([last]):
+        train(tmp_path, 8, last, Signal())
 
 
 def test_a_run_that_fails_during_a_write_ends_with_a_whole_file(tmp_path, held):

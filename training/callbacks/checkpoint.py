@@ -42,7 +42,7 @@ class Interrupted(Exception):
 @contextmanager
 def interrupted_once(callbacks: Sequence[Any]) -> Iterator[None]:
     """A signal that ended a helper of the step too, as a compiler, is told as an interrupt and not
-    as the helper's failure.
+    as the helper's failure. A checkpoint that could not be written is told as that.
     """
     try:
         yield
@@ -50,7 +50,8 @@ def interrupted_once(callbacks: Sequence[Any]) -> Iterator[None]:
         raise
     except Exception as error:
         for callback in callbacks:
-            if isinstance(callback, LastCheckpoint) and callback.signal:
+            ours = isinstance(callback, LastCheckpoint) and callback.failed is not error
+            if ours and callback.signal:
                 step = max(callback.saved_step, callback.first)
                 raise Interrupted(callback.signal, callback.path, step) from error
         raise
@@ -110,6 +111,7 @@ class LastCheckpoint(Checkpoint):
         self.keep_every_n_steps = keep_every_n_steps
         self.signal = self.stop = 0
         self.noted, self.saved_step = 0.0, -1
+        self.failed: Exception | None = None  # a write
         self.first = self.begun = 0  # steps made before this run, and with the one in progress
         self.handlers: dict[int, Any] = {}
         self.later = Later()
@@ -135,7 +137,7 @@ class LastCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self.stop:  # not earlier: the step before is logged by now
-            finish(trainer)
+            self._finish(trainer)
             raise Interrupted(self.stop, self.path, trainer.global_step)
 
     def on_before_optimizer_step(
@@ -162,30 +164,41 @@ class LastCheckpoint(Checkpoint):
         if self.stop or step % self.every_n_steps == 0 or keep or end:
             self._save(trainer)
         if end or (keep and trainer.is_global_zero):
-            finish(trainer)
+            self._finish(trainer)
         if keep and trainer.is_global_zero:
             self._keep(step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step not in (self.first, self.saved_step):
             self._save(trainer)
-        finish(trainer)
+        self._finish(trainer)
         trainer.strategy.barrier()  # the file is there for every process
         self._restore()
 
     def _check(self, trainer: Trainer) -> None:
         """A write that failed beside the training ends it."""
         io = trainer.strategy.checkpoint_io
-        try:
+        with self._writing(trainer):
             if isinstance(io, BackgroundCheckpointIO):
                 io.check()
-        except Exception:
-            self.saved_step = trainer.global_step  # it is not tried again
-            raise
+
+    def _finish(self, trainer: Trainer) -> None:
+        with self._writing(trainer):
+            finish(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        self.saved_step = trainer.global_step  # before: a write that fails is not tried again
-        trainer.save_checkpoint(self.path)
+        with self._writing(trainer):
+            trainer.save_checkpoint(self.path)
+        self.saved_step = trainer.global_step
+
+    @contextmanager
+    def _writing(self, trainer: Trainer) -> Iterator[None]:
+        """What fails is not tried again."""
+        try:
+            yield
+        except Exception as error:
+            self.failed, self.saved_step = error, trainer.global_step
+            raise
 
     def _keep(self, step: int) -> None:
         """The file just written, under a name of its own; the next last.ckpt is another file."""
