@@ -46,9 +46,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None
     ) -> None:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")  # of one name: a killed write leaves one
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
                 with Sealed(file) as sealed:
                     torch.save(checkpoint, sealed)  # type: ignore[arg-type]
@@ -59,14 +59,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             sync_folder(path.parent)
             remove_shards(before)
         except BaseException as error:
-            temporary.unlink(missing_ok=True)
+            if path.parent.is_dir():
+                temporary.unlink(missing_ok=True)
             if cause := _of_the_system(error):
-                free = shutil.disk_usage(path.parent).free / 2**20
+                there = next(folder for folder in path.parents if folder.is_dir())
+                free = shutil.disk_usage(there).free / 2**20
+                run = f"hydra.run.dir={run_of(path)}"
                 state = (
-                    "the one before is whole; make room, then resume with ckpt_path=last"
+                    f"the one before is whole; make room, then resume with ckpt_path=last {run}"
                     if path.is_file()
                     else "there is none before it; make room, then start the run anew with"
-                    " ckpt_path=auto"
+                    f" ckpt_path=auto {run}"
                 )
                 raise OSError(
                     f"the checkpoint {path} could not be written ({cause.strerror}; {free:.0f} MiB"
@@ -82,6 +85,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """On the CPU, and as ``load_checkpoint`` does: also what a sharded run wrote."""
         return load_checkpoint(Path(path))
+
+
+def run_of(path: Path) -> str:
+    """The run directory of a checkpoint, as Hydra reads it on a command line."""
+    folder = str(path.parent.parent)
+    # as those of a sweep: Hydra reads them in quotes only
+    return f'"{folder}"' if set(folder) & set("=,()[]{}'") else folder
 
 
 def _of_the_system(error: BaseException | None) -> OSError | None:

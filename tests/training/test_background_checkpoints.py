@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from tests.training.test_training import Failing, train
-from training.background_checkpoints import BackgroundCheckpointIO
+from training.background_checkpoints import BackgroundCheckpointIO, storages
 from training.callbacks.checkpoint import LastCheckpoint, interrupted_once
 from training.checkpoints import AtomicCheckpointIO, load_checkpoint
 
@@ -58,6 +58,34 @@ def test_the_file_holds_what_was_there_when_it_was_saved(tmp_path, held, device)
     io.teardown()
     assert torch.equal(load_checkpoint(path)["pair"][0], torch.full((2,), 2.0).double())
     assert not io.host
+
+
+def test_room_that_was_made_before_is_used(tmp_path, device):
+    state = {"config": {}, "x": torch.ones(6, device=device), "y": torch.zeros(3, device=device)}
+    io = BackgroundCheckpointIO()
+    io.reserve(state)
+    io.finish()
+    memory = {room.data_ptr() for room in io.host}
+    assert len(memory) == (2 if device == "cuda" else 0)
+    io.save_checkpoint(dict(reversed(state.items())), tmp_path / "last.ckpt")
+    io.finish()
+    if device == "cuda":
+        assert {room.data_ptr() for room in io.host} == memory
+        assert all(room.is_pinned() for room in io.host)
+    found = load_checkpoint(tmp_path / "last.ckpt")
+    assert (found["x"].sum(), found["y"].sum()) == (6, 0)
+
+
+def test_the_first_step_makes_room_for_what_is_saved(tmp_path, monkeypatch):
+    kinds = []
+
+    def reserve(_io, checkpoint):
+        kinds.append(sorted(len(x) for x in storages(checkpoint)))
+
+    monkeypatch.setattr(BackgroundCheckpointIO, "reserve", reserve)
+    train(tmp_path, 3, LastCheckpoint(tmp_path / "checkpoints"))
+    saved = load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    assert kinds == [sorted(len(x) for x in storages(saved))]
 
 
 def test_the_file_is_the_one_that_is_written_at_once(tmp_path, device):

@@ -5,6 +5,7 @@ import csv
 import io
 import itertools
 import json
+import re
 import resource
 import signal
 import sys
@@ -28,7 +29,13 @@ from training.callbacks.non_finite_guard import Diverged, NonFiniteGuard
 from training.callbacks.progress import RichProgress
 from training.callbacks.summary import Summary, strict_json
 from training.callbacks.throughput import Throughput
-from training.checkpoints import AtomicCheckpointIO, find_checkpoint, load_checkpoint, refuse_used
+from training.checkpoints import (
+    AtomicCheckpointIO,
+    find_checkpoint,
+    load_checkpoint,
+    refuse_used,
+    run_of,
+)
 from training.data.digits import Digits
 from training.distributed import Later
 from training.loggers import wandb as loggers
@@ -216,9 +223,13 @@ def test_a_network_that_diverged_does_not_replace_the_checkpoint(tmp_path, error
 
 
 def test_a_checkpoint_that_cannot_be_written_hides_no_error(tmp_path, capsys):
-    (tmp_path / "checkpoints").write_text("in the way")
+    class InTheWay(Callback):
+        def on_train_batch_start(self, *_):
+            (tmp_path / "checkpoints").write_text("in the way")
+
+    failing = Failing("on_after_backward", ValueError)
     with pytest.raises(ValueError, match="no"):
-        train(tmp_path, 8, last(tmp_path), Failing("on_after_backward", ValueError))
+        train(tmp_path, 8, last(tmp_path), InTheWay(), failing)
     assert "checkpoints" in capsys.readouterr().err
 
 
@@ -278,16 +289,24 @@ def test_a_full_disk_says_so_and_leaves_the_old_checkpoint(tmp_path, before):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
     try:
         says = "is whole; make room, then resume with ckpt_path=last"
-        says = (
-            says if before else "there is none before it; .*start the run anew with ckpt_path=auto"
-        )
-        with pytest.raises(OSError, match=rf"last\.ckpt could not be written.*{says}"):
+        if not before:
+            says = "there is none before it; .*start the run anew with ckpt_path=auto"
+        said = re.escape(f" hydra.run.dir={run_of(path)}")
+        with pytest.raises(OSError, match=rf"last\.ckpt could not be written.*{says}{said}"):
             AtomicCheckpointIO().save_checkpoint({"x": torch.zeros(2**20)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"] * before
     if before:
         assert load_checkpoint(path)["x"] == 1
+
+
+def test_a_file_in_the_place_of_the_checkpoints_is_named_before_the_first_step(tmp_path):
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(NotADirectoryError, match=r"must be a folder, got the file .*checkpoints"):
+        train(tmp_path, 3, LastCheckpoint(tmp_path / "checkpoints"))
+    with pytest.raises(OSError, match=r"could not be written \(File exists; .*ckpt_path=auto"):
+        AtomicCheckpointIO().save_checkpoint({}, tmp_path / "checkpoints" / "last.ckpt")
 
 
 def test_a_run_writes_over_no_other_run(tmp_path):

@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from training.background_checkpoints import BackgroundCheckpointIO
 from training.callbacks.ema import EMA
 from training.callbacks.non_finite_guard import Diverged
+from training.checkpoints import run_of
 from training.distributed import Later, over_ranks
 from training.strategies import Sharded
 from training.validation import positive_integer
@@ -59,9 +60,7 @@ def interrupted_once(callbacks: Sequence[Any]) -> Iterator[None]:
 
 def remedy(path: Path) -> str:
     """How to go on: with what the run was given, without which it would be another one."""
-    folder, given = str(path.parent.parent), []
-    if set(folder) & set("=,()[]{}'"):  # as those of a sweep: Hydra reads them in quotes only
-        folder = f'"{folder}"'
+    folder, given = run_of(path), []
     if HydraConfig.initialized() and HydraConfig.get().job.name == "train":
         own = ("ckpt_path=", "hydra.run.dir=")
         given = [o for o in HydraConfig.get().overrides.task if not o.lstrip("+").startswith(own)]
@@ -76,11 +75,16 @@ def remedy(path: Path) -> str:
 
 def finish(trainer: Trainer) -> None:
     """Until the checkpoint that was saved last can be read."""
-    io = trainer.strategy.checkpoint_io
     if isinstance(trainer.strategy, Sharded):
         trainer.strategy.finish()
-    elif isinstance(io, BackgroundCheckpointIO):
+    elif io := beside(trainer):
         io.finish()
+
+
+def beside(trainer: Trainer) -> BackgroundCheckpointIO | None:
+    """What writes beside the training, where something does."""
+    io = trainer.strategy.checkpoint_io
+    return io if isinstance(io, BackgroundCheckpointIO) else None
 
 
 @contextmanager
@@ -117,6 +121,11 @@ class LastCheckpoint(Checkpoint):
         self.later = Later()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.path.parent.exists() and not self.path.parent.is_dir():
+            raise NotADirectoryError(
+                "callbacks.checkpoint.directory must be a folder, got the file"
+                f" {self.path.parent}; move it out of the way"
+            )
         self.first = self.begun = trainer.global_step
         for number in (signal.SIGINT, signal.SIGTERM):
             self.handlers[number] = signal.signal(number, self._note)
@@ -163,6 +172,8 @@ class LastCheckpoint(Checkpoint):
         keep = self.keep_every_n_steps is not None and step % self.keep_every_n_steps == 0
         if self.stop or step % self.every_n_steps == 0 or keep or end:
             self._save(trainer)
+        elif step == self.first + 1 and trainer.is_global_zero and (io := beside(trainer)):
+            io.reserve(trainer._checkpoint_connector.dump_checkpoint())
         if end or (keep and trainer.is_global_zero):
             self._finish(trainer)
         if keep and trainer.is_global_zero:
@@ -177,9 +188,8 @@ class LastCheckpoint(Checkpoint):
 
     def _check(self, trainer: Trainer) -> None:
         """A write that failed beside the training ends it."""
-        io = trainer.strategy.checkpoint_io
         with self._writing(trainer):
-            if isinstance(io, BackgroundCheckpointIO):
+            if io := beside(trainer):
                 io.check()
 
     def _finish(self, trainer: Trainer) -> None:
@@ -219,8 +229,7 @@ class LastCheckpoint(Checkpoint):
         averages = [c.updates for c in trainer.callbacks if isinstance(c, EMA)]  # type: ignore[attr-defined]
         whole = self.begun <= step and all(updates == step for updates in averages)
         failed = isinstance(exception, Exception) and not isinstance(exception, Diverged)
-        io = trainer.strategy.checkpoint_io
-        if isinstance(io, BackgroundCheckpointIO):
+        if io := beside(trainer):
             with told():
                 io.finish()
         if not failed or not whole or step in (self.first, self.saved_step) or trainer.global_rank:
