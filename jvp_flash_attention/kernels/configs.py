@@ -65,10 +65,11 @@ BF16X6 = {
     "fwd": ((64, 32, 4, 2), (64, 16, 4, 2)),
     "fwd_jvp": ((64, 32, 4, 2), (64, 16, 4, 1)),
 }
-# The same of operands that were cut into three bfloat16 parts before (portable/split.py), and three
-# products of two parts. The second-order dK and dV take two launches. Forward, three parts would
-# save a quarter of the time and cost 6 bytes an element.
+# The same of operands that were cut into three bfloat16 parts before (portable/split.py), which are
+# 6 bytes an element, and three products of two parts. The second-order dK and dV take two launches.
 PARTS3 = {
+    "fwd": ((128, 64, 8, 2),),
+    "fwd_jvp": ((128, 32, 8, 2),),
     "bwd_dkdv": ((32, 64, 4, 2), (16, 64, 4, 2)),
     "bwd_dv_jvp": ((32, 128, 8, 2), (16, 64, 4, 2)),
     "bwd_dk_jvp": ((32, 64, 4, 2), (16, 64, 4, 1)),
@@ -118,7 +119,7 @@ def tile(table: dict[str, tuple], name: str, block_d: int, extras: bool) -> Tile
     it was slower.
     """
     tile = Tile(*table[name][column(block_d)])
-    if table is BF16X6 or not extras:
+    if table is BF16X6 or table is PARTS3 or not extras:
         return tile
     if name.startswith(("bwd_dk", "bwd_dv")):
         return tile._replace(BLOCK_M=max(tile.BLOCK_M // 2, 16))

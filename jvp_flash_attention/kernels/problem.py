@@ -143,15 +143,25 @@ class Problem(NamedTuple):
         return "bf16x6" if six else "tf32x3"
 
     def parts(self, name: str) -> int:
-        """In how many bfloat16 parts float32 operands of a pass are read, 1 for none. On Hopper,
-        beside no mask but causal: three in the gradients, and two everywhere where the user allows
-        products to lose digits."""
-        plain = not self.mask and self.sequences is None and is_default(self.spec, but=PLAIN)
-        if self.itemsize != 4 or self.arch != "sm90" or self.widest >= 256 or not plain:
+        """In how many bfloat16 parts float32 operands of a pass are read, 1 for none. On Hopper:
+        two where the user allows products to lose digits, else three; gradients beside no mask but
+        causal, and three forward only in large calls."""
+        if self.itemsize != 4 or self.arch != "sm90" or self.widest >= 256:
             return 1
         parts = 2 if tf32_allowed() else 3
+        plain = not self.mask and self.sequences is None and is_default(self.spec, but=PLAIN)
+        if not (self.large if parts == 3 and name.startswith("fwd") else plain):
+            return 1
         tiles = configs.PARTS[parts].get(name, ())
         return parts if configs.column(self.widest) < len(tiles) else 1
+
+    @property
+    def large(self) -> bool:
+        """Whether a launch that cuts operands before costs less than to cut a tile whenever it is
+        read, and tiles of 128 queries are filled."""
+        tokens = self.S // (self.sequences or 1)
+        pairs = self.B * self.H * self.L * tokens
+        return pairs >= 2**23 and min(self.L // (self.sequences or 1), tokens) >= 256
 
     def scalars(self, seed: Tensor | None) -> tuple:
         """scale, soft cap, dropout threshold, 1 / keep probability, batch entries a seed, H, L, S,
