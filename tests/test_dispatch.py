@@ -108,6 +108,30 @@ def test_a_forward_without_a_tangent_is_warp_specialised_on_hopper():
     assert cudnn.pays_forward(long, Spec(1.0, causal=True))
 
 
+def test_large_forward_passes_in_float32_cut_their_operands_before():
+    """On Hopper; a masked gradient and a small call do not."""
+
+    def launched(B, L, S, mask=None, backward=False, packed=None, **how):
+        q, k = (torch.empty(B, 12, n, 64, device="meta") for n in (L, S))
+        x = Inputs(q, k, k, mask, None, packed, packed)
+        given = (Saved(q, torch.empty(B, 12, L, device="meta")), q) if backward else ()
+        found = kernels.launches(x, None, Spec(0.1, **how), *given, arch="sm90", tma=False)
+        return [f"{launch.kernel.fn.__name__} {launch.constexprs.get('PARTS')}" for launch in found]
+
+    before = ["split_kernel 3"] * 3 + ["forward_kernel 3"]
+    mask = torch.empty(1, 1, 1024, 1024, dtype=torch.bool)
+    cu = torch.zeros(5, dtype=torch.int32, device="meta")
+    assert launched(2, 1024, 1024) == launched(2, 1024, 1024, left=9) == before
+    assert launched(2, 1024, 1024, mask) == launched(1, 4096, 4096, packed=cu) == before
+    within = ["forward_kernel 1"]
+    assert launched(1, 1024, 1024) == launched(64, 300, 1024) == launched(64, 1024, 300) == within
+    assert launched(1, 2000, 2000, packed=cu) == within
+    gradients = launched(2, 1024, 1024, mask, backward=True)
+    assert gradients == [
+        f"bwd_{name}_kernel {n}" for name, n in (("preprocess", None), ("dkdv", 1), ("dq", 1))
+    ]
+
+
 def test_the_gradients_of_o_alone_are_one_launch_on_hopper():
     """Behind the row sums, where nothing is hidden and no heads are shared."""
 

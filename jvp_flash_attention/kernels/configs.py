@@ -68,8 +68,8 @@ BF16X6 = {
 # The same of operands that were cut into three bfloat16 parts before (portable/split.py), which are
 # 6 bytes an element, and three products of two parts. The second-order dK and dV take two launches.
 PARTS3 = {
-    "fwd": ((128, 64, 8, 2),),
-    "fwd_jvp": ((128, 32, 8, 2),),
+    "fwd": ((128, 64, 8, 3), (64, 64, 4, 1)),
+    "fwd_jvp": ((128, 32, 8, 2), (64, 16, 4, 2)),
     "bwd_dkdv": ((32, 64, 4, 2), (16, 64, 4, 2)),
     "bwd_dv_jvp": ((32, 128, 8, 2), (16, 64, 4, 2)),
     "bwd_dk_jvp": ((32, 64, 4, 2), (16, 64, 4, 1)),

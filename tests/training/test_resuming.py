@@ -123,6 +123,16 @@ def test_a_small_network_takes_one_thread_and_says_so(monkeypatch, given, thread
     assert now == [2]
 
 
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (12, 6), (64, 8)])
+def test_beside_a_gpu_half_of_the_cores_are_left_to_others(monkeypatch, cores, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    now = [cores]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: now[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: now.__setitem__(0, n))
+    assert choose_threads(composed("trainer=gpu")) == ""
+    assert now == [threads]
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "says"),
     [
