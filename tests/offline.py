@@ -19,6 +19,7 @@ from jvp_flash_attention.block_mask import block_mask
 from jvp_flash_attention.call import Inputs, Saved, Spec, Tangents
 from jvp_flash_attention.kernels import launches
 from jvp_flash_attention.kernels.merge import merge_launch
+from jvp_flash_attention.kernels.problem import Problem
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -75,9 +76,13 @@ def compile_passes(
     softcap=0.0,
     sequences: int | None = None,
     blocks: call.Blocks | None = None,
+    large=False,
 ) -> list[Compiled]:
     """Compiles every kernel of the named passes at (1, 2, length, head_dim), which may be so many
-    packed `sequences`; a band is aligned at their ends."""
+    packed `sequences`; a band is aligned at their ends. `large`: as of a call that cuts float32
+    operands before."""
+    if large:
+        Problem.large = True  # and stays
     q, k, v, t_q, t_k, t_v, d, d_t = (
         torch.zeros(1, 2, length, head_dim, dtype=dtype) for _ in range(8)
     )
@@ -188,11 +193,13 @@ if __name__ == "__main__":
         ],
     )
     parser.add_argument("--passes", nargs="+", default=list(PASSES))
+    parser.add_argument("--large", action="store_true", help="float32 operands are cut before")
     arguments = parser.parse_args()
     failed = False
     dtypes = [getattr(torch, name) for name in arguments.dtypes]
+    how = {"passes": arguments.passes, "large": arguments.large}
     for head_dim, dtype, variant, c in table(
-        arguments.target, arguments.head_dims, dtypes, arguments.variants, passes=arguments.passes
+        arguments.target, arguments.head_dims, dtypes, arguments.variants, **how
     ):
         fits = c.shared <= SHARED[arguments.target] * 1024 and c.columns <= COLUMNS
         failed |= not fits

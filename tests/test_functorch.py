@@ -23,7 +23,7 @@ ALONE = [
 ]
 
 
-@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [12, pytest.param(1, marks=pytest.mark.slow)])
 def test_each_private_name_may_be_missing(tmp_path, every):
     options = [tmp_path / "exact.pt", str(every), *ALONE]
     run = subprocess.run(

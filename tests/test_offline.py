@@ -67,10 +67,7 @@ def test_the_forward_passes_on_hopper_use_wgmma_and_do_not_spill(hopper):
 
 @pytest.mark.parametrize(
     ("variant", "tangents"),
-    [
-        ("plain", [""]),
-        *(pytest.param(x, ["", "_jvp"], marks=pytest.mark.slow) for x in ("plain", "bool")),
-    ],
+    [pytest.param(x, ["", "_jvp"], marks=pytest.mark.slow) for x in ("plain", "bool")],
 )
 def test_float32_on_hopper_uses_wgmma(variant, tangents):
     """Six bfloat16 products; beside a mask the gradients' three TF32 products, wrong through it."""
@@ -85,6 +82,30 @@ def test_float32_on_hopper_uses_wgmma(variant, tangents):
         gradients = any(name in row for name in ("bwd_dkdv", "bwd_dq"))
         six = "forward_kernel" in row or (gradients and variant == "plain")
         assert (int(row.split("wgmma")[1]) > 0) == six, row
+
+
+@pytest.mark.parametrize(
+    ("variants", "head_dims", "passes"),
+    [
+        (["bias"], ["64"], ["forward"]),
+        *(
+            pytest.param([variant], ["32", "64", "128"], ["forward", "forward_jvp"],
+                         marks=pytest.mark.slow)
+            for variant in (
+                "plain", "bool", "bias", "keys", "dropout", "window", "softcap", "blocks", "packed"
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_float32_that_is_cut_before_fits_beside_every_mask(variants, head_dims, passes):
+    table = compile_for(
+        "sm_90", "--large", "--head-dims", *head_dims, "--dtypes", "float32",
+        "--variants", *variants, "--passes", *passes,
+    )  # fmt: skip
+    rows = [row for row in table.splitlines() if "forward_kernel" in row]
+    assert len(rows) == len(head_dims) * len(passes)
+    for row in rows:
+        assert int(row.split("wgmma")[1]) > 0, row
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Checkpoint files: written whole or not at all, found by name, read with a clear error."""
 
 import os
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,13 +65,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if cause := _of_the_system(error):
                 there = next(folder for folder in path.parents if folder.is_dir())
                 free = shutil.disk_usage(there).free / 2**20
-                run = f"hydra.run.dir={run_of(path)}"
                 state = (
-                    f"the one before is whole; make room, then resume with ckpt_path=last {run}"
+                    "the one before is whole; make room, then resume with ckpt_path=last"
                     if path.is_file()
                     else "there is none before it; make room, then start the run anew with"
-                    f" ckpt_path=auto {run}"
+                    " ckpt_path=auto"
                 )
+                if (path.parent.name, path.name) == ("checkpoints", "last.ckpt"):  # of a run
+                    state += " " + shlex.quote(f"hydra.run.dir={run_of(path)}")
                 raise OSError(
                     f"the checkpoint {path} could not be written ({cause.strerror}; {free:.0f} MiB"
                     f" are free); {state}"

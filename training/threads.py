@@ -3,7 +3,8 @@
 A small network's operations are over before a second thread has begun, and where another process
 uses the machine too, threads that wait for each other in each of them cost tens of times the work.
 So they do beside the thread that writes a checkpoint, if they are as many as the cores: a step's
-batch took twice the time. Where a GPU makes the step, half of them are enough.
+batch took twice the time. Where a GPU makes the step, half of them are enough. With several
+processes Lightning divides the cores among them.
 """
 
 import os
@@ -19,7 +20,8 @@ ENOUGH = 8  # for the batches of a step on a GPU
 
 
 def choose_threads(config: DictConfig) -> str:
-    """Set the number of threads; a line about it where it was not the user who chose."""
+    """Set the number of threads; a line about it where a CPU makes the step and it was not the user
+    who chose."""
     if (given := config.get("threads")) is not None:
         positive_integer("threads", given)
         torch.set_num_threads(given)

@@ -65,8 +65,9 @@ BF16X6 = {
     "fwd": ((64, 32, 4, 2), (64, 16, 4, 2)),
     "fwd_jvp": ((64, 32, 4, 2), (64, 16, 4, 1)),
 }
-# The same of operands that were cut into three bfloat16 parts before (portable/split.py), which are
-# 6 bytes an element, and three products of two parts. The second-order dK and dV take two launches.
+# The same of operands that were cut into three bfloat16 parts before (portable/split.py), 6 bytes a
+# column of the padded head dim, and three products of two parts. The second-order dK and dV take
+# two launches.
 PARTS3 = {
     "fwd": ((128, 64, 8, 3), (64, 64, 4, 1)),
     "fwd_jvp": ((128, 32, 8, 2), (64, 16, 4, 2)),
@@ -116,10 +117,12 @@ def tile(table: dict[str, tuple], name: str, block_d: int, extras: bool) -> Tile
 
     A mask, dropout, a soft cap or a window (`extras`) needs registers and shared memory of its own:
     half a tile along the loop, but not where the tile is as narrow as six products make it: half of
-    it was slower.
+    it was slower. Beside tiles of three parts a floating mask leaves room for two stages.
     """
     tile = Tile(*table[name][column(block_d)])
-    if table is BF16X6 or table is PARTS3 or not extras:
+    if table is PARTS3 and extras:
+        return tile._replace(num_stages=min(tile.num_stages, 2))
+    if table is BF16X6 or not extras:
         return tile
     if name.startswith(("bwd_dk", "bwd_dv")):
         return tile._replace(BLOCK_M=max(tile.BLOCK_M // 2, 16))

@@ -66,7 +66,7 @@ STEP_COLUMNS: report.Columns = {
     "ms": lambda r: report.number(r["step_ms"]),
     "MFU": lambda r: f"{r['mfu']:.1%}",
     "first step, s": lambda r: report.number(r["first_step_s"]),
-    "GiB": lambda r: report.number(r["reserved_mib"] / 1024),
+    "GiB reserved": lambda r: report.number(r["reserved_mib"] / 1024),
 }
 
 

@@ -73,15 +73,6 @@ def test_errors_are_averaged_by_time_over_the_steps_since_the_last_row():
     assert fake.logged == {}
 
 
-def test_a_resumed_run_averages_over_the_steps_before_it_too():
-    by_timestep, fake = LossByTimestep(number=2), Fake(log_every=2)
-    fake.end(by_timestep, {"errors": torch.tensor([1.0, 3.0]), "times": torch.tensor([0.1, 0.6])})
-    resumed = LossByTimestep(number=2)
-    resumed.load_state_dict(by_timestep.state_dict())
-    fake.end(resumed, {"errors": torch.tensor([5.0]), "times": torch.tensor([0.2])})
-    assert fake.logged == {"error_t/0.00-0.50": 3, "error_t/0.50-1.00": 3}
-
-
 @pytest.mark.parametrize("objective", [MeanFlow(), FlowMatching()], ids=["mf", "fm"])
 def test_objectives_give_the_errors_whose_mean_they_log(tiny, batch, draws, objective):
     net = tiny()

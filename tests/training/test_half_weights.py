@@ -137,6 +137,7 @@ print(Launch(adamw._adamw, (1,), args, options).compile().asm["ptx"])
 """
 
 
+@pytest.mark.slow
 def test_the_update_reads_and_writes_16_bytes_at_a_time():
     """Its addresses come from a table, of which a compiler knows nothing: it takes 9.1 ms for 6.3
     of DiT-XL/2's weights otherwise.

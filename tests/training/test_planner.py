@@ -76,10 +76,14 @@ def test_shards_are_shares_and_averages_count():
 
 
 @pytest.mark.parametrize(
-    "objective", ["flow_matching", pytest.param("meanflow", marks=pytest.mark.slow)]
+    "how",
+    [
+        ["objective=flow_matching", "compile=false"],
+        pytest.param(["objective=meanflow"], marks=pytest.mark.slow),
+    ],
 )
-def test_the_script_prints_every_choice(tmp_path, objective):
-    arguments = [f"objective={objective}"]
+def test_the_script_prints_every_choice(tmp_path, how):
+    arguments = list(how)
     arguments += ["model.depth=2", "model.width=32", "model.heads=2", "trainer.devices=4"]
     arguments += ["trainer.precision=bf16-mixed", f"plan.output={tmp_path / 'plan.json'}"]
     printed = in_process("plan.py", *arguments)

@@ -50,7 +50,7 @@ def assert_equal(a, b):
 def killed(tmp_path_factory):
     """A sharded run that was killed after some checkpoints, resumed, and its whole twins."""
     folder = tmp_path_factory.mktemp("runs")
-    runs = {name: folder / name for name in ("killed", "whole", "ddp", "half")}
+    runs = {name: folder / name for name in ("killed", "whole")}
     endless = ("fsdp", "trainer.max_steps=100000", f"hydra.run.dir={runs['killed']}")
     processes = spawn(train, 2, (*endless, "ckpt_path=auto"), join=False).processes
     deadline = time.monotonic() + 240
@@ -67,10 +67,19 @@ def killed(tmp_path_factory):
     end = f"trainer.max_steps={made + 3}"
     again = ("fsdp", end, f"hydra.run.dir={runs['killed']}", "ckpt_path=auto")
     whole = ("fsdp", end, f"hydra.run.dir={runs['whole']}")
-    half = ("fsdp", "trainer.max_steps=2", "trainer.precision=bf16-mixed")
-    half = (*half, f"hydra.run.dir={runs['half']}")
-    spawn(train, 2, again, whole, ("ddp", end, f"hydra.run.dir={runs['ddp']}"), half)
+    spawn(train, 2, again, whole)
     return runs
+
+
+@pytest.fixture(scope="module")
+def others(killed):
+    """As many steps of unsharded processes, and two of weights in half precision."""
+    runs = {name: killed["whole"].parent / name for name in ("ddp", "half")}
+    made = last(killed["whole"])["global_step"]
+    ddp = ("ddp", f"trainer.max_steps={made}", f"hydra.run.dir={runs['ddp']}")
+    half = ("fsdp", "trainer.max_steps=2", "trainer.precision=bf16-mixed")
+    spawn(train, 2, ddp, (*half, f"hydra.run.dir={runs['half']}"))
+    return killed | runs
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(killed):
@@ -83,23 +92,25 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(killed):
     assert_equal(a["optimizer_states"], b["optimizer_states"])
 
 
-def test_its_curves_are_those_of_unsharded_processes(killed):
+@pytest.mark.slow
+def test_its_curves_are_those_of_unsharded_processes(others):
     for name in LOGGED:
-        assert column(killed["whole"], name) == pytest.approx(column(killed["ddp"], name), rel=1e-4)
-    a, b = last(killed["whole"]), last(killed["ddp"])
+        assert column(others["whole"], name) == pytest.approx(column(others["ddp"], name), rel=1e-4)
+    a, b = last(others["whole"]), last(others["ddp"])
     for part in ("state_dict", "ema", "optimizer_states"):
         ours, theirs = states(a[part]), states(b[part])
         assert ours.keys() == theirs.keys()
         for key, x in ours.items():
             torch.testing.assert_close(x, theirs[key], rtol=1e-2, atol=1e-4, msg=key)
-    pictures = [sorted((killed[run] / "samples").glob("*.png")) for run in ("whole", "ddp")]
+    pictures = [sorted((others[run] / "samples").glob("*.png")) for run in ("whole", "ddp")]
     assert [p.name for p in pictures[0]] == [p.name for p in pictures[1]]
     assert pictures[0]
 
 
-def test_weights_in_half_precision_draw_samples_too(killed):
-    assert list((killed["half"] / "samples").glob("*.png"))
-    assert len(rows(killed["half"])) == 2
+@pytest.mark.slow
+def test_weights_in_half_precision_draw_samples_too(others):
+    assert list((others["half"] / "samples").glob("*.png"))
+    assert len(rows(others["half"])) == 2
 
 
 def test_it_goes_on_in_one_process_and_in_two_again(killed, tmp_path):

@@ -172,8 +172,11 @@ class LastCheckpoint(Checkpoint):
         keep = self.keep_every_n_steps is not None and step % self.keep_every_n_steps == 0
         if self.stop or step % self.every_n_steps == 0 or keep or end:
             self._save(trainer)
-        elif step == self.first + 1 and trainer.is_global_zero and (io := beside(trainer)):
-            io.reserve(trainer._checkpoint_connector.dump_checkpoint())
+        elif step == self.first + 1 and (io := beside(trainer)):
+            # by every process, as for one that is saved
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint()
+            if trainer.is_global_zero:
+                io.reserve(checkpoint)
         if end or (keep and trainer.is_global_zero):
             self._finish(trainer)
         if keep and trainer.is_global_zero:

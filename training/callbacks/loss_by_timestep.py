@@ -30,12 +30,6 @@ class LossByTimestep(Callback):
         self.names = [f"error_t/{a:.2f}-{b:.2f}" for a, b in pairwise(edges)]
         self.sums: torch.Tensor | None = None  # (2, number): errors and how many they are
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"sums": self.sums}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.sums = state_dict["sums"]
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -43,8 +37,7 @@ class LossByTimestep(Callback):
         if errors is None or t is None:
             return
         if self.sums is None:
-            self.sums = torch.zeros(2, self.number)
-        self.sums = self.sums.to(errors.device)
+            self.sums = torch.zeros(2, self.number, device=errors.device)
         interval = (t / self.end * self.number).long().clamp(0, self.number - 1)
         self.sums[0].index_add_(0, interval, errors.float())
         self.sums[1].index_add_(0, interval, torch.ones_like(errors, dtype=torch.float))
