@@ -1,14 +1,22 @@
-"""Without a GPU the kernels run in Triton's interpreter; `--report PATH` writes what the tests
-measured as JSON.
+"""Tests run on the CPU, kernels in Triton's interpreter, on a machine with a GPU too: all of them
+pass there. `pytest -m gpu` runs those marked so on the GPU. Others, whose kernels run on either, go
+there with TESTS_DEVICE=cuda. `--report PATH` writes what the tests measured as JSON.
 """
 
 import gc
 import json
 import os
+import sys
+from itertools import pairwise
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core: more threads wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "TESTS_DEVICE" not in os.environ:  # which the workers find
+    chosen = any(a == "-m" and "gpu" in b.split() for a, b in pairwise(sys.argv))
+    os.environ["TESTS_DEVICE"] = "cuda" if chosen else "cpu"
+if os.environ["TESTS_DEVICE"] == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch
@@ -74,7 +82,7 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(items):
     if DEVICE == "cuda":
         return
-    skip = pytest.mark.skip(reason="needs a CUDA device")
+    skip = pytest.mark.skip(reason="needs a CUDA device and pytest -m gpu")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)

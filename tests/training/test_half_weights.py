@@ -256,7 +256,7 @@ def test_a_run_keeps_them_and_continues_exactly(tmp_path, monkeypatch):
             assert torch.equal(p, q) if kept else torch.allclose(p, q, atol=1e-4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_a_recorded_step_has_the_same_gradients(monkeypatch):
     finish, replaced = cuda_graphs.finish, []
     monkeypatch.setattr(cuda_graphs, "finish", lambda graph: replaced.append(finish(graph)))
@@ -272,7 +272,7 @@ def test_a_recorded_step_has_the_same_gradients(monkeypatch):
             step.net.zero_grad()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_small_clears_of_a_graph_are_kernels_and_clear():
     driver = pytest.importorskip("cuda.bindings.driver")
     counter, large = torch.ones(8, device="cuda"), torch.ones(4096, device="cuda")
