@@ -426,7 +426,8 @@ def test_an_unreadable_image_met_late_leaves_a_checkpoint(tmp_path):
     assert step in (3, 4)  # batches are read ahead
     told = [line for line in result.stdout.splitlines() if line.startswith(("stopped", "wrote"))]
     assert told[0].startswith(f"stopped: data.path: {picture} is not a readable image")
-    assert told[1].startswith(f"wrote last.ckpt after step {step}; resume with ckpt_path=last")
+    assert told[1].startswith(f"wrote last.ckpt after step {step}; resume with python ")
+    assert " ckpt_path=last hydra.run.dir=" in told[1]
     picture.write_bytes(whole)
     in_process(*train, "trainer.max_steps=8", "ckpt_path=last")
     assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 8

@@ -169,17 +169,11 @@ def test_ci_runs_the_test_command_of_the_readme_in_a_fresh_environment(ci):
     install, test = commands()[1]
     assert done.returncode == 0, done.stderr
     assert calls.count("python -m venv") == 2  # the site has one of its own, and is built beside
-    site, *others = [c for c in calls if c.startswith(("pip", "mkdocs"))]
-    if "mkdocs-material" not in site:
-        site, others[0] = others[0], site
-    assert "mkdocs-material" in site
-    assert others[0] == f"pip install {' '.join(install)}"
-    assert others[1].startswith("mkdocs build")
-    assert calls.index(others[0]) < calls.index(test)
-    assert (
-        sorted(c.split()[0] for c in calls[calls.index(test) + 1 :] if "ruff" in c) == ["ruff"] * 2
-    )
-    assert "pyright " in calls
+    first = lambda start: next(i for i, c in enumerate(calls) if c.startswith(start))  # noqa: E731
+    assert first(f"pip install {' '.join(install)}") < first(test) < first("ruff check")
+    assert first("pip install -q -c constraints.txt mkdocs-material") < first("mkdocs build")
+    assert first("pip install -c") < first("pyright")
+    assert "ruff format --check ." in calls
     assert done.stdout.splitlines()[-1] == "==== 3 passed in 0.01s ===="
 
 

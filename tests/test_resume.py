@@ -5,6 +5,7 @@ import os
 import shlex
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,7 +109,9 @@ def test_an_interrupted_run_leaves_a_checkpoint_that_resumes(tmp_path, numbers):
     assert stderr.strip().startswith("interrupted after step ")
     assert len(stderr.strip().splitlines()) == 1
     step = int(stderr.split()[3].rstrip(";"))
-    hint = shlex.split(stderr.split("resume with ")[1])  # the run's own settings are among it
+    # the run's own settings are among it
+    python, script, *hint = shlex.split(stderr.split("resume with ")[1])
+    assert (python, Path(script).name) == ("python", "train.py")
     assert hint[:2] == ["ckpt_path=last", f"hydra.run.dir={tmp_path}"]
     says = in_process("train.py", *hint, f"trainer.max_steps={step + 2}")
     changed = [line for line in says.splitlines() if line.startswith("resumed with")]

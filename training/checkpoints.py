@@ -1,7 +1,7 @@
 """Checkpoint files: written whole or not at all, found by name, read with a clear error."""
 
+import errno
 import os
-import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,19 +63,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if path.parent.is_dir():
                 temporary.unlink(missing_ok=True)
             if cause := _of_the_system(error):
-                there = next(folder for folder in path.parents if folder.is_dir())
-                free = shutil.disk_usage(there).free / 2**20
-                state = (
-                    "the one before is whole; make room, then resume with ckpt_path=last"
-                    if path.is_file()
-                    else "there is none before it; make room, then start the run anew with"
-                    " ckpt_path=auto"
-                )
-                if (path.parent.name, path.name) == ("checkpoints", "last.ckpt"):  # of a run
-                    state += " " + shlex.quote(f"hydra.run.dir={run_of(path)}")
+                why = cause.strerror
+                if cause.errno != errno.EFBIG:  # that is a limit on files
+                    there = next(folder for folder in path.parents if folder.is_dir())
+                    why = f"{why}; {shutil.disk_usage(there).free / 2**20:.0f} MiB are free"
+                before = "the one before is whole" if path.is_file() else "there is none before it"
                 raise OSError(
-                    f"the checkpoint {path} could not be written ({cause.strerror}; {free:.0f} MiB"
-                    f" are free); {state}"
+                    f"the checkpoint {path} could not be written ({why}); {before}"
                 ) from error
             raise
 
@@ -87,13 +81,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """On the CPU, and as ``load_checkpoint`` does: also what a sharded run wrote."""
         return load_checkpoint(Path(path))
-
-
-def run_of(path: Path) -> str:
-    """The run directory of a checkpoint, as Hydra reads it on a command line."""
-    folder = str(path.parent.parent)
-    # as those of a sweep: Hydra reads them in quotes only
-    return f'"{folder}"' if set(folder) & set("=,()[]{}'") else folder
 
 
 def _of_the_system(error: BaseException | None) -> OSError | None:

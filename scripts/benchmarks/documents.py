@@ -165,8 +165,8 @@ def _figures(root: Path) -> str:
         parts.append(
             "**Short sequences**: 28 configurations of 32 to 2048 tokens, with and without masks."
             " Speed-up over MATH, and peak memory as a multiple of inputs, tangents and results,"
-            f" which is the least possible ({files}). From 1024 tokens on float32 operands lie"
-            " there once more, as bfloat16 parts."
+            f" which is the least possible ({files}). From 1024 tokens on, float32 operands"
+            " are held once more as bfloat16 parts."
         )
         parts.append(report.markdown(report.cells(SHORT_COLUMNS, rows)))
     parts += headline.steps(root)

@@ -154,7 +154,8 @@ def test_a_failed_write_ends_the_run_and_is_not_tried_again(tmp_path, monkeypatc
         raise OSError("the disk is full")
 
     monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", save)
-    with pytest.raises(OSError, match="the disk is full"):
+    says = f"the disk is full; when it can be, start again with .*hydra.run.dir={tmp_path}"
+    with pytest.raises(OSError, match=says):
         train(tmp_path, 60, LastCheckpoint(tmp_path / "checkpoints", every_n_steps=2))
     assert len(calls) == 1
 

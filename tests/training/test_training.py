@@ -275,21 +275,18 @@ def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(tmp_path):
 @pytest.mark.parametrize("before", [True, False])
 def test_a_full_disk_says_so_and_leaves_the_old_checkpoint(tmp_path, before):
     """A limit on the size of files stands for the disk: the write fails in the system."""
-    path = tmp_path / "lr=1, b" / "checkpoints" / "last.ckpt"
+    path = tmp_path / "last.ckpt"
     if before:
         AtomicCheckpointIO().save_checkpoint({"config": {}, "x": 1}, path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
     try:
-        says = "is whole; make room, then resume with ckpt_path=last"
-        if not before:
-            says = "there is none before it; .*start the run anew with ckpt_path=auto"
-        said = f""" 'hydra.run.dir="{tmp_path}/lr=1, b"'$"""  # as a shell and then Hydra read it
-        with pytest.raises(OSError, match=rf"last\.ckpt could not be written.*{says}{said}"):
+        says = "the one before is whole" if before else "there is none before it"
+        with pytest.raises(OSError, match=rf"last\.ckpt could not be written \(File.*\); {says}$"):
             AtomicCheckpointIO().save_checkpoint({"x": torch.zeros(2**20)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"] * before
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"] * before
     if before:
         assert load_checkpoint(path)["x"] == 1
 
@@ -298,7 +295,7 @@ def test_a_file_in_the_place_of_the_checkpoints_is_named_before_the_first_step(t
     (tmp_path / "checkpoints").touch()
     with pytest.raises(NotADirectoryError, match=r"must be a folder, got the file .*checkpoints"):
         train(tmp_path, 3, LastCheckpoint(tmp_path / "checkpoints"))
-    with pytest.raises(OSError, match=r"could not be written \(File exists; .*ckpt_path=auto"):
+    with pytest.raises(OSError, match=r"could not be written \(File exists; .* MiB are free\)"):
         AtomicCheckpointIO().save_checkpoint({}, tmp_path / "checkpoints" / "last.ckpt")
 
 

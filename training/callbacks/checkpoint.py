@@ -22,7 +22,6 @@ from lightning.pytorch.callbacks import Checkpoint
 from training.background_checkpoints import BackgroundCheckpointIO
 from training.callbacks.ema import EMA
 from training.callbacks.non_finite_guard import Diverged
-from training.checkpoints import run_of
 from training.distributed import Later, over_ranks
 from training.strategies import Sharded
 from training.validation import positive_integer
@@ -60,17 +59,20 @@ def interrupted_once(callbacks: Sequence[Any]) -> Iterator[None]:
 
 def remedy(path: Path) -> str:
     """How to go on: with what the run was given, without which it would be another one."""
-    folder, given = run_of(path), []
+    folder, script, given = str(path.parent.parent), [], []
+    if set(folder) & set("=,()[]{}'"):  # as those of a sweep: Hydra reads them in quotes only
+        folder = f'"{folder}"'
     if HydraConfig.initialized() and HydraConfig.get().job.name == "train":
         own = ("ckpt_path=", "hydra.run.dir=")
+        script = ["python", sys.argv[0]]
         given = [o for o in HydraConfig.get().overrides.task if not o.lstrip("+").startswith(own)]
     if any(o.startswith("resume=") for o in given):
-        return "resume with " + shlex.join(given)
+        return "resume with " + shlex.join([*script, *given])
+    how, which = "resume", "last"
     if not path.exists():  # before the first checkpoint
-        return "start again with " + shlex.join(
-            ["ckpt_path=auto", f"hydra.run.dir={folder}", *given]
-        )
-    return "resume with " + shlex.join(["ckpt_path=last", f"hydra.run.dir={folder}", *given])
+        how, which = "start again", "auto"
+    run = [f"ckpt_path={which}", f"hydra.run.dir={folder}"]
+    return f"{how} with {shlex.join([*script, *run, *given])}"
 
 
 def finish(trainer: Trainer) -> None:
@@ -209,6 +211,10 @@ class LastCheckpoint(Checkpoint):
         """What fails is not tried again."""
         try:
             yield
+        except OSError as cause:
+            error = OSError(f"{cause}; when it can be, {remedy(self.path)}")
+            self.failed, self.saved_step = error, trainer.global_step
+            raise error from cause
         except Exception as error:
             self.failed, self.saved_step = error, trainer.global_step
             raise
