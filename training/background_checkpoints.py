@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from training.checkpoints import AtomicCheckpointIO
+from training.sharded_checkpoints import mapped
 
 
 class BackgroundCheckpointIO(AtomicCheckpointIO):
@@ -103,48 +104,33 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
             self.host = []
 
 
-def storages(x: Any) -> list[torch.Tensor]:
+def storages(checkpoint: Any) -> list[torch.Tensor]:
     """The bytes of every storage under the tensors of a checkpoint, each once, on its device."""
     found: dict[tuple[int, int], torch.Tensor] = {}
 
-    def visit(x: Any) -> None:
-        if isinstance(x, torch.Tensor):
-            storage = x.detach().untyped_storage()
-            if storage.nbytes() and _key(x) not in found:
-                empty = torch.empty(0, dtype=torch.uint8, device=x.device)
-                found[_key(x)] = empty.set_(storage)
-        elif isinstance(x, dict):
-            visit(list(x.values()))
-            visit(getattr(x, "__dict__", None))
-        elif isinstance(x, list | tuple):
-            for item in x:
-                visit(item)
+    def find(_: Any, x: Any) -> None:
+        if isinstance(x, torch.Tensor) and (key := _key(x))[1] and key not in found:
+            empty = torch.empty(0, dtype=torch.uint8, device=x.device)
+            found[key] = empty.set_(x.detach().untyped_storage())
 
-    visit(x)
+    mapped(find, checkpoint)
     return list(found.values())
 
 
-def with_storages(x: Any, copies: dict[tuple[int, int], torch.Tensor]) -> Any:
+def with_storages(checkpoint: Any, copies: dict[tuple[int, int], torch.Tensor]) -> Any:
     """A checkpoint whose tensors lie in copies of their storages, which are whole, as
     ``torch.save`` writes them: tensors that share one still do, with their strides.
     """
-    if isinstance(x, torch.Tensor):
-        room = copies.get(_key(x))
-        if room is None:  # an empty one
+
+    def moved(_: Any, x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        if (room := copies.get(_key(x))) is None:  # an empty one
             return torch.empty_like(x, device="cpu")
         at = (room.untyped_storage(), x.storage_offset(), x.shape, x.stride())
         return torch.empty(0, dtype=x.dtype).set_(*at)
-    if isinstance(x, dict):
-        copied = type(x)()
-        copied.update((key, with_storages(value, copies)) for key, value in x.items())
-        vars_of = getattr(x, "__dict__", None)  # a state_dict's _metadata
-        if vars_of:
-            copied.__dict__.update(with_storages(vars_of, copies))
-        return copied
-    if isinstance(x, list | tuple):
-        items = [with_storages(value, copies) for value in x]
-        return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
-    return x
+
+    return mapped(moved, checkpoint)
 
 
 def _key(x: torch.Tensor) -> tuple[int, int]:

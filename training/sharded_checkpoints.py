@@ -91,7 +91,7 @@ class Writer:
             shards[_joined(key)] = x.detach().clone() if x.device.type == "cpu" else x.detach()
             return MARK
 
-        rest = _mapped(apart, checkpoint)
+        rest = mapped(apart, checkpoint)
         name = f"{path.stem}-{checkpoint['global_step']}"
         folder, first = path.with_name(f".{name}.tmp"), distributed.get_rank() == 0
         if first:
@@ -196,7 +196,7 @@ def read(path: Path, rest: dict[str, Any], layout: Layout = lambda key: None) ->
         tensors[_joined(key)] = tensor
         return tensor
 
-    checkpoint = _mapped(allocated, rest)
+    checkpoint = mapped(allocated, rest)
     try:
         load(tensors, storage_reader=reader, planner=Planner(), no_dist=True)
     except CheckpointException as error:
@@ -215,7 +215,7 @@ def distributed_as(checkpoint: dict[str, Any], layout: Layout) -> dict[str, Any]
         x = x.to(like.device)
         return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
 
-    return _mapped(shared, checkpoint)
+    return mapped(shared, checkpoint)
 
 
 class Planner(DefaultLoadPlanner):
@@ -254,12 +254,19 @@ class IndexUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
-def _mapped(f: Callable[[Key, Any], Any], x: Any, key: Key = ()) -> Any:
-    """A tree of dictionaries and lists with f(key, leaf) in place of each leaf."""
+def mapped(f: Callable[[Key, Any], Any], x: Any, key: Key = ()) -> Any:
+    """A tree of dictionaries, lists and tuples with f(key, leaf) in place of each leaf. What a
+    dictionary has beside its items it keeps, as a state_dict its _metadata.
+    """
     if isinstance(x, dict):
-        return type(x)((name, _mapped(f, inner, (*key, name))) for name, inner in x.items())
-    if isinstance(x, list):
-        return [_mapped(f, inner, (*key, i)) for i, inner in enumerate(x)]
+        y = type(x)()
+        y.update((name, mapped(f, inner, (*key, name))) for name, inner in x.items())
+        if beside := getattr(x, "__dict__", None):
+            y.__dict__.update(mapped(f, beside, key))
+        return y
+    if isinstance(x, list | tuple):
+        items = [mapped(f, inner, (*key, i)) for i, inner in enumerate(x)]
+        return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
     return f(key, x)
 
 

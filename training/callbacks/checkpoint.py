@@ -89,6 +89,11 @@ def beside(trainer: Trainer) -> BackgroundCheckpointIO | None:
     return io if isinstance(io, BackgroundCheckpointIO) else None
 
 
+def dumped(trainer: Trainer) -> dict[str, Any]:
+    """What a checkpoint would hold now."""
+    return trainer._checkpoint_connector.dump_checkpoint()
+
+
 @contextmanager
 def told() -> Iterator[None]:
     """A write's failure is told; the run's own error, which is told after it, goes on."""
@@ -176,7 +181,7 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
         elif step == self.first + 1 and (io := beside(trainer)):
             # by every process, as for one that is saved
-            checkpoint = trainer._checkpoint_connector.dump_checkpoint()
+            checkpoint = dumped(trainer)
             if trainer.is_global_zero:
                 io.reserve(checkpoint)
         if end or (keep and trainer.is_global_zero):
@@ -252,8 +257,7 @@ class LastCheckpoint(Checkpoint):
         for counter in (loop.batch_progress.total, loop.batch_progress.current):
             counter.load_state_dict(dict.fromkeys(vars(counter), batches))
         with told():  # not trainer.save_checkpoint: it would wait for the other processes
-            checkpoint = trainer._checkpoint_connector.dump_checkpoint()
-            trainer.strategy.save_checkpoint(checkpoint, self.path)
+            trainer.strategy.save_checkpoint(dumped(trainer), self.path)
             finish(trainer)
             from training.cli import message  # which reads this file
 
