@@ -35,7 +35,8 @@ PASSES = ("forward", "forward_jvp", "backward", "backward_jvp", "merge")
 
 class Compiled(NamedTuple):
     """One kernel as assembled: registers a thread, bytes of stack a thread (spills), bytes of
-    shared memory a block, Hopper's products, columns of tensor memory a block."""
+    shared memory a block, Hopper's products, columns of tensor memory a block, and addresses in
+    shared memory that are read as tiles of more than one layout."""
 
     kernel: str
     registers: int
@@ -43,6 +44,7 @@ class Compiled(NamedTuple):
     shared: int
     hgmma: int
     columns: int = 0
+    mixed: int = 0
 
 
 class _Driver:
@@ -77,14 +79,16 @@ def compile_passes(
     sequences: int | None = None,
     blocks: call.Blocks | None = None,
     large=False,
+    value_dim: int | None = None,
 ) -> list[Compiled]:
     """Compiles every kernel of the named passes at (1, 2, length, head_dim), which may be so many
     packed `sequences`; a band is aligned at their ends. `large`: as of a call that cuts float32
     operands before."""
     if large:
         Problem.large = True  # and stays
-    q, k, v, t_q, t_k, t_v, d, d_t = (
-        torch.zeros(1, 2, length, head_dim, dtype=dtype) for _ in range(8)
+    dims = [head_dim] * 4 + [value_dim or head_dim] * 5
+    q, k, t_q, t_k, v, t_v, d, d_t, out = (
+        torch.zeros(1, 2, length, columns, dtype=dtype) for columns in dims
     )
     spec = Spec(head_dim**-0.5, causal, dropout_p, "triton", *window, softcap=softcap)
     cu = [None] * 2 if sequences is None else torch.zeros(2, sequences + 1, dtype=torch.int32)
@@ -97,13 +101,13 @@ def compile_passes(
         x = x._replace(kv_blocks=blocks.kv_blocks, q_blocks=blocks.q_blocks)
     t = Tangents(t_q, t_k, t_v, torch.zeros_like(mask) if mask_grad else None)
     rows = torch.zeros(1, 2, length)
-    saved = Saved(q, rows, q, rows)
+    saved = Saved(out, rows, out, rows)
     where = {"arch": target.replace("_", ""), "tma": tma}
     calls = {
         "forward": lambda: launches(x, None, spec, **where),
         "forward_jvp": lambda: launches(x, t, spec, **where),
         "backward": lambda: launches(
-            x, None, spec, Saved(q, rows), d, mask_grad=mask_grad, **where
+            x, None, spec, Saved(out, rows), d, mask_grad=mask_grad, **where
         ),
         "backward_jvp": lambda: launches(x, t, spec, saved, d, d_t, mask_grad, **where),
         "merge": lambda: [merge_launch(saved, saved, 0, torch.float32)[0]],
@@ -127,7 +131,20 @@ def _inspect(name: str, compiled) -> Compiled:
         sass = _output(tools / "cuobjdump", "-sass", file.name)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     columns = getattr(compiled.metadata, "tmem_size", None) or 0
-    return Compiled(name, registers, stack, shared, sass.count("HGMMA"), columns)
+    mixed = _mixed(compiled.asm["ptx"])
+    return Compiled(name, registers, stack, shared, sass.count("HGMMA"), columns, mixed)
+
+
+def _mixed(ptx: str) -> int:
+    """Registers with an address in shared memory that become descriptors of two layouts. ptxas
+    12.8, which comes with Triton 3.6 and 3.7, reads some of those before they are set, and products
+    are wrong or read outside of shared memory."""
+    layouts: dict[str, set[int]] = {}
+    for register, constant in re.findall(r"(?:or.b64|add.s64)\s+%rd\d+, (%rd\d+), (-?\d+);", ptx):
+        upper = (int(constant) % 2**64) >> 32
+        if upper >> 30:  # the bits of a swizzle
+            layouts.setdefault(register, set()).add(upper)
+    return sum(len(found) > 1 for found in layouts.values())
 
 
 def _output(*command) -> str:
@@ -194,20 +211,25 @@ if __name__ == "__main__":
     )
     parser.add_argument("--passes", nargs="+", default=list(PASSES))
     parser.add_argument("--large", action="store_true", help="float32 operands are cut before")
+    parser.add_argument("--value-dim", type=int, help="of v, if not the head dim")
+    parser.add_argument("--length", type=int, help="tokens of plain calls")
     arguments = parser.parse_args()
     failed = False
     dtypes = [getattr(torch, name) for name in arguments.dtypes]
-    how = {"passes": arguments.passes, "large": arguments.large}
+    how = {"passes": arguments.passes, "large": arguments.large, "value_dim": arguments.value_dim}
+    if arguments.length:
+        how["length"] = arguments.length
     for head_dim, dtype, variant, c in table(
         arguments.target, arguments.head_dims, dtypes, arguments.variants, **how
     ):
         fits = c.shared <= SHARED[arguments.target] * 1024 and c.columns <= COLUMNS
-        failed |= not fits
+        failed |= not fits or c.mixed > 0
         print(
             f"{arguments.target:7} D{head_dim:<4} {dtype:9} {variant:8} {c.kernel:17}"
             f" registers {c.registers:3}"
             f" stack {c.stack:5} shared {c.shared:6} columns {c.columns:3} wgmma {c.hgmma:3}"
-            f"{'' if fits else '  DOES NOT FIT'}",
+            f"{'' if fits else '  DOES NOT FIT'}"
+            f"{'  ONE ADDRESS, TWO LAYOUTS' if c.mixed else ''}",
             flush=True,
         )
     raise SystemExit(failed)

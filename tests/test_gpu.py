@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from jvp_flash_attention import attention, attention_jvp, kernels, selfcheck
 from jvp_flash_attention.call import Inputs, Spec, Tangents
 from jvp_flash_attention.kernels import launch_cache
+from jvp_flash_attention.kernels.problem import Problem
 from tests import test_compile, tolerances
 from tests.cases import Case, check, errors
 from training.models.dit import DiT
@@ -130,6 +132,42 @@ INPUTS = (
     Case(L=276, S=276, D=64, layout="blhd"),
     Case(L=276, S=276, D=72, layout="padded"),
 )
+
+
+KINDS = {
+    "short": {"L": 60, "S": 50},
+    "whole tiles": {"L": 128, "S": 256},
+    "causal": {"L": 200, "S": 190, "causal": True},
+    "bool": {"L": 200, "S": 190, "mask": "bool"},
+    "full": {"L": 200, "S": 190, "mask": "full"},
+    "window": {"L": 200, "S": 190, "window": (50, 20)},
+    "packed": {"L": 200, "S": 190, "packed": ((0, 60, 61, 160, 200), (0, 10, 75, 180, 190))},
+    "blocks": {"L": 200, "S": 600, "blocks": LAYOUT[:2]},
+    "softcap": {"L": 200, "S": 190, "softcap": 0.7},
+    "dropout": {"L": 200, "S": 190, "dropout_p": 0.3},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head_dims", list(product((8, 24, 64, 128), repeat=2)), ids=str)
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "float32", "float32 in parts", "high"])
+def test_every_pair_of_head_dims(arithmetic, head_dims, kind, record_property, monkeypatch):
+    """Tiles of the other one's width lie in the same place of shared memory. Float32 operands are
+    cut before in large calls, or in all."""
+    launch_cache.clear()
+    if arithmetic == "float32 in parts":
+        monkeypatch.setattr(Problem, "large", True)
+    dtype = torch.bfloat16 if arithmetic == "bfloat16" else torch.float32
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if arithmetic == "high" else "highest")
+    try:
+        D, Dv = head_dims
+        found = errors(kernels, Case(B=1, D=D, Dv=Dv, **KINDS[kind]), dtype, "cuda", rows=1)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        launch_cache.clear()
+    record_property("errors", found)
+    check(found, torch.bfloat16 if arithmetic == "high" else dtype, slack=2.0)
 
 
 @pytest.mark.parametrize("case", INPUTS, ids=str)

@@ -41,6 +41,19 @@ def test_every_pass_compiles_and_fits(hopper):
     check_passes(hopper, "sm_90", 1)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--head-dims 16 --value-dim 32 --dtypes float32 --passes backward",
+        "--head-dims 128 --value-dim 24 --dtypes float32 --large --passes forward",
+        "--head-dims 16 --value-dim 32 --dtypes bfloat16 --length 60 --passes forward",
+        pytest.param("--head-dims 16 128 --value-dim 64 --large", marks=pytest.mark.slow),
+    ],
+)
+def test_head_dims_that_differ_leave_no_address_with_tiles_of_two_layouts(arguments):
+    compile_for("sm_90", "--variants", "plain", *arguments.split())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_every_pass_compiles_and_fits_with_every_kind_of_mask_too(target):

@@ -80,15 +80,24 @@ class Problem(NamedTuple):
 
     @property
     def block_d(self) -> int:
-        return configs.padded(self.D)
+        return self._columns(self.D)
 
     @property
     def block_dv(self) -> int:
-        return configs.padded(self.DV)
+        return self._columns(self.DV)
 
     @property
     def widest(self) -> int:
-        return max(self.block_d, self.block_dv)
+        return configs.padded(max(self.D, self.DV))
+
+    def _columns(self, head_dim: int) -> int:
+        """That a head dim takes. Of float32 and of short sequences on Hopper both take the wider
+        one's. Tiles of one stage lie where others lay before them, and where those had another
+        width, ptxas 12.8 (of Triton 3.6 and 3.7) computes descriptors from registers that nothing
+        has set: products were wrong, or read outside of shared memory."""
+        one_stage = self.itemsize == 4 or max(self.L, self.S) <= 64
+        alike = self.arch == "sm90" and one_stage and self.widest < 256
+        return self.widest if alike else configs.padded(head_dim)
 
     @property
     def sequence_slots(self) -> int | None:
