@@ -90,7 +90,7 @@ def places(
     for name in ("bwd_dv_jvp", "bwd_dk_jvp") if two else (row,):
         table = p.table(name)
         (of,) = (n for n, value in vars(configs).items() if value is table)
-        found.append(Place(of, table, name, configs.column(p.block_d)))
+        found.append(Place(of, table, name, configs.column(p.widest)))
     return found
 
 

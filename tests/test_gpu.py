@@ -148,9 +148,16 @@ KINDS = {
 }
 
 
+PAIRS = list(product((8, 24, 64, 128), repeat=2))
+ARITHMETICS = ("bfloat16", "float32", "float32 in parts", "high")
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("head_dims", list(product((8, 24, 64, 128), repeat=2)), ids=str)
-@pytest.mark.parametrize("arithmetic", ["bfloat16", "float32", "float32 in parts", "high"])
+@pytest.mark.parametrize(
+    ("arithmetic", "head_dims"),
+    [*product(ARITHMETICS, PAIRS), *product(("bfloat16",), ((192, 128), (256, 64), (24, 256)))],
+    ids=str,
+)
 def test_every_pair_of_head_dims(arithmetic, head_dims, kind, record_property, monkeypatch):
     """Tiles of the other one's width lie in the same place of shared memory. Float32 operands are
     cut before in large calls, or in all."""

@@ -51,7 +51,9 @@ def test_every_pass_compiles_and_fits(hopper):
     ],
 )
 def test_head_dims_that_differ_leave_no_address_with_tiles_of_two_layouts(arguments):
-    compile_for("sm_90", "--variants", "plain", *arguments.split())
+    table = compile_for("sm_90", "--variants", "plain", *arguments.split())
+    assert "wgmma" in table
+    assert "TWO LAYOUTS" not in table
 
 
 @pytest.mark.slow

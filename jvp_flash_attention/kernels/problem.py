@@ -79,25 +79,20 @@ class Problem(NamedTuple):
     sequences: int | None  # packed ones
 
     @property
-    def block_d(self) -> int:
-        return self._columns(self.D)
-
-    @property
-    def block_dv(self) -> int:
-        return self._columns(self.DV)
-
-    @property
     def widest(self) -> int:
         return configs.padded(max(self.D, self.DV))
 
-    def _columns(self, head_dim: int) -> int:
-        """That a head dim takes. Of float32 and of short sequences on Hopper both take the wider
-        one's. Tiles of one stage lie where others lay before them, and where those had another
-        width, ptxas 12.8 (of Triton 3.6 and 3.7) computes descriptors from registers that nothing
-        has set: products were wrong, or read outside of shared memory."""
-        one_stage = self.itemsize == 4 or max(self.L, self.S) <= 64
-        alike = self.arch == "sm90" and one_stage and self.widest < 256
-        return self.widest if alike else configs.padded(head_dim)
+    def columns(self, name: str) -> tuple[int, int]:
+        """That a row of q and k, and one of v, take in the tiles of a pass.
+
+        Both are the wider one's on Hopper where float32 is cut into parts, and in short sequences:
+        there tiles of the one are fetched to where tiles of the other lay. Of such addresses ptxas
+        12.8, which comes with Triton 3.6 and 3.7, made descriptors before it had them, where the
+        layouts differ: products were wrong, or read outside of shared memory."""
+        cut = self.parts(name) > 1 or self.precision(name) == "bf16x6"
+        if cut or self.short(name) is not None:
+            return self.widest, self.widest
+        return configs.padded(self.D), configs.padded(self.DV)
 
     @property
     def sequence_slots(self) -> int | None:
@@ -228,8 +223,8 @@ def with_parts(c: Call, spec: Spec, arch: str | None, name: str) -> Call:
     if parts == 1:
         return c
     room = [
-        None if x is None else x.new_empty(*x.shape[:3], parts * block_d, dtype=torch.bfloat16)
-        for x, block_d in zip(c.operands, [p.block_d] * 4 + [p.block_dv] * 4, strict=True)
+        None if x is None else x.new_empty(*x.shape[:3], parts * p.widest, dtype=torch.bfloat16)
+        for x in c.operands
     ]
     return c._replace(parts=Operands(*room))
 

@@ -81,8 +81,7 @@ def _split(_name: str, p: Problem, c: Call) -> Iterator[Launch]:
         if not given:
             continue
         (B, heads, rows, D), width = given[0].shape, given[-1].shape[3]
-        block_d = p.block_d if D == p.D else p.block_dv
-        constexprs = {"PARTS": width // block_d, "D": D, "BLOCK_D": block_d, "BLOCK": 64}
+        constexprs = {"PARTS": width // p.widest, "D": D, "BLOCK_D": p.widest, "BLOCK": 64}
         args = (*map(pointer, pair), heads, rows)
         yield Launch(split_kernel, (cdiv(rows, 64) * B * heads,), args, constexprs)
 
@@ -171,13 +170,14 @@ def _operands(name: str, p: Problem, c: Call, tile: configs.Tile, blocks: Tensor
     """The arguments that every kernel but the first begins with."""
     q, t_q, k, t_k, v, t_v, *_ = _multiplied(name, p, c)
     mask, seed, cu_q, cu_k = c.x[3:7]
+    of_q, of_v = p.columns(name)
     return (
-        operand(q, p, tile.BLOCK_M, p.block_d),
-        operand(k, p, tile.BLOCK_N, p.block_d),
-        operand(v, p, tile.BLOCK_N, p.block_dv),
-        operand(t_q, p, tile.BLOCK_M, p.block_d),
-        operand(t_k, p, tile.BLOCK_N, p.block_d),
-        operand(t_v, p, tile.BLOCK_N, p.block_dv),
+        operand(q, p, tile.BLOCK_M, of_q),
+        operand(k, p, tile.BLOCK_N, of_q),
+        operand(v, p, tile.BLOCK_N, of_v),
+        operand(t_q, p, tile.BLOCK_M, of_q),
+        operand(t_k, p, tile.BLOCK_N, of_q),
+        operand(t_v, p, tile.BLOCK_N, of_v),
         *(mask_pointer(mask, p), mask_pointer(c.t.mask, p), seed, cu_q, cu_k),
         blocks_pointer(blocks, p),
     )
@@ -186,22 +186,24 @@ def _operands(name: str, p: Problem, c: Call, tile: configs.Tile, blocks: Tensor
 def _given(name: str, p: Problem, c: Call, tile: configs.Tile, blocks: Tensor | None) -> tuple:
     """The arguments that both gradient kernels begin with."""
     *_, d_out, d_t_out = _multiplied(name, p, c)
+    _, of_v = p.columns(name)
     return (
         *_operands(name, p, c, tile, blocks),
-        operand(d_out, p, tile.BLOCK_M, p.block_dv),
-        operand(d_t_out, p, tile.BLOCK_M, p.block_dv),
+        operand(d_out, p, tile.BLOCK_M, of_v),
+        operand(d_t_out, p, tile.BLOCK_M, of_v),
         *(c.saved.lse, c.saved.mu if c.jvp else None, c.h_sum, c.w_sum),
     )
 
 
 def _constexprs(name: str, p: Problem, tile: configs.Tile) -> dict[str, Any]:
     """Compile-time arguments that the kernels share."""
+    of_q, of_v = p.columns(name)
     return {
         "GROUP": p.H // p.Hk,
         "D": p.D,
         "DV": p.DV,
-        "BLOCK_D": p.block_d,
-        "BLOCK_DV": p.block_dv,
+        "BLOCK_D": of_q,
+        "BLOCK_DV": of_v,
         **band(p.spec),
         "SEQUENCES": p.sequence_slots,
         "BLOCK_Q": p.spec.block_q,
