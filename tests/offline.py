@@ -136,9 +136,9 @@ def _inspect(name: str, compiled) -> Compiled:
 
 
 def _mixed(ptx: str) -> int:
-    """Registers with an address in shared memory that become descriptors of two layouts. ptxas
-    12.8, which comes with Triton 3.6 and 3.7, makes some of those before it has the address, and
-    products are wrong or read outside of shared memory. At head dim 256 it was right."""
+    """Registers with an address in shared memory that become descriptors of two layouts: a pattern,
+    not a fault. ptxas 12.8, which comes with Triton 3.6 and 3.7, makes some of those before it has
+    the address, and products are wrong or read outside of shared memory."""
     layouts: dict[str, set[int]] = {}
     for register, constant in re.findall(r"(?:or.b64|add.s64)\s+%rd\d+, (%rd\d+), (-?\d+);", ptx):
         upper = (int(constant) % 2**64) >> 32
@@ -181,7 +181,7 @@ def table(target: str, head_dims, dtypes, variants=("plain",), **kwargs):
     for dtype in dtypes:
         for head_dim in head_dims:
             for variant in variants:
-                for c in compile_passes(target, head_dim, dtype, **masks[variant], **kwargs):
+                for c in compile_passes(target, head_dim, dtype, **kwargs | masks[variant]):
                     yield head_dim, str(dtype).removeprefix("torch."), variant, c
 
 

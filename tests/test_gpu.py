@@ -138,6 +138,7 @@ KINDS = {
     "short": {"L": 60, "S": 50},
     "whole tiles": {"L": 128, "S": 256},
     "causal": {"L": 200, "S": 190, "causal": True},
+    "gaps": {"L": 200, "S": 190, "layout": "padded"},
     "bool": {"L": 200, "S": 190, "mask": "bool"},
     "full": {"L": 200, "S": 190, "mask": "full"},
     "window": {"L": 200, "S": 190, "window": (50, 20)},
@@ -146,21 +147,20 @@ KINDS = {
     "softcap": {"L": 200, "S": 190, "softcap": 0.7},
     "dropout": {"L": 200, "S": 190, "dropout_p": 0.3},
 }
-
-
 PAIRS = list(product((8, 24, 64, 128), repeat=2))
+MORE_PAIRS = [(36, 20), (100, 12), (192, 128), (256, 64), (24, 256)]  # the first without TMA
 ARITHMETICS = ("bfloat16", "float32", "float32 in parts", "high")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("arithmetic", "head_dims"),
-    [*product(ARITHMETICS, PAIRS), *product(("bfloat16",), ((192, 128), (256, 64), (24, 256)))],
+    [*product(ARITHMETICS, PAIRS), *product(("bfloat16",), MORE_PAIRS)],
     ids=str,
 )
-def test_every_pair_of_head_dims(arithmetic, head_dims, kind, record_property, monkeypatch):
-    """Tiles of the other one's width lie in the same place of shared memory. Float32 operands are
-    cut before in large calls, or in all."""
+def test_head_dims_that_differ(arithmetic, head_dims, kind, record_property, monkeypatch):
+    """Tiles of the one lie where those of the other lay in shared memory. Float32 operands are cut
+    before in large calls, or in all; "high" cuts them in two where there is no mask."""
     launch_cache.clear()
     if arithmetic == "float32 in parts":
         monkeypatch.setattr(Problem, "large", True)
@@ -174,7 +174,10 @@ def test_every_pair_of_head_dims(arithmetic, head_dims, kind, record_property, m
         torch.set_float32_matmul_precision(precision)
         launch_cache.clear()
     record_property("errors", found)
-    check(found, torch.bfloat16 if arithmetic == "high" else dtype, slack=2.0)
+    if arithmetic == "high" and kind not in ("short", "whole tiles", "causal", "gaps"):
+        dtype = torch.bfloat16  # one TF32 product has as many digits
+    in_two = arithmetic == "high" and dtype == torch.float32
+    check(found, dtype, slack=40.0 if in_two else 2.0)
 
 
 @pytest.mark.parametrize("case", INPUTS, ids=str)

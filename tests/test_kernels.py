@@ -74,6 +74,22 @@ def test_float32_by_bfloat16_parts_of_the_operands(parts, case, device, monkeypa
         assert max(found.values()) > 1e-5  # and are not computed by another arithmetic
 
 
+@pytest.mark.parametrize(("D", "Dv"), [(8, 40), (40, 8)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_head_dim_in_the_columns_of_a_wider_one(D, Dv, dtype, device, monkeypatch):
+    """As on Hopper, float32 in parts."""
+    monkeypatch.setattr(Problem, "columns", lambda p, name: (p.widest, p.widest))
+    if dtype == torch.float32:
+        small = dict.fromkeys(configs.PARTS[3], ((32, 32, 4, 1),))
+        monkeypatch.setitem(configs.PARTS, 3, small)
+        monkeypatch.setattr(Problem, "parts", lambda p, name: 3 if name in small else 1)
+    kernels.launch_cache.clear()
+    case = Case(B=1, H=2, Hk=1, L=37, S=50, D=D, Dv=Dv, causal=True)
+    found = errors(kernels, case, dtype, device, rows=1)
+    kernels.launch_cache.clear()
+    check(found, dtype)
+
+
 def test_the_parts_of_a_number_add_up_to_it(device):
     exponents = torch.arange(-26.0, 22.0, 2.0, device=device)
     x = torch.randn(1, 2, 5, 24, device=device) * 10.0**exponents

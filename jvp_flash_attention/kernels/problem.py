@@ -47,7 +47,7 @@ class Call(NamedTuple):
     h_sum: Tensor | None = None
     statistics: Tensor | None = None  # LSE, μ, h and w, or LSE and w, once more, as sm90 reads them
     sums: Tensor | None = None  # of dQ and dO over the rows of each tile of 64: (B, tiles, 2, H, D)
-    parts: Operands | None = None  # (B, heads, rows, parts · padded D) bfloat16: portable/split.py
+    parts: Operands | None = None  # (B, heads, rows, parts · widest) bfloat16: portable/split.py
 
     @property
     def jvp(self) -> bool:
@@ -85,12 +85,14 @@ class Problem(NamedTuple):
     def columns(self, name: str) -> tuple[int, int]:
         """That a row of q and k, and one of v, take in the tiles of a pass.
 
-        Both are the wider one's on Hopper where float32 is cut into parts, and in short sequences:
-        there tiles of the one are fetched to where tiles of the other lay. Of such addresses ptxas
-        12.8, which comes with Triton 3.6 and 3.7, made descriptors before it had them, where the
-        layouts differ: products were wrong, or read outside of shared memory."""
-        cut = self.parts(name) > 1 or self.precision(name) == "bf16x6"
-        if cut or self.short(name) is not None:
+        On Hopper both are the wider one's unless TMA fetches several tiles ahead. Tiles of the one
+        are then put where tiles of the other lay, and where such layouts differ, ptxas 12.8, which
+        comes with Triton 3.6 and 3.7, made descriptors before it had the address: products were
+        wrong, or read outside of shared memory. At 256 columns it was right."""
+        alike = self.parts(name) > 1 or self.precision(name) == "bf16x6"
+        if self.arch == "sm90" and self.itemsize == 2:
+            alike = not self.tma or self.short(name) is not None
+        if alike:
             return self.widest, self.widest
         return configs.padded(self.D), configs.padded(self.DV)
 
