@@ -41,6 +41,17 @@ def device() -> str:
 
 
 @pytest.fixture
+def launched_anew():
+    """No launch of other calls is there, and none of these is left."""
+    pytest.importorskip("triton")
+    from jvp_flash_attention.kernels import launch_cache
+
+    launch_cache.clear()
+    yield
+    launch_cache.clear()
+
+
+@pytest.fixture
 def products(monkeypatch) -> list[str]:
     """The names of the portable kernels, one for each product of tiles that the interpreter makes
     from here on."""

@@ -158,10 +158,11 @@ ARITHMETICS = ("bfloat16", "float32", "float32 in parts", "high")
     [*product(ARITHMETICS, PAIRS), *product(("bfloat16",), MORE_PAIRS)],
     ids=str,
 )
-def test_head_dims_that_differ(arithmetic, head_dims, kind, record_property, monkeypatch):
+def test_head_dims_that_differ(
+    arithmetic, head_dims, kind, record_property, monkeypatch, launched_anew
+):
     """Tiles of the one lie where those of the other lay in shared memory. Float32 operands are cut
     before in large calls, or in all; "high" cuts them in two where there is no mask."""
-    launch_cache.clear()
     if arithmetic == "float32 in parts":
         monkeypatch.setattr(Problem, "large", True)
     dtype = torch.bfloat16 if arithmetic == "bfloat16" else torch.float32
@@ -172,7 +173,6 @@ def test_head_dims_that_differ(arithmetic, head_dims, kind, record_property, mon
         found = errors(kernels, Case(B=1, D=D, Dv=Dv, **KINDS[kind]), dtype, "cuda", rows=1)
     finally:
         torch.set_float32_matmul_precision(precision)
-        launch_cache.clear()
     record_property("errors", found)
     if arithmetic == "high" and kind not in ("short", "whole tiles", "causal", "gaps"):
         dtype = torch.bfloat16  # one TF32 product has as many digits

@@ -50,6 +50,13 @@ def test_every_output_in_float16(case, device):
     check(errors(kernels, case, torch.float16, device), torch.float16)
 
 
+def read_in_parts(parts, monkeypatch):
+    """Float32 operands of every pass that has tiles for it, as on Hopper."""
+    small = dict.fromkeys(configs.PARTS[parts], ((32, 32, 4, 1),))
+    monkeypatch.setitem(configs.PARTS, parts, small)
+    monkeypatch.setattr(Problem, "parts", lambda p, name: parts if name in small else 1)
+
+
 @pytest.mark.parametrize(
     ("parts", "case"),
     [
@@ -58,17 +65,13 @@ def test_every_output_in_float16(case, device):
         (2, Case(B=1, H=1, Hk=1, L=33, S=40, tangents="k")),
     ],
 )
-def test_float32_by_bfloat16_parts_of_the_operands(parts, case, device, monkeypatch):
-    """As on Hopper. Through the interpreter, which cuts where a GPU rounds: two parts have 15
+def test_float32_by_bfloat16_parts_of_the_operands(parts, case, device, monkeypatch, launched_anew):
+    """Through the interpreter, which cuts where a GPU rounds: two parts have 15
     binary digits."""
     if device != "cpu":
         pytest.skip("test_every_output_in_float32 takes them where they are the device's own")
-    small = dict.fromkeys(configs.PARTS[parts], ((32, 32, 4, 1),))
-    monkeypatch.setitem(configs.PARTS, parts, small)
-    monkeypatch.setattr(Problem, "parts", lambda p, name: parts if name in small else 1)
-    kernels.launch_cache.clear()
+    read_in_parts(parts, monkeypatch)
     found = errors(kernels, case, torch.float32, device, rows=1)
-    kernels.launch_cache.clear()
     check(found, torch.float32, 1.0 if parts == 3 else 40.0)
     if parts == 2:
         assert max(found.values()) > 1e-5  # and are not computed by another arithmetic
@@ -76,18 +79,13 @@ def test_float32_by_bfloat16_parts_of_the_operands(parts, case, device, monkeypa
 
 @pytest.mark.parametrize(("D", "Dv"), [(8, 40), (40, 8)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_a_head_dim_in_the_columns_of_a_wider_one(D, Dv, dtype, device, monkeypatch):
+def test_a_head_dim_in_the_columns_of_a_wider_one(D, Dv, dtype, device, monkeypatch, launched_anew):
     """As on Hopper, float32 in parts."""
     monkeypatch.setattr(Problem, "columns", lambda p, name: (p.widest, p.widest))
     if dtype == torch.float32:
-        small = dict.fromkeys(configs.PARTS[3], ((32, 32, 4, 1),))
-        monkeypatch.setitem(configs.PARTS, 3, small)
-        monkeypatch.setattr(Problem, "parts", lambda p, name: 3 if name in small else 1)
-    kernels.launch_cache.clear()
+        read_in_parts(3, monkeypatch)
     case = Case(B=1, H=2, Hk=1, L=37, S=50, D=D, Dv=Dv, causal=True)
-    found = errors(kernels, case, dtype, device, rows=1)
-    kernels.launch_cache.clear()
-    check(found, dtype)
+    check(errors(kernels, case, dtype, device, rows=1), dtype)
 
 
 def test_the_parts_of_a_number_add_up_to_it(device):

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from jvp_flash_attention import attention, attention_jvp, kernels
 from jvp_flash_attention.call import Band, Blocks, Packed
-from jvp_flash_attention.kernels import launch_cache
 from jvp_flash_attention.kernels.problem import Problem
 from jvp_flash_attention.selfcheck import dense
 from tests.cases import Case, build, check, close, errors, visible
@@ -133,14 +132,6 @@ def test_the_kernels_equal_the_reference(examples):
 STRUCTURE = ("window", "packed", "blocks", "softcap")
 MASKS = ("bool", "key", "row", "full")
 FIXED = {"fixed key": "key", "fixed full": "full"}  # without a tangent: other kernels than with one
-
-
-@pytest.fixture
-def launched_anew():
-    """No launch of other calls is there, and none of these is left."""
-    launch_cache.clear()
-    yield
-    launch_cache.clear()
 
 
 @pytest.mark.gpu

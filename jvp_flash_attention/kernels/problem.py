@@ -89,9 +89,10 @@ class Problem(NamedTuple):
         are then put where tiles of the other lay, and where such layouts differ, ptxas 12.8, which
         comes with Triton 3.6 and 3.7, made descriptors before it had the address: products were
         wrong, or read outside of shared memory. At 256 columns it was right."""
-        alike = self.parts(name) > 1 or self.precision(name) == "bf16x6"
-        if self.arch == "sm90" and self.itemsize == 2:
-            alike = not self.tma or self.short(name) is not None
+        if self.itemsize == 4:
+            alike = self.parts(name) > 1 or self.precision(name) == "bf16x6"
+        else:
+            alike = self.arch == "sm90" and (not self.tma or self.short(name) is not None)
         if alike:
             return self.widest, self.widest
         return configs.padded(self.D), configs.padded(self.DV)
