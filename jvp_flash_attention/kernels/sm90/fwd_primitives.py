@@ -8,7 +8,11 @@ which is absent where D2 is 0, has the names with a 2.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+)
 
 from ..portable.primitives import LOG2E
 from .primitives import (
@@ -103,6 +107,7 @@ def mask_scores(
         if buffers[7] is not None:  # tS is multiplied by the scale later
             t_mask = buffers[7].index(2 * bj + WG).reshape((ROWS, BLOCK_N)).load(S_L)
             t_s += t_mask.to(gl.float32) * (1.0 / scale)
+        fence_async_shared()  # all is read before TMA writes there again
         mbarrier.arrive(b_free.index(bj), count=1)
         bj, b_phase = advance(bj, b_phase, 1, STAGES_MASK)
     elif MASK == "keys":
