@@ -23,8 +23,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from training import cuda_graphs
 from training.distributed import SummedGradients
 from training.half_weights import HalfWeights
+from training.kernels.gelu_products import compile_ahead
 from training.models.dit import DiT
-from training.models.layers import Block, FinalLayer
+from training.models.layers import Block, FinalLayer, Mlp
 from training.objectives.objective import Objective, Terms
 from training.objectives.teachers import AveragedTeacher
 from training.sharding import is_sharded
@@ -75,6 +76,8 @@ class Step:
         if self.compile:
             for module in (self.net, *teachers(self.objective)):
                 compile_blocks(module, self.fused)
+            if self.fused:
+                _compile_kernels(self.net)
 
     def halve(self, optimizer: torch.optim.Optimizer, dtype: torch.dtype | None) -> None:
         """The network, of this process alone, computes with weights in 16 bits that the optimizer
@@ -231,6 +234,14 @@ def compile_blocks(net: nn.Module, fused: bool = False, **options: Any) -> None:
             module.compile(**options)
         if isinstance(module, DiT):
             module.fused = fused
+
+
+def _compile_kernels(net: nn.Module) -> None:
+    """Begins with those that take longest, beside the compiler of the blocks."""
+    layers = (module.expand for module in net.modules() if isinstance(module, Mlp))
+    kinds = {(x.in_features, x.out_features, x.bias is not None, x.weight.device) for x in layers}
+    for kind in kinds:
+        compile_ahead(*kind)
 
 
 def teachers(objective: Objective) -> Iterator[nn.Module]:

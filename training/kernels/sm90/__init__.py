@@ -1,0 +1,1 @@
+"""Kernels of the trainer for Hopper, in Gluon."""
