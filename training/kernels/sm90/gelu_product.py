@@ -60,8 +60,10 @@ def _halves(buffers):
     """Slots of (ROWS, INNER) as those of half a result (HALF, COLUMNS)."""
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     if RENAMED:
-        return buffers.reinterpret(buffers.dtype, [STAGES_X, HALF, COLUMNS], layout)
-    return buffers._reinterpret(buffers.dtype, [STAGES_X, HALF, COLUMNS], layout)
+        halves = buffers.reinterpret(buffers.dtype, [STAGES_X, HALF, COLUMNS], layout)
+    else:
+        halves = buffers._reinterpret(buffers.dtype, [STAGES_X, HALF, COLUMNS], layout)
+    return halves
 
 
 @gluon.jit
