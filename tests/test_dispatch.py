@@ -1,10 +1,6 @@
 """Who serves a pass, on GPUs that are not there; nothing is compiled."""
 
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +11,7 @@ from jvp_flash_attention.block_mask import block_mask
 from jvp_flash_attention.call import Inputs, Saved, Spec, Tangents
 from jvp_flash_attention.kernels import configs, cudnn
 from tests.cases import Case, build
+from tests.compiling import compiling
 
 NAMES = """
 import sys
@@ -61,11 +58,7 @@ assert names("sm90", 256) == names("sm90", tma=False) == names("sm90", force="po
 
 
 def test_each_architecture_has_its_kernels():
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = [sys.executable, "-c", NAMES]
-    root = Path(__file__).parents[1]
-    done = subprocess.run(run, cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    compiling("-c", NAMES)
 
 
 def test_every_architecture_has_every_table():

@@ -1,22 +1,14 @@
 """Every shipped kernel compiles for GPUs that are not there, and fits their shared memory."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
+from tests.compiling import compiling
+
 pytestmark = pytest.mark.timeout(420)
-ROOT = Path(__file__).parent.parent
 
 
 def compile_for(target: str, *arguments: str) -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.offline", target, *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+    return compiling("-m", "tests.offline", target, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -174,14 +166,10 @@ for D in (8, 64):
 def test_results_are_merged_in_place_once_all_warps_have_read_them():
     """A warp may hold rows that another one stores. The interpreter has no warps, so the order of
     instructions shows it."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", IN_PLACE], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    for line in done.stdout.splitlines():
+    lines = compiling("-c", IN_PLACE).splitlines()
+    for line in lines:
         order = line.split()
         last_load = max(i for i, name in enumerate(order) if name == "ld.global")
         first_store = order.index("st.global")
         assert "bar.sync" in order[last_load:first_store], line
-    assert len(done.stdout.splitlines()) == 2
+    assert len(lines) == 2

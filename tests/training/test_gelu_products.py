@@ -2,19 +2,14 @@
 all ways are the same MLP is tested in test_mlp.py.
 """
 
-import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional
 
+from tests.compiling import compiling
 from training.kernels import gelu_products
-
-ROOT = Path(__file__).parents[2]
 
 
 def error(a, b):
@@ -86,12 +81,7 @@ for given in (
 
 
 def test_it_compiles_for_hopper():
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", OFFLINE], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [list(map(int, line.split())) for line in done.stdout.splitlines()]
+    found = [list(map(int, line.split())) for line in compiling("-c", OFFLINE).splitlines()]
     assert len(found) == 3
     for registers, stack, shared, products, _, mixed in found:
         assert registers <= 168  # of each of 384 threads at the start
@@ -126,6 +116,8 @@ def test_it_is_compiled_ahead_in_threads_and_awaited(monkeypatch):
 @pytest.fixture
 def always(monkeypatch):
     """Our kernel, however little there is to do."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs Hopper")
     monkeypatch.setattr(gelu_products, "FEWEST", 0)
     for name in ("product_times_gelu_derivative", "gelu_tangent"):
         monkeypatch.setattr(gelu_products, name, None)
@@ -144,8 +136,6 @@ SHAPES = [
 @pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "width", "hidden"), SHAPES)
 def test_it_is_the_formula_and_its_bits_are_the_same_each_time(rows, width, hidden, always):
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs Hopper")
     torch.manual_seed(0)
 
     def new(*shape, by=1.0):
@@ -174,8 +164,6 @@ def test_it_is_the_formula_and_its_bits_are_the_same_each_time(rows, width, hidd
 @pytest.mark.gpu
 @pytest.mark.parametrize("z", [float("nan"), 1e4, -1e4, 60.0, -60.0, 0.0])
 def test_far_from_zero_its_slope_is_one_or_zero(z, always):
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs Hopper")
     d, B = torch.ones(256, 384, device="cuda"), torch.ones(384, 128, device="cuda")
     given = torch.full((256, 128), z, device="cuda").bfloat16()
     d_z, _ = gelu_products.gradient_product(d.bfloat16(), B.bfloat16(), given, False)

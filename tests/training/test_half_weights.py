@@ -2,10 +2,7 @@
 
 import copy
 import gc
-import os
 import re
-import subprocess
-import sys
 from typing import ClassVar
 
 import pytest
@@ -13,6 +10,7 @@ import torch
 from lightning import Callback
 
 from jvp_flash_attention import attention
+from tests.compiling import compiling
 from tests.training.test_training import last, train
 from training import cuda_graphs
 from training import step as module
@@ -142,15 +140,11 @@ def test_the_update_reads_and_writes_16_bytes_at_a_time():
     """Its addresses come from a table, of which a compiler knows nothing: it takes 9.1 ms for 6.3
     of DiT-XL/2's weights otherwise.
     """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    printed = compiling("-c", COMPILED)
     whole = adamw.BLOCK // (32 * adamw.WARPS) // 4  # of a tensor of float32
-    found = re.findall(r"(?:ld|st)\.global[\w.]*v4\.[bf]32", done.stdout)
+    found = re.findall(r"(?:ld|st)\.global[\w.]*v4\.[bf]32", printed)
     assert len(found) == (3 + 3) * whole + (1 + 1) * whole // 2
-    assert not re.search(r"(?:ld|st)\.global[\w.]*b16", done.stdout)
+    assert not re.search(r"(?:ld|st)\.global[\w.]*b16", printed)
 
 
 def test_a_weight_that_something_else_changes_is_copied_anew():

@@ -189,15 +189,21 @@ def matrix(buffers, slot, N: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
+def tiles_as(buffers, COUNT: gl.constexpr, N: gl.constexpr, D: gl.constexpr, BYTES: gl.constexpr):
+    """The memory of buffers as COUNT tiles (N, D) in 16 bits, with a swizzle of so many bytes."""
+    layout: gl.constexpr = gl.NVMMASharedLayout(BYTES, 16, 2)
+    if RENAMED:
+        tiles = buffers.reinterpret(buffers.dtype, [COUNT, N, D], layout)
+    else:
+        tiles = buffers._reinterpret(buffers.dtype, [COUNT, N, D], layout)
+    return tiles
+
+
+@gluon.jit
 def side_by_side(buffers, pair, COUNT: gl.constexpr, N: gl.constexpr, D: gl.constexpr):
     """Slots 2 pair and 2 pair + 1 of COUNT pairs as one matrix (N, 2 D): tiles as wide as
     their swizzle lie one after the other, as the column blocks of a wider one do."""
-    layout: gl.constexpr = gl.NVMMASharedLayout(2 * D, 16, 2)
-    if RENAMED:
-        pairs = buffers.reinterpret(buffers.dtype, [COUNT, N, 2 * D], layout)
-    else:
-        pairs = buffers._reinterpret(buffers.dtype, [COUNT, N, 2 * D], layout)
-    return pairs.index(pair)
+    return tiles_as(buffers, COUNT, N, 2 * D, 2 * D).index(pair)
 
 
 @gluon.jit

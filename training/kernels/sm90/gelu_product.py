@@ -29,12 +29,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from jvp_flash_attention.kernels.sm90.primitives import (
-    RENAMED,
     advance,
     allocate_stages,
     barriers,
     load,
     store,
+    tiles_as,
     work_items,
 )
 
@@ -58,12 +58,7 @@ def _place(e, tiles_n):
 @gluon.jit
 def _halves(buffers):
     """Slots of (ROWS, INNER) as those of half a result (HALF, COLUMNS)."""
-    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    if RENAMED:
-        halves = buffers.reinterpret(buffers.dtype, [STAGES_X, HALF, COLUMNS], layout)
-    else:
-        halves = buffers._reinterpret(buffers.dtype, [STAGES_X, HALF, COLUMNS], layout)
-    return halves
+    return tiles_as(buffers, STAGES_X, HALF, COLUMNS, 128)
 
 
 @gluon.jit
@@ -130,10 +125,35 @@ def _pairs(x):
 
 
 @gluon.jit
+def _after_step(at):
+    """Where a warpgroup is in both rings: the next slots, their phases, and the slots that the
+    products of the last step hold."""
+    slot, phase, _held, w_slot, w_phase, _w_held = at
+    next, phase = advance(slot, phase, 1, STAGES_X)
+    w_next, w_phase = advance(w_slot, w_phase, 1, STAGES_W)
+    return next, phase, slot, w_next, w_phase, w_slot
+
+
+@gluon.jit
+def _after_tile(at):
+    """The same behind a slot that no product reads."""
+    slot, phase, held, w_slot, w_phase, w_held = at
+    slot, phase = advance(slot, phase, 1, STAGES_X)
+    return slot, phase, held, w_slot, w_phase, w_held
+
+
+@gluon.jit
+def _free_held(rings, at):
+    """The slots of a step whose products are over."""
+    mbarrier.arrive(rings[2].index(at[2]), count=1)
+    mbarrier.arrive(rings[5].index(at[5]), count=1)
+
+
+@gluon.jit
 def _factor(halves, ready, free, at, L: gl.constexpr):
     """gelu' of z in the next slot, which is free then, two columns a register."""
-    slot, phase, held, w_slot, w_phase, w_held = at
-    mbarrier.wait(ready.index(slot), phase)
+    slot = at[0]
+    mbarrier.wait(ready.index(slot), at[1])
     z = halves.index(slot).load(L)
     fence_async_shared()  # all is read before TMA writes there again
     mbarrier.arrive(free.index(slot), count=1)
@@ -142,20 +162,15 @@ def _factor(halves, ready, free, at, L: gl.constexpr):
         "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd],
         dtype=gl.int32, is_pure=True, pack=1,
     )  # fmt: skip
-    slot, phase = advance(slot, phase, 1, STAGES_X)
-    return factor, (slot, phase, held, w_slot, w_phase, w_held)
+    return factor, _after_tile(at)
 
 
 @gluon.jit
 def _times(x, factor):
     even, odd = _pairs(x)
-    first = gl.inline_asm_elementwise(
-        "{ .reg .b16 a, b; mov.b32 {a, b}, $1; cvt.f32.f16 $0, a; }", "=f,r", [factor],
-        dtype=gl.float32, is_pure=True, pack=1,
-    )  # fmt: skip
-    second = gl.inline_asm_elementwise(
-        "{ .reg .b16 a, b; mov.b32 {a, b}, $1; cvt.f32.f16 $0, b; }", "=f,r", [factor],
-        dtype=gl.float32, is_pure=True, pack=1,
+    first, second = gl.inline_asm_elementwise(
+        "{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }",
+        "=f,=f,r", [factor], dtype=(gl.float32, gl.float32), is_pure=True, pack=1,
     )  # fmt: skip
     joined = gl.reshape(gl.join(even * first, odd * second), [HALF, COLUMNS])
     return gl.convert_layout(joined, x.type.layout, assert_trivial=True)
@@ -211,9 +226,10 @@ def _store_sums(SUMS, sums, WG: gl.constexpr, e, N, tiles_n):
 
 
 @gluon.jit
-def _start(rings, slot, phase, w_slot, w_phase, acc, acc2, TRANSPOSED: gl.constexpr):
+def _start(rings, at, acc, acc2, TRANSPOSED: gl.constexpr):
     """The products of a step, not awaited."""
     x_buffers, x_ready, _, w_buffers, w_ready, _ = rings
+    slot, phase, _held, w_slot, w_phase, _w_held = at
     mbarrier.wait(w_ready.index(w_slot), w_phase)
     mbarrier.wait(x_ready.index(slot), phase)
     x = x_buffers.index(slot)
@@ -228,65 +244,54 @@ def _start(rings, slot, phase, w_slot, w_phase, acc, acc2, TRANSPOSED: gl.conste
 @gluon.jit
 def _first_step(rings, at, acc, e, TRANSPOSED: gl.constexpr):
     """The first step of an item, under which the last results leave their slots."""
-    slot, phase, held, w_slot, w_phase, w_held = at
     free = rings[2]
-    acc, acc2 = _start(rings, slot, phase, w_slot, w_phase, acc, acc, TRANSPOSED)
+    slot = at[0]
+    acc, acc2 = _start(rings, at, acc, acc, TRANSPOSED)
     if e > 0:
         tma.store_wait(0)
         for i in gl.static_range(2):
             mbarrier.arrive(free.index((slot + STAGES_X - 1 - i) % STAGES_X), count=1)
     acc, acc2 = warpgroup_mma_wait(2, deps=[acc, acc2])  # waits for nothing, names them
-    held = slot
-    w_held = w_slot
-    slot, phase = advance(slot, phase, 1, STAGES_X)
-    w_slot, w_phase = advance(w_slot, w_phase, 1, STAGES_W)
-    return acc, acc2, (slot, phase, held, w_slot, w_phase, w_held)
+    return acc, acc2, _after_step(at)
 
 
 @gluon.jit
 def _steps(begin, end, rings, at, acc, acc2, TRANSPOSED: gl.constexpr):
     """So many steps; the last one is not awaited, and holds its slots."""
-    _x, _x_ready, x_free, _w, _w_ready, w_free = rings
-    slot, phase, held, w_slot, w_phase, w_held = at
     for _ in range(begin, end):
-        acc, acc2 = _start(rings, slot, phase, w_slot, w_phase, acc, acc2, TRANSPOSED)
+        acc, acc2 = _start(rings, at, acc, acc2, TRANSPOSED)
         acc, acc2 = warpgroup_mma_wait(2, deps=[acc, acc2])
-        mbarrier.arrive(x_free.index(held), count=1)
-        mbarrier.arrive(w_free.index(w_held), count=1)
-        held = slot
-        w_held = w_slot
-        slot, phase = advance(slot, phase, 1, STAGES_X)
-        w_slot, w_phase = advance(w_slot, w_phase, 1, STAGES_W)
-    return acc, acc2, (slot, phase, held, w_slot, w_phase, w_held)
+        _free_held(rings, at)
+        at = _after_step(at)
+    return acc, acc2, at
 
 
 @gluon.jit
 def _finish(rings, at, acc, acc2):
     """Awaits the last step."""
-    _x, _x_ready, x_free, _w, _w_ready, w_free = rings
-    _slot, _phase, held, _w_slot, _w_phase, w_held = at
     acc, acc2 = warpgroup_mma_wait(0, deps=[acc, acc2])
-    mbarrier.arrive(x_free.index(held), count=1)
-    mbarrier.arrive(w_free.index(w_held), count=1)
+    _free_held(rings, at)
     return acc, acc2
+
+
+@gluon.jit
+def _fill(x, halves, ready, at):
+    """A result into the next slot."""
+    tile = halves.index(at[0])
+    mbarrier.wait(ready.index(at[0]), at[1])
+    tile.store(x.to(tile.dtype))
+    return tile, _after_tile(at)
 
 
 @gluon.jit
 def _put(out, x, x2, halves, ready, at, row, column):
     """Both halves of a result, through the next two slots."""
-    slot, phase, held, w_slot, w_phase, w_held = at
-    tile = halves.index(slot)
-    mbarrier.wait(ready.index(slot), phase)
-    tile.store(x.to(tile.dtype))
-    slot, phase = advance(slot, phase, 1, STAGES_X)
-    tile2 = halves.index(slot)
-    mbarrier.wait(ready.index(slot), phase)
-    tile2.store(x2.to(tile2.dtype))
-    slot, phase = advance(slot, phase, 1, STAGES_X)
+    tile, at = _fill(x, halves, ready, at)
+    tile2, at = _fill(x2, halves, ready, at)
     fence_async_shared()
     store(out, [row, column], tile)
     store(out, [row + HALF, column], tile2)
-    return slot, phase, held, w_slot, w_phase, w_held
+    return at
 
 
 @gluon.jit
