@@ -54,13 +54,13 @@ def forward(
     spec: Spec,
     *,
     force: str | None = None,
-    into: tuple[Tensor, Tensor | None] | None = None,
+    into: tuple[Tensor | None, ...] | None = None,
 ) -> Saved:
     """O and LSE; with tangents, of which an absent one is zero, tO and μ too.
 
     `force`, for tests and tuning, names the implementation of every pass that it has; it supports
-    the call or raises. `into` are tensors for O and tO, which may be rows of larger ones; cuDNN
-    returns its own.
+    the call or raises. `into` are tensors for O and tO, which may be rows of larger ones, and a
+    third for LSE, contiguous; cuDNN returns its own.
     """
     pays = cudnn.pays if force == "cudnn" else cudnn.pays_forward
     if t is None and force in (None, "cudnn") and pays(x, spec):
@@ -75,7 +75,7 @@ def forward(
     c = _forward_call(_readable(x), t, spec, into)
     launches = partial(_launches, c, spec, force)
     read = (*c.x, *c.t, *(into or ()))
-    results = c.saved if into is None else _with(c.saved, (None, None))
+    results = c.saved if into is None else _with(c.saved, (None,) * len(into))
     launch_cache.record(key, given, read, (*results, *(c.parts or ())), launches)
     return c.saved
 
@@ -201,17 +201,18 @@ def choose(name: str, p: Problem, c: Call, force: str | None = None) -> Any:
 
 
 def _with(saved: Saved, into: Any) -> Saved:
-    """With these for O and tO, where they are given."""
-    return saved if into is None else saved._replace(out=into[0], t_out=into[1])
+    """With these for O, tO and LSE, where they are given."""
+    return saved._replace(**dict(zip(("out", "t_out", "lse"), into or (), strict=False)))
 
 
 def _forward_call(x: Inputs, t: Tangents | None, spec: Spec, into: Any = None, arch=None) -> Call:
     jvp = t is not None
     pair = x.mask is not None and x.mask.dtype != torch.bool  # m and log l apart
-    lse, mu = _row_vector(x.q, *[2] * pair), _row_vector(x.q) if jvp else None
+    mu = _row_vector(x.q) if jvp else None
     if into is None:
         out = empty_rows(x.q, x.v.shape[3], spec)
         into = out, torch.empty_like(out) if jvp else None
+    lse = into[2] if len(into) > 2 else _row_vector(x.q, *[2] * pair)
     saved = Saved(into[0], lse, into[1], mu)
     c = Call(_inputs(x), _tangents(t) if t is not None else NOTHING, saved)
     return with_parts(c, spec, arch, "fwd_jvp" if jvp else "fwd")

@@ -7,7 +7,7 @@ from torch.nn import functional
 from training.dual import Dual
 from training.kernels import cublaslt, gelu, mlp
 from training.kernels.column_sums import column_sums, part_sums
-from training.models.layers import Mlp
+from training.models.layers import Mlp, with_bias_gradient
 
 
 def error(a, b):
@@ -59,7 +59,7 @@ def test_the_operator_states_its_shapes_and_gradients():
     def new(*shape):
         return torch.randn(shape, requires_grad=True)
 
-    x, A, a, B, b = new(2, 5, 8), new(12, 8), new(12), new(8, 12), new(8)
+    x, A, a, B, b = new(2, 5, 8), new(12, 8), new(12), new(8, 12), torch.randn(8)
     for given in ((x, A, a, B, b, torch.randn(1, 5, 8)), (x, A, None, B, None, None)):
         torch.library.opcheck(torch.ops.flash_jvp_training.mlp.default, given)
 
@@ -74,7 +74,9 @@ def test_it_is_the_layers(kind, bias, monkeypatch):
     monkeypatch.setattr(mlp, "_forward", lambda *a: (calls.append(0), forward(*a))[1])
 
     def run(fused):
-        y = layer(x if kind == "value" else Dual(x, t, kind == "through"), fused)
+        y = with_bias_gradient(
+            *layer(x if kind == "value" else Dual(x, t, kind == "through"), fused)
+        )
         parts = [y] if kind == "value" else [y.primal, y.tangent]
         loss = sum(part.sin().sum() for part in parts if part.requires_grad)
         return [*parts, *torch.autograd.grad(loss, [x, *layer.parameters()])]
@@ -92,32 +94,39 @@ def test_what_is_frozen_gets_no_gradient_and_none_is_computed(monkeypatch):
     layer.contract.bias.requires_grad_(False)
     asked, backward = [], mlp._backward
     monkeypatch.setattr(mlp, "_backward", lambda *a: (asked.append(a[-1]), backward(*a))[1])
-    layer(x, True).sin().sum().backward()
-    assert asked == [[True, False, True, True, False]]
+    with_bias_gradient(*layer(x, True)).sin().sum().backward()
+    assert asked == [[True, False, True, True]]
     ours = [p.grad for p in (x, *layer.parameters())]
     x.grad = None
     layer.zero_grad()
-    layer(x).sin().sum().backward()
+    layer(x)[0].sin().sum().backward()
     for a, b in zip(ours, [p.grad for p in (x, *layer.parameters())], strict=True):
         assert (a is None) == (b is None)
         if a is not None:
             assert error(a, b.double()) < 2e-6
 
 
+def test_a_gradient_that_it_leaves_to_others_is_not_lost_without_a_word():
+    x, A, B, b = torch.randn(2, 5, 8), torch.randn(12, 8), torch.randn(8, 12), torch.randn(8)
+    y, *_ = torch.ops.flash_jvp_training.mlp(x, A, None, B, b.requires_grad_(), None)
+    with pytest.raises(RuntimeError, match="give it b"):
+        y.sum().backward()
+
+
 def test_units_are_dropped_by_the_layers(monkeypatch):
     monkeypatch.setattr(mlp, "_forward", None)
     layer, x = Mlp(16, 40, 0.5), torch.randn(3, 5, 16)
     torch.manual_seed(0)
-    dropped = layer(x, True)
+    dropped, _ = layer(x, True)
     torch.manual_seed(0)
-    assert torch.equal(dropped, layer(x))
+    assert torch.equal(dropped, layer(x)[0])
 
 
 def test_autocast_computes_in_its_dtype():
     torch.manual_seed(0)
     layer, x = Mlp(16, 40, 0.0), torch.randn(3, 5, 16, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        fused, plain = layer(x, True), layer(x)
+        fused, plain = with_bias_gradient(*layer(x, True)), layer(x)[0]
     assert fused.dtype == plain.dtype == torch.bfloat16
     assert error(fused, plain.double()) < 1e-2
     gradients = torch.autograd.grad(fused.float().sum(), [x, *layer.parameters()])
@@ -167,7 +176,7 @@ def test_on_a_gpu_it_is_the_mlp():
         net.load_state_dict(layer.state_dict())
         v = x.to(dtype).requires_grad_()
         with torch.autocast("cuda", torch.bfloat16, enabled=fused):
-            y, t_y, _ = net(Dual(v, t.to(dtype)), fused)
+            y, t_y, _ = with_bias_gradient(*net(Dual(v, t.to(dtype)), fused))
         gradients = torch.autograd.grad(y.double().sin().sum(), [v, *net.parameters()])
         results.append([y, t_y, *gradients])
     for ours, exact in zip(*results, strict=True):
@@ -178,7 +187,7 @@ def test_it_compiles():
     layer, x = Mlp(16, 40, 0.0), torch.randn(3, 5, 16, requires_grad=True)
 
     def f(x):
-        y, t_y, _ = layer(Dual(x, x.detach()[1:].cos()), True)
+        y, t_y, _ = with_bias_gradient(*layer(Dual(x, x.detach()[1:].cos()), True))
         return y.sin().sum() + t_y.detach().sum()
 
     def gradients(f):

@@ -6,10 +6,12 @@ import torch
 from jvp_flash_attention import attention
 from training.kernels import residual_norm
 from training.models.dit import DiT
+from training.models.jvp_layers import Dual
 from training.models.layers import begin
 from training.objectives.tangents import Jvp
 
-SHAPES = [(3, 37, 72, 2), (2, 5, 40, 2), (4, 33, 64, 1)]  # images, tokens, width, with a tangent
+# images, tokens, width, with a tangent; one tile of features, or two
+SHAPES = [(3, 37, 72, 2), (2, 5, 40, 2), (4, 33, 64, 1), (2, 7, 100, 1), (3, 9, 44, 3)]
 
 
 def error(a, b):
@@ -26,47 +28,69 @@ def formula(rms):
     return f
 
 
-@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
-@pytest.mark.parametrize(("images", "tokens", "width", "n"), SHAPES)
-def test_value_tangent_and_gradients(images, tokens, width, n, rms):
+def results(shape, rms, of_stream, of_branch, device):
+    """Of the kernels and of the formula in float64: values, tangents and two kinds of gradients."""
     torch.manual_seed(0)
-    x, y = (torch.randn(images, tokens, width, requires_grad=True) for _ in range(2))
-    vectors = torch.randn(images, 6 * width, requires_grad=True)
+    images, tokens, width, n = shape
+
+    def new(*shape, dtype=of_branch, wanted=True):
+        return torch.randn(shape, device=device, dtype=dtype, requires_grad=wanted)
+
+    x, y = new(images, tokens, width, dtype=of_stream), new(images, tokens, width)
+    bias = new(width, dtype=torch.float32)  # in y already
+    vectors = new(images, 6 * width)
     g, b, s, *_ = vectors.chunk(6, -1)  # rows far apart, as a modulation leaves them
-    t_x, t_y = torch.randn(2, n, tokens, width)
-    t_g, t_b, t_s, *_ = torch.randn(n, 6 * width).chunk(6, -1)
+    t_x = new(n, tokens, width, dtype=of_stream, wanted=False)
+    t_y, t_vectors = new(n, tokens, width, wanted=False), new(n, 6 * width, wanted=False)
+    t_g, t_b, t_s, *_ = t_vectors.chunk(6, -1)
     tangents = (t_x, t_g, t_y, t_b, t_s)
-    x2, h, t_x2, t_h = residual_norm.residual_norm(x, g, y, b, s, tangents, rms, torch.float32)
-    exact = [a.double() for a in (x, g, y, b, s)]
-    expected = formula(rms)(*exact)
-    t_expected = torch.func.jvp(
+    ours = residual_norm.residual_norm(x, g, y, bias, b, s, tangents, rms, of_branch)
+    assert not ours[2].requires_grad
+    assert not ours[3].requires_grad
+    exact = [a.double() for a in (x, g, y + (bias - bias.detach()).to(y.dtype), b, s)]
+    theirs = formula(rms)(*exact)
+    t_theirs = torch.func.jvp(
         formula(rms), tuple(a.detach()[-n:] for a in exact), tuple(t.double() for t in tangents)
     )[1]
-    for ours, theirs in zip((x2, h, t_x2, t_h), (*expected, *t_expected), strict=True):
+    d = new(images, tokens, width, dtype=of_stream), new(images, tokens, width)
+    inputs, gradients = (x, y, vectors, bias), []
+    for first in (1, 0):  # the last layer does not use x'
+        given = [a.detach() for a in d[first:]]
+        of_ours = torch.autograd.grad(ours[first:2], inputs, given, retain_graph=True)
+        given = [a.double() for a in given]
+        gradients += zip(
+            of_ours,
+            torch.autograd.grad(theirs[first:], inputs, given, retain_graph=True),
+            strict=True,
+        )
+    return [*zip(ours, (*theirs, *t_theirs), strict=True), *gradients]
+
+
+@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_value_tangent_and_gradients(shape, rms):
+    for ours, theirs in results(shape, rms, torch.float32, torch.float32, "cpu"):
         assert error(ours, theirs) < 2e-6
-    assert not t_x2.requires_grad
-    assert not t_h.requires_grad
-    d_x2, d_h = torch.randn(2, images, tokens, width)
-    inputs = (x, y, vectors)
-    for used in ((0.0, 1.0), (1.0, 1.0)):  # the last layer does not use x'
-        loss = sum(
-            c * (d * a).sum() for c, d, a in zip(used, (d_x2, d_h), (x2, h), strict=True) if c
-        )
-        truth = sum(
-            c * (d.double() * a).sum()
-            for c, d, a in zip(used, (d_x2, d_h), expected, strict=True)
-            if c
-        )
-        ours = torch.autograd.grad(loss, inputs, retain_graph=True)
-        theirs = torch.autograd.grad(truth, inputs, retain_graph=True)
-        assert max(map(error, ours, theirs)) < 2e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("of_stream", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "shape", [(32, 1024, 768, 8), (64, 256, 1152, 16), (3, 77, 384, 1)], ids=str
+)
+def test_on_a_gpu_in_half_precision_and_the_same_in_every_run(shape, of_stream):
+    first, again = (results(shape, False, of_stream, torch.bfloat16, "cuda") for _ in range(2))
+    for (ours, theirs), (repeated, _) in zip(first, again, strict=True):
+        assert error(ours, theirs) < 4e-3
+        assert torch.equal(ours, repeated)
 
 
 def test_the_operator_states_its_shapes_and_gradients():
     x, y = torch.randn(2, 2, 5, 8, requires_grad=True)
     g, b, s = torch.randn(3, 2, 8, requires_grad=True)
     tangents = torch.randn(1, 5, 8), torch.randn(1, 8), torch.randn(1, 5, 8), *torch.randn(2, 1, 8)
-    inputs = (x, g, y, b, s, *tangents, False, torch.float32)
+    bias = torch.randn(8, requires_grad=True)
+    inputs = (x, g, y, bias, b, s, *tangents, False, torch.float32)
     torch.library.opcheck(torch.ops.flash_jvp_training.residual_norm.default, inputs)
 
 
@@ -125,10 +149,14 @@ def test_what_the_kernel_cannot_serve_it_does_not_take():
 
 def test_the_first_block_gets_what_the_others_get():
     x = torch.randn(2, 3, 8, requires_grad=True)
-    stream, gate, branch = begin(x, 6)
+    stream, gate, branch, bias = begin(x, 6, torch.empty(8))
     assert stream is x
     assert gate.shape == (2, 1, 8)
     assert gate.stride(0) == 6 * 8
     assert branch.requires_grad
+    assert bias.requires_grad
     assert not gate.any()
     assert not branch.any()
+    assert not bias.any()
+    assert begin(x, 6, None).bias is None
+    assert begin(Dual(x, x.detach(), through=True), 6, torch.empty(8)).bias is None

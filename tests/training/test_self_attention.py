@@ -12,7 +12,7 @@ from jvp_flash_attention.kernels import launch_cache
 from training.dual import Dual
 from training.kernels import self_attention as module
 from training.kernels.self_attention import self_attention, self_attention_jvp
-from training.models.layers import SelfAttention
+from training.models.layers import SelfAttention, with_bias_gradient
 
 
 def plain(z, heads):
@@ -164,7 +164,8 @@ def test_a_layer_takes_it_where_it_may_and_is_the_same(kind, how, monkeypatch):
     def run(fused):
         n = {"few": 2}.get(kind, 4)
         given = x if kind == "value" else Dual(x, t[:n], kind == "through")
-        out = layer.project_out(layer.attend(*layer.project_in(given, angles, fused)))
+        out = layer.attend(*layer.project_in(given, angles, fused))
+        out = with_bias_gradient(*layer.project_out(out, fused))
         parts = [out] if kind == "value" else [out.primal, out.tangent]
         loss = sum((i + 1) * y.sin().sum() for i, y in enumerate(parts) if y.requires_grad)
         return [*parts, *torch.autograd.grad(loss, (x, layer.qkv.weight, layer.qkv.bias))]

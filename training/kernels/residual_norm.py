@@ -11,9 +11,12 @@
     d_n  = d_h (1 + s)
     d_x  = d_x' + ρ (d_n - ⟨d_n⟩ - n ⟨n d_n⟩),   d_y = g d_x
     d_b  = Σ d_h,   d_s = Σ d_h n,   d_g = Σ d_x y             over the tokens of an image
+    d_bias = Σ d_y                                             over all tokens
 
-A compiler makes of this half a dozen passes over the tokens, three of them for the sums. Tangents
-of the last n images are constants: a gradient through them takes the layers one by one.
+A compiler makes of this half a dozen passes over the tokens, four of them for the sums. The bias of
+the product that made y is part of y already. Whoever made it leaves its gradient to this kernel,
+which has Σ d_y at hand. Tangents of the last n images are constants: a gradient through them takes
+the layers one by one.
 """
 
 from typing import Any
@@ -24,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jvp_flash_attention.kernels.launch_cache import Launch
+from jvp_flash_attention.kernels.problem import cdiv
 from jvp_flash_attention.operators import operator
 from training.kernels.inputs import takes
 from training.kernels.launch import launched
@@ -31,8 +35,30 @@ from training.kernels.partial_sums import sum_parts
 
 EPSILON = tl.constexpr(1e-6)
 MAX_WIDTH = 4096
-ROWS = 8  # tokens of a program, backward
-MANY_ROWS, MANY_PROGRAMS = 32, 512  # backward, where so many programs remain: a quarter of the sums
+ROWS = 8, 64  # tokens of a program, backward: at least and at most
+PROGRAMS = 512  # backward: as many run at once; more would only leave more sums to add
+
+# Two tiles hold a token's features, WIDE and REST of them, where one would be empty for more than a
+# quarter (1152 = 1024 + 128). What ends in _r is of the second one, which REST = 0 leaves out.
+
+
+@triton.jit
+def _read(X, at, there):
+    return tl.load(X + at, mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _rounded(X, at, there, x):
+    """x, stored, and as it is stored."""
+    tl.store(X + at, x, mask=there)
+    return x.to(X.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _stream(X, Y, G, X2, at, there, w):
+    """x', and y and g for the tangent."""
+    y, gate = _read(Y, at, there), _read(G, w, there)
+    return _rounded(X2, at, there, _read(X, at, there) + gate * y), y, gate
 
 
 @triton.jit
@@ -41,134 +67,207 @@ def _residual_norm_forward(
     X2, H, MEAN, RSTD, TX2, TH,  # outputs
     images, tokens, moving,  # of the last ``moving`` images there is a tangent
     stride_g, stride_b, stride_s, stride_tg, stride_tb, stride_ts,
-    W: tl.constexpr, BLOCK: tl.constexpr,
-    BRANCH: tl.constexpr, RMS: tl.constexpr, TANGENT: tl.constexpr,
+    W: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
+    RMS: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
     """A token a program: many small ones hide the wait for memory better than rows in a loop."""
     image = images - 1 - tl.program_id(0) % images  # those with a tangent take longer and go first
     token = tl.program_id(0) // images
-    w = tl.arange(0, BLOCK)
-    valid = w < W
     row = image.to(tl.int64) * tokens + token
-    at = row * W + w
-    x = tl.load(X + at, mask=valid, other=0.0).to(tl.float32)
-    if BRANCH:
-        y = tl.load(Y + at, mask=valid, other=0.0).to(tl.float32)
-        gate = tl.load(G + image * stride_g + w, mask=valid, other=0.0).to(tl.float32)
-        x += gate * y
-        tl.store(X2 + at, x, mask=valid)
-        x = x.to(X2.dtype.element_ty).to(tl.float32)
-    shift = tl.load(B + image * stride_b + w, mask=valid, other=0.0).to(tl.float32)
-    scale = 1.0 + tl.load(S + image * stride_s + w, mask=valid, other=0.0).to(tl.float32)
+    other = image - (images - moving)  # which of the tangents
+    t_row = other.to(tl.int64) * tokens + token
+    G += image * stride_g
+    B += image * stride_b
+    S += image * stride_s
+    w = tl.arange(0, WIDE)
+    there = w < W
+    if REST:
+        w_r = WIDE + tl.arange(0, REST)
+        there_r = w_r < W
+
+    x, y, gate = _stream(X, Y, G, X2, row * W + w, there, w)  # pyright: ignore
+    if TANGENT:  # read while the value is computed
+        t = _read(TX, t_row * W + w, there & (other >= 0))
+        t_y = _read(TY, t_row * W + w, there & (other >= 0))
+    if REST:
+        x_r, y_r, gate_r = _stream(X, Y, G, X2, row * W + w_r, there_r, w_r)
+        if TANGENT:
+            t_r = _read(TX, t_row * W + w_r, there_r & (other >= 0))
+            t_y_r = _read(TY, t_row * W + w_r, there_r & (other >= 0))
     mean = 0.0
     if not RMS:
-        mean = tl.sum(x, 0) / W
-        x = tl.where(valid, x - mean, 0.0)
-    rstd = tl.rsqrt(tl.sum(x * x, 0) / W + EPSILON)
-    n = x * rstd
-    tl.store(H + at, n * scale + shift, mask=valid)
+        mean = tl.sum(x, 0)
+        if REST:
+            mean += tl.sum(x_r, 0)
+        mean /= W
+        x = tl.where(there, x - mean, 0.0)
+        if REST:
+            x_r = tl.where(there_r, x_r - mean, 0.0)
+    squares = tl.sum(x * x, 0)
+    if REST:
+        squares += tl.sum(x_r * x_r, 0)
+    rstd = tl.rsqrt(squares / W + EPSILON)
+    n, scale = x * rstd, 1.0 + _read(S, w, there)
+    tl.store(H + row * W + w, n * scale + _read(B, w, there), mask=there)
+    if REST:
+        n_r, scale_r = x_r * rstd, 1.0 + _read(S, w_r, there_r)
+        tl.store(H + row * W + w_r, n_r * scale_r + _read(B, w_r, there_r), mask=there_r)
     tl.store(MEAN + row, mean)
     tl.store(RSTD + row, rstd)
-    if TANGENT:
-        other = image - (images - moving)  # which of the tangents
+
+    if TANGENT:  # noqa: SIM102 - known at compile time, unlike what follows
         if other >= 0:
-            t_at = (other.to(tl.int64) * tokens + token) * W + w
-            t = tl.load(TX + t_at, mask=valid, other=0.0).to(tl.float32)
-            if BRANCH:
-                t_y = tl.load(TY + t_at, mask=valid, other=0.0).to(tl.float32)
-                t_gate = tl.load(TG + other * stride_tg + w, mask=valid, other=0.0).to(tl.float32)
-                t += t_gate * y + gate * t_y
-                tl.store(TX2 + t_at, t, mask=valid)
-                t = t.to(TX2.dtype.element_ty).to(tl.float32)
-            t_shift = tl.load(TB + other * stride_tb + w, mask=valid, other=0.0).to(tl.float32)
-            t_scale = tl.load(TS + other * stride_ts + w, mask=valid, other=0.0).to(tl.float32)
-            along = tl.sum(n * t, 0) / W
-            if not RMS:
-                t = tl.where(valid, t - tl.sum(t, 0) / W, 0.0)
-            t_n = rstd * (t - n * along)
-            tl.store(TH + t_at, t_n * scale + n * t_scale + t_shift, mask=valid)
+            TG += other * stride_tg
+            TB += other * stride_tb
+            TS += other * stride_ts
+            t += _read(TG, w, there) * y + gate * t_y
+            t = _rounded(TX2, t_row * W + w, there, t)
+            along, t_mean = tl.sum(n * t, 0), tl.sum(t, 0)
+            if REST:
+                t_r += _read(TG, w_r, there_r) * y_r + gate_r * t_y_r
+                t_r = _rounded(TX2, t_row * W + w_r, there_r, t_r)
+                along += tl.sum(n_r * t_r, 0)
+                t_mean += tl.sum(t_r, 0)
+            along, t_mean = along / W, 0.0 if RMS else t_mean / W
+            t_h = rstd * (t - t_mean - n * along) * scale + n * _read(TS, w, there)
+            tl.store(TH + t_row * W + w, t_h + _read(TB, w, there), mask=there)
+            if REST:
+                t_h = rstd * (t_r - t_mean - n_r * along) * scale_r + n_r * _read(TS, w_r, there_r)
+                tl.store(TH + t_row * W + w_r, t_h + _read(TB, w_r, there_r), mask=there_r)
+
+
+@triton.jit
+def _ahead(X2, DH, DX2, at, there, RESIDUAL: tl.constexpr):
+    """What a token needs first, read while the one before is computed."""
+    x = tl.load(X2 + at, mask=there, other=0.0)
+    d_h = tl.load(DH + at, mask=there, other=0.0)
+    d_x = d_h
+    if RESIDUAL:
+        d_x = tl.load(DX2 + at, mask=there, other=0.0)
+    return x, d_h, d_x
+
+
+@triton.jit
+def _of_norm(x, d_h, scale, mean, rstd, d_shift, d_scale):
+    """n, d_n, and the sums with this token in them."""
+    n, d_h = (x.to(tl.float32) - mean) * rstd, d_h.to(tl.float32)
+    return n, d_h * scale, d_shift + d_h, d_scale + d_h * n
+
+
+@triton.jit
+def _of_stream(d_x, Y, gate, DX, DY, at, there, d_gate, d_bias, BIAS: tl.constexpr):
+    """Stores d_x and d_y. The sums with this token in them; g is still to multiply that of d_y."""
+    tl.store(DX + at, d_x, mask=there)
+    tl.store(DY + at, gate * d_x, mask=there)
+    if BIAS:
+        d_bias += d_x
+    return d_gate + d_x * _read(Y, at, there), d_bias
+
+
+@triton.jit
+def _store_sums(
+    SUMS, w, there, d_shift, d_scale, d_gate, d_bias, W: tl.constexpr, BIAS: tl.constexpr
+):
+    tl.store(SUMS + w, d_shift, mask=there)
+    tl.store(SUMS + W + w, d_scale, mask=there)
+    tl.store(SUMS + 2 * W + w, d_gate, mask=there)
+    if BIAS:
+        tl.store(SUMS + 3 * W + w, d_bias, mask=there)
 
 
 @triton.jit
 def _residual_norm_backward(
     X2, G, Y, S, MEAN, RSTD, DX2, DH,  # inputs
-    DX, DY, SUMS,  # outputs; SUMS (images, chunks, 3, W): of d_b, d_s and d_g
-    tokens, chunks, stride_g, stride_s,
-    W: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    BRANCH: tl.constexpr, RMS: tl.constexpr, RESIDUAL: tl.constexpr,
+    DX, DY, SUMS,  # outputs; SUMS (images, chunks, 3 or 4, W): of d_b, d_s, d_g and d_y
+    tokens, chunks, rows, stride_g, stride_s,
+    W: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
+    BIAS: tl.constexpr, RMS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     image, chunk = tl.program_id(0), tl.program_id(1)
-    first = chunk * ROWS
-    w = tl.arange(0, BLOCK)
-    valid = w < W
-    scale = 1.0 + tl.load(S + image * stride_s + w, mask=valid, other=0.0).to(tl.float32)
-    if BRANCH:
-        gate = tl.load(G + image * stride_g + w, mask=valid, other=0.0).to(tl.float32)
-    d_shift = tl.zeros([BLOCK], tl.float32)
-    d_scale = tl.zeros([BLOCK], tl.float32)
-    d_gate = tl.zeros([BLOCK], tl.float32)
-    rows = min(ROWS, tokens - first)
-    begin = (image.to(tl.int64) * tokens + first) * W
-    next_x = tl.load(X2 + begin + w, mask=valid, other=0.0)
-    next_h = tl.load(DH + begin + w, mask=valid, other=0.0)
-    if RESIDUAL:
-        next_d = tl.load(DX2 + begin + w, mask=valid, other=0.0)
-    if BRANCH:
-        next_y = tl.load(Y + begin + w, mask=valid, other=0.0)
-    for i in range(rows):
-        row = image.to(tl.int64) * tokens + first + i
+    first = image.to(tl.int64) * tokens + chunk * rows
+    last = min(first + rows, (image + 1).to(tl.int64) * tokens)
+    G += image * stride_g
+    S += image * stride_s
+    w = tl.arange(0, WIDE)
+    there = w < W
+    scale, gate = 1.0 + _read(S, w, there), _read(G, w, there)
+    d_shift = tl.zeros([WIDE], tl.float32)
+    d_scale, d_gate, d_bias = d_shift, d_shift, d_shift
+    x, d_h, d_x = _ahead(X2, DH, DX2, first * W + w, there, RESIDUAL)
+    if REST:
+        w_r = WIDE + tl.arange(0, REST)
+        there_r = w_r < W
+        scale_r, gate_r = 1.0 + _read(S, w_r, there_r), _read(G, w_r, there_r)
+        d_shift_r = tl.zeros([REST], tl.float32)
+        d_scale_r, d_gate_r, d_bias_r = d_shift_r, d_shift_r, d_shift_r
+        x_r, d_h_r, d_x_r = _ahead(X2, DH, DX2, first * W + w_r, there_r, RESIDUAL)
+
+    for row in range(first, last):
         at = row * W + w
-        ahead = valid & (i + 1 < rows)
-        x, d_h = next_x.to(tl.float32), next_h.to(tl.float32)
-        next_x = tl.load(X2 + at + W, mask=ahead, other=0.0)
-        next_h = tl.load(DH + at + W, mask=ahead, other=0.0)
-        rstd = tl.load(RSTD + row)
-        n = tl.where(valid, (x - tl.load(MEAN + row)) * rstd, 0.0)
-        d_shift += d_h
-        d_scale += d_h * n
-        d_n = d_h * scale
-        d_x = d_n - n * (tl.sum(n * d_n, 0) / W)
-        if not RMS:
-            d_x -= tl.sum(d_n, 0) / W
-        d_x *= rstd
+        mean, rstd = tl.load(MEAN + row), tl.load(RSTD + row)
+        n, d_n, d_shift, d_scale = _of_norm(x, d_h, scale, mean, rstd, d_shift, d_scale)
+        d_x2 = d_x.to(tl.float32)
+        x, d_h, d_x = _ahead(X2, DH, DX2, at + W, there & (row + 1 < last), RESIDUAL)
+        along, d_mean = tl.sum(n * d_n, 0), tl.sum(d_n, 0)
+        if REST:
+            at_r = row * W + w_r
+            n_r, d_n_r, d_shift_r, d_scale_r = _of_norm(
+                x_r, d_h_r, scale_r, mean, rstd, d_shift_r, d_scale_r
+            )
+            d_x2_r = d_x_r.to(tl.float32)
+            more = there_r & (row + 1 < last)
+            x_r, d_h_r, d_x_r = _ahead(X2, DH, DX2, at_r + W, more, RESIDUAL)
+            along += tl.sum(n_r * d_n_r, 0)
+            d_mean += tl.sum(d_n_r, 0)
+        along, d_mean = along / W, 0.0 if RMS else d_mean / W
+        d = (d_n - d_mean - n * along) * rstd
         if RESIDUAL:
-            d_x += next_d.to(tl.float32)
-            next_d = tl.load(DX2 + at + W, mask=ahead, other=0.0)
-        tl.store(DX + at, d_x, mask=valid)
-        if BRANCH:
-            y = next_y.to(tl.float32)
-            next_y = tl.load(Y + at + W, mask=ahead, other=0.0)
-            d_gate += d_x * y
-            tl.store(DY + at, gate * d_x, mask=valid)
-    sums = SUMS + (image * chunks + chunk) * 3 * W + w
-    tl.store(sums, d_shift, mask=valid)
-    tl.store(sums + W, d_scale, mask=valid)
-    if BRANCH:
-        tl.store(sums + 2 * W, d_gate, mask=valid)
+            d += d_x2
+        d_gate, d_bias = _of_stream(d, Y, gate, DX, DY, at, there, d_gate, d_bias, BIAS)
+        if REST:
+            d_r = (d_n_r - d_mean - n_r * along) * rstd
+            if RESIDUAL:
+                d_r += d_x2_r
+            d_gate_r, d_bias_r = _of_stream(
+                d_r, Y, gate_r, DX, DY, at_r, there_r, d_gate_r, d_bias_r, BIAS
+            )
+
+    SUMS += (image * chunks + chunk).to(tl.int64) * (3 + BIAS) * W
+    d_bias *= gate
+    _store_sums(SUMS, w, there, d_shift, d_scale, d_gate, d_bias, W, BIAS)
+    if REST:
+        d_bias_r *= gate_r
+        _store_sums(SUMS, w_r, there_r, d_shift_r, d_scale_r, d_gate_r, d_bias_r, W, BIAS)
+
+
+def _tiles(width: int) -> dict[str, Any]:
+    whole = triton.next_power_of_2(width)
+    if 4 * width >= 3 * whole or width == 1:
+        return {"W": width, "WIDE": whole, "REST": 0}
+    half = whole // 2
+    return {"W": width, "WIDE": half, "REST": triton.next_power_of_2(width - half)}
 
 
 @operator("flash_jvp_training::residual_norm")
 def _forward(
-    x: Tensor, gate: Tensor | None, y: Tensor | None, shift: Tensor, scale: Tensor,
+    x: Tensor, gate: Tensor, y: Tensor, bias: Tensor | None, shift: Tensor, scale: Tensor,
     t_x: Tensor | None, t_gate: Tensor | None, t_y: Tensor | None,
     t_shift: Tensor | None, t_scale: Tensor | None, rms: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """``bias`` is not read."""
     inputs = (x, gate, y, shift, scale, t_x, t_gate, t_y, t_shift, t_scale)
 
     def launch(*results: Tensor) -> Launch:
         images, tokens, width = x.shape
         rows = (gate, shift, scale, t_gate, t_shift, t_scale)
         moving = 0 if t_x is None else len(t_x)
-        block = triton.next_power_of_2(width)
-        constexprs = {"W": width, "BLOCK": block, "num_warps": min(max(1, block // 256), 4)}
-        constexprs |= {"BRANCH": y is not None, "RMS": rms, "TANGENT": t_x is not None}
+        constexprs = _tiles(width) | {"RMS": rms, "TANGENT": t_x is not None}
+        constexprs["num_warps"] = max(1, triton.next_power_of_2(width) // 1024)
         args = (*inputs, *results, images, tokens, moving, *map(_stride, rows))
         return Launch(_residual_norm_forward, (images * tokens,), args, constexprs)
 
     what = ("residual norm", rms, dtype)
-    x2, h, mean, rstd, t_x2, t_h = launched(
-        what, inputs, lambda: _outputs(x, y, t_x, dtype), launch
-    )
+    x2, h, mean, rstd, t_x2, t_h = launched(what, inputs, lambda: _outputs(x, t_x, dtype), launch)
     return x2, h, mean, rstd, t_x2, t_h
 
 
@@ -176,63 +275,74 @@ def _stride(x: Tensor | None) -> int:
     return 0 if x is None else x.stride(0)
 
 
-def _outputs(x: Tensor, y: Tensor | None, t_x: Tensor | None, dtype: torch.dtype) -> Any:
-    """x', h, mean, rstd, t_x', t_h; empty where there is no branch or no tangent."""
-
-    def like(a: Tensor | None, present: bool, dtype: torch.dtype) -> Tensor:
-        return torch.empty_like(a, dtype=dtype) if a is not None and present else x.new_empty(0)
-
-    branch = y is not None
+def _outputs(x: Tensor, t_x: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """x', h, mean, rstd, t_x', t_h; the last two empty where there is no tangent."""
     mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
-    x2, h = like(x, branch, x.dtype), like(x, True, dtype)
-    return x2, h, mean, rstd, like(t_x, branch, x.dtype), like(t_x, True, dtype)
+    value, tangent = (
+        [
+            torch.empty_like(a, dtype=of) if a is not None else x.new_empty(0)
+            for of in (x.dtype, dtype)
+        ]
+        for a in (x, t_x)
+    )
+    return *value, mean, rstd, *tangent
 
 
 @_forward.register_fake
-def _(x, gate, y, shift, scale, t_x, t_gate, t_y, t_shift, t_scale, rms, dtype):
-    return _outputs(x, y, t_x, dtype)
+def _(x, gate, y, bias, shift, scale, t_x, t_gate, t_y, t_shift, t_scale, rms, dtype):
+    return _outputs(x, t_x, dtype)
 
 
 @operator("flash_jvp_training::residual_norm_backward")
 def _backward(
-    x: Tensor, gate: Tensor | None, y: Tensor | None, scale: Tensor, mean: Tensor, rstd: Tensor,
-    d_x: Tensor | None, d_h: Tensor, rms: bool,
+    x: Tensor, gate: Tensor, y: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
+    d_x: Tensor | None, d_h: Tensor, rms: bool, bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """d_x, d_y and the sums (images, 3, W) of d_b, d_s, d_g; ``x`` is x', ``d_x`` that of x'."""
+    """d_x, d_y and the sums (images, 3 or 4, W) of d_b, d_s, d_g and, with ``bias``, d_y; ``x`` is
+    x', ``d_x`` that of x'.
+    """
     images, tokens, width = x.shape
-    rows = MANY_ROWS if images * tokens >= MANY_ROWS * MANY_PROGRAMS else ROWS
-    chunks = -(-tokens // rows)
+    rows = _rows(images, tokens)
+    chunks = cdiv(tokens, rows)
     inputs = (x, gate, y, scale, mean, rstd, d_x, d_h)
 
     def outputs() -> tuple[Tensor, Tensor, Tensor]:
-        d_y = x.new_empty(0) if y is None else torch.empty_like(y)
-        sums = x.new_empty((images, chunks, 3, width), dtype=torch.float32)
-        return torch.empty_like(x), d_y, sums
+        sums = x.new_empty((images, chunks, 3 + bias, width), dtype=torch.float32)
+        return torch.empty_like(x), torch.empty_like(y), sums
 
     def launch(*results: Tensor) -> Launch:
-        block = triton.next_power_of_2(width)
-        constexprs = {"W": width, "BLOCK": block, "num_warps": max(1, block // 1024), "ROWS": rows}
-        constexprs |= {"BRANCH": y is not None, "RMS": rms, "RESIDUAL": d_x is not None}
-        args = (*inputs, *results, tokens, chunks, _stride(gate), _stride(scale))
+        constexprs = _tiles(width)
+        each = 512 if constexprs["REST"] else 256  # features of a warp
+        constexprs["num_warps"] = min(max(1, constexprs["WIDE"] // each), 8)
+        constexprs |= {"BIAS": bias, "RMS": rms, "RESIDUAL": d_x is not None}
+        args = (*inputs, *results, tokens, chunks, rows, _stride(gate), _stride(scale))
         return Launch(_residual_norm_backward, (images, chunks), args, constexprs)
 
-    into, d_y, sums = launched(("residual norm backward", rms), inputs, outputs, launch)
-    return into, d_y, sum_parts(sums.flatten(2)).view(images, 3, width)
+    into, d_y, sums = launched(("residual norm backward", rms, bias), inputs, outputs, launch)
+    return into, d_y, sum_parts(sums.flatten(2)).view(images, 3 + bias, width)
+
+
+def _rows(images: int, tokens: int) -> int:
+    """Tokens of a program."""
+    rows, most = ROWS
+    while rows < most and images * cdiv(tokens, 2 * rows) >= PROGRAMS:
+        rows *= 2
+    return rows
 
 
 @_backward.register_fake
-def _(x, gate, y, scale, mean, rstd, d_x, d_h, rms):
-    d_y = x.new_empty(0) if y is None else torch.empty_like(y)
-    sums = x.new_empty((len(x), 3, x.shape[-1]), dtype=torch.float32)
-    return torch.empty_like(x), d_y, sums
+def _(x, gate, y, scale, mean, rstd, d_x, d_h, rms, bias):
+    sums = x.new_empty((len(x), 3 + bias, x.shape[-1]), dtype=torch.float32)
+    return torch.empty_like(x), torch.empty_like(y), sums
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x, gate, y, shift, scale, *_, rms, _ = inputs
+    _, gate, y, bias, shift, scale, *_, rms, _ = inputs
     x2, _, mean, rstd, t_x2, t_h = output
     ctx.mark_non_differentiable(mean, rstd, t_x2, t_h)
-    ctx.save_for_backward(x if y is None else x2, gate, y, scale, mean, rstd)
-    ctx.rms, ctx.dtypes = rms, (None if gate is None else gate.dtype, shift.dtype, scale.dtype)
+    ctx.save_for_backward(x2, gate, y, scale, mean, rstd)
+    ctx.rms = rms
+    ctx.dtypes = [None if a is None else a.dtype for a in (gate, bias, shift, scale)]
     ctx.set_materialize_grads(False)
 
 
@@ -241,30 +351,31 @@ def _grad(ctx: Any, d_x2: Tensor | None, d_h: Tensor | None, *_: Any) -> tuple:
     if d_h is None:
         d_h = torch.zeros_like(x)
     if d_x2 is not None:
-        d_x2 = d_x2.contiguous() if y is not None else None
-    d_x, d_y, sums = _backward(x, gate, y, scale, mean, rstd, d_x2, d_h.contiguous(), ctx.rms)
-    d_shift, d_scale, d_gate = sums.unbind(1)
-    of_gate, of_shift, of_scale = ctx.dtypes
-    branch = (None, None) if y is None else (d_gate.to(of_gate), d_y)
-    return d_x, *branch, d_shift.to(of_shift), d_scale.to(of_scale), *(None,) * 7
+        d_x2 = d_x2.contiguous()
+    bias = ctx.needs_input_grad[3]
+    d_x, d_y, sums = _backward(x, gate, y, scale, mean, rstd, d_x2, d_h.contiguous(), ctx.rms, bias)
+    d_shift, d_scale, d_gate, *rest = sums.unbind(1)
+    of_gate, of_bias, of_shift, of_scale = ctx.dtypes
+    d_bias = rest[0].sum(0).to(of_bias) if bias else None
+    vectors = d_shift.to(of_shift), d_scale.to(of_scale)
+    return d_x, d_gate.to(of_gate), d_y, d_bias, *vectors, *(None,) * 7
 
 
 torch.library.register_autograd("flash_jvp_training::residual_norm", _grad, setup_context=_setup)
 
 
 def residual_norm(
-    x: Tensor, gate: Tensor | None, y: Tensor | None, shift: Tensor, scale: Tensor,
-    tangents: tuple[Tensor | None, ...] | None, rms: bool, dtype: torch.dtype,
+    x: Tensor, gate: Tensor, y: Tensor, bias: Tensor | None, shift: Tensor, scale: Tensor,
+    tangents: tuple[Tensor, ...] | None, rms: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """x', h and, with ``tangents`` (of x, g, y, b and s), theirs, constants.
 
     x, y (B, N, W); gate, shift, scale (B, W), any stride between rows; tangents of the last n
-    images. h is of ``dtype``. Without gate and y, x' is x.
+    images. h is of ``dtype``. ``bias`` (W,), already in y, is there for its gradient alone: whoever
+    makes y adds ``bias.detach()``.
     """
     given = (None,) * 5 if tangents is None else tangents
-    x2, h, _, _, t_x2, t_h = _forward(x, gate, y, shift, scale, *given, rms, dtype)
-    if y is None:
-        x2, t_x2 = x, given[0]
+    x2, h, _, _, t_x2, t_h = _forward(x, gate, y, bias, shift, scale, *given, rms, dtype)
     return (x2, h, None, None) if tangents is None else (x2, h, t_x2, t_h)
 
 

@@ -49,13 +49,14 @@ def _forward(z: Tensor, t_z: Tensor | None, heads: int) -> tuple[Tensor, Tensor,
         return saved.out, saved.lse, z.new_empty(0)
     first = len(z) - len(t_z)  # of so many examples the value alone
     out, t_out = (empty_rows(q, q.shape[3], spec) for q in (x.q, x.q[first:]))
-    values = kernels.forward(_examples(x, 0, first), None, spec, into=(out[:first], None))
+    lse = z.new_empty(x.q.shape[:3], dtype=torch.float32)
+    into = out[:first], None, lse[:first]
+    values = kernels.forward(_examples(x, 0, first), None, spec, into=into)
     if values.out.data_ptr() != out.data_ptr():  # cuDNN's own
-        out[:first] = values.out
-    t = Tangents(*views(t_z, heads))
-    rest = _examples(x, first, len(z))
-    both = kernels.forward(rest, t, spec, into=(out[first:], t_out))
-    return out, torch.cat([values.lse, both.lse]), t_out
+        out[:first], lse[:first] = values.out, values.lse
+    t, rest = Tangents(*views(t_z, heads)), _examples(x, first, len(z))
+    kernels.forward(rest, t, spec, into=(out[first:], t_out, lse[first:]))
+    return out, lse, t_out
 
 
 def _examples(x: Inputs, begin: int, end: int) -> Inputs:

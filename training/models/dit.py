@@ -34,6 +34,7 @@ from training.models.embedders import (
 from training.models.jvp_layers import (
     Tensor,
     add,
+    add_in_place,
     concatenate,
     linear_map,
     multiply,
@@ -352,7 +353,8 @@ class DiT(nn.Module):
         context = None if self.context is None else self.context(y)
         x = self.patches(z)
         if self.positions is not None:
-            x = add(x, self.positions)
+            add_to = add if self.residual_in_fp32 else add_in_place
+            x = add_to(x, self.positions)
         condition = None
         if self.prefix is None:
             condition = silu(reduce(add, conditions))
@@ -371,7 +373,8 @@ class DiT(nn.Module):
         if not isinstance(x, Residual):
             if not self.residual_in_fp32:
                 x = linear_map(lambda x: x.to(autocast_dtype(x)), x)
-            x = begin(x, 6) if self.fused else x
+            first: Any = self.blocks[0]
+            x = begin(x, 6, first.mlp.contract.bias) if self.fused else x
         angles = self._angles()
         for block in blocks:
             x = block(x, condition, angles, context)  # (B, N, W)
@@ -395,7 +398,7 @@ class DiT(nn.Module):
 
 
 def _primal(x: Stream) -> Stream:
-    return Residual(*map(primal, x)) if isinstance(x, Residual) else primal(x)
+    return x._make(map(primal, x)) if isinstance(x, Residual) else primal(x)  # pyright: ignore
 
 
 @torch.no_grad()

@@ -72,6 +72,12 @@ def add(x: Tensor, y: Tensor) -> Tensor:
         return x.follow(total, x.tangent.expand(shape))
 
 
+def add_in_place(x: Tensor, y: torch.Tensor) -> Tensor:
+    """x + y in x's dtype and in its place: y may be wider, and the sum is rounded once."""
+    primal(x).add_(y)
+    return x
+
+
 def subtract(x: Tensor, y: Tensor) -> Tensor:
     return add(x, linear_map(torch.neg, y))
 

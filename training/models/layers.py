@@ -74,7 +74,7 @@ def fusable(x: Tensor) -> bool:
 
 
 def product_without_bias_gradient(linear: nn.Linear, x: Tensor) -> Tensor:
-    """``linear`` of value and tangent; whoever reads the value has the gradient of the bias."""
+    """``linear`` of value and tangent; whoever reads the value makes the gradient of the bias."""
     bias = None if linear.bias is None else linear.bias.detach()
     z = functional.linear(primal(x), linear.weight, bias)
     if not isinstance(x, Dual):
@@ -155,9 +155,14 @@ class SelfAttention(nn.Module):
             return self_attention(z, self.qkv.bias, self.heads)
         return z.follow(*self_attention_jvp(z.primal, z.tangent, self.qkv.bias, self.heads))
 
-    def project_out(self, out: Tensor) -> Tensor:
-        """(B, H, N, D) -> (B, N, W)"""
-        return self.projection(join_heads(out))
+    def project_out(self, out: Tensor, fused: bool = False) -> tuple[Tensor, torch.Tensor | None]:
+        """(B, H, N, D) -> (B, N, W), and the bias in it whose gradient is left to whoever reads it,
+        if ``fused``.
+        """
+        out = join_heads(out)
+        if fused and fusable(out):
+            return product_without_bias_gradient(self.projection, out), self.projection.bias
+        return self.projection(out), None
 
 
 class CrossAttention(nn.Module):
@@ -181,6 +186,20 @@ class CrossAttention(nn.Module):
         return self.projection(join_heads(attend(self.attention, q, k, v)))
 
 
+def contracted(linear: nn.Linear, x: Tensor, fused: bool) -> tuple[Tensor, torch.Tensor | None]:
+    """The last product of a block and, if ``fused``, the bias in it whose gradient is left to the
+    next block, which reads the product.
+    """
+    if fused and fusable(x):
+        return product_without_bias_gradient(linear, x), handed_over(linear.bias)
+    return linear(x), None
+
+
+def handed_over(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """A copy, since what shards or compiles a block wants its parameters to stay in it."""
+    return None if bias is None else bias.clone()
+
+
 class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int, dropout: float, bias: bool = True) -> None:
         super().__init__()
@@ -188,12 +207,15 @@ class Mlp(nn.Module):
         self.dropout = Dropout(dropout)
         self.contract = Linear(hidden, width, bias)
 
-    def forward(self, x: Tensor, fused: bool = False) -> Tensor:
-        """``fused``: one operator, in which GELU and its tangent are no pass of their own."""
+    def forward(self, x: Tensor, fused: bool = False) -> tuple[Tensor, torch.Tensor | None]:
+        """The branch and, if ``fused``, its bias, see ``contracted``. It is then one operator, in
+        which GELU and its tangent are no pass of their own, unless units are dropped.
+        """
         if fused and fusable(x) and not self.dropout.drops:
             dtype = autocast_dtype(primal(x))
-            return fused_mlp(linear_map(lambda x: x.to(dtype), x), self.expand, self.contract)
-        return self.contract(self.dropout(gelu(self.expand(x))))
+            y = fused_mlp(linear_map(lambda x: x.to(dtype), x), self.expand, self.contract)
+            return y, handed_over(self.contract.bias)
+        return contracted(self.contract, self.dropout(gelu(self.expand(x))), fused)
 
 
 class SwiGLU(nn.Module):
@@ -207,9 +229,10 @@ class SwiGLU(nn.Module):
         self.dropout = Dropout(dropout)
         self.contract = Linear(hidden, width, bias)
 
-    def forward(self, x: Tensor, fused: bool = False) -> Tensor:
+    def forward(self, x: Tensor, fused: bool = False) -> tuple[Tensor, torch.Tensor | None]:
+        """The branch and, if ``fused``, its bias, see ``contracted``."""
         gate, x = unpack(lambda x: x.chunk(2, -1), self.expand(x))
-        return self.contract(self.dropout(multiply(silu(gate), x)))
+        return contracted(self.contract, self.dropout(multiply(silu(gate), x)), fused)
 
 
 MLPS: dict[str, type[nn.Module]] = {"gelu": Mlp, "swiglu": SwiGLU}
@@ -250,18 +273,29 @@ class Residual(NamedTuple):
     x: Tensor  # (B, N, W)
     gate: Tensor  # (B, 1, W)
     branch: Tensor  # (B, N, W)
+    bias: torch.Tensor | None = None  # (W,), in branch, whose gradient is made where it is read
 
 
 Stream = Tensor | Residual
 
 
 def settled(x: Stream) -> Tensor:
-    return gated_residual(*x) if isinstance(x, Residual) else x
+    if not isinstance(x, Residual):
+        return x
+    x, gate, branch, bias = x
+    return gated_residual(x, gate, with_bias_gradient(branch, bias))
 
 
-def begin(x: Tensor, n: int) -> Residual:
-    """x as a residual with nothing in its branch, laid out as a block of ``n`` modulations leaves
-    its own: one compiled graph then serves the first block too.
+def with_bias_gradient(y: Tensor, bias: torch.Tensor | None) -> Tensor:
+    """y, of whose gradient the sum is that of the bias in it."""
+    if bias is None:
+        return y
+    return add(y, (bias - bias.detach()).to(primal(y).dtype))
+
+
+def begin(x: Tensor, n: int, bias: torch.Tensor | None) -> Residual:
+    """x as a residual with nothing in its branch, laid out as a block of ``n`` modulations whose
+    last product has such a bias leaves its own: one compiled graph then serves the first block too.
     """
     wanted = torch.is_grad_enabled() and primal(x).requires_grad
 
@@ -272,11 +306,14 @@ def begin(x: Tensor, n: int) -> Residual:
         return rows.chunk(n, -1)[-1][:, None], branch
 
     gate, branch = nothing(primal(x), wanted)
+    zero = None
+    if bias is not None and fusable(x):
+        zero = primal(x).new_zeros(branch.shape[-1], dtype=bias.dtype, requires_grad=wanted)
     if not isinstance(x, Dual):
-        return Residual(x, gate, branch)
+        return Residual(x, gate, branch, zero)
     x = x._replace(tangent=x.tangent.to(x.primal.dtype))
     t_gate, t_branch = nothing(x.tangent, wanted and x.through)
-    return Residual(x, x.follow(gate, t_gate), x.follow(branch, t_branch))
+    return Residual(x, x.follow(gate, t_gate), x.follow(branch, t_branch), zero)
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:
@@ -290,12 +327,13 @@ def normed(
 ) -> tuple[Tensor, Tensor]:
     """x settled, and its norm modulated: in one kernel where there is one, else layer by layer."""
     if isinstance(x, Residual):
-        parts = (*x, shift, scale)
+        *stream_parts, bias = x
+        parts = (*stream_parts, shift, scale)
         if residual_norm.supports(*map(primal, parts)) and (tangents := _constants(parts)):
             stream, gate, branch, shift_, scale_ = map(primal, parts)
             rows = [a[:, 0] for a in (gate, shift_, scale_)]
             x2, h, t_x2, t_h = residual_norm.residual_norm(
-                stream, rows[0], branch, rows[1], rows[2], tangents[0],
+                stream, rows[0], branch, bias, rows[1], rows[2], tangents[0],
                 norm is rms_norm, autocast_dtype(stream),
             )  # fmt: skip
             if t_x2 is None or t_h is None:
@@ -360,7 +398,7 @@ class Block(nn.Module):
         keep = self.checkpointing if torch.is_grad_enabled() else "none"
         vectors = self.modulation(condition)
 
-        def whole(x: Stream, vectors: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        def whole(x: Stream, vectors: list[Tensor]) -> tuple[Any, ...]:
             part = _recomputed if keep == "attention" else _kept
             fused = isinstance(x, Residual)
             x, *heads = part(self._before_attention, x, vectors, angles)
@@ -378,15 +416,16 @@ class Block(nn.Module):
 
     def _after_attention(
         self, x: Tensor, vectors: list[Tensor], out: Tensor, context: Any, fused: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Any, ...]:
         _, _, gate_a, shift, scale, gate_m = vectors
-        stream: Stream = Residual(x, gate_a, self.attention.project_out(out))
-        if self.cross is not None or not fused:
+        fused_norm = fused and self.cross is None
+        stream: Stream = Residual(x, gate_a, *self.attention.project_out(out, fused_norm))
+        if not fused_norm:
             stream = x = settled(stream)
         if self.cross is not None:
             stream = add(x, self.cross(self.norm(x), context))
         x, h = normed(stream, self.norm, shift, scale)
-        return x, gate_m, self.mlp(h, fused)
+        return x, gate_m, *self.mlp(h, fused)
 
 
 def _kept(f: Callable[..., Any], *args: Any) -> Any:
