@@ -36,10 +36,20 @@ from training.kernels.partial_sums import sum_parts
 EPSILON = tl.constexpr(1e-6)
 MAX_WIDTH = 4096
 ROWS = 8, 64  # tokens of a program, backward: at least and at most
-PROGRAMS = 512  # backward: as many run at once; more would only leave more sums to add
+WARPS = 1024  # backward: as many run at once; more would only leave more sums to add
 
 # Two tiles hold a token's features, WIDE and REST of them, where one would be empty for more than a
 # quarter (1152 = 1024 + 128). What ends in _r is of the second one, which REST = 0 leaves out.
+
+
+@triton.jit
+def _features(first: tl.constexpr, size: tl.constexpr, W: tl.constexpr):
+    """Those of a tile, and which of them there are: all, a compiler should know, if so."""
+    w = first + tl.arange(0, size)
+    there = w < W
+    if first + size <= W:
+        there = tl.full([size], True, tl.int1)
+    return w, there
 
 
 @triton.jit
@@ -62,6 +72,13 @@ def _stream(X, Y, G, X2, at, there, w):
 
 
 @triton.jit
+def _stream_tangent(TX, TY, TG, y, gate, TX2, at, there, w):
+    """t_x'"""
+    t = _read(TX, at, there) + _read(TG, w, there) * y + gate * _read(TY, at, there)
+    return _rounded(TX2, at, there, t)
+
+
+@triton.jit
 def _residual_norm_forward(
     X, G, Y, B, S, TX, TG, TY, TB, TS,  # inputs
     X2, H, MEAN, RSTD, TX2, TH,  # outputs
@@ -70,30 +87,20 @@ def _residual_norm_forward(
     W: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
     RMS: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
-    """A token a program: many small ones hide the wait for memory better than rows in a loop."""
-    image = images - 1 - tl.program_id(0) % images  # those with a tangent take longer and go first
-    token = tl.program_id(0) // images
-    row = image.to(tl.int64) * tokens + token
-    other = image - (images - moving)  # which of the tangents
-    t_row = other.to(tl.int64) * tokens + token
+    """A token a program: many small ones hide the wait for memory better than rows in a loop. The
+    last ones first: they take longer, with a tangent, and lie in L2, where y was just written.
+    """
+    row = (images * tokens - 1 - tl.program_id(0)).to(tl.int64)
+    image = row // tokens
+    t_row = row - (images - moving) * tokens  # of the tangents, from 0 on
     G += image * stride_g
     B += image * stride_b
     S += image * stride_s
-    w = tl.arange(0, WIDE)
-    there = w < W
-    if REST:
-        w_r = WIDE + tl.arange(0, REST)
-        there_r = w_r < W
-
+    w, there = _features(0, WIDE, W)  # pyright: ignore
     x, y, gate = _stream(X, Y, G, X2, row * W + w, there, w)  # pyright: ignore
-    if TANGENT:  # read while the value is computed
-        t = _read(TX, t_row * W + w, there & (other >= 0))
-        t_y = _read(TY, t_row * W + w, there & (other >= 0))
     if REST:
+        w_r, there_r = _features(WIDE, REST, W)
         x_r, y_r, gate_r = _stream(X, Y, G, X2, row * W + w_r, there_r, w_r)
-        if TANGENT:
-            t_r = _read(TX, t_row * W + w_r, there_r & (other >= 0))
-            t_y_r = _read(TY, t_row * W + w_r, there_r & (other >= 0))
     mean = 0.0
     if not RMS:
         mean = tl.sum(x, 0)
@@ -116,16 +123,15 @@ def _residual_norm_forward(
     tl.store(RSTD + row, rstd)
 
     if TANGENT:  # noqa: SIM102 - known at compile time, unlike what follows
-        if other >= 0:
+        if t_row >= 0:
+            other = image - (images - moving)
             TG += other * stride_tg
             TB += other * stride_tb
             TS += other * stride_ts
-            t += _read(TG, w, there) * y + gate * t_y
-            t = _rounded(TX2, t_row * W + w, there, t)
+            t = _stream_tangent(TX, TY, TG, y, gate, TX2, t_row * W + w, there, w)
             along, t_mean = tl.sum(n * t, 0), tl.sum(t, 0)
             if REST:
-                t_r += _read(TG, w_r, there_r) * y_r + gate_r * t_y_r
-                t_r = _rounded(TX2, t_row * W + w_r, there_r, t_r)
+                t_r = _stream_tangent(TX, TY, TG, y_r, gate_r, TX2, t_row * W + w_r, there_r, w_r)
                 along += tl.sum(n_r * t_r, 0)
                 t_mean += tl.sum(t_r, 0)
             along, t_mean = along / W, 0.0 if RMS else t_mean / W
@@ -181,22 +187,21 @@ def _residual_norm_backward(
     DX, DY, SUMS,  # outputs; SUMS (images, chunks, 3 or 4, W): of d_b, d_s, d_g and d_y
     tokens, chunks, rows, stride_g, stride_s,
     W: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
-    BIAS: tl.constexpr, RMS: tl.constexpr, RESIDUAL: tl.constexpr,
+    BIAS: tl.constexpr, RMS: tl.constexpr, RESIDUAL: tl.constexpr, ANEW: tl.constexpr,
 ):  # fmt: skip
+    """ANEW: scale and gate are read for each token, since registers do not hold them too."""
     image, chunk = tl.program_id(0), tl.program_id(1)
     first = image.to(tl.int64) * tokens + chunk * rows
     last = min(first + rows, (image + 1).to(tl.int64) * tokens)
     G += image * stride_g
     S += image * stride_s
-    w = tl.arange(0, WIDE)
-    there = w < W
+    w, there = _features(0, WIDE, W)  # pyright: ignore
     scale, gate = 1.0 + _read(S, w, there), _read(G, w, there)
     d_shift = tl.zeros([WIDE], tl.float32)
     d_scale, d_gate, d_bias = d_shift, d_shift, d_shift
     x, d_h, d_x = _ahead(X2, DH, DX2, first * W + w, there, RESIDUAL)
     if REST:
-        w_r = WIDE + tl.arange(0, REST)
-        there_r = w_r < W
+        w_r, there_r = _features(WIDE, REST, W)
         scale_r, gate_r = 1.0 + _read(S, w_r, there_r), _read(G, w_r, there_r)
         d_shift_r = tl.zeros([REST], tl.float32)
         d_scale_r, d_gate_r, d_bias_r = d_shift_r, d_shift_r, d_shift_r
@@ -205,6 +210,8 @@ def _residual_norm_backward(
     for row in range(first, last):
         at = row * W + w
         mean, rstd = tl.load(MEAN + row), tl.load(RSTD + row)
+        if ANEW:
+            scale = 1.0 + _read(S, w, there)
         n, d_n, d_shift, d_scale = _of_norm(x, d_h, scale, mean, rstd, d_shift, d_scale)
         d_x2 = d_x.to(tl.float32)
         x, d_h, d_x = _ahead(X2, DH, DX2, at + W, there & (row + 1 < last), RESIDUAL)
@@ -223,6 +230,8 @@ def _residual_norm_backward(
         d = (d_n - d_mean - n * along) * rstd
         if RESIDUAL:
             d += d_x2
+        if ANEW:
+            gate = _read(G, w, there)
         d_gate, d_bias = _of_stream(d, Y, gate, DX, DY, at, there, d_gate, d_bias, BIAS)
         if REST:
             d_r = (d_n_r - d_mean - n_r * along) * rstd
@@ -241,11 +250,11 @@ def _residual_norm_backward(
 
 
 def _tiles(width: int) -> dict[str, Any]:
-    whole = triton.next_power_of_2(width)
-    if 4 * width >= 3 * whole or width == 1:
-        return {"W": width, "WIDE": whole, "REST": 0}
-    half = whole // 2
-    return {"W": width, "WIDE": half, "REST": triton.next_power_of_2(width - half)}
+    wide, rest = triton.next_power_of_2(width), 0
+    if 4 * width < 3 * wide:
+        wide //= 2
+        rest = triton.next_power_of_2(width - wide)
+    return {"W": width, "WIDE": wide, "REST": rest}
 
 
 @operator("flash_jvp_training::residual_norm")
@@ -302,7 +311,8 @@ def _backward(
     x', ``d_x`` that of x'.
     """
     images, tokens, width = x.shape
-    rows = _rows(images, tokens)
+    warps = triton.next_power_of_2(cdiv(width, 768 if x.element_size() == 2 else 576))
+    rows = _rows(images, tokens, warps)
     chunks = cdiv(tokens, rows)
     inputs = (x, gate, y, scale, mean, rstd, d_x, d_h)
 
@@ -311,10 +321,8 @@ def _backward(
         return torch.empty_like(x), torch.empty_like(y), sums
 
     def launch(*results: Tensor) -> Launch:
-        constexprs = _tiles(width)
-        each = 512 if constexprs["REST"] else 256  # features of a warp
-        constexprs["num_warps"] = min(max(1, constexprs["WIDE"] // each), 8)
-        constexprs |= {"BIAS": bias, "RMS": rms, "RESIDUAL": d_x is not None}
+        constexprs = _tiles(width) | {"BIAS": bias, "RMS": rms, "RESIDUAL": d_x is not None}
+        constexprs |= {"num_warps": warps, "ANEW": constexprs["WIDE"] == 1024 * warps}
         args = (*inputs, *results, tokens, chunks, rows, _stride(gate), _stride(scale))
         return Launch(_residual_norm_backward, (images, chunks), args, constexprs)
 
@@ -322,10 +330,10 @@ def _backward(
     return into, d_y, sum_parts(sums.flatten(2)).view(images, 3 + bias, width)
 
 
-def _rows(images: int, tokens: int) -> int:
+def _rows(images: int, tokens: int, warps: int) -> int:
     """Tokens of a program."""
     rows, most = ROWS
-    while rows < most and images * cdiv(tokens, 2 * rows) >= PROGRAMS:
+    while rows < most and images * cdiv(tokens, 2 * rows) * warps >= WARPS:
         rows *= 2
     return rows
 

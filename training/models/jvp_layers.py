@@ -73,8 +73,11 @@ def add(x: Tensor, y: Tensor) -> Tensor:
 
 
 def add_in_place(x: Tensor, y: torch.Tensor) -> Tensor:
-    """x + y in x's dtype and in its place: y may be wider, and the sum is rounded once."""
-    primal(x).add_(y)
+    """x + y, rounded to x's dtype, in x's place. y is a constant, so that every derivative of the
+    sum is x's own, and none of them is copied for a change in place.
+    """
+    with torch.no_grad():
+        primal(x).add_(y)
     return x
 
 
