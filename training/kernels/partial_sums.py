@@ -11,7 +11,7 @@ from jvp_flash_attention.kernels.problem import cdiv
 from training.kernels.launch import launched
 
 # rows and columns at a time, and warps: of one sum, which has few programs, and of many
-ONE, MANY = (32, 16, 4), (8, 256, 2)
+ONE, MANY = (64, 16, 4), (8, 128, 1)
 
 
 @triton.jit

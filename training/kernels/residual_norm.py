@@ -90,9 +90,10 @@ def _residual_norm_forward(
     """A token a program: many small ones hide the wait for memory better than rows in a loop. The
     last ones first: they take longer, with a tangent, and lie in L2, where y was just written.
     """
-    row = (images * tokens - 1 - tl.program_id(0)).to(tl.int64)
+    row = images * tokens - 1 - tl.program_id(0)
     image = row // tokens
-    t_row = row - (images - moving) * tokens  # of the tangents, from 0 on
+    t_row = (row - (images - moving) * tokens).to(tl.int64)  # of the tangents, from 0 on
+    row = row.to(tl.int64)
     G += image * stride_g
     B += image * stride_b
     S += image * stride_s
@@ -311,7 +312,7 @@ def _backward(
     x', ``d_x`` that of x'.
     """
     images, tokens, width = x.shape
-    warps = triton.next_power_of_2(cdiv(width, 768 if x.element_size() == 2 else 576))
+    warps: Any = triton.next_power_of_2(cdiv(width, 768 if x.element_size() == 2 else 576))
     rows = _rows(images, tokens, warps)
     chunks = cdiv(tokens, rows)
     inputs = (x, gate, y, scale, mean, rstd, d_x, d_h)
