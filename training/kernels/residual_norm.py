@@ -65,17 +65,13 @@ def _rounded(X, at, there, x):
 
 
 @triton.jit
-def _stream(X, Y, G, X2, at, there, w):
-    """x', and y and g for the tangent."""
-    y, gate = _read(Y, at, there), _read(G, w, there)
-    return _rounded(X2, at, there, _read(X, at, there) + gate * y), y, gate
+def _token(X, Y, at, there):
+    return _read(X, at, there), _read(Y, at, there)
 
 
 @triton.jit
-def _stream_tangent(TX, TY, TG, y, gate, TX2, at, there, w):
-    """t_x'"""
-    t = _read(TX, at, there) + _read(TG, w, there) * y + gate * _read(TY, at, there)
-    return _rounded(TX2, at, there, t)
+def _vectors(G, B, S, w, there):
+    return _read(G, w, there), _read(B, w, there), _read(S, w, there)
 
 
 @triton.jit
@@ -88,7 +84,8 @@ def _residual_norm_forward(
     RMS: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
     """A token a program: many small ones hide the wait for memory better than rows in a loop. The
-    last ones first: they take longer, with a tangent, and lie in L2, where y was just written.
+    last ones first: they take longer, with a tangent, and lie in L2, where y was just written. What
+    is read is read before anything is stored, behind which no compiler moves it.
     """
     row = images * tokens - 1 - tl.program_id(0)
     image = row // tokens
@@ -98,10 +95,14 @@ def _residual_norm_forward(
     B += image * stride_b
     S += image * stride_s
     w, there = _features(0, WIDE, W)  # pyright: ignore
-    x, y, gate = _stream(X, Y, G, X2, row * W + w, there, w)  # pyright: ignore
+    x, y = _token(X, Y, row * W + w, there)
+    gate, shift, scale = _vectors(G, B, S, w, there)
     if REST:
         w_r, there_r = _features(WIDE, REST, W)
-        x_r, y_r, gate_r = _stream(X, Y, G, X2, row * W + w_r, there_r, w_r)
+        x_r, y_r = _token(X, Y, row * W + w_r, there_r)
+        gate_r, shift_r, scale_r = _vectors(G, B, S, w_r, there_r)
+        x_r = _rounded(X2, row * W + w_r, there_r, x_r + gate_r * y_r)
+    x = _rounded(X2, row * W + w, there, x + gate * y)
     mean = 0.0
     if not RMS:
         mean = tl.sum(x, 0)
@@ -115,11 +116,11 @@ def _residual_norm_forward(
     if REST:
         squares += tl.sum(x_r * x_r, 0)
     rstd = tl.rsqrt(squares / W + EPSILON)
-    n, scale = x * rstd, 1.0 + _read(S, w, there)
-    tl.store(H + row * W + w, n * scale + _read(B, w, there), mask=there)
+    n = x * rstd
+    tl.store(H + row * W + w, n * (1.0 + scale) + shift, mask=there)
     if REST:
-        n_r, scale_r = x_r * rstd, 1.0 + _read(S, w_r, there_r)
-        tl.store(H + row * W + w_r, n_r * scale_r + _read(B, w_r, there_r), mask=there_r)
+        n_r = x_r * rstd
+        tl.store(H + row * W + w_r, n_r * (1.0 + scale_r) + shift_r, mask=there_r)
     tl.store(MEAN + row, mean)
     tl.store(RSTD + row, rstd)
 
@@ -129,18 +130,26 @@ def _residual_norm_forward(
             TG += other * stride_tg
             TB += other * stride_tb
             TS += other * stride_ts
-            t = _stream_tangent(TX, TY, TG, y, gate, TX2, t_row * W + w, there, w)
+            t, t_y = _token(TX, TY, t_row * W + w, there)
+            t_gate, t_shift, t_scale = _vectors(TG, TB, TS, w, there)
+            if REST:
+                t_r, t_y_r = _token(TX, TY, t_row * W + w_r, there_r)
+                t_gate_r, t_shift_r, t_scale_r = _vectors(TG, TB, TS, w_r, there_r)
+                t_r += t_gate_r * y_r + gate_r * t_y_r
+                t_r = _rounded(TX2, t_row * W + w_r, there_r, t_r)
+            t = _rounded(TX2, t_row * W + w, there, t + t_gate * y + gate * t_y)
             along, t_mean = tl.sum(n * t, 0), tl.sum(t, 0)
             if REST:
-                t_r = _stream_tangent(TX, TY, TG, y_r, gate_r, TX2, t_row * W + w_r, there_r, w_r)
                 along += tl.sum(n_r * t_r, 0)
                 t_mean += tl.sum(t_r, 0)
             along, t_mean = along / W, 0.0 if RMS else t_mean / W
-            t_h = rstd * (t - t_mean - n * along) * scale + n * _read(TS, w, there)
-            tl.store(TH + t_row * W + w, t_h + _read(TB, w, there), mask=there)
+            t_n = rstd * (t - t_mean - n * along)
+            t_h = t_n * (1.0 + scale) + n * t_scale + t_shift
+            tl.store(TH + t_row * W + w, t_h, mask=there)
             if REST:
-                t_h = rstd * (t_r - t_mean - n_r * along) * scale_r + n_r * _read(TS, w_r, there_r)
-                tl.store(TH + t_row * W + w_r, t_h + _read(TB, w_r, there_r), mask=there_r)
+                t_n = rstd * (t_r - t_mean - n_r * along)
+                t_h = t_n * (1.0 + scale_r) + n_r * t_scale_r + t_shift_r
+                tl.store(TH + t_row * W + w_r, t_h, mask=there_r)
 
 
 @triton.jit
@@ -162,13 +171,13 @@ def _of_norm(x, d_h, scale, mean, rstd, d_shift, d_scale):
 
 
 @triton.jit
-def _of_stream(d_x, Y, gate, DX, DY, at, there, d_gate, d_bias, BIAS: tl.constexpr):
+def _of_stream(d_x, y, gate, DX, DY, at, there, d_gate, d_bias, BIAS: tl.constexpr):
     """Stores d_x and d_y. The sums with this token in them; g is still to multiply that of d_y."""
     tl.store(DX + at, d_x, mask=there)
     tl.store(DY + at, gate * d_x, mask=there)
     if BIAS:
         d_bias += d_x
-    return d_gate + d_x * _read(Y, at, there), d_bias
+    return d_gate + d_x * y, d_bias
 
 
 @triton.jit
@@ -210,6 +219,10 @@ def _residual_norm_backward(
 
     for row in range(first, last):
         at = row * W + w
+        y = _read(Y, at, there)
+        if REST:
+            at_r = row * W + w_r
+            y_r = _read(Y, at_r, there_r)
         mean, rstd = tl.load(MEAN + row), tl.load(RSTD + row)
         if ANEW:
             scale = 1.0 + _read(S, w, there)
@@ -218,7 +231,6 @@ def _residual_norm_backward(
         x, d_h, d_x = _ahead(X2, DH, DX2, at + W, there & (row + 1 < last), RESIDUAL)
         along, d_mean = tl.sum(n * d_n, 0), tl.sum(d_n, 0)
         if REST:
-            at_r = row * W + w_r
             n_r, d_n_r, d_shift_r, d_scale_r = _of_norm(
                 x_r, d_h_r, scale_r, mean, rstd, d_shift_r, d_scale_r
             )
@@ -233,13 +245,13 @@ def _residual_norm_backward(
             d += d_x2
         if ANEW:
             gate = _read(G, w, there)
-        d_gate, d_bias = _of_stream(d, Y, gate, DX, DY, at, there, d_gate, d_bias, BIAS)
+        d_gate, d_bias = _of_stream(d, y, gate, DX, DY, at, there, d_gate, d_bias, BIAS)
         if REST:
             d_r = (d_n_r - d_mean - n_r * along) * rstd
             if RESIDUAL:
                 d_r += d_x2_r
             d_gate_r, d_bias_r = _of_stream(
-                d_r, Y, gate_r, DX, DY, at_r, there_r, d_gate_r, d_bias_r, BIAS
+                d_r, y_r, gate_r, DX, DY, at_r, there_r, d_gate_r, d_bias_r, BIAS
             )
 
     SUMS += (image * chunks + chunk).to(tl.int64) * (3 + BIAS) * W
