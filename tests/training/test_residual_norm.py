@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from jvp_flash_attention import attention
+from tests.compiling import compiling
 from training.kernels import residual_norm
 from training.models.dit import DiT
 from training.models.jvp_layers import Dual
@@ -83,6 +84,41 @@ def test_on_a_gpu_in_half_precision_and_the_same_in_every_run(shape, of_stream):
     for (ours, theirs), (repeated, _) in zip(first, again, strict=True):
         assert error(ours, theirs) < 4e-3
         assert torch.equal(ours, repeated)
+
+
+OFFLINE = """
+import torch
+from triton.runtime import driver
+from tests import offline
+from training.kernels import residual_norm
+
+def launched(what, inputs, outputs, launch):
+    made = outputs()
+    compiled = launch(*made).compile()
+    registers, stack = offline._inspect(what[0], compiled)[1:3]
+    print(inputs[0].shape[-1], registers, stack)
+    return made
+
+residual_norm.launched = launched
+residual_norm.sum_parts = lambda sums: sums.sum(1)
+driver.set_active(offline._Driver(offline.TARGETS["sm_90"]))
+half = torch.bfloat16
+for width, of_stream in ((768, half), (1152, half), (384, torch.float32)):
+    x, y = torch.empty(16, 1024, width, dtype=of_stream), torch.empty(16, 1024, width, dtype=half)
+    g, b, s, *_ = torch.empty(16, 6 * width, dtype=half).chunk(6, -1)
+    tangents = (x[:4], g[:4], y[:4], b[:4], s[:4])
+    made = residual_norm._forward(x, g, y, None, b, s, *tangents, False, half)
+    x2, h, mean, rstd, *_ = made
+    residual_norm._backward(x2, g, y, s, mean, rstd, x, h, False, True)
+"""
+
+
+def test_it_compiles_and_spills_nothing():
+    found = [list(map(int, line.split())) for line in compiling("-c", OFFLINE).splitlines()]
+    assert [width for width, *_ in found] == [768, 768, 1152, 1152, 384, 384]
+    for _, registers, stack in found:
+        assert registers <= 255
+        assert stack == 0
 
 
 def test_the_operator_states_its_shapes_and_gradients():

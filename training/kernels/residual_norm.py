@@ -65,13 +65,16 @@ def _rounded(X, at, there, x):
 
 
 @triton.jit
-def _token(X, Y, at, there):
-    return _read(X, at, there), _read(Y, at, there)
+def _stream(X, Y, G, at, there, w):
+    """x, y and g"""
+    y, gate = _read(Y, at, there), _read(G, w, there)
+    return _read(X, at, there), y, gate
 
 
 @triton.jit
-def _vectors(G, B, S, w, there):
-    return _read(G, w, there), _read(B, w, there), _read(S, w, there)
+def _modulation(S, B, w, there):
+    """1 + s and b"""
+    return 1.0 + _read(S, w, there), _read(B, w, there)
 
 
 @triton.jit
@@ -84,8 +87,8 @@ def _residual_norm_forward(
     RMS: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
     """A token a program: many small ones hide the wait for memory better than rows in a loop. The
-    last ones first: they take longer, with a tangent, and lie in L2, where y was just written. What
-    is read is read before anything is stored, behind which no compiler moves it.
+    last ones first: they take longer, with a tangent, and lie in L2, where y was just written. All
+    of x and y is read before anything is stored, from behind which no compiler would move it.
     """
     row = images * tokens - 1 - tl.program_id(0)
     image = row // tokens
@@ -95,12 +98,10 @@ def _residual_norm_forward(
     B += image * stride_b
     S += image * stride_s
     w, there = _features(0, WIDE, W)  # pyright: ignore
-    x, y = _token(X, Y, row * W + w, there)
-    gate, shift, scale = _vectors(G, B, S, w, there)
+    x, y, gate = _stream(X, Y, G, row * W + w, there, w)
     if REST:
         w_r, there_r = _features(WIDE, REST, W)
-        x_r, y_r = _token(X, Y, row * W + w_r, there_r)
-        gate_r, shift_r, scale_r = _vectors(G, B, S, w_r, there_r)
+        x_r, y_r, gate_r = _stream(X, Y, G, row * W + w_r, there_r, w_r)
         x_r = _rounded(X2, row * W + w_r, there_r, x_r + gate_r * y_r)
     x = _rounded(X2, row * W + w, there, x + gate * y)
     mean = 0.0
@@ -117,10 +118,12 @@ def _residual_norm_forward(
         squares += tl.sum(x_r * x_r, 0)
     rstd = tl.rsqrt(squares / W + EPSILON)
     n = x * rstd
-    tl.store(H + row * W + w, n * (1.0 + scale) + shift, mask=there)
+    scale, shift = _modulation(S, B, w, there)
     if REST:
         n_r = x_r * rstd
-        tl.store(H + row * W + w_r, n_r * (1.0 + scale_r) + shift_r, mask=there_r)
+        scale_r, shift_r = _modulation(S, B, w_r, there_r)
+        tl.store(H + row * W + w_r, n_r * scale_r + shift_r, mask=there_r)
+    tl.store(H + row * W + w, n * scale + shift, mask=there)
     tl.store(MEAN + row, mean)
     tl.store(RSTD + row, rstd)
 
@@ -130,11 +133,9 @@ def _residual_norm_forward(
             TG += other * stride_tg
             TB += other * stride_tb
             TS += other * stride_ts
-            t, t_y = _token(TX, TY, t_row * W + w, there)
-            t_gate, t_shift, t_scale = _vectors(TG, TB, TS, w, there)
+            t, t_y, t_gate = _stream(TX, TY, TG, t_row * W + w, there, w)
             if REST:
-                t_r, t_y_r = _token(TX, TY, t_row * W + w_r, there_r)
-                t_gate_r, t_shift_r, t_scale_r = _vectors(TG, TB, TS, w_r, there_r)
+                t_r, t_y_r, t_gate_r = _stream(TX, TY, TG, t_row * W + w_r, there_r, w_r)
                 t_r += t_gate_r * y_r + gate_r * t_y_r
                 t_r = _rounded(TX2, t_row * W + w_r, there_r, t_r)
             t = _rounded(TX2, t_row * W + w, there, t + t_gate * y + gate * t_y)
@@ -143,13 +144,13 @@ def _residual_norm_forward(
                 along += tl.sum(n_r * t_r, 0)
                 t_mean += tl.sum(t_r, 0)
             along, t_mean = along / W, 0.0 if RMS else t_mean / W
-            t_n = rstd * (t - t_mean - n * along)
-            t_h = t_n * (1.0 + scale) + n * t_scale + t_shift
-            tl.store(TH + t_row * W + w, t_h, mask=there)
+            t_h = rstd * (t - t_mean - n * along) * scale + n * _read(TS, w, there)
+            t_h += _read(TB, w, there)
             if REST:
-                t_n = rstd * (t_r - t_mean - n_r * along)
-                t_h = t_n * (1.0 + scale_r) + n_r * t_scale_r + t_shift_r
-                tl.store(TH + t_row * W + w_r, t_h, mask=there_r)
+                t_h_r = rstd * (t_r - t_mean - n_r * along) * scale_r
+                t_h_r += n_r * _read(TS, w_r, there_r) + _read(TB, w_r, there_r)
+                tl.store(TH + t_row * W + w_r, t_h_r, mask=there_r)
+            tl.store(TH + t_row * W + w, t_h, mask=there)
 
 
 @triton.jit
@@ -171,13 +172,13 @@ def _of_norm(x, d_h, scale, mean, rstd, d_shift, d_scale):
 
 
 @triton.jit
-def _of_stream(d_x, y, gate, DX, DY, at, there, d_gate, d_bias, BIAS: tl.constexpr):
+def _of_stream(d_x, Y, gate, DX, DY, at, there, d_gate, d_bias, BIAS: tl.constexpr):
     """Stores d_x and d_y. The sums with this token in them; g is still to multiply that of d_y."""
     tl.store(DX + at, d_x, mask=there)
     tl.store(DY + at, gate * d_x, mask=there)
     if BIAS:
         d_bias += d_x
-    return d_gate + d_x * y, d_bias
+    return d_gate + d_x * _read(Y, at, there), d_bias
 
 
 @triton.jit
@@ -219,10 +220,6 @@ def _residual_norm_backward(
 
     for row in range(first, last):
         at = row * W + w
-        y = _read(Y, at, there)
-        if REST:
-            at_r = row * W + w_r
-            y_r = _read(Y, at_r, there_r)
         mean, rstd = tl.load(MEAN + row), tl.load(RSTD + row)
         if ANEW:
             scale = 1.0 + _read(S, w, there)
@@ -231,6 +228,7 @@ def _residual_norm_backward(
         x, d_h, d_x = _ahead(X2, DH, DX2, at + W, there & (row + 1 < last), RESIDUAL)
         along, d_mean = tl.sum(n * d_n, 0), tl.sum(d_n, 0)
         if REST:
+            at_r = row * W + w_r
             n_r, d_n_r, d_shift_r, d_scale_r = _of_norm(
                 x_r, d_h_r, scale_r, mean, rstd, d_shift_r, d_scale_r
             )
@@ -245,13 +243,13 @@ def _residual_norm_backward(
             d += d_x2
         if ANEW:
             gate = _read(G, w, there)
-        d_gate, d_bias = _of_stream(d, y, gate, DX, DY, at, there, d_gate, d_bias, BIAS)
+        d_gate, d_bias = _of_stream(d, Y, gate, DX, DY, at, there, d_gate, d_bias, BIAS)
         if REST:
             d_r = (d_n_r - d_mean - n_r * along) * rstd
             if RESIDUAL:
                 d_r += d_x2_r
             d_gate_r, d_bias_r = _of_stream(
-                d_r, y_r, gate_r, DX, DY, at_r, there_r, d_gate_r, d_bias_r, BIAS
+                d_r, Y, gate_r, DX, DY, at_r, there_r, d_gate_r, d_bias_r, BIAS
             )
 
     SUMS += (image * chunks + chunk).to(tl.int64) * (3 + BIAS) * W
