@@ -121,6 +121,7 @@ def test_a_tangent_costs_one_product():
 
 MODELS = {
     "sin_cos": {},
+    "residual_in_fp32=false": {"residual_in_fp32": False},
     "rope, qk_norm, rms, swiglu": {
         "positions": "rope", "qk_norm": True, "norm": "rms", "mlp": "swiglu",
     },
@@ -170,6 +171,17 @@ def test_the_chain_is_the_jvp_of_the_whole_network(options, n, through):
     ours, whole = (step(net, derive, n, through) for derive in (_by_blocks, _whole))
     assert len(ours) == len(whole)
     assert max(map(error, ours, whole)) < 1e-12
+
+
+@pytest.mark.parametrize("derive", ["_by_blocks", "_whole"])
+@pytest.mark.parametrize("through", [False, True], ids=["constant", "through"])
+def test_positions_added_in_place_change_no_derivative(through, derive):
+    ours, plain = (
+        step(network(residual_in_fp32=wide), globals()[derive], 2, through)
+        for wide in (False, True)
+    )
+    for a, b in zip(ours, plain, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("attention", [sdpa, jvp_attention], ids=["sdpa", "jvp"])

@@ -74,10 +74,9 @@ def add(x: Tensor, y: Tensor) -> Tensor:
 
 def add_in_place(x: Tensor, y: torch.Tensor) -> Tensor:
     """x + y, rounded to x's dtype, in x's place. y is a constant, so that every derivative of the
-    sum is x's own, and none of them is copied for a change in place.
+    sum is x's own. Autograd is not told: where x is a view it would copy gradients.
     """
-    with torch.no_grad():
-        primal(x).add_(y)
+    primal(x).data.add_(y)
     return x
 
 
