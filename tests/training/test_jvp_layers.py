@@ -173,12 +173,11 @@ def test_the_chain_is_the_jvp_of_the_whole_network(options, n, through):
     assert max(map(error, ours, whole)) < 1e-12
 
 
-@pytest.mark.parametrize("derive", ["_by_blocks", "_whole"])
+@pytest.mark.parametrize("derive", [_by_blocks, _whole])
 @pytest.mark.parametrize("through", [False, True], ids=["constant", "through"])
 def test_positions_added_in_place_change_no_derivative(through, derive):
     ours, plain = (
-        step(network(residual_in_fp32=wide), globals()[derive], 2, through)
-        for wide in (False, True)
+        step(network(residual_in_fp32=wide), derive, 2, through) for wide in (False, True)
     )
     for a, b in zip(ours, plain, strict=True):
         assert torch.equal(a, b)
