@@ -100,7 +100,7 @@ class Arm:
             net.to(device)
         self.half = config.trainer.precision == "bf16-mixed"
         self.step = Step(net, self.objective, bool(config.compile), "graphs" in kind)
-        self.step.prepare()
+        self.step.prepare(torch.bfloat16 if self.half else None)
         if kind == "ddp, graphs":
             self.step.exchange = SummedGradients(net)
         self.loss: nn.Module = Loss(self.step)

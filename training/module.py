@@ -70,7 +70,7 @@ class GenerativeModule(LightningModule):
         if self.context is not None:
             self.context.start((self.net, *teachers(self.objective)), self.device.type)
         self.step.accumulate = self.trainer.accumulate_grad_batches
-        self.step.prepare()
+        self.step.prepare(torch.bfloat16 if "bf16" in str(self.trainer.precision) else None)
 
     def on_train_start(self) -> None:
         self.made = 0

@@ -71,12 +71,14 @@ class Step:
         self.recorded: dict[Any, Recorded | None] = {}  # None: seen once
         self.pending: Recorded | None = None  # replayed, its gradients not handed over yet
 
-    def prepare(self) -> None:
-        """Once, before the first step, when the objective's teachers are there."""
+    def prepare(self, dtype: torch.dtype | None = None) -> None:
+        """Once, before the first step, when the objective's teachers are there. ``dtype``: of 16
+        bits, in which the blocks compute, or None.
+        """
         if self.compile:
             for module in (self.net, *teachers(self.objective)):
                 compile_blocks(module, self.fused)
-            if self.fused:
+            if self.fused and dtype == torch.bfloat16:
                 _compile_kernels(self.net)
 
     def halve(self, optimizer: torch.optim.Optimizer, dtype: torch.dtype | None) -> None:
@@ -237,7 +239,7 @@ def compile_blocks(net: nn.Module, fused: bool = False, **options: Any) -> None:
 
 
 def _compile_kernels(net: nn.Module) -> None:
-    """Begins with those that take longest, beside the compiler of the blocks."""
+    """Begins with those that take longest, all for bfloat16, beside the compiler of the blocks."""
     layers = (module.expand for module in net.modules() if isinstance(module, Mlp))
     kinds = {(x.in_features, x.out_features, x.bias is not None, x.weight.device) for x in layers}
     for kind in kinds:

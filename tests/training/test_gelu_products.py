@@ -8,8 +8,12 @@ import pytest
 import torch
 from torch.nn import functional
 
+from jvp_flash_attention import attention
 from tests.compiling import compiling
 from training.kernels import gelu_products
+from training.models.dit import DiT
+from training.objectives.meanflow import MeanFlow
+from training.step import Step
 
 
 def error(a, b):
@@ -111,6 +115,19 @@ def test_it_is_compiled_ahead_in_threads_and_awaited(monkeypatch):
     gelu_products._await_compiler()
     assert sorted(done) == [(768, 3072, gpu, True, kind) for kind in (False, True)]
     assert not gelu_products._compiling
+
+
+def test_only_a_step_in_bfloat16_compiles_ahead(monkeypatch):
+    net = DiT(attention, image_size=8, channels=1, num_classes=10, depth=2, width=32, heads=2)
+    asked = []
+    monkeypatch.setattr("training.step.compile_blocks", lambda *a: None)
+    monkeypatch.setattr("training.step.compile_ahead", lambda *kind: asked.append(kind))
+    for dtype in (None, torch.float16):
+        Step(net, MeanFlow(), compile=True).prepare(dtype)
+    Step(net, MeanFlow()).prepare(torch.bfloat16)
+    assert not asked
+    Step(net, MeanFlow(), compile=True).prepare(torch.bfloat16)
+    assert asked == [(32, 128, True, torch.device("cpu"))]
 
 
 @pytest.fixture

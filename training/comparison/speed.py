@@ -53,8 +53,8 @@ class Stepper:
         self.objective.on_fit_start(next(net.parameters()))
         graphs = compiled(config) and config.cuda_graphs is not False and not no_cuda_graphs(config)
         self.step = Step(net, self.objective, compiled(config), graphs)
-        self.step.prepare()
         self.dtype = DTYPES.get(precision(config.trainer))
+        self.step.prepare(self.dtype)
         self.step.halve(optimizer, self.dtype)
 
     def __call__(self, mark: Any) -> None:
