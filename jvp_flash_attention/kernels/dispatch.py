@@ -59,8 +59,8 @@ def forward(
     """O and LSE; with tangents, of which an absent one is zero, tO and μ too.
 
     `force`, for tests and tuning, names the implementation of every pass that it has; it supports
-    the call or raises. `into` are tensors for O and tO, which may be rows of larger ones, and a
-    third for LSE, contiguous; cuDNN returns its own.
+    the call or raises. `into` are tensors for O and tO, which may be rows of larger ones, and
+    without a floating mask a third for LSE, contiguous; cuDNN returns its own.
     """
     pays = cudnn.pays if force == "cudnn" else cudnn.pays_forward
     if t is None and force in (None, "cudnn") and pays(x, spec):

@@ -113,6 +113,20 @@ def test_a_gradient_that_it_leaves_to_others_is_not_lost_without_a_word():
         y.sum().backward()
 
 
+def test_a_bias_gradient_made_elsewhere_is_summed_in_float32():
+    torch.manual_seed(0)
+    y = torch.randn(64, 500, 8, dtype=torch.bfloat16, requires_grad=True)
+    bias = torch.randn(8, requires_grad=True)
+    d_y = torch.randn_like(y)
+    of_y, of_bias = torch.autograd.grad(with_bias_gradient(y, bias), (y, bias), d_y)
+    assert torch.equal(of_y, d_y)
+    assert error(of_bias, d_y.double().sum((0, 1))) < 1e-6
+    for alone in (with_bias_gradient(y, None), with_bias_gradient(y, bias.detach())):
+        assert alone is y
+    with torch.no_grad():
+        assert with_bias_gradient(y, bias) is y
+
+
 def test_units_are_dropped_by_the_layers(monkeypatch):
     monkeypatch.setattr(mlp, "_forward", None)
     layer, x = Mlp(16, 40, 0.5), torch.randn(3, 5, 16)

@@ -10,6 +10,7 @@ from training.models.dit import DiT
 from training.models.jvp_layers import Dual
 from training.models.layers import begin
 from training.objectives.tangents import Jvp
+from training.step import compile_blocks
 
 # images, tokens, width, with a tangent; one tile of features, or two
 SHAPES = [(3, 37, 72, 2), (2, 5, 40, 2), (4, 33, 64, 1), (2, 7, 100, 1), (3, 9, 44, 3)]
@@ -74,6 +75,19 @@ def test_value_tangent_and_gradients(shape, rms):
         assert error(ours, theirs) < 2e-6
 
 
+@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
+def test_of_wide_tokens_in_half_precision_scale_and_gate_are_read_anew(rms):
+    for ours, theirs in results((2, 9, 768, 1), rms, torch.bfloat16, torch.bfloat16, "cpu"):
+        assert error(ours, theirs) < 4e-3
+
+
+def test_a_program_takes_many_tokens_where_there_are_many(monkeypatch):
+    monkeypatch.setattr(residual_norm, "WARPS", 1)
+    assert residual_norm._rows(2, 150, 1) == residual_norm.ROWS[1]
+    for ours, theirs in results((2, 150, 40, 1), False, torch.float32, torch.float32, "cpu"):
+        assert error(ours, theirs) < 2e-6
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("of_stream", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
@@ -95,8 +109,7 @@ from training.kernels import residual_norm
 def launched(what, inputs, outputs, launch):
     made = outputs()
     compiled = launch(*made).compile()
-    registers, stack = offline._inspect(what[0], compiled)[1:3]
-    print(inputs[0].shape[-1], registers, stack)
+    print(inputs[0].shape[-1], offline._inspect(what[0], compiled).stack)
     return made
 
 residual_norm.launched = launched
@@ -113,12 +126,10 @@ for width, of_stream in ((768, half), (1152, half), (384, torch.float32)):
 """
 
 
-def test_it_compiles_and_spills_nothing():
+def test_it_compiles_and_spills_nothing_at_published_widths():
     found = [list(map(int, line.split())) for line in compiling("-c", OFFLINE).splitlines()]
-    assert [width for width, *_ in found] == [768, 768, 1152, 1152, 384, 384]
-    for _, registers, stack in found:
-        assert registers <= 255
-        assert stack == 0
+    assert [width for width, _ in found] == [768, 768, 1152, 1152, 384, 384]
+    assert all(stack == 0 for _, stack in found)
 
 
 def test_the_operator_states_its_shapes_and_gradients():
@@ -126,8 +137,9 @@ def test_the_operator_states_its_shapes_and_gradients():
     g, b, s = torch.randn(3, 2, 8, requires_grad=True)
     tangents = torch.randn(1, 5, 8), torch.randn(1, 8), torch.randn(1, 5, 8), *torch.randn(2, 1, 8)
     bias = torch.randn(8, requires_grad=True)
-    inputs = (x, g, y, bias, b, s, *tangents, False, torch.float32)
-    torch.library.opcheck(torch.ops.flash_jvp_training.residual_norm.default, inputs)
+    for given in ((bias, b, s, *tangents), (None, b, s, *[None] * 5)):
+        inputs = (x, g, y, *given, False, torch.float32)
+        torch.library.opcheck(torch.ops.flash_jvp_training.residual_norm.default, inputs)
 
 
 @pytest.mark.parametrize("mode", ["single", "double", "tangent_grad"])
@@ -138,6 +150,11 @@ def test_the_operator_states_its_shapes_and_gradients():
         {"norm": "rms", "modulation_norm": True},
         {"second_head": 1},
         {"cross_tokens": 2},
+        {"label_tokens": 2},
+        {"conditioning": "t_then_r", "late_blocks": 1},
+        {"mlp": "swiglu"},
+        {"dropout": 0.3},
+        {"bias": False},
     ],
     ids=str,
 )
@@ -154,6 +171,7 @@ def test_a_network_of_fused_blocks_is_the_network(options, mode, monkeypatch):
     monkeypatch.setattr(residual_norm, "_forward", lambda *a: (calls.append(0), forward(*a))[1])
 
     def run():
+        torch.manual_seed(1)  # of dropped units
         two = "second_head" in options
         along = (v[1:], torch.ones(2), None, None)
         u, du, aux = Jvp(mode).with_aux(net.heads if two else net, (z, t, r, y), along, aux=two)
@@ -169,7 +187,9 @@ def test_a_network_of_fused_blocks_is_the_network(options, mode, monkeypatch):
     assert len(fused) == len(plain)
     assert max(map(error, fused, plain)) < 5e-6
     # A gradient through the tangent takes the layers one by one; a second head has no tangent.
-    assert bool(calls) == (mode != "tangent_grad" or "second_head" in options)
+    # Tokens in front are no condition of each image.
+    served = mode != "tangent_grad" or "second_head" in options
+    assert bool(calls) == (served and "label_tokens" not in options)
 
 
 def test_what_the_kernel_cannot_serve_it_does_not_take():
@@ -185,7 +205,7 @@ def test_what_the_kernel_cannot_serve_it_does_not_take():
 
 def test_the_first_block_gets_what_the_others_get():
     x = torch.randn(2, 3, 8, requires_grad=True)
-    stream, gate, branch, bias = begin(x, 6, torch.empty(8))
+    stream, gate, branch, bias = begin(x, 6, torch.empty(8, requires_grad=True))
     assert stream is x
     assert gate.shape == (2, 1, 8)
     assert gate.stride(0) == 6 * 8
@@ -194,5 +214,24 @@ def test_the_first_block_gets_what_the_others_get():
     assert not gate.any()
     assert not branch.any()
     assert not bias.any()
+    frozen = torch.empty(8, dtype=torch.bfloat16)
+    assert bias.dtype == begin(x, 6, frozen).bias.dtype == torch.float32  # as what is handed over
+    assert not begin(x, 6, frozen).bias.requires_grad
     assert begin(x, 6, None).bias is None
     assert begin(Dual(x, x.detach(), through=True), 6, torch.empty(8)).bias is None
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_and_shares_their_compiled_graph(frozen):
+    net = DiT(attention, 4, 1, 10, width=32, heads=2, depth=3)
+    for block in net.blocks:
+        block.mlp.contract.bias.requires_grad_(not frozen)
+    compile_blocks(net, True, backend="aot_eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    z, v = torch.randn(2, 3, 1, 4, 4)
+    t, r = torch.rand(2, 3)
+    along = (v[1:], torch.ones(2), None, None)
+    u, _, _ = Jvp("single").with_aux(net, (z, t, r, torch.randint(0, 10, (3,))), along, aux=False)
+    u.sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # of a block, the last layer

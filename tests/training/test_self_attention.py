@@ -168,7 +168,8 @@ def test_a_layer_takes_it_where_it_may_and_is_the_same(kind, how, monkeypatch):
         out = with_bias_gradient(*layer.project_out(out, fused))
         parts = [out] if kind == "value" else [out.primal, out.tangent]
         loss = sum((i + 1) * y.sin().sum() for i, y in enumerate(parts) if y.requires_grad)
-        return [*parts, *torch.autograd.grad(loss, (x, layer.qkv.weight, layer.qkv.bias))]
+        biases = (layer.qkv.bias, layer.projection.bias)
+        return [*parts, *torch.autograd.grad(loss, (x, layer.qkv.weight, *biases))]
 
     without = run(False)
     assert not calls

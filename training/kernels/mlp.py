@@ -93,8 +93,8 @@ torch.library.register_autograd("flash_jvp_training::mlp", _grad, setup_context=
 
 
 def mlp(x: Tensor | Dual, expand: nn.Linear, contract: nn.Linear) -> Any:
-    """contract(gelu(expand(x))), GELU by its tanh formula, with the tangent that x has, a constant.
-    The gradient of contract's bias is left to whoever reads it.
+    """y = contract(gelu(expand(x))), GELU by its tanh formula, with x's tangent, a constant.
+    The gradient of contract's bias is left to whoever reads y.
 
     x (B, N, W), of the dtype in which it is computed.
     """

@@ -14,9 +14,9 @@
     d_bias = Σ d_y                                             over all tokens
 
 A compiler makes of this half a dozen passes over the tokens, four of them for the sums. The bias of
-the product that made y is part of y already. Whoever made it leaves its gradient to this kernel,
-which has Σ d_y at hand. Tangents of the last n images are constants: a gradient through them takes
-the layers one by one.
+the product that made y is part of y already. Whoever made y leaves the bias's gradient to this
+kernel, which has Σ d_y at hand. Tangents of the last n images are constants: a gradient through
+them takes the layers one by one.
 """
 
 from typing import Any
@@ -274,7 +274,7 @@ def _forward(
     t_x: Tensor | None, t_gate: Tensor | None, t_y: Tensor | None,
     t_shift: Tensor | None, t_scale: Tensor | None, rms: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """``bias`` is not read."""
+    """``bias`` is not read, it is there for autograd."""
     inputs = (x, gate, y, shift, scale, t_x, t_gate, t_y, t_shift, t_scale)
 
     def launch(*results: Tensor) -> Launch:

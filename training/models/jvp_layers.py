@@ -73,8 +73,9 @@ def add(x: Tensor, y: Tensor) -> Tensor:
 
 
 def add_in_place(x: Tensor, y: torch.Tensor) -> Tensor:
-    """x + y, rounded to x's dtype, in x's place. y is a constant, so that every derivative of the
-    sum is x's own. Autograd is not told: where x is a view it would copy gradients.
+    """x + y, rounded to x's dtype, in x's place, of a constant y: every derivative of the sum is
+    x's own. Autograd is not told, because where x is a view it would copy gradients. So x must be
+    new, and a result that its own derivative does not need: that of a product.
     """
     primal(x).data.add_(y)
     return x

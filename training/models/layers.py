@@ -156,8 +156,8 @@ class SelfAttention(nn.Module):
         return z.follow(*self_attention_jvp(z.primal, z.tangent, self.qkv.bias, self.heads))
 
     def project_out(self, out: Tensor, fused: bool = False) -> tuple[Tensor, torch.Tensor | None]:
-        """(B, H, N, D) -> (B, N, W), and the bias in it whose gradient is left to whoever reads it,
-        if ``fused``.
+        """(B, H, N, D) -> y (B, N, W) and, if ``fused``, the bias in y, whose gradient is left to
+        whoever reads y.
         """
         out = join_heads(out)
         if fused and fusable(out):
@@ -196,8 +196,10 @@ def contracted(linear: nn.Linear, x: Tensor, fused: bool) -> tuple[Tensor, torch
 
 
 def handed_over(bias: torch.Tensor | None) -> torch.Tensor | None:
-    """A copy, since what shards or compiles a block wants its parameters to stay in it."""
-    return None if bias is None else bias.clone()
+    """A copy in float32: a parameter is no output of a compiled graph, and a block that is sharded
+    frees its own.
+    """
+    return None if bias is None else bias.to(torch.float32, copy=True)
 
 
 class Mlp(nn.Module):
@@ -286,16 +288,29 @@ def settled(x: Stream) -> Tensor:
     return gated_residual(x, gate, with_bias_gradient(branch, bias))
 
 
+class _WithBias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        ctx.dtype = bias.dtype
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        return d_y, d_y.flatten(0, -2).sum(0, dtype=ctx.dtype)
+
+
 def with_bias_gradient(y: Tensor, bias: torch.Tensor | None) -> Tensor:
-    """y, of whose gradient the sum is that of the bias in it."""
-    if bias is None:
+    """y; the sum of its gradient over the tokens is also that of ``bias``, which is in y."""
+    if bias is None or not (torch.is_grad_enabled() and bias.requires_grad):
         return y
-    return add(y, (bias - bias.detach()).to(primal(y).dtype))
+    value = _WithBias.apply(primal(y), bias)
+    return y._replace(primal=value) if isinstance(y, Dual) else value
 
 
 def begin(x: Tensor, n: int, bias: torch.Tensor | None) -> Residual:
-    """x as a residual with nothing in its branch, laid out as a block of ``n`` modulations whose
-    last product has such a bias leaves its own: one compiled graph then serves the first block too.
+    """x as a residual with nothing in its branch. It is laid out as what a block leaves that has
+    ``n`` modulations and ``bias`` in its last product: one compiled graph then serves the first
+    block too.
     """
     wanted = torch.is_grad_enabled() and primal(x).requires_grad
 
@@ -308,7 +323,8 @@ def begin(x: Tensor, n: int, bias: torch.Tensor | None) -> Residual:
     gate, branch = nothing(primal(x), wanted)
     zero = None
     if bias is not None and fusable(x):
-        zero = primal(x).new_zeros(branch.shape[-1], dtype=bias.dtype, requires_grad=wanted)
+        trained = wanted and bias.requires_grad
+        zero = primal(x).new_zeros(branch.shape[-1], dtype=torch.float32, requires_grad=trained)
     if not isinstance(x, Dual):
         return Residual(x, gate, branch, zero)
     x = x._replace(tangent=x.tangent.to(x.primal.dtype))
