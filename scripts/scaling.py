@@ -52,6 +52,7 @@ from training.randomness import Draws, generator
 from training.renamed import command_line
 from training.sharding import shard
 from training.step import Step
+from training.strategies import HALVES
 
 SEED = 0
 ARMS = (
@@ -91,16 +92,15 @@ class Arm:
         self.objective = instantiate(config.objective)
         self.objective.setup(net)
         checkpoint_blocks(net, config.checkpointing)
+        self.half = HALVES.get(config.trainer.precision)
         if kind.startswith(("fsdp", "hybrid")):
-            half = torch.bfloat16 if config.trainer.precision == "bf16-mixed" else None
             shape = (2, self.world // 2) if kind.startswith("hybrid") else (self.world,)
             names = ("replicate", "shard")[-len(shape) :]
-            shard(net, init_device_mesh(device.type, shape, mesh_dim_names=names), half)
+            shard(net, init_device_mesh(device.type, shape, mesh_dim_names=names), self.half)
         else:
             net.to(device)
-        self.half = config.trainer.precision == "bf16-mixed"
         self.step = Step(net, self.objective, bool(config.compile), "graphs" in kind)
-        self.step.prepare(torch.bfloat16 if self.half else None)
+        self.step.prepare(self.half)
         if kind == "ddp, graphs":
             self.step.exchange = SummedGradients(net)
         self.loss: nn.Module = Loss(self.step)
@@ -137,7 +137,7 @@ class Arm:
         return total
 
     def autocast(self) -> AbstractContextManager[None]:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)  # type: ignore[return-value]
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half is not None)  # type: ignore[return-value]
 
 
 def measure(kind: str, config: Any, device: torch.device, batch: int, steps: int) -> dict[str, Any]:

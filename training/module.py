@@ -16,7 +16,7 @@ from training.randomness import Draws, key
 from training.rows import Rows, is_due
 from training.sharding import is_sharded
 from training.step import Step, teachers
-from training.strategies import Sharded
+from training.strategies import HALVES, Sharded
 
 SETTLED = 3  # batches, after which all is compiled and recorded
 
@@ -70,12 +70,12 @@ class GenerativeModule(LightningModule):
         if self.context is not None:
             self.context.start((self.net, *teachers(self.objective)), self.device.type)
         self.step.accumulate = self.trainer.accumulate_grad_batches
-        self.step.prepare(torch.bfloat16 if "bf16" in str(self.trainer.precision) else None)
+        self.step.prepare(HALVES.get(str(self.trainer.precision)))
 
     def on_train_start(self) -> None:
         self.made = 0
         alone = isinstance(self.trainer.strategy, SingleDeviceStrategy)
-        half = torch.bfloat16 if alone and self.trainer.precision == "bf16-mixed" else None
+        half = HALVES.get(str(self.trainer.precision)) if alone else None
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
         self.step.halve(optimizer, half)
 

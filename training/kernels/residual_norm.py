@@ -322,16 +322,16 @@ def _backward(
     x', ``d_x`` that of x'.
     """
     images, tokens, width = x.shape
-    warps: Any = triton.next_power_of_2(cdiv(width, 768 if x.element_size() == 2 else 576))
-    rows = _rows(images, tokens, warps)
-    chunks = cdiv(tokens, rows)
     inputs = (x, gate, y, scale, mean, rstd, d_x, d_h)
 
     def outputs() -> tuple[Tensor, Tensor, Tensor]:
+        chunks = cdiv(tokens, _rows(images, tokens, _warps(x)))
         sums = x.new_empty((images, chunks, 3 + bias, width), dtype=torch.float32)
         return torch.empty_like(x), torch.empty_like(y), sums
 
     def launch(*results: Tensor) -> Launch:
+        warps, chunks = _warps(x), results[-1].shape[1]
+        rows = _rows(images, tokens, warps)
         constexprs = _tiles(width) | {"BIAS": bias, "RMS": rms, "RESIDUAL": d_x is not None}
         constexprs |= {"num_warps": warps, "ANEW": constexprs["WIDE"] == 1024 * warps}
         args = (*inputs, *results, tokens, chunks, rows, _stride(gate), _stride(scale))
@@ -341,8 +341,13 @@ def _backward(
     return into, d_y, sum_parts(sums.flatten(2)).view(images, 3 + bias, width)
 
 
+def _warps(x: Tensor) -> Any:
+    """Of a program of the backward kernel, by what their registers hold of a token."""
+    return triton.next_power_of_2(cdiv(x.shape[-1], 768 if x.element_size() == 2 else 576))
+
+
 def _rows(images: int, tokens: int, warps: int) -> int:
-    """Tokens of a program."""
+    """Tokens of a program of the backward kernel."""
     rows, most = ROWS
     while rows < most and images * cdiv(tokens, 2 * rows) * warps >= WARPS:
         rows *= 2
