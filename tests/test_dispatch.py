@@ -126,7 +126,7 @@ def test_large_forward_passes_in_float32_cut_their_operands_before():
 
 
 def test_the_gradients_of_o_alone_are_one_launch_on_hopper():
-    """Behind the row sums, where nothing is hidden and no heads are shared."""
+    """Where nothing is hidden and no heads are shared; behind the row sums, if a head is long."""
 
     def names(L=256, S=256, D=72, Hk=2, force=None, **how):
         q = torch.empty(1, 2, L, D, dtype=torch.bfloat16)
@@ -137,7 +137,9 @@ def test_the_gradients_of_o_alone_are_one_launch_on_hopper():
         )
         return [launch.kernel.fn.__name__ for launch in found]
 
-    assert names() == names(300, 65, 128) == ["bwd_preprocess_kernel", "bwd_kernel"]
+    assert names() == names(1, 65, 40) == names(256, 256, 80, force="sm90") == ["bwd_head_kernel"]
+    for shape in ((257, 256, 64), (256, 257, 64), (256, 256, 88), (300, 65, 128)):
+        assert names(*shape) == ["bwd_preprocess_kernel", "bwd_kernel"], shape
     portable = ["bwd_preprocess_kernel", "bwd_dkdv_kernel", "bwd_dq_kernel"]
     for how in ({"causal": True}, {"left": 9}, {"softcap": 1.0}, {"S": 64}, {"Hk": 1}, {"D": 32}):
         assert names(**how) == portable, how
@@ -233,9 +235,9 @@ def test_an_implementation_that_is_named_serves_or_raises(device):
 
 
 def test_sums_of_gradients_come_where_one_launch_makes_them():
-    def room(D=64, L=300, dtype=torch.bfloat16, arch="sm90", **how):
+    def room(D=64, L=300, S=None, dtype=torch.bfloat16, arch="sm90", **how):
         z = torch.empty(2, L, 3, 5, D, dtype=dtype)
-        q, k, v = (z[:, :, i].transpose(1, 2) for i in range(3))
+        q, k, v = (z[:, : S if i else L, i].transpose(1, 2) for i in range(3))
         return kernels.room_for_sums(Inputs(q, k, v), Spec(0.1, **how), arch=arch)
 
     assert room().shape == (2, 5, 2, 5, 64)
@@ -243,6 +245,7 @@ def test_sums_of_gradients_come_where_one_launch_makes_them():
     for how in (
         {"L": 64},
         {"causal": True},
+        {"S": 200},
         {"dtype": torch.float32},
         {"arch": "sm80"},
     ):
@@ -254,7 +257,7 @@ def test_sums_of_gradients_come_where_one_launch_makes_them():
         kernels.backward(q, None, Inputs(q, q, q), Tangents(), saved, Spec(1.0), False, into=into)
 
 
-@pytest.mark.parametrize("tiles", [1, 2, 6, 7, 8, 22, 131, 132, 133])
+@pytest.mark.parametrize("tiles", [2, 6, 7, 8, 22, 131, 132, 133])
 def test_every_block_meets_the_last_tiles_of_heads_as_often_as_any_other(tiles):
     """They are cut, and cost less. `work_item` in Python, for 132 blocks."""
     q = torch.empty(96, 4, 192 * tiles - 90, 64, dtype=torch.bfloat16, device="meta")

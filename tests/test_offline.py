@@ -21,7 +21,7 @@ def check_passes(table, target, variants):
     # on Hopper every forward with tangents is warp-specialised, and gradients but those of a bias;
     # the plain ones without tangents are one launch
     hopper = target == "sm_90"
-    one_launch, calls = table.count("bwd_kernel"), len(variants)
+    one_launch, calls = table.count("bwd_head_kernel"), len(variants)
     assert one_launch == hopper
     gradients = calls - ("bias" in variants)
     for name, wanted, joined in (("forward", calls, 0), ("bwd_dkdv", gradients, one_launch)):

@@ -231,3 +231,24 @@ def backward(head_dim: int, rows: int) -> Backward:
     D1, D2 = pieces(max(head_dim, 64))
     groups = 3 if D1 + D2 == 64 and rows > 256 else 2
     return Backward(D1, D2, {64: 6, 80: 6, 96: 5, 128: 3}[D1 + D2], groups)
+
+
+class WholeHead(NamedTuple):
+    """The gradients of O of a head that fits a block (sm90/bwd_head.py): a head dim in two pieces,
+    tiles of queries, and how many tiles of Q and dO, of K and V, of P and dS are in flight."""
+
+    D1: int
+    D2: int
+    QUERIES: int
+    STAGES_Q: int
+    STAGES_K: int
+    STAGES_P: int
+
+
+def whole_head(head_dim: int, queries: int, keys: int) -> WholeHead | None:
+    """None for a head that does not: dQ of more than 256 queries, or of wider ones, has no
+    registers. Heads of at most 64 keys are the portable kernels'."""
+    if max(queries, keys) > 256 or head_dim > 80:
+        return None
+    D1, D2 = pieces(max(head_dim, 64))
+    return WholeHead(D1, D2, -(-queries // 64), 6, 2 if D2 else 3, 2)

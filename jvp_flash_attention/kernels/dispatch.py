@@ -128,11 +128,13 @@ def backward(
 
 
 def room_for_sums(x: Inputs, spec: Spec, arch: str | None = None) -> Tensor | None:
-    """For Σ dQ and Σ dO over the rows of each tile of 64, (B, tiles, 2, H, D) in float32: the
-    gradients of biases of Q and V, as Σ dV = Σ dO. None where `backward` without tangents, into
+    """For Σ dQ and Σ dV over the rows, in parts, (B, tiles of 64, 2, H, D) in float32: gradients of
+    biases of Q and V. None where `backward` without tangents, of as many queries as keys, into
     tensors that lie as q, k and v do, gives no such sums."""
     q, k, v, *_ = x
     B, H, L, D = q.shape
+    if k.shape[2] != L:
+        return None
     alike = Call(x, NOTHING, Saved(q, q), q, grads=Tangents(q, k, v), sums=q)
     try:
         choose("bwd_dkdv", problem(alike, spec, arch), alike)
@@ -169,9 +171,11 @@ def _launches(
 ) -> Iterator[Launch]:
     p = problem(c, spec, arch, tma)
     jvp = "_jvp" if c.jvp else ""
-    names = ("split", f"fwd{jvp}")
+    names = ["split", f"fwd{jvp}"]
     if c.w_sum is not None:
-        names = ("split", "bwd_preprocess", f"bwd_dkdv{jvp}", f"bwd_dq{jvp}")
+        names = ["split", "bwd_preprocess", f"bwd_dkdv{jvp}", f"bwd_dq{jvp}"]
+        if not choose(names[2], p, c, force).needs_row_sums(p, c):
+            names.remove("bwd_preprocess")
     for name in names:
         yield from choose(name, p, c, force).launches(name, p, c)
 

@@ -1,7 +1,7 @@
 """A call as the kernels see it: its tensors, its sizes, and the tiles and operands that follow."""
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class Call(NamedTuple):
     w_sum: Tensor | None = None  # row sums: of `bwd_preprocess`, for the other two
     h_sum: Tensor | None = None
     statistics: Tensor | None = None  # LSE, μ, h and w, or LSE and w, once more, as sm90 reads them
-    sums: Tensor | None = None  # of dQ and dO over the rows of each tile of 64: (B, tiles, 2, H, D)
+    sums: Tensor | None = None  # Σ dQ and Σ dV, in parts: (B, tiles of 64, 2, H, D)
     parts: Operands | None = None  # (B, heads, rows, parts · widest) bfloat16: portable/split.py
 
     @property
@@ -266,6 +266,16 @@ def operand(x: Tensor | None, p: Problem, rows: int, block_d: int):
 def pointer(x: Tensor | None):
     """(pointer, stride_b, stride_h, stride_row)."""
     return None if x is None else (x, *x.stride()[:3])
+
+
+def in_units(*tensors: Tensor) -> tuple[Any, ...]:
+    """As `pointer`, with strides that count several elements, and how many: of a stride Triton sees
+    whether 16 divides it, as it does not the 72 of some head dims, and reads 16 bytes at a time
+    where 8 does."""
+    steps = [step for x in tensors for step in x.stride()[:3]]
+    # a stride from 2³¹ on stays whole: the product of its eighth would be one of 32 bits
+    unit = 8 if all(step % 8 == 0 and step < 2**31 for step in steps) else 1
+    return (*((x, *(step // unit for step in x.stride()[:3])) for x in tensors), unit)
 
 
 def mask_pointer(mask: Tensor | None, p: Problem):

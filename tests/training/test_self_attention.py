@@ -79,6 +79,7 @@ def test_the_gradient_of_another_call_is_not_written_over():
 
 # two warpgroups and three, few work items and several a multiprocessor
 SHAPES = [(2, 130, 3, 72), (2, 256, 2, 64), (3, 700, 2, 64), (40, 520, 3, 40), (2, 130, 2, 128)]
+SHAPES += [(60, 256, 8, 72), (90, 190, 4, 64)]  # heads that fit a block, several a multiprocessor
 
 
 @pytest.mark.gpu

@@ -16,6 +16,7 @@ from ..problem import (
     Problem,
     blocks_pointer,
     cdiv,
+    in_units,
     mask_pointer,
     multiprocessors,
     operand,
@@ -34,6 +35,11 @@ MOST_ITEMS = 16  # tiles that one program of the repair looks at
 def unsupported_reason(name: str, _p: Problem, c: Call) -> str | None:
     """Why a pass cannot take the problem; None where it does."""
     return None if c.sums is None or name != "bwd_dkdv" else "gives no sums of dQ"
+
+
+def needs_row_sums(_p: Problem, _c: Call) -> bool:
+    """Whether gradients read w, and h, of `bwd_preprocess`."""
+    return True
 
 
 def launches(name: str, p: Problem, c: Call) -> Iterator[Launch]:
@@ -89,11 +95,10 @@ def _split(_name: str, p: Problem, c: Call) -> Iterator[Launch]:
 def _bwd_preprocess(_name: str, p: Problem, c: Call) -> Iterator[Launch]:
     out, lse, t_out, mu = c.saved
     read = (c.d_out, c.d_t_out, out, t_out if c.jvp else None)
-    steps = [step for x in read if x is not None for step in x.stride()[:3]]
-    # a stride from 2³¹ on stays whole: the product of its eighth would be one of 32 bits
-    unit = 8 if all(step % 8 == 0 and step < 2**31 for step in steps) else 1
+    *pointers, unit = in_units(*(x for x in read if x is not None))
+    there = iter(pointers)
     args = (
-        *(x if x is None else (x, *(step // unit for step in x.stride()[:3])) for x in read),
+        *(None if x is None else next(there) for x in read),
         *(lse, mu if c.jvp else None, c.h_sum, c.w_sum, c.statistics, c.sums, c.x.cu_q),
         *(p.H, p.L, p.sequences),
     )

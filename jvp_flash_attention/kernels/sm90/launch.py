@@ -23,6 +23,7 @@ from ..problem import (
     Problem,
     blocks_pointer,
     cdiv,
+    in_units,
     multiprocessors,
     pointer,
     tma_can_read,
@@ -30,6 +31,7 @@ from ..problem import (
 from .bwd import bwd_kernel
 from .bwd_dkdv import bwd_dkdv_jvp_kernel
 from .bwd_dq import bwd_dq_jvp_kernel
+from .bwd_head import bwd_head_kernel
 from .forward import forward_jvp_kernel
 from .forward_plain import forward_kernel
 
@@ -96,6 +98,11 @@ def _not_in_one_launch(p: Problem, c: Call) -> str | None:
     if p.S <= 64:
         return "leaves few keys to the portable kernels, which take w from the tile"
     return None if all(map(tma_can_read, c.grads[:3])) else "needs results that TMA can write"
+
+
+def needs_row_sums(p: Problem, c: Call) -> bool:
+    """Whether gradients read w, and h, of `bwd_preprocess`, or compute w themselves."""
+    return c.jvp or configs.whole_head(p.D, p.L, p.S) is None
 
 
 def launches(name: str, p: Problem, c: Call) -> Iterator[Launch]:
@@ -197,16 +204,34 @@ def _threshold(q: Tensor) -> str:
 
 
 def _bwd(p: Problem, c: Call) -> Launch:
+    if (head := configs.whole_head(p.D, p.L, p.S)) is not None:
+        return _bwd_head(p, c, head)
     schedule = configs.backward(p.D, max(p.L, p.S))
     grid, work = _shares(p, cdiv(max(p.L, p.S), 64 * schedule.GROUPS), c.x.q)
-    operands = (*c.x[:3], c.d_out, *c.grads[:3])
     args = (
-        *_squares(schedule.D1, *operands),
-        *(_squares(schedule.D2, *operands) if schedule.D2 else [None] * 7),
+        *_operands(schedule, c),
         *(c.statistics, c.sums, p.spec.scale, p.H, p.L, p.S, *work),
     )
     constexprs = {**schedule._asdict(), "EDGE": p.S % 64 != 0, "num_warps": 4}
     return Launch(bwd_kernel, grid, args, constexprs)
+
+
+def _bwd_head(p: Problem, c: Call, head: configs.WholeHead) -> Launch:
+    items = p.B * p.H
+    out, unit = in_units(c.saved.out)
+    args = (
+        *_operands(head, c),
+        *(c.saved.lse, out, c.sums, p.spec.scale, p.H, p.L, p.S, items),
+    )
+    constexprs = {"D": p.D, "UNIT": unit, **head._asdict(), "EDGE": p.S % 64 != 0, "num_warps": 4}
+    return Launch(bwd_head_kernel, _grid(items, p, c.x.q, False), args, constexprs)
+
+
+def _operands(schedule: configs.Backward | configs.WholeHead, c: Call) -> list:
+    """Of the gradients of O, and results: first pieces, then second ones."""
+    tensors = (*c.x[:3], c.d_out, *c.grads[:3])
+    pieces = (schedule.D1, schedule.D2)
+    return [x for D in pieces for x in (_squares(D, *tensors) if D else [None] * 7)]
 
 
 def _bwd_dkdv_jvp(p: Problem, c: Call) -> Launch:
