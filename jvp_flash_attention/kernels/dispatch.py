@@ -238,6 +238,7 @@ def _backward_call(
     out: Any = readable(saved.out)
     statistics = None
     plain = is_default(spec, but=DETAILS) and x.cu_q is None and q.element_size() == 2
+    plain &= configs.whole_head(q.shape[3], q.shape[2], k.shape[2]) is None
     if (jvp or plain) and mask is None and (arch or architecture(q.device)) == "sm90":
         rows = tiles_of(q.shape[2], 64, sequences_of(x)) * 64
         statistics = q.new_empty(*q.shape[:2], 4 if jvp else 2, rows, dtype=torch.float32)

@@ -30,11 +30,11 @@ from training.module import GenerativeModule
 from training.objectives.objective import Terms
 from training.progress import tracked
 from training.randomness import Draws, key
+from training.strategies import HALVES
 from training.validation import one_of, positive_integer
 
 TRUTH = "float64"
 SCALARS = ("loss", "unweighted error")  # their error may vanish by chance: shown, not judged
-AUTOCAST = {"bf16-mixed": torch.bfloat16}
 LayerTensors = dict[tuple[str, str], list[torch.Tensor]]  # (quantity, layer) -> its parts
 
 
@@ -72,7 +72,7 @@ class Arm:
 
     @contextlib.contextmanager
     def context(self, device: str) -> Iterator[None]:
-        dtype = AUTOCAST.get(self.precision)
+        dtype = HALVES.get(self.precision)
         before = torch.get_default_dtype()
         if self.precision == "64-true":
             torch.set_default_dtype(torch.float64)
