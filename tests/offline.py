@@ -17,7 +17,7 @@ from triton.runtime import driver
 from jvp_flash_attention import call
 from jvp_flash_attention.block_mask import block_mask
 from jvp_flash_attention.call import Inputs, Saved, Spec, Tangents
-from jvp_flash_attention.kernels import launches
+from jvp_flash_attention.kernels import dispatch, launches
 from jvp_flash_attention.kernels.merge import merge_launch
 from jvp_flash_attention.kernels.problem import Problem
 
@@ -111,10 +111,19 @@ def compile_passes(
         ),
         "backward_jvp": lambda: launches(x, t, spec, saved, d, d_t, mask_grad, **where),
         "merge": lambda: [merge_launch(saved, saved, 0, torch.float32)[0]],
+        "backward_sums": lambda: _with_sums(x, spec, Saved(out, rows), d, **where),
     }
     driver.set_active(_Driver(TARGETS[target]))  # and stays: this process has no other
     found = [launch for name in passes for launch in calls[name]()]
     return [_inspect(launch.kernel.fn.__name__, launch.compile()) for launch in found]
+
+
+def _with_sums(x: Inputs, spec: Spec, saved: Saved, d: torch.Tensor, **where) -> list:
+    """The gradients of O with sums for biases, as self-attention of the trainer asks for them."""
+    room = dispatch.room_for_sums(x, spec, where["arch"])
+    into = *(torch.empty_like(y) for y in x[:3]), room
+    c = dispatch._backward_call(d, None, x, Tangents(), saved, spec, False, into, where["arch"])
+    return list(dispatch._launches(c, spec, None, **where))
 
 
 def _inspect(name: str, compiled) -> Compiled:
