@@ -225,11 +225,10 @@ class Backward(NamedTuple):
     GROUPS: int
 
 
-def backward(head_dim: int, rows: int) -> Backward:
-    """Above 64 columns six pairs do not always fit, nor do the registers of three warpgroups, whose
-    last tile would be empty at 256 rows."""
+def backward(head_dim: int) -> Backward:
+    """Above 64 columns six pairs do not always fit, nor do the registers of three warpgroups."""
     D1, D2 = pieces(max(head_dim, 64))
-    groups = 3 if D1 + D2 == 64 and rows > 256 else 2
+    groups = 3 if D1 + D2 == 64 else 2
     return Backward(D1, D2, {64: 6, 80: 6, 96: 5, 128: 3}[D1 + D2], groups)
 
 

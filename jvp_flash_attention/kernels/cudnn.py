@@ -15,8 +15,9 @@ from .problem import DETAILS, architecture
 # few hundred larger calls win back. Compiled code returns to the same shapes at every step, and
 # smaller calls win it back too.
 PAIRS, PAIRS_COMPILED = 2**28, 2**24
-# Up to so many pairs in a head `sm90/bwd.py` computes the gradients faster, up to head dim 80 up to
-# twice as many. It supports what cuDNN does but for causal masks, few keys and small head dims.
+# Up to so many pairs in a head `sm90/bwd.py` and `bwd_head.py` compute the gradients faster, up to
+# head dim 80 up to twice as many. They support what cuDNN does but for causal masks, few keys and
+# small head dims.
 PAIRS_OF_A_HEAD = 2**21
 
 

@@ -133,8 +133,6 @@ def room_for_sums(x: Inputs, spec: Spec, arch: str | None = None) -> Tensor | No
     tensors that lie as q, k and v do, gives no such sums."""
     q, k, v, *_ = x
     B, H, L, D = q.shape
-    if k.shape[2] != L:
-        return None
     alike = Call(x, NOTHING, Saved(q, q), q, grads=Tangents(q, k, v), sums=q)
     try:
         choose("bwd_dkdv", problem(alike, spec, arch), alike)
@@ -238,6 +236,7 @@ def _backward_call(
     out: Any = readable(saved.out)
     statistics = None
     plain = is_default(spec, but=DETAILS) and x.cu_q is None and q.element_size() == 2
+    # a head in a block reads none (sm90/launch.py, needs_row_sums)
     plain &= configs.whole_head(q.shape[3], q.shape[2], k.shape[2]) is None
     if (jvp or plain) and mask is None and (arch or architecture(q.device)) == "sm90":
         rows = tiles_of(q.shape[2], 64, sequences_of(x)) * 64

@@ -43,7 +43,8 @@ class Call(NamedTuple):
     d_t_out: Tensor | None = None
     grads: Tangents = Tangents()
     t_grads: Tangents = Tangents()
-    w_sum: Tensor | None = None  # row sums: of `bwd_preprocess`, for the other two
+    # row sums, of `bwd_preprocess`, for who reads them; where there is one, gradients are asked for
+    w_sum: Tensor | None = None
     h_sum: Tensor | None = None
     statistics: Tensor | None = None  # LSE, μ, h and w, or LSE and w, once more, as sm90 reads them
     sums: Tensor | None = None  # Σ dQ and Σ dV, in parts: (B, tiles of 64, 2, H, D)

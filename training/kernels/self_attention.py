@@ -18,6 +18,7 @@ from torch import Tensor
 from jvp_flash_attention import backends, kernels
 from jvp_flash_attention.call import Inputs, Saved, Spec, Tangents, empty_rows
 from jvp_flash_attention.kernels import cudnn
+from jvp_flash_attention.kernels.problem import tma_can_read
 from jvp_flash_attention.operators import operator
 from training.kernels.column_sums import part_sums
 from training.kernels.partial_sums import sum_parts
@@ -85,6 +86,9 @@ def _backward(
         return d_z, d_bias
     d_z = torch.empty_like(z, memory_format=torch.contiguous_format)
     sums = kernels.room_for_sums(x, spec) if bias else None
+    if sums is not None and not tma_can_read(d_out):
+        # as behind a sum over images; the kernel that makes sums needs TMA
+        d_out = d_out.contiguous()
     into = (*views(d_z, heads), *([] if sums is None else [sums]))
     kernels.backward(d_out, None, x, Tangents(), Saved(out, lse), spec, False, into=into)
     width = z.shape[2] // 3

@@ -1,4 +1,5 @@
-"""First launch of the backward of O, and of (O, tO): row sums, O(L D) and no matrix product.
+"""First launch of the backward of O, but for heads that fit a block (`sm90/bwd_head.py`), and of
+(O, tO): row sums, O(L D) and no matrix product.
 
     h = rowsum(dtO ∘ O)          w = rowsum(dO ∘ O) + rowsum(dtO ∘ tO)
 
@@ -22,8 +23,7 @@ def _load(
     X, b, h, m0, end, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMN: tl.constexpr,
 ):  # fmt: skip
-    """Rows in float32. Strides count UNIT elements: of a stride Triton sees whether 16 divides it,
-    as it does not the 72 of some head dims, and reads 16 bytes at a time where 8 does."""
+    """Rows in float32. Strides count UNIT elements (`problem.in_units`)."""
     X = (X[0], X[1] * UNIT, X[2] * UNIT, X[3] * UNIT)
     x = load_tile(X, b, h, m0, end, BLOCK_M, D, BLOCK_D, True, False, False, COLUMN)
     return x.to(tl.float32)

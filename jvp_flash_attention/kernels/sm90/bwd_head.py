@@ -32,7 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..portable.primitives import LOG2E
-from .bwd_head_queries import add_product, queries, store_sums, store_tile
+from .bwd_head_queries import add_product, queries_role, store_sums, store_tile
 from .primitives import (
     RENAMED,
     ROWS,
@@ -304,7 +304,7 @@ def bwd_head_kernel(
         [
             (_scores, (given, D1, D2, QUERIES, STAGES_Q, STAGES_K, STAGES_P, EDGE)),
             (_keys, (given, D, D1, D2, QUERIES, STAGES_Q, STAGES_P, EDGE)),
-            (queries, (given, D, D1, D2, QUERIES, STAGES_Q, STAGES_K, STAGES_P, UNIT)),
+            (queries_role, (given, D, D1, D2, QUERIES, STAGES_Q, STAGES_K, STAGES_P, UNIT)),
             (_producer, (fetched, D1, QUERIES, STAGES_Q, STAGES_K)),
         ],
         [4, 4, 1],

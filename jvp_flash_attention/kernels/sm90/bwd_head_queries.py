@@ -3,7 +3,7 @@
     dQ = s dS K      w = rowsum(dO ∘ O)
 
 dQ of a tile is stored under the products of the next one. dO is in shared memory by then, before
-the scores' warpgroup asks for w. And what the first two share with it.
+the scores' warpgroup asks for w. And what the keys' warpgroup shares with it.
 """
 
 # What is known at compile time stands in an `if` of its own.
@@ -19,6 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .primitives import ROWS, advance, matrix, row_at, store, work_item, work_items
+
+# of O and dO, two lanes a row
+ROWS_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0]))
 
 
 @gluon.jit
@@ -57,10 +60,9 @@ def _load_rows(
     UNIT: gl.constexpr,
 ):  # fmt: skip
     """Columns of O from `begin` on, 0 where a row is not there."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])
     O = (O[0], O[1] * UNIT, O[2] * UNIT, O[3] * UNIT)
-    i = gl.expand_dims(gl.convert_layout(rows, gl.SliceLayout(1, LAYOUT), assert_trivial=True), 1)
-    j = begin + gl.expand_dims(gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    i = gl.expand_dims(rows, 1)
+    j = begin + gl.expand_dims(gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, ROWS_LAYOUT)), 0)
     mask = gl.expand_dims(there, 1) & (j < D)
     return gl.load(row_at(O, b, h, i) + j, mask=mask, other=0.0)
 
@@ -71,8 +73,7 @@ def _load_o(
 ):
     """The m-th tile of O of the e-th head, in both pieces."""
     b, h, _tile = work_item(e, 1, H, False)
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])
-    i = m * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    i = m * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, ROWS_LAYOUT))
     there = (i < L) & (e < count)
     o = _load_rows(O, b, h, i, there, 0, D1, D, UNIT)
     o2 = _load_rows(O, b, h, i, there, D1, D2, D, UNIT) if D2 > 0 else 0
@@ -144,7 +145,7 @@ def _add_keys(
     STAGES_Q: gl.constexpr, STAGES_P: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
     """dQ of all tiles with one more tile of keys. Registers have no index, so each tile has a name
-    of its own."""
+    of its own, y and, for its second piece, z."""
     y0, z0, y1, z1, y2, z2, y3, z3 = y
     y0, z0, p_slot, p_phase = _add_queries(
         y0, z0, k, k2, given, e, p_slot, p_phase,
@@ -166,7 +167,7 @@ def _add_keys(
 
 
 @gluon.jit
-def queries(
+def queries_role(
     given, D: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr, QUERIES: gl.constexpr,
     STAGES_Q: gl.constexpr, STAGES_K: gl.constexpr, STAGES_P: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip

@@ -97,6 +97,8 @@ def _not_in_one_launch(p: Problem, c: Call) -> str | None:
         return f"needs as many key heads as heads without a tangent, got {p.H} and {p.Hk}"
     if p.S <= 64:
         return "leaves few keys to the portable kernels, which take w from the tile"
+    if c.sums is not None and p.L != p.S:
+        return f"gives sums of as many queries as keys, got {p.L} and {p.S}"
     return None if all(map(tma_can_read, c.grads[:3])) else "needs results that TMA can write"
 
 
@@ -206,7 +208,7 @@ def _threshold(q: Tensor) -> str:
 def _bwd(p: Problem, c: Call) -> Launch:
     if (head := configs.whole_head(p.D, p.L, p.S)) is not None:
         return _bwd_head(p, c, head)
-    schedule = configs.backward(p.D, max(p.L, p.S))
+    schedule = configs.backward(p.D)
     grid, work = _shares(p, cdiv(max(p.L, p.S), 64 * schedule.GROUPS), c.x.q)
     args = (
         *_operands(schedule, c),
