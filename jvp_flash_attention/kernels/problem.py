@@ -269,14 +269,17 @@ def pointer(x: Tensor | None):
     return None if x is None else (x, *x.stride()[:3])
 
 
-def in_units(*tensors: Tensor) -> tuple[Any, ...]:
+def in_units(*tensors: Tensor | None) -> tuple[Any, ...]:
     """As `pointer`, with strides that count several elements, and how many: of a stride Triton sees
     whether 16 divides it, as it does not the 72 of some head dims, and reads 16 bytes at a time
     where 8 does."""
-    steps = [step for x in tensors for step in x.stride()[:3]]
+    steps = [step for x in tensors if x is not None for step in x.stride()[:3]]
     # a stride from 2³¹ on stays whole: the product of its eighth would be one of 32 bits
     unit = 8 if all(step % 8 == 0 and step < 2**31 for step in steps) else 1
-    return (*((x, *(step // unit for step in x.stride()[:3])) for x in tensors), unit)
+    pointers = (
+        None if x is None else (x, *(step // unit for step in x.stride()[:3])) for x in tensors
+    )
+    return (*pointers, unit)
 
 
 def mask_pointer(mask: Tensor | None, p: Problem):

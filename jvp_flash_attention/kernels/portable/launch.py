@@ -94,11 +94,9 @@ def _split(_name: str, p: Problem, c: Call) -> Iterator[Launch]:
 
 def _bwd_preprocess(_name: str, p: Problem, c: Call) -> Iterator[Launch]:
     out, lse, t_out, mu = c.saved
-    read = (c.d_out, c.d_t_out, out, t_out if c.jvp else None)
-    *pointers, unit = in_units(*(x for x in read if x is not None))
-    there = iter(pointers)
+    *pointers, unit = in_units(c.d_out, c.d_t_out, out, t_out if c.jvp else None)
     args = (
-        *(None if x is None else next(there) for x in read),
+        *pointers,
         *(lse, mu if c.jvp else None, c.h_sum, c.w_sum, c.statistics, c.sums, c.x.cu_q),
         *(p.H, p.L, p.sequences),
     )

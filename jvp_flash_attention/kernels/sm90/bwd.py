@@ -44,7 +44,7 @@ from .primitives import (
     load,
     matrix,
     scores,
-    store,
+    store_tile,
     work_item,
     work_items,
 )
@@ -117,18 +117,6 @@ def _add_product(a, x, x2, d, d2):
         L2: gl.constexpr = gl.DotOperandLayout(0, d2.type.layout, 2)
         d2 = warpgroup_mma(gl.convert_layout(a16, L2, assert_trivial=True), x2, d2, is_async=True)
     return a16, d, d2
-
-
-@gluon.jit
-def _store(out, x, x2, tile, tile2, buffers, slot, b, h, row, D1: gl.constexpr):
-    """A result, through the slot of an operand that has been read."""
-    tile.store(x.to(tile.dtype))
-    if tile2 is not None:
-        tile2.store(x2.to(tile.dtype))
-    fence_async_shared()
-    store(out[0], [b, h, row, 0], buffers[0].index(slot))
-    if tile2 is not None:
-        store(out[1], [b, h, row, D1], buffers[1].index(slot))
 
 
 @gluon.jit
@@ -233,7 +221,7 @@ def _consumer(
                 slot, phase = advance(slot, phase, 1, STAGES)
             d_q = d_q * scale
             d_q2 = d_q2 * scale if TWO else None
-            _store(d_q_out, d_q, d_q2, q, q2, stay0, at, b, h, row, D1)
+            store_tile(d_q_out, d_q, d_q2, stay0, at, b, h, row, D1, D2)
             if SUMS is not None:
                 D = d_q_out[0].shape[3]
                 _store_sums(SUMS, d_q, q, b, h, H, row, L, 0, D)
@@ -284,8 +272,8 @@ def _consumer(
                 mbarrier.arrive(free.index(slot), count=1)
                 slot, phase = advance(slot, phase, 1, STAGES)
             d_k2 = d_k2 * scale if TWO else None
-            _store(d_k_out, d_k * scale, d_k2, k, k2, stay0, at, b, h, row, D1)
-            _store(d_v_out, d_v, d_v2, v, v2, stay1, at, b, h, row, D1)
+            store_tile(d_k_out, d_k * scale, d_k2, stay0, at, b, h, row, D1, D2)
+            store_tile(d_v_out, d_v, d_v2, stay1, at, b, h, row, D1, D2)
             stored = own + 1
             own, own_phase = advance(own, own_phase, 1, 2)
         elif begin < S:

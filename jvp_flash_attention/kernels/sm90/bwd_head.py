@@ -32,9 +32,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..portable.primitives import LOG2E
-from .bwd_head_queries import add_product, queries_role, store_sums, store_tile
+from .bwd_head_queries import add_product, queries_role, store_sums
 from .primitives import (
-    RENAMED,
     ROWS,
     advance,
     allocate_stages,
@@ -42,7 +41,9 @@ from .primitives import (
     first_row,
     load,
     matrix,
+    memory_as,
     scores,
+    store_tile,
     work_item,
     work_items,
 )
@@ -99,16 +100,6 @@ def _lse(LSE, e, count, H, L):
 
 
 @gluon.jit
-def _store_flat(buffers, x):
-    """A vector to buffers, which lie one after the other."""
-    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    if RENAMED:
-        buffers.reinterpret(x.dtype, x.shape, layout).store(x)
-    else:
-        buffers._reinterpret(x.dtype, x.shape, layout).store(x)
-
-
-@gluon.jit
 def _scores(
     given, D1: gl.constexpr, D2: gl.constexpr, QUERIES: gl.constexpr, STAGES_Q: gl.constexpr,
     STAGES_K: gl.constexpr, STAGES_P: gl.constexpr, EDGE: gl.constexpr,
@@ -127,6 +118,7 @@ def _scores(
     H, L, S, items = work
     scale2 = scale * LOG2E
     DT: gl.constexpr = p_buffers[0].dtype
+    FLAT: gl.constexpr = all_lse.layout
     first = 0
     first_phase = 0
     k_slot = 0
@@ -136,7 +128,7 @@ def _scores(
     count = work_items(items, False)
     next_lse = _lse(LSE, 0, count, H, L)
     for e in range(count):
-        _store_flat(all_lse, next_lse)
+        memory_as(all_lse, [4 * ROWS], FLAT).store(next_lse)
         next_lse = _lse(LSE, e + 1, count, H, L)
         q_slot = first
         q_phase = first_phase

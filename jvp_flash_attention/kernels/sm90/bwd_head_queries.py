@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .primitives import ROWS, advance, matrix, row_at, store, work_item, work_items
+from .primitives import ROWS, advance, matrix, row_at, store_tile, work_item, work_items
 
 # of O and dO, two lanes a row
 ROWS_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0]))
@@ -31,20 +31,6 @@ def add_product(a, x, x2, d, d2):
     if x2 is not None:
         d2 = warpgroup_mma(a, x2, d2, is_async=True)
     return d, d2
-
-
-@gluon.jit
-def store_tile(out, x, x2, buffers, slot, b, h, row, D1: gl.constexpr, D2: gl.constexpr):
-    """A result, through a slot of its own, which no earlier store reads any more."""
-    tile = matrix(buffers[0], slot, ROWS, D1)
-    tile.store(x.to(tile.dtype))
-    if D2 > 0:
-        tile2 = matrix(buffers[1], slot, ROWS, D2)
-        tile2.store(x2.to(tile2.dtype))
-    fence_async_shared()
-    store(out[0], [b, h, row, 0], buffers[0].index(slot))
-    if D2 > 0:
-        store(out[1], [b, h, row, D1], buffers[1].index(slot))
 
 
 @gluon.jit
@@ -68,35 +54,28 @@ def _load_rows(
 
 
 @gluon.jit
-def _load_o(
-    O, e, m, count, H, L, D: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr, UNIT: gl.constexpr
-):
-    """The m-th tile of O of the e-th head, in both pieces."""
+def _store_w(
+    O, buffers, bars, work, e, m, count, D: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr,
+    QUERIES: gl.constexpr, STAGES_Q: gl.constexpr, UNIT: gl.constexpr,
+):  # fmt: skip
+    """-w of the m-th tile of the e-th head, if there is one, to the scores' warpgroup."""
+    q_and_d_o, _, _, _, _, all_w = buffers
+    _, d_o_buffers = q_and_d_o
+    q_ready, _, _, _, _, _, w_ready = bars
+    H, L, _, _ = work
     b, h, _tile = work_item(e, 1, H, False)
     i = m * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, ROWS_LAYOUT))
     there = (i < L) & (e < count)
     o = _load_rows(O, b, h, i, there, 0, D1, D, UNIT)
-    o2 = _load_rows(O, b, h, i, there, D1, D2, D, UNIT) if D2 > 0 else 0
-    return o, o2
-
-
-@gluon.jit
-def _store_w(
-    o, o2, buffers, bars, e, m, count,
-    D1: gl.constexpr, D2: gl.constexpr, QUERIES: gl.constexpr, STAGES_Q: gl.constexpr,
-):  # fmt: skip
-    """-w of the m-th tile of the e-th head, if there is one, to the other warpgroup."""
-    q_and_d_o, _, _, _, _, all_w = buffers
-    _, d_o_buffers = q_and_d_o
-    q_ready, _, _, _, _, _, w_ready = bars
+    o2 = _load_rows(O, b, h, i, there, D1, D2, D, UNIT) if D2 > 0 else None
     if e < count:
         n = e * QUERIES + m
         slot = n % STAGES_Q
         mbarrier.wait(q_ready.index(slot), n // STAGES_Q & 1)
-        d_o = matrix(d_o_buffers[0], slot, ROWS, D1).load(o.type.layout)
+        d_o = matrix(d_o_buffers[0], slot, ROWS, D1).load(ROWS_LAYOUT)
         w = gl.sum(o.to(gl.float32) * d_o.to(gl.float32), 1)
         if D2 > 0:
-            d_o2 = matrix(d_o_buffers[1], slot, ROWS, D2).load(o2.type.layout)
+            d_o2 = matrix(d_o_buffers[1], slot, ROWS, D2).load(ROWS_LAYOUT)
             w += gl.sum(o2.to(gl.float32) * d_o2.to(gl.float32), 1)
         all_w.index(m).store(-w)
         fence_async_shared()  # dO has been read, and TMA may write there
@@ -115,7 +94,7 @@ def _add_queries(
     results, _, O, _, buffers, bars, scale, work = given
     _, _, p_buffers, out_buffers, _, _ = buffers
     _, _, _, _, p_ready, p_free, _ = bars
-    H, L, _, items = work
+    H, _, _, items = work
     count = work_items(items, False)
     if M < QUERIES:
         mbarrier.wait(p_ready.index(p_slot), p_phase)
@@ -128,8 +107,7 @@ def _add_queries(
         mbarrier.arrive(p_free.index(p_slot), count=1)
         p_slot, p_phase = advance(p_slot, p_phase, 1, STAGES_P)
         if LAST:
-            o, o2 = _load_o(O, e + 1, M, count, H, L, D, D1, D2, UNIT)
-            _store_w(o, o2, buffers, bars, e + 1, M, count, D1, D2, QUERIES, STAGES_Q)
+            _store_w(O, buffers, bars, work, e + 1, M, count, D, D1, D2, QUERIES, STAGES_Q, UNIT)
             b, h, _tile = work_item(e, 1, H, False)
             tma.store_wait(0)
             d_q = d_q * scale
@@ -140,12 +118,19 @@ def _add_queries(
 
 @gluon.jit
 def _add_keys(
-    y, k, k2, given, e, p_slot, p_phase,
+    y, given, e, k_slot, k_phase, p_slot, p_phase,
     LAST: gl.constexpr, D: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr, QUERIES: gl.constexpr,
-    STAGES_Q: gl.constexpr, STAGES_P: gl.constexpr, UNIT: gl.constexpr,
+    STAGES_Q: gl.constexpr, STAGES_K: gl.constexpr, STAGES_P: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
-    """dQ of all tiles with one more tile of keys. Registers have no index, so each tile has a name
-    of its own, y and, for its second piece, z."""
+    """dQ of all tiles with the next tile of keys, which is then free. Registers have no index, so
+    each tile has a name of its own, y and, for its second piece, z."""
+    _, _, _, _, buffers, bars, _, _ = given
+    _, k_and_v, _, _, _, _ = buffers
+    k_buffers, _ = k_and_v
+    _, _, k_ready, k_free, _, _, _ = bars
+    k = matrix(k_buffers[0], k_slot, ROWS, D1)
+    k2 = matrix(k_buffers[1], k_slot, ROWS, D2) if D2 > 0 else None
+    mbarrier.wait(k_ready.index(k_slot), k_phase)
     y0, z0, y1, z1, y2, z2, y3, z3 = y
     y0, z0, p_slot, p_phase = _add_queries(
         y0, z0, k, k2, given, e, p_slot, p_phase,
@@ -163,7 +148,9 @@ def _add_keys(
         y3, z3, k, k2, given, e, p_slot, p_phase,
         3, LAST, D, D1, D2, QUERIES, STAGES_Q, STAGES_P, UNIT,
     )  # fmt: skip
-    return (y0, z0, y1, z1, y2, z2, y3, z3), p_slot, p_phase
+    mbarrier.arrive(k_free.index(k_slot), count=1)
+    k_slot, k_phase = advance(k_slot, k_phase, 1, STAGES_K)
+    return (y0, z0, y1, z1, y2, z2, y3, z3), k_slot, k_phase, p_slot, p_phase
 
 
 @gluon.jit
@@ -176,14 +163,10 @@ def queries_role(
     L2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, max(D2, 16), 16])
     TWO: gl.constexpr = D2 > 0
     _, _, O, SUMS, buffers, bars, _, work = given
-    _, k_and_v, _, _, _, _ = buffers
-    k_buffers, _ = k_and_v
-    _, _, k_ready, k_free, _, _, _ = bars
-    H, L, S, items = work
+    H, _, S, items = work
     count = work_items(items, False)
     for m in range(QUERIES):
-        o, o2 = _load_o(O, 0, m, count, H, L, D, D1, D2, UNIT)
-        _store_w(o, o2, buffers, bars, 0, m, count, D1, D2, QUERIES, STAGES_Q)
+        _store_w(O, buffers, bars, work, 0, m, count, D, D1, D2, QUERIES, STAGES_Q, UNIT)
     k_slot = 0
     k_phase = 0
     p_slot = 0
@@ -193,24 +176,14 @@ def queries_role(
         a2 = gl.zeros([ROWS, D2], gl.float32, L2) if TWO else 0
         y = (a, a2, a, a2, a, a2, a, a2)
         for _n0 in range(0, S - ROWS, ROWS):
-            k = matrix(k_buffers[0], k_slot, ROWS, D1)
-            k2 = matrix(k_buffers[1], k_slot, ROWS, D2) if TWO else None
-            mbarrier.wait(k_ready.index(k_slot), k_phase)
-            y, p_slot, p_phase = _add_keys(
-                y, k, k2, given, e, p_slot, p_phase,
-                False, D, D1, D2, QUERIES, STAGES_Q, STAGES_P, UNIT,
+            y, k_slot, k_phase, p_slot, p_phase = _add_keys(
+                y, given, e, k_slot, k_phase, p_slot, p_phase,
+                False, D, D1, D2, QUERIES, STAGES_Q, STAGES_K, STAGES_P, UNIT,
             )  # fmt: skip
-            mbarrier.arrive(k_free.index(k_slot), count=1)
-            k_slot, k_phase = advance(k_slot, k_phase, 1, STAGES_K)
-        k = matrix(k_buffers[0], k_slot, ROWS, D1)
-        k2 = matrix(k_buffers[1], k_slot, ROWS, D2) if TWO else None
-        mbarrier.wait(k_ready.index(k_slot), k_phase)
-        y, p_slot, p_phase = _add_keys(
-            y, k, k2, given, e, p_slot, p_phase,
-            True, D, D1, D2, QUERIES, STAGES_Q, STAGES_P, UNIT,
+        y, k_slot, k_phase, p_slot, p_phase = _add_keys(
+            y, given, e, k_slot, k_phase, p_slot, p_phase,
+            True, D, D1, D2, QUERIES, STAGES_Q, STAGES_K, STAGES_P, UNIT,
         )  # fmt: skip
-        mbarrier.arrive(k_free.index(k_slot), count=1)
-        k_slot, k_phase = advance(k_slot, k_phase, 1, STAGES_K)
         if SUMS is not None:
             # once a head, as those of its first tile
             y0, z0, y1, z1, y2, z2, y3, z3 = y

@@ -7,7 +7,12 @@ products of tiles, masks, row sums in lanes.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+)
 
 from .. import block_info
 
@@ -189,14 +194,19 @@ def matrix(buffers, slot, N: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
+def memory_as(buffers, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """The memory of buffers in another shape and layout."""
+    if RENAMED:
+        x = buffers.reinterpret(buffers.dtype, SHAPE, LAYOUT)
+    else:
+        x = buffers._reinterpret(buffers.dtype, SHAPE, LAYOUT)
+    return x
+
+
+@gluon.jit
 def tiles_as(buffers, COUNT: gl.constexpr, N: gl.constexpr, D: gl.constexpr, BYTES: gl.constexpr):
     """The memory of buffers as COUNT tiles (N, D) in 16 bits, with a swizzle of so many bytes."""
-    layout: gl.constexpr = gl.NVMMASharedLayout(BYTES, 16, 2)
-    if RENAMED:
-        tiles = buffers.reinterpret(buffers.dtype, [COUNT, N, D], layout)
-    else:
-        tiles = buffers._reinterpret(buffers.dtype, [COUNT, N, D], layout)
-    return tiles
+    return memory_as(buffers, [COUNT, N, D], gl.NVMMASharedLayout(BYTES, 16, 2))
 
 
 @gluon.jit
@@ -216,6 +226,20 @@ def store_part(x, tile, b, h, row, rows, columns, D0: gl.constexpr, D: gl.conste
     column = D0 + gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, layout)), 0)
     inside = (i < rows) & (column < columns)
     gl.store(row_at(x, b, h, row + i) + column, tile.load(layout), mask=inside)
+
+
+@gluon.jit
+def store_tile(out, x, x2, buffers, slot, b, h, row, D1: gl.constexpr, D2: gl.constexpr):
+    """A result of ROWS rows, in both pieces, through a slot that nothing reads any more."""
+    tile = matrix(buffers[0], slot, ROWS, D1)
+    tile.store(x.to(tile.dtype))
+    if D2 > 0:
+        tile2 = matrix(buffers[1], slot, ROWS, D2)
+        tile2.store(x2.to(tile2.dtype))
+    fence_async_shared()
+    store(out[0], [b, h, row, 0], buffers[0].index(slot))
+    if D2 > 0:
+        store(out[1], [b, h, row, D1], buffers[1].index(slot))
 
 
 @gluon.jit
