@@ -41,8 +41,9 @@ from .primitives import (
     first_row,
     keep_alive,
     let_pass,
-    load,
+    load_at,
     matrix,
+    piece_columns,
     scores,
     store_tile,
     work_item,
@@ -54,9 +55,9 @@ from .primitives import (
 def _fetch(x, buffers, bar, b, h, row, slot, D1: gl.constexpr):
     """A tile of each of two tensors, in both pieces."""
     for i in gl.static_range(2):
-        load(x[i][0], [b, h, row, 0], bar, buffers[i][0].index(slot))
+        load_at(x[i][0], b, h, row, 0, bar, buffers[i][0].index(slot))
         if x[i][1] is not None:
-            load(x[i][1], [b, h, row, D1], bar, buffers[i][1].index(slot))
+            load_at(x[i][1], b, h, row, D1, bar, buffers[i][1].index(slot))
 
 
 @gluon.jit
@@ -120,9 +121,10 @@ def _add_product(a, x, x2, d, d2):
 
 
 @gluon.jit
-def _store_sums(SUMS, x, tile, b, h, H, row, rows, begin, D):
-    """Σ over the rows of dQ, of columns from `begin` on, as a product of ones and the tile in
-    shared memory. Rows behind the last query are zero there. x: the results, for their layout."""
+def _store_sums(SUMS, x, tile, b, h, H, row, rows, begin, COLUMNS: gl.constexpr, D: gl.constexpr):
+    """Σ over the rows of dQ, for COLUMNS columns from `begin` on, as a product of ones and the tile
+    in shared memory. Rows behind the last query are zero there. x: the results, for their layout.
+    """
     L: gl.constexpr = x.type.layout
     ones = gl.full([ROWS, ROWS], 1.0, tile.dtype, layout=gl.DotOperandLayout(0, L, 2))
     sums = warpgroup_mma(ones, tile, gl.zeros_like(x), use_acc=False, is_async=True)
@@ -130,8 +132,9 @@ def _store_sums(SUMS, x, tile, b, h, H, row, rows, begin, D):
     keep_alive(ones)
     at = 2 * (b * ((rows + (ROWS - 1)) // ROWS) + row // ROWS)
     i = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, L)), 1)
-    j = begin + gl.expand_dims(gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, L)), 0)
-    gl.store(SUMS + (at * H + h) * D + j + 0 * i, sums, mask=(i == 0) & (j < D))
+    j = gl.expand_dims(gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, L)), 0)
+    to = SUMS + (at * H + h) * D + begin
+    gl.store(to + j + 0 * i, sums, mask=(i == 0) & (j < COLUMNS))
 
 
 @gluon.jit
@@ -151,8 +154,8 @@ def _skip_half(
 
 @gluon.jit
 def _consumer(
-    WG: gl.constexpr, given, D1: gl.constexpr, D2: gl.constexpr, STAGES: gl.constexpr,
-    GROUPS: gl.constexpr, EDGE: gl.constexpr,
+    WG: gl.constexpr, given, D: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr,
+    STAGES: gl.constexpr, GROUPS: gl.constexpr, EDGE: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup of GROUPS. STATISTICS: by head two rows, LSE in base 2 and w, padded with
     LSE = inf, hence P = 0."""
@@ -223,10 +226,10 @@ def _consumer(
             d_q2 = d_q2 * scale if TWO else None
             store_tile(d_q_out, d_q, d_q2, stay0, at, b, h, row, D1, D2)
             if SUMS is not None:
-                D = d_q_out[0].shape[3]
-                _store_sums(SUMS, d_q, q, b, h, H, row, L, 0, D)
+                column, column2 = piece_columns(d_q_out[0], h, D, D1)
+                _store_sums(SUMS, d_q, q, b, h, H, row, L, column, min(D, D1), D)
                 if TWO:
-                    _store_sums(SUMS, d_q2, q2, b, h, H, row, L, D1, D)
+                    _store_sums(SUMS, d_q2, q2, b, h, H, row, L, column2, D - D1, D)
             stored = own + 1
             own, own_phase = advance(own, own_phase, 1, 2)
         elif begin < L:
@@ -287,12 +290,12 @@ def _consumer(
 def bwd_kernel(
     Q, K, V, D_O, D_Q, D_K, D_V, Q2, K2, V2, D_O2, D_Q2, D_K2, D_V2, STATISTICS, SUMS,
     scale, H, L, S, tiles, turn, items,
-    D1: gl.constexpr, D2: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
-    EDGE: gl.constexpr,
+    D: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr, STAGES: gl.constexpr,
+    GROUPS: gl.constexpr, EDGE: gl.constexpr,
 ):  # fmt: skip
-    """D1 + D2 columns; STAGES pairs of passing tiles in flight, two pairs of what stays of each of
-    GROUPS warpgroups; SUMS: `Call.sums`, of which Σ dO is another launch's; EDGE: the last tile of
-    keys is cut."""
+    """D1 + D2 columns, of which D exist; STAGES pairs of passing tiles in flight, two pairs of what
+    stays of each of GROUPS warpgroups; SUMS: `Call.sums`, of which Σ dO is another launch's; EDGE:
+    the last tile of keys is cut."""
     TILE_BYTES: gl.constexpr = ROWS * (D1 + D2) * 2
     TWO: gl.constexpr = D2 > 0
     stay = (
@@ -313,8 +316,8 @@ def bwd_kernel(
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_consumer, (0, given, D1, D2, STAGES, GROUPS, EDGE)),
-                (_consumer, (1, given, D1, D2, STAGES, GROUPS, EDGE)),
+                (_consumer, (0, given, D, D1, D2, STAGES, GROUPS, EDGE)),
+                (_consumer, (1, given, D, D1, D2, STAGES, GROUPS, EDGE)),
                 (_producer, (fetched, D1, TILE_BYTES, STAGES, GROUPS)),
             ],
             [4, 1],
@@ -323,9 +326,9 @@ def bwd_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consumer, (0, given, D1, D2, STAGES, GROUPS, EDGE)),
-                (_consumer, (1, given, D1, D2, STAGES, GROUPS, EDGE)),
-                (_consumer, (2, given, D1, D2, STAGES, GROUPS, EDGE)),
+                (_consumer, (0, given, D, D1, D2, STAGES, GROUPS, EDGE)),
+                (_consumer, (1, given, D, D1, D2, STAGES, GROUPS, EDGE)),
+                (_consumer, (2, given, D, D1, D2, STAGES, GROUPS, EDGE)),
                 (_producer, (fetched, D1, TILE_BYTES, STAGES, GROUPS)),
             ],
             [4, 4, 1],

@@ -39,9 +39,10 @@ from .primitives import (
     allocate_stages,
     barriers,
     first_row,
-    load,
+    load_at,
     matrix,
     memory_as,
+    piece_columns,
     scores,
     store_tile,
     work_item,
@@ -57,11 +58,11 @@ def _fetch(x, y, buffers, ready, free, b, h, row, slot, phase, D1: gl.constexpr)
     TWO: gl.constexpr = x[1] is not None
     BYTES: gl.constexpr = x[0].block_type.nbytes + (x[1].block_type.nbytes if TWO else 0)
     mbarrier.expect(bar, 2 * BYTES)
-    load(x[0], [b, h, row, 0], bar, buffers[0][0].index(slot))
-    load(y[0], [b, h, row, 0], bar, buffers[1][0].index(slot))
+    load_at(x[0], b, h, row, 0, bar, buffers[0][0].index(slot))
+    load_at(y[0], b, h, row, 0, bar, buffers[1][0].index(slot))
     if TWO:
-        load(x[1], [b, h, row, D1], bar, buffers[0][1].index(slot))
-        load(y[1], [b, h, row, D1], bar, buffers[1][1].index(slot))
+        load_at(x[1], b, h, row, D1, bar, buffers[0][1].index(slot))
+        load_at(y[1], b, h, row, D1, bar, buffers[1][1].index(slot))
 
 
 @gluon.jit
@@ -236,9 +237,12 @@ def _keys(
                 q_slot, q_phase = advance(q_slot, q_phase, 1, STAGES_Q)
             if SUMS is not None:
                 at = (2 * (b * QUERIES + n0 // ROWS) + 1) * H + h
-                store_sums(SUMS, gl.sum(_until(d_v, S - n0, EDGE), 0), at, 0, D)
+                column, column2 = piece_columns(d_v_out[0], h, D, D1)
+                sums = gl.sum(_until(d_v, S - n0, EDGE), 0)
+                store_sums(SUMS, sums, at, column, min(D, D1), D)
                 if TWO:
-                    store_sums(SUMS, gl.sum(_until(d_v2, S - n0, EDGE), 0), at, D1, D)
+                    sums2 = gl.sum(_until(d_v2, S - n0, EDGE), 0)
+                    store_sums(SUMS, sums2, at, column2, D - D1, D)
             d_k2 = d_k2 * scale if TWO else None
             tma.store_wait(0)
             store_tile(d_k_out, d_k * scale, d_k2, out_buffers, 1, b, h, n0, D1, D2)

@@ -18,7 +18,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .primitives import ROWS, advance, matrix, row_at, store_tile, work_item, work_items
+from .primitives import (
+    ROWS,
+    advance,
+    matrix,
+    piece_columns,
+    row_at,
+    store_tile,
+    work_item,
+    work_items,
+)
 
 # of O and dO, two lanes a row
 ROWS_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0]))
@@ -34,31 +43,31 @@ def add_product(a, x, x2, d, d2):
 
 
 @gluon.jit
-def store_sums(SUMS, sums, at, begin: gl.constexpr, D: gl.constexpr):
-    """Σ over the rows of a result, for columns from `begin` on."""
-    j = begin + gl.arange(0, sums.shape[0], layout=sums.type.layout)
-    gl.store(SUMS + at * D + j, sums, mask=j < D)
+def store_sums(SUMS, sums, at, begin, COLUMNS: gl.constexpr, D: gl.constexpr):
+    """Σ over the rows of a result, for COLUMNS columns from `begin` on."""
+    j = gl.arange(0, sums.shape[0], layout=sums.type.layout)
+    gl.store(SUMS + at * D + begin + j, sums, mask=j < COLUMNS)
 
 
 @gluon.jit
 def _load_rows(
-    O, b, h, rows, there, begin: gl.constexpr, COLUMNS: gl.constexpr, D: gl.constexpr,
-    UNIT: gl.constexpr,
-):  # fmt: skip
-    """Columns of O from `begin` on, 0 where a row is not there."""
+    O, b, h, rows, there, begin, COLUMNS: gl.constexpr, WIDTH: gl.constexpr, UNIT: gl.constexpr
+):
+    """Columns of O from `begin` on, 0 behind the first COLUMNS and where a row is not there."""
     O = (O[0], O[1] * UNIT, O[2] * UNIT, O[3] * UNIT)
     i = gl.expand_dims(rows, 1)
-    j = begin + gl.expand_dims(gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, ROWS_LAYOUT)), 0)
-    mask = gl.expand_dims(there, 1) & (j < D)
-    return gl.load(row_at(O, b, h, i) + j, mask=mask, other=0.0)
+    j = gl.expand_dims(gl.arange(0, WIDTH, layout=gl.SliceLayout(0, ROWS_LAYOUT)), 0)
+    mask = gl.expand_dims(there, 1) & (j < COLUMNS)
+    return gl.load(row_at(O, b, h, i) + begin + j, mask=mask, other=0.0)
 
 
 @gluon.jit
 def _store_w(
-    O, buffers, bars, work, e, m, count, D: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr,
+    O, d_q, buffers, bars, work, e, m, count, D: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr,
     QUERIES: gl.constexpr, STAGES_Q: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
-    """-w of the m-th tile of the e-th head, if there is one, to the scores' warpgroup."""
+    """-w of the m-th tile of the e-th head, if there is one, to the scores' warpgroup. d_q: a
+    descriptor of a result."""
     q_and_d_o, _, _, _, _, all_w = buffers
     _, d_o_buffers = q_and_d_o
     q_ready, _, _, _, _, _, w_ready = bars
@@ -66,8 +75,9 @@ def _store_w(
     b, h, _tile = work_item(e, 1, H, False)
     i = m * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, ROWS_LAYOUT))
     there = (i < L) & (e < count)
-    o = _load_rows(O, b, h, i, there, 0, D1, D, UNIT)
-    o2 = _load_rows(O, b, h, i, there, D1, D2, D, UNIT) if D2 > 0 else None
+    column, column2 = piece_columns(d_q, h, D, D1)
+    o = _load_rows(O, b, h, i, there, column, min(D, D1), D1, UNIT)
+    o2 = _load_rows(O, b, h, i, there, column2, D - D1, D2, UNIT) if D2 > 0 else None
     if e < count:
         n = e * QUERIES + m
         slot = n % STAGES_Q
@@ -107,7 +117,10 @@ def _add_queries(
         mbarrier.arrive(p_free.index(p_slot), count=1)
         p_slot, p_phase = advance(p_slot, p_phase, 1, STAGES_P)
         if LAST:
-            _store_w(O, buffers, bars, work, e + 1, M, count, D, D1, D2, QUERIES, STAGES_Q, UNIT)
+            _store_w(
+                O, results[0][0], buffers, bars, work, e + 1, M, count,
+                D, D1, D2, QUERIES, STAGES_Q, UNIT,
+            )  # fmt: skip
             b, h, _tile = work_item(e, 1, H, False)
             tma.store_wait(0)
             d_q = d_q * scale
@@ -162,11 +175,12 @@ def queries_role(
     L1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D1, 16])
     L2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, max(D2, 16), 16])
     TWO: gl.constexpr = D2 > 0
-    _, _, O, SUMS, buffers, bars, _, work = given
+    results, _, O, SUMS, buffers, bars, _, work = given
+    d_q = results[0][0]
     H, _, S, items = work
     count = work_items(items, False)
     for m in range(QUERIES):
-        _store_w(O, buffers, bars, work, 0, m, count, D, D1, D2, QUERIES, STAGES_Q, UNIT)
+        _store_w(O, d_q, buffers, bars, work, 0, m, count, D, D1, D2, QUERIES, STAGES_Q, UNIT)
     k_slot = 0
     k_phase = 0
     p_slot = 0
@@ -190,9 +204,12 @@ def queries_role(
             b, h, _tile = work_item(e, 1, H, False)
             x = gl.sum(y0 + y1 + y2 + y3, 0)
             x2 = gl.sum(z0 + z1 + z2 + z3, 0) if TWO else None
+            column, column2 = piece_columns(d_q, h, D, D1)
             for tile in gl.static_range(QUERIES):
                 at = 2 * (b * QUERIES + tile) * H + h
-                store_sums(SUMS, x if tile == 0 else gl.zeros_like(x), at, 0, D)
+                y = x if tile == 0 else gl.zeros_like(x)
+                store_sums(SUMS, y, at, column, min(D, D1), D)
                 if TWO:
-                    store_sums(SUMS, x2 if tile == 0 else gl.zeros_like(x2), at, D1, D)
+                    y2 = x2 if tile == 0 else gl.zeros_like(x2)
+                    store_sums(SUMS, y2, at, column2, D - D1, D)
     tma.store_wait(0)

@@ -46,11 +46,11 @@ from .primitives import (
     keep_alive,
     lane_sums,
     let_pass,
-    load,
+    load_at,
     matrix,
     rows_times,
     scores,
-    store,
+    store_at,
     warp_scheduler_barrier_arrive,
     warp_scheduler_barrier_sync,
     work_item,
@@ -61,9 +61,9 @@ from .primitives import (
 @gluon.jit
 def _fetch(x, buffers, b, h, row, barrier, slot, D1: gl.constexpr):
     """A tile in both pieces."""
-    load(x[0], [b, h, row, 0], barrier, buffers[0].index(slot))
+    load_at(x[0], b, h, row, 0, barrier, buffers[0].index(slot))
     if x[1] is not None:
-        load(x[1], [b, h, row, D1], barrier, buffers[1].index(slot))
+        load_at(x[1], b, h, row, D1, barrier, buffers[1].index(slot))
 
 
 @gluon.jit
@@ -242,9 +242,9 @@ def _consumer(
             if TWO:
                 q2.store(rows_times(o2, inverse, L2).to(q.dtype))
             fence_async_shared()
-            store(out[0], [b, h, m0, 0], buffers[0][0].index(at))
+            store_at(out[0], b, h, m0, 0, buffers[0][0].index(at))
             if TWO:
-                store(out[1], [b, h, m0, D1], buffers[0][1].index(at))
+                store_at(out[1], b, h, m0, D1, buffers[0][1].index(at))
             i = m0 + gl.arange(0, ROWS, layout=ROW)
             row = first_row(b, h, H, L) + i
             gl.store(LSE + row, (m + gl.log2(l_row)) * LN2, mask=i < L)

@@ -30,7 +30,7 @@ from .primitives import (
     rows_times,
     scores,
     sequence_of,
-    store,
+    store_at,
     weighted_mean,
     work_item,
 )
@@ -243,8 +243,8 @@ def finish(o, t, inverse, r, q, t_q, L_O: gl.constexpr, T_S: gl.constexpr):
 @gluon.jit
 def store_results(o_out, t_out, buffers, b, h, row, slot, D1: gl.constexpr, TWO: gl.constexpr):
     """O and tO of a warpgroup, not awaited."""
-    store(o_out[0], [b, h, row, 0], buffers[0][0].index(slot))
-    store(t_out[0], [b, h, row, 0], buffers[1][0].index(slot))
+    store_at(o_out[0], b, h, row, 0, buffers[0][0].index(slot))
+    store_at(t_out[0], b, h, row, 0, buffers[1][0].index(slot))
     if TWO:
-        store(o_out[1], [b, h, row, D1], buffers[0][1].index(slot))
-        store(t_out[1], [b, h, row, D1], buffers[1][1].index(slot))
+        store_at(o_out[1], b, h, row, D1, buffers[0][1].index(slot))
+        store_at(t_out[1], b, h, row, D1, buffers[1][1].index(slot))

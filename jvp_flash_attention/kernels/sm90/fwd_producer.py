@@ -8,19 +8,19 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .fwd_primitives import work_range
-from .primitives import ROWS, advance, listed_row, load, work_items
+from .primitives import ROWS, advance, listed_row, load, load_at, work_items
 
 
 @gluon.jit
 def _fetch(x, buffers, at: gl.constexpr, b, h, row, barrier, slot):
     """Both pieces of one tile of operand number `at`; V2 and tV2 alternate."""
-    load(x[at][0], [b, h, row, 0], barrier, buffers[at][0].index(slot))
+    load_at(x[at][0], b, h, row, 0, barrier, buffers[at][0].index(slot))
     if x[at][1] is not None:
         slot2 = slot
         if at >= 4:
             if x[5][0] is not None:
                 slot2 = 2 * slot + at - 4
-        load(x[at][1], [b, h, row, 64], barrier, buffers[at][1].index(slot2))
+        load_at(x[at][1], b, h, row, 64, barrier, buffers[at][1].index(slot2))
 
 
 @gluon.jit

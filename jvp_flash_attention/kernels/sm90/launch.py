@@ -131,21 +131,13 @@ def _fwd_jvp(p: Problem, c: Call) -> Launch:
     pairs = listed or triangle  # late tiles may see more than early ones
 
     keys = _seen_keys(p)
-
-    def pieces(x: Tensor | None, rows: int, length: int | None = None):
-        if x is None:
-            return None, None
-        first, second = (_descriptor(x, rows, n, length) if n else None for n in (D1, D2))
-        return first, second
-
     operands = (
-        *(pieces(*x) for x in ((q, 64), (k, N, keys), (v, N, keys))),
-        *(pieces(*x) for x in ((c.t.q, 64), (c.t.k, N, keys), (c.t.v, N, keys))),
-        *(pieces(x, 64) for x in (c.saved.out, c.saved.t_out)),
+        *((q, 64), (k, N, keys), (v, N, keys)),
+        *((c.t.q, 64), (c.t.k, N, keys), (c.t.v, N, keys)),
+        *((c.saved.out, 64), (c.saved.t_out, 64)),
     )
     args = (
-        *(first for first, _ in operands),
-        *(second for _, second in operands),
+        *_pieces(p, D1, D2, *operands),
         *_mask(mask, c.t.mask, kind, p, N),
         *(c.x.cu_q, c.x.cu_k, blocks_pointer(c.x.kv_blocks, p)),
         *(pointer(x if packed else None) for x in (c.saved.out, c.saved.t_out)),
@@ -178,8 +170,7 @@ def _fwd(p: Problem, c: Call) -> Launch:
     grid, work = _shares(p, cdiv(p.L, 64 * schedule.GROUPS), q)
     given = ((q, 64), (k, schedule.BLOCK_N), (v, schedule.BLOCK_N), (c.saved.out, 64))
     args = (
-        *(_descriptor(x, rows, schedule.D1) for x, rows in given),
-        *(_descriptor(x, rows, schedule.D2) if schedule.D2 else None for x, rows in given),
+        *_pieces(p, schedule.D1, schedule.D2, *given),
         *(c.saved.lse, p.spec.scale, p.H, p.L, p.S, *work),
     )
     constexprs = {
@@ -211,10 +202,10 @@ def _bwd(p: Problem, c: Call) -> Launch:
     schedule = configs.backward(p.D)
     grid, work = _shares(p, cdiv(max(p.L, p.S), 64 * schedule.GROUPS), c.x.q)
     args = (
-        *_operands(schedule, c),
+        *_operands(schedule, p, c),
         *(c.statistics, c.sums, p.spec.scale, p.H, p.L, p.S, *work),
     )
-    constexprs = {**schedule._asdict(), "EDGE": p.S % 64 != 0, "num_warps": 4}
+    constexprs = {"D": p.D, **schedule._asdict(), "EDGE": p.S % 64 != 0, "num_warps": 4}
     return Launch(bwd_kernel, grid, args, constexprs)
 
 
@@ -222,18 +213,17 @@ def _bwd_head(p: Problem, c: Call, head: configs.WholeHead) -> Launch:
     items = p.B * p.H
     out, unit = in_units(c.saved.out)
     args = (
-        *_operands(head, c),
+        *_operands(head, p, c),
         *(c.saved.lse, out, c.sums, p.spec.scale, p.H, p.L, p.S, items),
     )
     constexprs = {"D": p.D, "UNIT": unit, **head._asdict(), "EDGE": p.S % 64 != 0, "num_warps": 4}
     return Launch(bwd_head_kernel, _grid(items, p, c.x.q, False), args, constexprs)
 
 
-def _operands(schedule: configs.Backward | configs.WholeHead, c: Call) -> list:
-    """Of the gradients of O, and results: first pieces, then second ones."""
+def _operands(schedule: configs.Backward | configs.WholeHead, p: Problem, c: Call) -> list:
+    """Of the gradients of O, and results."""
     tensors = (*c.x[:3], c.d_out, *c.grads[:3])
-    pieces = (schedule.D1, schedule.D2)
-    return [x for D in pieces for x in (_squares(D, *tensors) if D else [None] * 7)]
+    return _pieces(p, schedule.D1, schedule.D2, *((x, 64) for x in tensors))
 
 
 def _bwd_dkdv_jvp(p: Problem, c: Call) -> Launch:
@@ -290,6 +280,29 @@ def _given(p: Problem, c: Call, columns: int, blocks: Tensor | None, results: tu
         *_squares(columns, *results),
         *(pointer(x if packed else None) for x in results),
     )
+
+
+def _pieces(p: Problem, D1: int, D2: int, *given: tuple) -> list:
+    """Descriptors of (tensor, rows of a tile[, rows of a head]): of first pieces, then of second.
+
+    A row of 72 columns ends in the middle of a sector of memory (32 bytes), where the next head of
+    its token begins. A tile of columns 0 to 63 would cut two sectors of each row of an odd head,
+    and stores to a part of one are slow. So odd heads begin with the short piece, in all operands:
+    heads count by two, which differ by more than a head in the long piece, and by less in the short
+    one.
+    """
+    by_two = D2 > 0 and p.D % 16 > 0 and p.H == p.Hk > 1 and p.sequences is None
+    if not by_two or any(x is not None and x.stride(1) < p.D for x, *_ in given):
+        return [
+            _descriptor(x, rows, D, *length) if x is not None and D else None
+            for D in (D1, D2)
+            for x, rows, *length in given
+        ]
+    return [
+        None if x is None else _descriptor_by_two(x, rows, D, width, x.stride(1) + step, *length)
+        for D, width, step in ((D1, D1, p.D - D1), (D2, p.D, -D1))
+        for x, rows, *length in given
+    ]
 
 
 def _squares(columns: int, *tensors: Tensor | None, length: int | None = None) -> list:
@@ -392,6 +405,19 @@ def _descriptor(
     return TensorDescriptor(x, shape, strides or list(x.stride()), block, layout)
 
 
+def _descriptor_by_two(
+    x: Tensor, rows: int, columns: int, width: int, step: int, length: int | None = None
+):
+    """With even and odd heads in a dimension, `step` elements apart; rows have `width` elements."""
+    B, H, L, _ = x.shape
+    b, h, row, _ = x.stride()
+    shape = [B, cdiv(H, 2), 2, L if length is None else length, width]
+    layout: Any = _layout(rows, columns, x.dtype, 5)
+    block = [1, 1, 1, rows, columns]
+    return TensorDescriptor(x, shape, [b, 2 * h, step, row, 1], block, layout)
+
+
 @cache
-def _layout(rows: int, columns: int, dtype: torch.dtype):
-    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], LAYOUT_TYPES[dtype])
+def _layout(rows: int, columns: int, dtype: torch.dtype, rank: int = 4):
+    block = [1] * (rank - 2) + [rows, columns]
+    return gl.NVMMASharedLayout.get_default_for(block, LAYOUT_TYPES[dtype])

@@ -204,6 +204,39 @@ def memory_as(buffers, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def _coordinates(x, b, h, row, column):
+    """Of a tile in a descriptor, which may have heads by two (`launch.py`)."""
+    if len(x.block_shape) == 5:
+        at = (b, h // 2, h % 2, row, column)
+    else:
+        at = (b, h, row, column)
+    return at
+
+
+@gluon.jit
+def load_at(x, b, h, row, column, bar, tile):
+    """A tile of a head to shared memory, not awaited."""
+    load(x, _coordinates(x, b, h, row, column), bar, tile)
+
+
+@gluon.jit
+def store_at(x, b, h, row, column, tile):
+    """A tile of a head from shared memory, not awaited."""
+    store(x, _coordinates(x, b, h, row, column), tile)
+
+
+@gluon.jit
+def piece_columns(x, h, D: gl.constexpr, D1: gl.constexpr):
+    """The columns where the two pieces of a row of a descriptor's tensor begin."""
+    first = 0
+    second = D1
+    if len(x.block_shape) == 5:
+        first = h % 2 * (D - D1)
+        second = D1 - h % 2 * D1
+    return first, second
+
+
+@gluon.jit
 def tiles_as(buffers, COUNT: gl.constexpr, N: gl.constexpr, D: gl.constexpr, BYTES: gl.constexpr):
     """The memory of buffers as COUNT tiles (N, D) in 16 bits, with a swizzle of so many bytes."""
     return memory_as(buffers, [COUNT, N, D], gl.NVMMASharedLayout(BYTES, 16, 2))
@@ -237,9 +270,9 @@ def store_tile(out, x, x2, buffers, slot, b, h, row, D1: gl.constexpr, D2: gl.co
         tile2 = matrix(buffers[1], slot, ROWS, D2)
         tile2.store(x2.to(tile2.dtype))
     fence_async_shared()
-    store(out[0], [b, h, row, 0], buffers[0].index(slot))
+    store_at(out[0], b, h, row, 0, buffers[0].index(slot))
     if D2 > 0:
-        store(out[1], [b, h, row, D1], buffers[1].index(slot))
+        store_at(out[1], b, h, row, D1, buffers[1].index(slot))
 
 
 @gluon.jit
