@@ -234,6 +234,44 @@ def test_an_implementation_that_is_named_serves_or_raises(device):
         kernels.forward(p.x, p.t, Spec(1.0), force="hopper")
 
 
+def piece(descriptor, b, h, column):
+    """What TMA reads of a head in a descriptor of pieces, from a column on, and where it begins."""
+    *_, rows, columns = descriptor.shape
+    *steps, step, _ = descriptor.strides
+    at = (b, h // 2, h % 2) if len(descriptor.shape) == 5 else (b, h)
+    width = min(descriptor.block_shape[-1], columns - column)
+    begin = sum(i * s for i, s in zip(at, steps, strict=True)) + column
+    whole = descriptor.base.as_strided((rows, width), (step, 1), begin)
+    return whole, begin
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["heads of a token", "rows of a head"])
+@pytest.mark.parametrize(("D", "D1"), [(72, 64), (88, 64), (80, 64), (64, 64)])
+def test_the_pieces_of_a_head_are_its_columns_and_the_long_one_is_whole_sectors(D, D1, beside):
+    """Odd heads begin with the short one where a head ends inside of a sector of 32 bytes."""
+    B, H, L = 2, 5, 70
+    if beside:
+        packed = torch.arange(B * L * 3 * H * D).reshape(B, L, 3, H, D).to(torch.bfloat16)
+        q, k, v = packed.permute(2, 0, 3, 1, 4)[:1].expand(3, B, H, L, D)
+    else:
+        q = k = v = torch.arange(B * H * L * D).reshape(B, H, L, D).to(torch.bfloat16)
+    (launch,) = kernels.launches(Inputs(q, k, v), None, Spec(0.1), arch="sm90", force="sm90")
+    long, short = launch.args[0], launch.args[4]
+    by_two = len(long.shape) == 5
+    assert by_two == (D in (72, 88))
+    for b in range(B):
+        for h in range(H):
+            first, begin = piece(long, b, h, 0)
+            pieces = [first]
+            if D > D1:
+                pieces.insert(0 if by_two and h % 2 else 1, piece(short, b, h, D1)[0])
+            assert torch.equal(torch.cat(pieces, 1), q[b, h])
+            assert not beside or begin * 2 % 32 == 0
+    shared = Inputs(q, k[:, :1], v[:, :1])
+    (launch,) = kernels.launches(shared, None, Spec(0.1), arch="sm90", force="sm90")
+    assert len(launch.args[0].shape) == 4  # heads of Q and of K must agree
+
+
 def test_sums_of_gradients_come_where_one_launch_makes_them():
     def room(D=64, L=300, S=None, dtype=torch.bfloat16, arch="sm90", **how):
         z = torch.empty(2, L, 3, 5, D, dtype=dtype)

@@ -45,6 +45,7 @@ from .primitives import (
     matrix,
     piece_columns,
     scores,
+    store_sums,
     store_tile,
     work_item,
     work_items,
@@ -118,23 +119,6 @@ def _add_product(a, x, x2, d, d2):
         L2: gl.constexpr = gl.DotOperandLayout(0, d2.type.layout, 2)
         d2 = warpgroup_mma(gl.convert_layout(a16, L2, assert_trivial=True), x2, d2, is_async=True)
     return a16, d, d2
-
-
-@gluon.jit
-def _store_sums(SUMS, x, tile, b, h, H, row, rows, begin, COLUMNS: gl.constexpr, D: gl.constexpr):
-    """Σ over the rows of dQ, for COLUMNS columns from `begin` on, as a product of ones and the tile
-    in shared memory. Rows behind the last query are zero there. x: the results, for their layout.
-    """
-    L: gl.constexpr = x.type.layout
-    ones = gl.full([ROWS, ROWS], 1.0, tile.dtype, layout=gl.DotOperandLayout(0, L, 2))
-    sums = warpgroup_mma(ones, tile, gl.zeros_like(x), use_acc=False, is_async=True)
-    sums = warpgroup_mma_wait(0, deps=[sums])
-    keep_alive(ones)
-    at = 2 * (b * ((rows + (ROWS - 1)) // ROWS) + row // ROWS)
-    i = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, L)), 1)
-    j = gl.expand_dims(gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, L)), 0)
-    to = SUMS + (at * H + h) * D + begin
-    gl.store(to + j + 0 * i, sums, mask=(i == 0) & (j < COLUMNS))
 
 
 @gluon.jit
@@ -226,10 +210,12 @@ def _consumer(
             d_q2 = d_q2 * scale if TWO else None
             store_tile(d_q_out, d_q, d_q2, stay0, at, b, h, row, D1, D2)
             if SUMS is not None:
+                # rows behind the last query are zero
                 column, column2 = piece_columns(d_q_out[0], h, D, D1)
-                _store_sums(SUMS, d_q, q, b, h, H, row, L, column, min(D, D1), D)
+                to = 2 * (b * ((L + (ROWS - 1)) // ROWS) + row // ROWS) * H + h
+                store_sums(SUMS, to, q, ROWS, L1, column, min(D, D1), D, False)
                 if TWO:
-                    _store_sums(SUMS, d_q2, q2, b, h, H, row, L, column2, D - D1, D)
+                    store_sums(SUMS, to, q2, ROWS, L2, column2, D - D1, D, False)
             stored = own + 1
             own, own_phase = advance(own, own_phase, 1, 2)
         elif begin < L:

@@ -10,11 +10,11 @@ queries:
 
     scores      S, dP: P and dS, to shared memory
     keys        dV, dK of one tile of keys, over all queries
-    queries     dQ of all queries, over all keys, in four accumulators; w of the next head
+    queries     dQ of all queries, over all keys, in four accumulators; w, ahead of the scores
 
 So nothing is summed between blocks, and two runs are equal bit for bit. The scores' instructions
-take the longest. LSE and w lie in shared memory, where they are read without a wait. The first
-tiles of the next head are fetched under the last ones of this.
+take the longest. LSE and w lie in shared memory, where they are read without a wait. Tiles of the
+next head are fetched as soon as there is room.
 
 A head dim above 64 and up to 80 is two pieces, as in `forward.py`. Names of the second end in 2.
 """
@@ -32,7 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..portable.primitives import LOG2E
-from .bwd_head_queries import add_product, queries_role, store_sums
+from .bwd_head_queries import add_product, queries_role
 from .primitives import (
     ROWS,
     advance,
@@ -44,6 +44,7 @@ from .primitives import (
     memory_as,
     piece_columns,
     scores,
+    store_sums,
     store_tile,
     work_item,
     work_items,
@@ -66,29 +67,47 @@ def _fetch(x, y, buffers, ready, free, b, h, row, slot, phase, D1: gl.constexpr)
 
 
 @gluon.jit
+def _fetch_queries(
+    queries, buffers, ready, free, n, count, H, D1: gl.constexpr, QUERIES: gl.constexpr,
+    STAGES_Q: gl.constexpr,
+):  # fmt: skip
+    """The n-th tile of Q and dO of this block, if it has so many heads; the next one's number."""
+    e = n // QUERIES
+    if e < count:
+        b, h, _tile = work_item(e, 1, H, False)
+        row = n % QUERIES * ROWS
+        phase = n // STAGES_Q & 1 ^ 1
+        _fetch(*queries, buffers, ready, free, b, h, row, n % STAGES_Q, phase, D1)
+    return n + 1
+
+
+@gluon.jit
 def _producer(
     given, D1: gl.constexpr, QUERIES: gl.constexpr, STAGES_Q: gl.constexpr, STAGES_K: gl.constexpr,
 ):  # fmt: skip
-    """The warp that fetches. queries: Q and dO, keys: K and V, each in two pieces."""
+    """The warp that fetches. queries: Q and dO, keys: K and V, each in two pieces. Queries come
+    ahead of the keys that they need not wait for: the first tile of keys is not free before w of
+    the next head's first queries is computed."""
     queries, keys, buffers, bars, work = given
     q_buffers, k_buffers, _, _, _, _ = buffers
     q_ready, q_free, k_ready, k_free, _, _, _ = bars
     H, _, S, items = work
-    q_slot = 0
-    q_phase = 1
+    count = work_items(items, False)
+    n = 0
+    for _ in range(min(QUERIES, STAGES_Q - QUERIES)):
+        n = _fetch_queries(queries, q_buffers, q_ready, q_free, n, count, H, D1, QUERIES, STAGES_Q)
     k_slot = 0
     k_phase = 1
-    for e in range(work_items(items, False)):
+    for e in range(count):
         b, h, _tile = work_item(e, 1, H, False)
         for n0 in range(0, S, ROWS):
             _fetch(*keys, k_buffers, k_ready, k_free, b, h, n0, k_slot, k_phase, D1)
             k_slot, k_phase = advance(k_slot, k_phase, 1, STAGES_K)
             if n0 == 0:
-                for i in range(QUERIES):
-                    _fetch(
-                        *queries, q_buffers, q_ready, q_free, b, h, i * ROWS, q_slot, q_phase, D1
+                for _ in range(QUERIES):
+                    n = _fetch_queries(
+                        queries, q_buffers, q_ready, q_free, n, count, H, D1, QUERIES, STAGES_Q
                     )
-                    q_slot, q_phase = advance(q_slot, q_phase, 1, STAGES_Q)
 
 
 @gluon.jit
@@ -158,7 +177,7 @@ def _scores(
                 p_buffers[0].index(p_slot).store(p.to(DT))
                 if n0 == 0:
                     mbarrier.wait(w_ready.index(m), e & 1)
-                w = all_w.index(m).load(QUERY)
+                w = all_w.index(e % 2 * 4 + m).load(QUERY)
                 d_p = warpgroup_mma_wait(0, deps=[d_p])
                 if last:
                     mbarrier.arrive(q_free.index(q_slot), count=1)
@@ -175,15 +194,6 @@ def _scores(
             k_slot, k_phase = advance(k_slot, k_phase, 1, STAGES_K)
         first = q_slot
         first_phase = q_phase
-
-
-@gluon.jit
-def _until(x, rows, EDGE: gl.constexpr):
-    """The first rows of a result, 0 behind them; EDGE: there may be fewer than it has."""
-    if EDGE:
-        i = gl.arange(0, ROWS, layout=gl.SliceLayout(1, x.type.layout))
-        x = gl.where(gl.expand_dims(i, 1) < rows, x, 0.0)
-    return x
 
 
 @gluon.jit
@@ -224,8 +234,8 @@ def _keys(
                 d_o2 = matrix(d_o_buffers[1], q_slot, ROWS, D2) if TWO else None
                 mbarrier.wait(q_ready.index(q_slot), q_phase)
                 mbarrier.wait(p_ready.index(p_slot), p_phase)
-                d_v, d_v2 = add_product(p_buffers[0].index(p_slot), d_o, d_o2, d_v, d_v2)
-                d_k, d_k2 = add_product(p_buffers[1].index(p_slot), q, q2, d_k, d_k2)
+                d_v, d_v2 = add_product(p_buffers[0].index(p_slot), d_o, d_o2, d_v, d_v2, False)
+                d_k, d_k2 = add_product(p_buffers[1].index(p_slot), q, q2, d_k, d_k2, False)
                 if TWO:
                     d_k, d_k2, d_v, d_v2 = warpgroup_mma_wait(0, deps=[d_k, d_k2, d_v, d_v2])
                 else:
@@ -235,18 +245,18 @@ def _keys(
                     mbarrier.arrive(q_free.index(q_slot), count=1)
                 p_slot, p_phase = advance(p_slot, p_phase, 1, STAGES_P)
                 q_slot, q_phase = advance(q_slot, q_phase, 1, STAGES_Q)
-            if SUMS is not None:
-                at = (2 * (b * QUERIES + n0 // ROWS) + 1) * H + h
-                column, column2 = piece_columns(d_v_out[0], h, D, D1)
-                sums = gl.sum(_until(d_v, S - n0, EDGE), 0)
-                store_sums(SUMS, sums, at, column, min(D, D1), D)
-                if TWO:
-                    sums2 = gl.sum(_until(d_v2, S - n0, EDGE), 0)
-                    store_sums(SUMS, sums2, at, column2, D - D1, D)
             d_k2 = d_k2 * scale if TWO else None
             tma.store_wait(0)
             store_tile(d_k_out, d_k * scale, d_k2, out_buffers, 1, b, h, n0, D1, D2)
             store_tile(d_v_out, d_v, d_v2, out_buffers, 2, b, h, n0, D1, D2)
+            if SUMS is not None:
+                at = (2 * (b * QUERIES + n0 // ROWS) + 1) * H + h
+                column, column2 = piece_columns(d_v_out[0], h, D, D1)
+                tile = matrix(out_buffers[0], 2, ROWS, D1)
+                store_sums(SUMS, at, tile, S - n0, L1, column, min(D, D1), D, EDGE)
+                if TWO:
+                    tile2 = matrix(out_buffers[1], 2, ROWS, D2)
+                    store_sums(SUMS, at, tile2, S - n0, L2, column2, D - D1, D, EDGE)
         first = q_slot
         first_phase = q_phase
     tma.store_wait(0)
@@ -261,8 +271,8 @@ def bwd_head_kernel(
     EDGE: gl.constexpr,
 ):  # fmt: skip
     """D1 + D2 columns, of which D exist; QUERIES tiles of queries a head; STAGES_Q tiles of Q and
-    dO, STAGES_K of K and V, STAGES_P of P and dS in flight; O: (pointer, strides), which count UNIT
-    elements; SUMS: `Call.sums`; EDGE: the last tile of keys is cut."""
+    dO, STAGES_K of K and V, STAGES_P of P and dS in flight; O: (pointer, strides),
+    which count UNIT elements; SUMS: `Call.sums`; EDGE: the last tile of keys is cut."""
     TWO: gl.constexpr = D2 > 0
     q_buffers = (
         (allocate_stages(Q, STAGES_Q), allocate_stages(Q2, STAGES_Q) if TWO else None),
@@ -280,7 +290,7 @@ def bwd_head_kernel(
     out_buffers = (allocate_stages(Q, 3), allocate_stages(Q2, 3) if TWO else None)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     all_lse = gl.allocate_shared_memory(gl.float32, [4, ROWS], FLAT)
-    all_w = gl.allocate_shared_memory(gl.float32, [4, ROWS], FLAT)
+    all_w = gl.allocate_shared_memory(gl.float32, [8, ROWS], FLAT)  # of this head and the next
     buffers = (q_buffers, k_buffers, p_buffers, out_buffers, all_lse, all_w)
     bars = (
         barriers(STAGES_Q, 1),

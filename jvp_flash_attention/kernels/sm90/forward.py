@@ -16,7 +16,7 @@ Beyond the mathematics there, whose names are used (steps of a tile: `fwd_primit
   the loop.
 * Lazy rescaling: o, t, l, r are brought to a new maximum only where a row of the warp outgrew its
   old one by 2^THRESHOLD. P̃ then reaches 2^THRESHOLD instead of 1, which float32 sums do not notice.
-* A head dim between 64 and 128 is two pieces, 64 + 16 or 64 + 32, each with its own buffers,
+* A head dim above 64 and up to 96 is two pieces, 64 + 16 or 64 + 32, each with its own buffers,
   products and accumulator: 72 costs 80 columns, not 128. Of 16 columns, those of V and tV lie side
   by side and share the product with P.
 * Where there are two pairs of query buffers, the stores of an item's results are awaited under the

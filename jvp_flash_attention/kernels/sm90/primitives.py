@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
+    warpgroup_mma_wait,
 )
 
 from .. import block_info
@@ -273,6 +274,29 @@ def store_tile(out, x, x2, buffers, slot, b, h, row, D1: gl.constexpr, D2: gl.co
     store_at(out[0], b, h, row, 0, buffers[0].index(slot))
     if D2 > 0:
         store_at(out[1], b, h, row, D1, buffers[1].index(slot))
+
+
+@gluon.jit
+def store_sums(
+    SUMS, at, tile, rows, L: gl.constexpr, begin, COLUMNS: gl.constexpr, D: gl.constexpr,
+    EDGE: gl.constexpr,
+):  # fmt: skip
+    """Σ over the first `rows` rows of a result, as a product of ones and its tile in shared memory,
+    for COLUMNS columns from `begin` on, to row `at` of SUMS. L: the result's layout; EDGE: the tile
+    may have more rows."""
+    ONES: gl.constexpr = gl.DotOperandLayout(0, L, 2)
+    WIDTH: gl.constexpr = tile.shape[1]
+    ones = gl.full([ROWS, ROWS], 1.0, tile.dtype, layout=ONES)
+    if EDGE:
+        there = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(0, ONES)), 0) < rows
+        ones = gl.where(there, ones, gl.full([ROWS, ROWS], 0.0, tile.dtype, layout=ONES))
+    sums = gl.zeros([ROWS, WIDTH], gl.float32, L)
+    sums = warpgroup_mma(ones, tile, sums, use_acc=False, is_async=True)
+    sums = warpgroup_mma_wait(0, deps=[sums])
+    keep_alive(ones)
+    i = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, L)), 1)
+    j = gl.expand_dims(gl.arange(0, WIDTH, layout=gl.SliceLayout(0, L)), 0)
+    gl.store(SUMS + at * D + begin + j + 0 * i, sums, mask=(i == 0) & (j < COLUMNS))
 
 
 @gluon.jit
