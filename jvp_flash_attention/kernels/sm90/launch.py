@@ -130,12 +130,11 @@ def _fwd_jvp(p: Problem, c: Call) -> Launch:
     triangle = right is not None and left is None and not packed
     pairs = listed or triangle  # late tiles may see more than early ones
 
-    keys = _seen_keys(p)
+    seen = N, _seen_keys(p)
     operands = (
-        *((q, 64), (k, N, keys), (v, N, keys)),
-        *((c.t.q, 64), (c.t.k, N, keys), (c.t.v, N, keys)),
-        *((c.saved.out, 64), (c.saved.t_out, 64)),
-    )
+        (q, 64), (k, *seen), (v, *seen), (c.t.q, 64), (c.t.k, *seen), (c.t.v, *seen),
+        (c.saved.out, 64), (c.saved.t_out, 64),
+    )  # fmt: skip
     args = (
         *_pieces(p, D1, D2, *operands),
         *_mask(mask, c.t.mask, kind, p, N),
@@ -287,9 +286,9 @@ def _pieces(p: Problem, D1: int, D2: int, *given: tuple) -> list:
 
     A row of 72 columns ends in the middle of a sector of memory (32 bytes), where the next head of
     its token begins. A tile of columns 0 to 63 would cut two sectors of each row of an odd head,
-    and stores to a part of one are slow. So odd heads begin with the short piece, in all operands:
-    heads count by two, which differ by more than a head in the long piece, and by less in the short
-    one.
+    and stores to a part of one are slow. So odd heads begin with the short piece, in all operands.
+    Heads then count by two. From an even one to the odd one behind it the long piece moves on by a
+    head and the short piece's columns, the short piece by a head less the long piece's.
     """
     by_two = D2 > 0 and p.D % 16 > 0 and p.H == p.Hk > 1 and p.sequences is None
     if not by_two or any(x is not None and x.stride(1) < p.D for x, *_ in given):
