@@ -88,6 +88,26 @@ def test_the_gradients_of_o_in_one_launch_are_right_and_repeat(dtype, head_dim, 
     assert worst < 4e-3
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 1.3), (torch.bfloat16, 3.5)], ids=str)
+def test_sums_for_biases_leave_out_rows_behind_the_last_key(dtype, size):
+    """There P is exp(-LSE), which 16 bits do not hold where scores are far below zero."""
+    B, L, H, D = 2, 190, 3, 72
+    packed = 0.1 * torch.randn(B, L, 3, H, D, device="cuda", dtype=dtype)
+    packed += torch.tensor([size, -size, 0.0], device="cuda", dtype=dtype)[:, None, None]
+    q, k, v = packed.permute(2, 0, 3, 1, 4).unbind()
+    d_out = torch.randn(B, L, H, D, device="cuda", dtype=dtype).transpose(1, 2)
+    x, spec = Inputs(q, k, v), Spec(D**-0.5, rows_first=True, compiled=True)
+    saved = kernels.forward(x, None, spec)
+    assert saved.lse.max() < (-8 if dtype == torch.float16 else -90)
+    sums = kernels.room_for_sums(x, spec)
+    assert sums is not None
+    rows = torch.empty_like(packed).permute(2, 0, 3, 1, 4).unbind()
+    kernels.backward(d_out, None, x, Tangents(), saved, spec, False, into=(*rows, sums))
+    for found, wanted in ((sums[:, :, 0], rows[0]), (sums[:, :, 1], rows[2])):
+        wanted = wanted.double().sum((0, 2))
+        assert (found.double().sum((0, 1)) - wanted).norm() <= 1e-3 * (1 + wanted.norm())
+
+
 def test_gradients_of_o_read_rows_of_o_that_are_no_multiple_of_eight():
     q, k, v, d_out = torch.randn(4, 3, 4, 200, 72, device="cuda", dtype=torch.bfloat16)
     x, spec = Inputs(q, k, v), Spec(72**-0.5)

@@ -99,7 +99,14 @@ def test_a_gradient_that_tma_cannot_read_is_copied_where_sums_are_made_beside_it
 
 # heads that fit a block, few and several a multiprocessor; longer ones, of two and three warpgroups
 SHAPES = [(2, 130, 3, 72), (2, 256, 2, 64), (60, 256, 8, 72), (90, 190, 4, 64)]
-SHAPES += [(3, 700, 2, 64), (40, 520, 3, 40), (2, 130, 2, 128), (2, 300, 3, 72), (2, 400, 2, 96)]
+SHAPES += [
+    (3, 700, 2, 64),
+    (40, 520, 3, 40),
+    (2, 130, 2, 128),
+    (2, 300, 3, 72),
+    (2, 400, 2, 96),
+    (2, 300, 3, 88),
+]
 
 
 @pytest.mark.gpu

@@ -210,12 +210,11 @@ def _consumer(
             d_q2 = d_q2 * scale if TWO else None
             store_tile(d_q_out, d_q, d_q2, stay0, at, b, h, row, D1, D2)
             if SUMS is not None:
-                # rows behind the last query are zero
                 column, column2 = piece_columns(d_q_out[0], h, D, D1)
                 to = 2 * (b * ((L + (ROWS - 1)) // ROWS) + row // ROWS) * H + h
-                store_sums(SUMS, to, q, ROWS, L1, column, min(D, D1), D, False)
+                store_sums(SUMS, to, q, L1, column, min(D, D1), D)
                 if TWO:
-                    store_sums(SUMS, to, q2, ROWS, L2, column2, D - D1, D, False)
+                    store_sums(SUMS, to, q2, L2, column2, D - D1, D)
             stored = own + 1
             own, own_phase = advance(own, own_phase, 1, 2)
         elif begin < L:

@@ -14,7 +14,7 @@ queries:
 
 So nothing is summed between blocks, and two runs are equal bit for bit. The scores' instructions
 take the longest. LSE and w lie in shared memory, where they are read without a wait. Tiles of the
-next head are fetched as soon as there is room.
+next head are fetched under this one's.
 
 A head dim above 64 and up to 80 is two pieces, as in `forward.py`. Names of the second end in 2.
 """
@@ -197,6 +197,13 @@ def _scores(
 
 
 @gluon.jit
+def _until(x, rows):
+    """The first rows of a result, 0 behind them."""
+    i = gl.arange(0, ROWS, layout=gl.SliceLayout(1, x.type.layout))
+    return gl.where(gl.expand_dims(i, 1) < rows, x, 0.0)
+
+
+@gluon.jit
 def _keys(
     given, D: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr, QUERIES: gl.constexpr,
     STAGES_Q: gl.constexpr, STAGES_P: gl.constexpr, EDGE: gl.constexpr,
@@ -248,15 +255,18 @@ def _keys(
             d_k2 = d_k2 * scale if TWO else None
             tma.store_wait(0)
             store_tile(d_k_out, d_k * scale, d_k2, out_buffers, 1, b, h, n0, D1, D2)
+            if EDGE and SUMS is not None:  # behind the last key dV may be infinite
+                d_v = _until(d_v, S - n0)
+                d_v2 = _until(d_v2, S - n0) if TWO else None
             store_tile(d_v_out, d_v, d_v2, out_buffers, 2, b, h, n0, D1, D2)
             if SUMS is not None:
                 at = (2 * (b * QUERIES + n0 // ROWS) + 1) * H + h
                 column, column2 = piece_columns(d_v_out[0], h, D, D1)
                 tile = matrix(out_buffers[0], 2, ROWS, D1)
-                store_sums(SUMS, at, tile, S - n0, L1, column, min(D, D1), D, EDGE)
+                store_sums(SUMS, at, tile, L1, column, min(D, D1), D)
                 if TWO:
                     tile2 = matrix(out_buffers[1], 2, ROWS, D2)
-                    store_sums(SUMS, at, tile2, S - n0, L2, column2, D - D1, D, EDGE)
+                    store_sums(SUMS, at, tile2, L2, column2, D - D1, D)
         first = q_slot
         first_phase = q_phase
     tma.store_wait(0)
@@ -271,8 +281,8 @@ def bwd_head_kernel(
     EDGE: gl.constexpr,
 ):  # fmt: skip
     """D1 + D2 columns, of which D exist; QUERIES tiles of queries a head; STAGES_Q tiles of Q and
-    dO, STAGES_K of K and V, STAGES_P of P and dS in flight; O: (pointer, strides),
-    which count UNIT elements; SUMS: `Call.sums`; EDGE: the last tile of keys is cut."""
+    dO, STAGES_K of K and V, STAGES_P of P and dS in flight; O: (pointer, strides), which count UNIT
+    elements; SUMS: `Call.sums`; EDGE: the last tile of keys is cut."""
     TWO: gl.constexpr = D2 > 0
     q_buffers = (
         (allocate_stages(Q, STAGES_Q), allocate_stages(Q2, STAGES_Q) if TWO else None),

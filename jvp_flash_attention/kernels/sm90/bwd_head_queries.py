@@ -55,6 +55,7 @@ def _load_rows(
     j = gl.expand_dims(gl.arange(0, WIDTH, layout=gl.SliceLayout(0, ROWS_LAYOUT)), 0)
     mask = there & (i < L - m * ROWS) & (j < COLUMNS)
     first = row_at(x, b, h, m * ROWS) + begin
+    # rows lie so close that these are counted in 32 bits (`problem.readable`)
     return gl.load(first + (i * x[3] + j), mask=mask, other=0.0)
 
 
@@ -134,15 +135,14 @@ def _add_queries(
             d_q2 = d_q2 * scale if D2 > 0 else 0
             store_tile(results[0], d_q, d_q2, out_buffers, 0, b, h, M * ROWS, D1, D2)
             if SUMS is not None:
-                # rows behind the last query are zero
                 at = 2 * (b * QUERIES + M) * work[0] + h
                 column, column2 = piece_columns(results[0][0], h, D, D1)
                 tile = matrix(out_buffers[0], 0, ROWS, D1)
-                store_sums(SUMS, at, tile, ROWS, L1, column, min(D, D1), D, False)
+                store_sums(SUMS, at, tile, L1, column, min(D, D1), D)
                 if D2 > 0:
                     L2: gl.constexpr = d_q2.type.layout
                     tile2 = matrix(out_buffers[1], 0, ROWS, D2)
-                    store_sums(SUMS, at, tile2, ROWS, L2, column2, D - D1, D, False)
+                    store_sums(SUMS, at, tile2, L2, column2, D - D1, D)
     return d_q, d_q2, p_slot, p_phase
 
 
@@ -189,7 +189,7 @@ def queries_role(
     given, D: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr, QUERIES: gl.constexpr,
     STAGES_Q: gl.constexpr, STAGES_K: gl.constexpr, STAGES_P: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
-    """The warpgroup of dQ, with Σ dQ, and of w, a head ahead."""
+    """The warpgroup of dQ, with Σ dQ, and of w, ahead of the scores."""
     L1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D1, 16])
     L2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, max(D2, 16), 16])
     _, _, _, _, _, _, _, work = given

@@ -277,19 +277,13 @@ def store_tile(out, x, x2, buffers, slot, b, h, row, D1: gl.constexpr, D2: gl.co
 
 
 @gluon.jit
-def store_sums(
-    SUMS, at, tile, rows, L: gl.constexpr, begin, COLUMNS: gl.constexpr, D: gl.constexpr,
-    EDGE: gl.constexpr,
-):  # fmt: skip
-    """Σ over the first `rows` rows of a result, as a product of ones and its tile in shared memory,
-    for COLUMNS columns from `begin` on, to row `at` of SUMS. L: the result's layout; EDGE: the tile
-    may have more rows."""
+def store_sums(SUMS, at, tile, L: gl.constexpr, begin, COLUMNS: gl.constexpr, D: gl.constexpr):
+    """Σ over the rows of a result, as a product of ones and its tile in shared memory, for COLUMNS
+    columns from `begin` on, to row `at` of SUMS. L: the result's layout. Rows that do not exist
+    must be 0 there."""
     ONES: gl.constexpr = gl.DotOperandLayout(0, L, 2)
     WIDTH: gl.constexpr = tile.shape[1]
     ones = gl.full([ROWS, ROWS], 1.0, tile.dtype, layout=ONES)
-    if EDGE:
-        there = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(0, ONES)), 0) < rows
-        ones = gl.where(there, ones, gl.full([ROWS, ROWS], 0.0, tile.dtype, layout=ONES))
     sums = gl.zeros([ROWS, WIDTH], gl.float32, L)
     sums = warpgroup_mma(ones, tile, sums, use_acc=False, is_async=True)
     sums = warpgroup_mma_wait(0, deps=[sums])
