@@ -29,8 +29,9 @@ Beyond the mathematics there, whose names are used (steps of a tile: `fwd_primit
   roles agree where nothing is seen.
 
 Operands and results are TMA descriptors of (B, H, rows, D), or with even and odd heads in a
-dimension of their own (`launch.py`). What lies outside reads as zero and is not written. An absent tangent removes its loads and products. A mask is read as a tile by TMA
-(FULL), or as a row that all queries share (KEYS).
+dimension of their own (`launch.py`). What lies outside reads as zero and is not written. An absent
+tangent removes its loads and products. A mask is read as a tile by TMA (FULL), or as a row that all
+queries share (KEYS).
 """
 
 from triton.experimental import gluon
