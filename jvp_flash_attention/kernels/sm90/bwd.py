@@ -41,9 +41,8 @@ from .primitives import (
     first_row,
     keep_alive,
     let_pass,
-    load_at,
+    load_tile,
     matrix,
-    piece_columns,
     scores,
     store_sums,
     store_tile,
@@ -54,11 +53,9 @@ from .primitives import (
 
 @gluon.jit
 def _fetch(x, buffers, bar, b, h, row, slot, D1: gl.constexpr):
-    """A tile of each of two tensors, in both pieces."""
+    """A tile of each of two tensors."""
     for i in gl.static_range(2):
-        load_at(x[i][0], b, h, row, 0, bar, buffers[i][0].index(slot))
-        if x[i][1] is not None:
-            load_at(x[i][1], b, h, row, D1, bar, buffers[i][1].index(slot))
+        load_tile(x[i], buffers[i], slot, bar, b, h, row, D1)
 
 
 @gluon.jit
@@ -210,11 +207,8 @@ def _consumer(
             d_q2 = d_q2 * scale if TWO else None
             store_tile(d_q_out, d_q, d_q2, stay0, at, b, h, row, D1, D2)
             if SUMS is not None:
-                column, column2 = piece_columns(d_q_out[0], h, D, D1)
                 to = 2 * (b * ((L + (ROWS - 1)) // ROWS) + row // ROWS) * H + h
-                store_sums(SUMS, to, q, L1, column, min(D, D1), D)
-                if TWO:
-                    store_sums(SUMS, to, q2, L2, column2, D - D1, D)
+                store_sums(SUMS, to, d_q_out, d_q, d_q2, stay0, at, h, D, D1, D2)
             stored = own + 1
             own, own_phase = advance(own, own_phase, 1, 2)
         elif begin < L:

@@ -39,10 +39,9 @@ from .primitives import (
     allocate_stages,
     barriers,
     first_row,
-    load_at,
+    load_tile,
     matrix,
     memory_as,
-    piece_columns,
     scores,
     store_sums,
     store_tile,
@@ -53,17 +52,14 @@ from .primitives import (
 
 @gluon.jit
 def _fetch(x, y, buffers, ready, free, b, h, row, slot, phase, D1: gl.constexpr):
-    """A tile of each of two tensors, in both pieces, into a slot once it is free."""
+    """A tile of each of two tensors into a slot, once it is free."""
     mbarrier.wait(free.index(slot), phase)
     bar = ready.index(slot)
     TWO: gl.constexpr = x[1] is not None
     BYTES: gl.constexpr = x[0].block_type.nbytes + (x[1].block_type.nbytes if TWO else 0)
     mbarrier.expect(bar, 2 * BYTES)
-    load_at(x[0], b, h, row, 0, bar, buffers[0][0].index(slot))
-    load_at(y[0], b, h, row, 0, bar, buffers[1][0].index(slot))
-    if TWO:
-        load_at(x[1], b, h, row, D1, bar, buffers[0][1].index(slot))
-        load_at(y[1], b, h, row, D1, bar, buffers[1][1].index(slot))
+    load_tile(x, buffers[0], slot, bar, b, h, row, D1)
+    load_tile(y, buffers[1], slot, bar, b, h, row, D1)
 
 
 @gluon.jit
@@ -83,18 +79,19 @@ def _fetch_queries(
 
 @gluon.jit
 def _producer(
-    given, D1: gl.constexpr, QUERIES: gl.constexpr, STAGES_Q: gl.constexpr, STAGES_K: gl.constexpr,
+    given, D1: gl.constexpr, QUERIES: gl.constexpr, AHEAD: gl.constexpr, STAGES_Q: gl.constexpr,
+    STAGES_K: gl.constexpr,
 ):  # fmt: skip
     """The warp that fetches. queries: Q and dO, keys: K and V, each in two pieces. Queries come
-    ahead of the keys that they need not wait for: the first tile of keys is not free before w of
-    the next head's first queries is computed."""
+    AHEAD tiles before their head: the first tile of keys is not free before w so far ahead is
+    computed."""
     queries, keys, buffers, bars, work = given
     q_buffers, k_buffers, _, _, _, _ = buffers
     q_ready, q_free, k_ready, k_free, _, _, _ = bars
     H, _, S, items = work
     count = work_items(items, False)
     n = 0
-    for _ in range(min(QUERIES, STAGES_Q - QUERIES)):
+    for _ in range(AHEAD):
         n = _fetch_queries(queries, q_buffers, q_ready, q_free, n, count, H, D1, QUERIES, STAGES_Q)
     k_slot = 0
     k_phase = 1
@@ -261,12 +258,7 @@ def _keys(
             store_tile(d_v_out, d_v, d_v2, out_buffers, 2, b, h, n0, D1, D2)
             if SUMS is not None:
                 at = (2 * (b * QUERIES + n0 // ROWS) + 1) * H + h
-                column, column2 = piece_columns(d_v_out[0], h, D, D1)
-                tile = matrix(out_buffers[0], 2, ROWS, D1)
-                store_sums(SUMS, at, tile, L1, column, min(D, D1), D)
-                if TWO:
-                    tile2 = matrix(out_buffers[1], 2, ROWS, D2)
-                    store_sums(SUMS, at, tile2, L2, column2, D - D1, D)
+                store_sums(SUMS, at, d_v_out, d_v, d_v2, out_buffers, 2, h, D, D1, D2)
         first = q_slot
         first_phase = q_phase
     tma.store_wait(0)
@@ -283,6 +275,9 @@ def bwd_head_kernel(
     """D1 + D2 columns, of which D exist; QUERIES tiles of queries a head; STAGES_Q tiles of Q and
     dO, STAGES_K of K and V, STAGES_P of P and dS in flight; O: (pointer, strides), which count UNIT
     elements; SUMS: `Call.sums`; EDGE: the last tile of keys is cut."""
+    AHEAD: gl.constexpr = min(
+        QUERIES, STAGES_Q - QUERIES
+    )  # tiles of the next head there is room for
     TWO: gl.constexpr = D2 > 0
     q_buffers = (
         (allocate_stages(Q, STAGES_Q), allocate_stages(Q2, STAGES_Q) if TWO else None),
@@ -320,8 +315,8 @@ def bwd_head_kernel(
         [
             (_scores, (given, D1, D2, QUERIES, STAGES_Q, STAGES_K, STAGES_P, EDGE)),
             (_keys, (given, D, D1, D2, QUERIES, STAGES_Q, STAGES_P, EDGE)),
-            (queries_role, (given, D, D1, D2, QUERIES, STAGES_Q, STAGES_K, STAGES_P, UNIT)),
-            (_producer, (fetched, D1, QUERIES, STAGES_Q, STAGES_K)),
+            (queries_role, (given, D, D1, D2, QUERIES, AHEAD, STAGES_Q, STAGES_K, STAGES_P, UNIT)),
+            (_producer, (fetched, D1, QUERIES, AHEAD, STAGES_Q, STAGES_K)),
         ],
         [4, 4, 1],
         [112, 224, 24],

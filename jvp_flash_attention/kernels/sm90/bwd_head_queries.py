@@ -3,8 +3,9 @@
     dQ = s dS K      w = rowsum(dO ∘ O)
 
 w is computed while the first tile of keys passes, where this warpgroup waits for the scores anyway:
-O is awaited from memory under products, dO is in shared memory. Of four tiles the last two are of
-this head, whose scores need them two tiles later, and the first two of the next head.
+O is awaited from memory under products, dO is in shared memory. It is w of the tile of queries that
+comes AHEAD tiles later, as far ahead as dO is fetched: of the next head, or with four tiles a head
+of the last two of this one and the first two of the next.
 """
 
 # What is known at compile time stands in an `if` of its own.
@@ -102,20 +103,18 @@ def _store_w(
 def _add_queries(
     d_q, d_q2, k, k2, given, e, p_slot, p_phase,
     M: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr, D: gl.constexpr, D1: gl.constexpr,
-    D2: gl.constexpr, QUERIES: gl.constexpr, STAGES_Q: gl.constexpr, STAGES_P: gl.constexpr,
-    UNIT: gl.constexpr,
+    D2: gl.constexpr, QUERIES: gl.constexpr, AHEAD: gl.constexpr, STAGES_Q: gl.constexpr,
+    STAGES_P: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
-    """dQ of the M-th tile with one more tile of keys. Beside the first one w of a tile that is
-    needed two tiles later, or by the next head, is computed. After the last one dQ is stored."""
+    """dQ of the M-th tile with one more tile of keys. Beside the first one w of the tile that comes
+    AHEAD tiles later, in this head or the next, is computed. After the last one dQ is stored."""
     results, _, _, SUMS, buffers, bars, scale, work = given
     _, _, p_buffers, out_buffers, _, _ = buffers
     _, _, _, _, p_ready, p_free, _ = bars
-    L1: gl.constexpr = d_q.type.layout
     if M < QUERIES:
         if FIRST:
-            # four tiles leave room for two of the next head
-            W_TILE: gl.constexpr = (M + 2) % 4 if QUERIES == 4 else M
-            w_head = e + (1 if W_TILE <= M else 0)
+            W_TILE: gl.constexpr = (M + AHEAD) % QUERIES
+            w_head = e + (M + AHEAD) // QUERIES
             o, o2 = _load_o(given, w_head, W_TILE, D, D1, D2, UNIT)
         mbarrier.wait(p_ready.index(p_slot), p_phase)
         d_s = p_buffers[1].index(p_slot).permute((1, 0))
@@ -136,13 +135,7 @@ def _add_queries(
             store_tile(results[0], d_q, d_q2, out_buffers, 0, b, h, M * ROWS, D1, D2)
             if SUMS is not None:
                 at = 2 * (b * QUERIES + M) * work[0] + h
-                column, column2 = piece_columns(results[0][0], h, D, D1)
-                tile = matrix(out_buffers[0], 0, ROWS, D1)
-                store_sums(SUMS, at, tile, L1, column, min(D, D1), D)
-                if D2 > 0:
-                    L2: gl.constexpr = d_q2.type.layout
-                    tile2 = matrix(out_buffers[1], 0, ROWS, D2)
-                    store_sums(SUMS, at, tile2, L2, column2, D - D1, D)
+                store_sums(SUMS, at, results[0], d_q, d_q2, out_buffers, 0, h, D, D1, D2)
     return d_q, d_q2, p_slot, p_phase
 
 
@@ -150,11 +143,10 @@ def _add_queries(
 def _add_keys(
     y, given, e, k_slot, k_phase, p_slot, p_phase,
     FIRST: gl.constexpr, LAST: gl.constexpr, D: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr,
-    QUERIES: gl.constexpr, STAGES_Q: gl.constexpr, STAGES_K: gl.constexpr, STAGES_P: gl.constexpr,
-    UNIT: gl.constexpr,
+    QUERIES: gl.constexpr, AHEAD: gl.constexpr, STAGES_Q: gl.constexpr, STAGES_K: gl.constexpr,
+    STAGES_P: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
-    """dQ of all tiles with the next tile of keys, which is then free. Registers have no index, so
-    each tile has a name of its own, y and, for its second piece, z."""
+    """dQ of all tiles, each in two pieces, with the next tile of keys, which is then free."""
     _, _, _, _, buffers, bars, _, _ = given
     _, k_and_v, _, _, _, _ = buffers
     k_buffers, _ = k_and_v
@@ -162,39 +154,30 @@ def _add_keys(
     k = matrix(k_buffers[0], k_slot, ROWS, D1)
     k2 = matrix(k_buffers[1], k_slot, ROWS, D2) if D2 > 0 else None
     mbarrier.wait(k_ready.index(k_slot), k_phase)
-    y0, z0, y1, z1, y2, z2, y3, z3 = y
-    y0, z0, p_slot, p_phase = _add_queries(
-        y0, z0, k, k2, given, e, p_slot, p_phase,
-        0, FIRST, LAST, D, D1, D2, QUERIES, STAGES_Q, STAGES_P, UNIT,
-    )  # fmt: skip
-    y1, z1, p_slot, p_phase = _add_queries(
-        y1, z1, k, k2, given, e, p_slot, p_phase,
-        1, FIRST, LAST, D, D1, D2, QUERIES, STAGES_Q, STAGES_P, UNIT,
-    )  # fmt: skip
-    y2, z2, p_slot, p_phase = _add_queries(
-        y2, z2, k, k2, given, e, p_slot, p_phase,
-        2, FIRST, LAST, D, D1, D2, QUERIES, STAGES_Q, STAGES_P, UNIT,
-    )  # fmt: skip
-    y3, z3, p_slot, p_phase = _add_queries(
-        y3, z3, k, k2, given, e, p_slot, p_phase,
-        3, FIRST, LAST, D, D1, D2, QUERIES, STAGES_Q, STAGES_P, UNIT,
-    )  # fmt: skip
+    done = ()
+    for m in gl.static_range(4):
+        d_q, d_q2, p_slot, p_phase = _add_queries(
+            y[2 * m], y[2 * m + 1], k, k2, given, e, p_slot, p_phase,
+            m, FIRST, LAST, D, D1, D2, QUERIES, AHEAD, STAGES_Q, STAGES_P, UNIT,
+        )  # fmt: skip
+        done += (d_q, d_q2)
     mbarrier.arrive(k_free.index(k_slot), count=1)
     k_slot, k_phase = advance(k_slot, k_phase, 1, STAGES_K)
-    return (y0, z0, y1, z1, y2, z2, y3, z3), k_slot, k_phase, p_slot, p_phase
+    return done, k_slot, k_phase, p_slot, p_phase
 
 
 @gluon.jit
 def queries_role(
     given, D: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr, QUERIES: gl.constexpr,
-    STAGES_Q: gl.constexpr, STAGES_K: gl.constexpr, STAGES_P: gl.constexpr, UNIT: gl.constexpr,
+    AHEAD: gl.constexpr, STAGES_Q: gl.constexpr, STAGES_K: gl.constexpr, STAGES_P: gl.constexpr,
+    UNIT: gl.constexpr,
 ):  # fmt: skip
     """The warpgroup of dQ, with Σ dQ, and of w, ahead of the scores."""
     L1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D1, 16])
     L2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, max(D2, 16), 16])
     _, _, _, _, _, _, _, work = given
     _, _, S, items = work
-    for m in range(2 if QUERIES == 4 else QUERIES):
+    for m in range(AHEAD):
         o, o2 = _load_o(given, 0, m, D, D1, D2, UNIT)
         _store_w(o, o2, given, 0, m, D1, D2, QUERIES, STAGES_Q)
     k_slot = 0
@@ -207,15 +190,15 @@ def queries_role(
         y = (a, a2, a, a2, a, a2, a, a2)
         y, k_slot, k_phase, p_slot, p_phase = _add_keys(
             y, given, e, k_slot, k_phase, p_slot, p_phase,
-            True, False, D, D1, D2, QUERIES, STAGES_Q, STAGES_K, STAGES_P, UNIT,
+            True, False, D, D1, D2, QUERIES, AHEAD, STAGES_Q, STAGES_K, STAGES_P, UNIT,
         )  # fmt: skip
         for _n0 in range(ROWS, S - ROWS, ROWS):
             y, k_slot, k_phase, p_slot, p_phase = _add_keys(
                 y, given, e, k_slot, k_phase, p_slot, p_phase,
-                False, False, D, D1, D2, QUERIES, STAGES_Q, STAGES_K, STAGES_P, UNIT,
+                False, False, D, D1, D2, QUERIES, AHEAD, STAGES_Q, STAGES_K, STAGES_P, UNIT,
             )  # fmt: skip
         y, k_slot, k_phase, p_slot, p_phase = _add_keys(
             y, given, e, k_slot, k_phase, p_slot, p_phase,
-            False, True, D, D1, D2, QUERIES, STAGES_Q, STAGES_K, STAGES_P, UNIT,
+            False, True, D, D1, D2, QUERIES, AHEAD, STAGES_Q, STAGES_K, STAGES_P, UNIT,
         )  # fmt: skip
     tma.store_wait(0)

@@ -46,7 +46,7 @@ from .primitives import (
     keep_alive,
     lane_sums,
     let_pass,
-    load_at,
+    load_tile,
     matrix,
     rows_times,
     scores,
@@ -56,14 +56,6 @@ from .primitives import (
     work_item,
     work_items,
 )
-
-
-@gluon.jit
-def _fetch(x, buffers, b, h, row, barrier, slot, D1: gl.constexpr):
-    """A tile in both pieces."""
-    load_at(x[0], b, h, row, 0, barrier, buffers[0].index(slot))
-    if x[1] is not None:
-        load_at(x[1], b, h, row, D1, barrier, buffers[1].index(slot))
 
 
 @gluon.jit
@@ -87,18 +79,18 @@ def _producer(
         for n0 in range(0, S, BLOCK_N):
             mbarrier.wait(k_free.index(kj), k_phase)
             mbarrier.expect(k_ready.index(kj), BLOCK_N * ROW_BYTES)
-            _fetch(x[1], buffers[1], b, h // GROUP, n0, k_ready.index(kj), kj, D1)
+            load_tile(x[1], buffers[1], kj, k_ready.index(kj), b, h // GROUP, n0, D1)
             kj, k_phase = advance(kj, k_phase, 1, STAGES_K)
             if n0 == 0:  # after the first keys, which need not wait until results are stored
                 for g in gl.static_range(GROUPS):
                     mbarrier.wait(q_free.index(qj + g), q_phase)
                     mbarrier.expect(q_ready.index(qj + g), ROWS * ROW_BYTES)
                     at = (tile * GROUPS + g) * ROWS
-                    _fetch(x[0], buffers[0], b, h, at, q_ready.index(qj + g), qj + g, D1)
+                    load_tile(x[0], buffers[0], qj + g, q_ready.index(qj + g), b, h, at, D1)
                 qj, q_phase = advance(qj, q_phase, GROUPS, GROUPS * STAGES_Q)
             mbarrier.wait(v_free.index(vj), v_phase)
             mbarrier.expect(v_ready.index(vj), BLOCK_N * ROW_BYTES)
-            _fetch(x[2], buffers[2], b, h // GROUP, n0, v_ready.index(vj), vj, D1)
+            load_tile(x[2], buffers[2], vj, v_ready.index(vj), b, h // GROUP, n0, D1)
             vj, v_phase = advance(vj, v_phase, 1, STAGES_V)
 
 

@@ -263,6 +263,14 @@ def store_part(x, tile, b, h, row, rows, columns, D0: gl.constexpr, D: gl.conste
 
 
 @gluon.jit
+def load_tile(x, buffers, slot, bar, b, h, row, D1: gl.constexpr):
+    """A tile of an operand, in both pieces, to a slot, not awaited."""
+    load_at(x[0], b, h, row, 0, bar, buffers[0].index(slot))
+    if x[1] is not None:
+        load_at(x[1], b, h, row, D1, bar, buffers[1].index(slot))
+
+
+@gluon.jit
 def store_tile(out, x, x2, buffers, slot, b, h, row, D1: gl.constexpr, D2: gl.constexpr):
     """A result of ROWS rows, in both pieces, through a slot that nothing reads any more."""
     tile = matrix(buffers[0], slot, ROWS, D1)
@@ -277,10 +285,9 @@ def store_tile(out, x, x2, buffers, slot, b, h, row, D1: gl.constexpr, D2: gl.co
 
 
 @gluon.jit
-def store_sums(SUMS, at, tile, L: gl.constexpr, begin, COLUMNS: gl.constexpr, D: gl.constexpr):
-    """Σ over the rows of a result, as a product of ones and its tile in shared memory, for COLUMNS
-    columns from `begin` on, to row `at` of SUMS. L: the result's layout. Rows that do not exist
-    must be 0 there."""
+def _store_sums(SUMS, at, x, tile, begin, COLUMNS: gl.constexpr, D: gl.constexpr):
+    """Of a piece x and its tile, for COLUMNS columns from `begin` on."""
+    L: gl.constexpr = x.type.layout
     ONES: gl.constexpr = gl.DotOperandLayout(0, L, 2)
     WIDTH: gl.constexpr = tile.shape[1]
     ones = gl.full([ROWS, ROWS], 1.0, tile.dtype, layout=ONES)
@@ -291,6 +298,20 @@ def store_sums(SUMS, at, tile, L: gl.constexpr, begin, COLUMNS: gl.constexpr, D:
     i = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, L)), 1)
     j = gl.expand_dims(gl.arange(0, WIDTH, layout=gl.SliceLayout(0, L)), 0)
     gl.store(SUMS + at * D + begin + j + 0 * i, sums, mask=(i == 0) & (j < COLUMNS))
+
+
+@gluon.jit
+def store_sums(
+    SUMS, at, out, x, x2, buffers, slot, h, D: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr
+):
+    """Σ over the rows of a result that `store_tile` has just stored, to row `at` of SUMS, as a
+    product of ones and its tile. Rows that do not exist must be 0 there."""
+    column, column2 = piece_columns(out[0], h, D, D1)
+    tile = matrix(buffers[0], slot, ROWS, D1)
+    _store_sums(SUMS, at, x, tile, column, min(D, D1), D)
+    if D2 > 0:
+        tile2 = matrix(buffers[1], slot, ROWS, D2)
+        _store_sums(SUMS, at, x2, tile2, column2, D - D1, D)
 
 
 @gluon.jit
