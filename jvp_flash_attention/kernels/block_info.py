@@ -177,22 +177,13 @@ def query_parts(
 
 
 @triton.jit
-def in_band(i, j, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """Which pairs of queries i and keys j lie in the band, which has a bound."""
-    if RIGHT is None:
-        inside = j + LEFT >= i
-    else:
-        inside = i + RIGHT >= j
-        if LEFT is not None:
-            inside = inside & (j + LEFT >= i)
-    return inside
-
-
-@triton.jit
 def is_valid(i, j, S, LEFT: tl.constexpr, RIGHT: tl.constexpr, shift=0):
     """Which pairs of queries i and keys j count: inside the keys and the band, in which the queries
-    stand at i + shift."""
-    valid = (j < S) & (i >= 0)
-    if LEFT is not None or RIGHT is not None:
-        valid = valid & in_band(i + shift, j, LEFT, RIGHT)
+    stand at i + shift. A row's bounds are computed once, and compared with its keys."""
+    end = S + 0 * i
+    if RIGHT is not None:
+        end = tl.minimum(end, i + (shift + RIGHT + 1))
+    valid = j < end
+    if LEFT is not None:
+        valid = valid & (j >= i + (shift - LEFT))
     return valid

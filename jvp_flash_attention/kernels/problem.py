@@ -240,11 +240,20 @@ def maybe_contiguous(x: Tensor | None) -> Tensor | None:
 
 def readable(x: Tensor | None) -> Tensor | None:
     """The tensor itself where the kernels can read it: unit stride in the last dimension, and rows
-    so close that 128 of them are counted in 32 bits; otherwise a copy."""
+    so close that 128 of them are counted in 32 bits; otherwise a copy. Also of a large one that is
+    repeated, which TMA cannot read, as is what vmap does not map."""
     if x is None:
         return None
     x = materialized(x)
-    return x if x.stride(-1) == 1 and x.stride(-2) < 2**24 else x.contiguous()
+    if x.stride(-1) != 1 or x.stride(-2) >= 2**24 or _repeated(x):
+        return x.contiguous()
+    return x
+
+
+def _repeated(x: Tensor) -> bool:
+    """Whether a dimension has stride 0, where TMA would read, and the copy is soon paid for."""
+    large = x.numel() >= 2**22 and x.element_size() == 2 and architecture(x.device) in TMA
+    return large and any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape, strict=True))
 
 
 def readable_mask(mask: Tensor | None) -> Tensor | None:

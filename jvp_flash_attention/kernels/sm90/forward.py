@@ -71,7 +71,6 @@ from .primitives import (
     matrix,
     side_by_side,
     store_part,
-    valid_tangent,
     warp_scheduler_barrier_arrive,
     warp_scheduler_barrier_sync,
     work_items,
@@ -99,10 +98,9 @@ def _tile_overlapping_p(
     PAIR: gl.constexpr = D2 == 16 and T_V
     V2_STEP: gl.constexpr = 2 if T_V else 1
     P_PRODUCTS: gl.constexpr = PIECES * (2 if T_V else 1) - (1 if PAIR else 0)
-    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     ADD: gl.constexpr = MASK != "none" and not BOOL
     _q_ready, q_free, k_ready, k_free, v_ready, v_free, b_ready, b_free = bars
-    _b, _h, m0, S, shift, _clear_begin, _clear_end = place
+    few = place[7]
     k = matrix(buffers[2][0], kj, BLOCK_N, D1)
     k2 = matrix(buffers[2][1], kj, BLOCK_N, D2) if TWO else None
     mbarrier.wait(k_ready.index(kj), k_phase)
@@ -113,7 +111,7 @@ def _tile_overlapping_p(
     if STAGES_Q > 1:
         stored = await_stores(stored, q_free)
 
-    s, t_s, mask, edge, bj, b_phase = mask_scores(
+    s, t_s, bj, b_phase = mask_scores(
         WG, s, t_s, buffers, b_ready, b_free, masks, place, scale, scale2, j, bj, b_phase,
         BLOCK_N, STAGES_MASK, LEFT, RIGHT, EDGE, MASK, BOOL,
     )  # fmt: skip
@@ -131,11 +129,8 @@ def _tile_overlapping_p(
         t_s = warpgroup_mma_wait(P_PRODUCTS, deps=[t_s])
     mbarrier.arrive(k_free.index(kj), count=1)
     if T_S:
-        t_s = valid_tangent(
-            t_s, mask, m0, j * BLOCK_N, S, shift, edge, BLOCK_N, S_L, LEFT, RIGHT, EDGE, BOOL, ADD
-        )
         c, r, p_t_s16, p_t_s16_2 = weigh_tangent(
-            t_s, p, p16, c, r, scale, first, D2, BLOCK_N, CENTER
+            t_s, p, p16, c, r, scale, first & few, D2, BLOCK_N, CENTER
         )
         t, t2 = start_r_values(p_t_s16, p_t_s16_2, v, v2, t, t2, TWO)
     if TWO:
@@ -166,10 +161,9 @@ def _tile_overlapping_softmax(
     T_S: gl.constexpr = T_Q or T_K
     PAIR: gl.constexpr = D2 == 16 and T_V
     V2_STEP: gl.constexpr = 2 if T_V else 1
-    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     ADD: gl.constexpr = MASK != "none" and not BOOL
     _q_ready, q_free, k_ready, k_free, v_ready, v_free, b_ready, b_free = bars
-    _b, _h, m0, S, shift, _clear_begin, _clear_end = place
+    few = place[7]
     k = matrix(buffers[2][0], kj, BLOCK_N, D1)
     k2 = matrix(buffers[2][1], kj, BLOCK_N, D2) if TWO else None
     mbarrier.wait(k_ready.index(kj), k_phase)
@@ -185,14 +179,10 @@ def _tile_overlapping_softmax(
     if STAGES_Q > 1:
         stored = await_stores(stored, q_free)
 
-    s, t_s, mask, edge, bj, b_phase = mask_scores(
+    s, t_s, bj, b_phase = mask_scores(
         WG, s, t_s, buffers, b_ready, b_free, masks, place, scale, scale2, j, bj, b_phase,
         BLOCK_N, STAGES_MASK, LEFT, RIGHT, EDGE, MASK, BOOL,
     )  # fmt: skip
-    if T_S:
-        t_s = valid_tangent(
-            t_s, mask, m0, j * BLOCK_N, S, shift, edge, BLOCK_N, S_L, LEFT, RIGHT, EDGE, BOOL, ADD
-        )
     m, top, l, r, o, t, o2, t2, p, p16, p16_2 = softmax(
         FLAG, s, scale2, m, top, l, r, o, t, o2, t2, q, BLOCK_N, EMPTY, ADD, THRESHOLD, TWO
     )
@@ -201,7 +191,7 @@ def _tile_overlapping_softmax(
     v_w2 = side_by_side(buffers[4][1], vj, STAGES_V, BLOCK_N, D2) if PAIR else v2
     if T_S:
         c, r, p_t_s16, p_t_s16_2 = weigh_tangent(
-            t_s, p, p16, c, r, scale, first, D2, BLOCK_N, CENTER
+            t_s, p, p16, c, r, scale, first & few, D2, BLOCK_N, CENTER
         )
     mbarrier.wait(v_ready.index(vj), v_phase)
     warp_scheduler_barrier_sync(WG)
@@ -280,7 +270,8 @@ def _consumer(
         # keys between these are seen by all rows of this warpgroup
         clear_begin = keys_begin(m0 + shift + (ROWS - 1), LEFT)
         clear_end = keys_end(m0 + shift, 1, S, RIGHT, LOWER_RIGHT)
-        place = (b, h, m0, S, shift, clear_begin, clear_end)
+        few = clear_end - clear_begin <= 128  # c matters where a row sees few keys
+        place = (b, h, m0, S, shift, clear_begin, clear_end, few)
         mbarrier.wait(q_ready.index(qj + WG), q_phase)
         if not OVERLAP_P:  # what the scores need comes before the barrier
             mbarrier.wait(k_ready.index(kj), k_phase)

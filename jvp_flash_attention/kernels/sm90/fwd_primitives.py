@@ -95,12 +95,12 @@ def mask_scores(
     BLOCK_N: gl.constexpr, STAGES_MASK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
     EDGE: gl.constexpr, MASK: gl.constexpr, BOOL: gl.constexpr,
 ):  # fmt: skip
-    """S with its mask, in base 2 beside an added one; tS with the mask's tangent; the mask; whether
-    some keys are not seen."""
+    """S with its mask, in base 2 beside an added one; tS with the mask's tangent. Hidden pairs keep
+    their tS: P is 0 there, and a tS that is not finite spoils the row, as such a V does."""
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     ADD: gl.constexpr = MASK != "none" and not BOOL
     mask_row, b_step, h_step = masks
-    b, h, m0, S, shift, clear_begin, clear_end = place
+    b, h, m0, S, shift, clear_begin, clear_end, _few = place
     if MASK == "full":
         mbarrier.wait(b_ready.index(bj), b_phase)
         mask = buffers[6].index(2 * bj + WG).reshape((ROWS, BLOCK_N)).load(S_L)
@@ -115,8 +115,6 @@ def mask_scores(
         at = j * BLOCK_N + gl.arange(0, BLOCK_N, layout=COLUMN)
         at_b = b.to(gl.int64) * b_step + h.to(gl.int64) * h_step
         mask = gl.expand_dims(gl.load(mask_row + at_b + at, mask=at < S, other=0), 0)
-    else:
-        mask = 0
     if BOOL:
         s = gl.where(mask != 0, s, -float("inf"))
     if ADD:
@@ -130,7 +128,7 @@ def mask_scores(
         if edge:
             valid = is_valid(m0, j * BLOCK_N, S, BLOCK_N, S_L, LEFT, RIGHT, shift)
             s = gl.where(valid, s, -float("inf"))
-    return s, t_s, mask, edge, bj, b_phase
+    return s, t_s, bj, b_phase
 
 
 @gluon.jit
@@ -199,12 +197,12 @@ def start_p_values(
 
 @gluon.jit
 def weigh_tangent(
-    t_s, p, p16, c, r, scale, first, D2: gl.constexpr, BLOCK_N: gl.constexpr, CENTER: gl.constexpr
+    t_s, p, p16, c, r, scale, center, D2: gl.constexpr, BLOCK_N: gl.constexpr, CENTER: gl.constexpr
 ):  # fmt: skip
-    """P ∘ (tS − c) in 16 bits as an operand of either piece, its row sums in r; the first tile
-    gives c."""
+    """P ∘ (tS − c) in 16 bits as an operand of either piece, its row sums in r; center: this tile
+    gives c, which is 0 where none does."""
     if CENTER:
-        if first:
+        if center:
             c = weighted_mean(p, t_s) * scale
     p_t_s = p * (t_s * scale - gl.expand_dims(c, 1))
     r = r + lane_sums(p_t_s, BLOCK_N)

@@ -154,7 +154,7 @@ def _fwd_jvp(p: Problem, c: Call) -> Launch:
         "EDGE": banded or packed or listed or p.S % N != 0,
         "MASK": kind,
         "BOOL": p.bool_mask,
-        # c matters to rows that see few keys
+        # rows may see few keys
         "CENTER": banded or packed or listed or p.S <= 128,
         "THRESHOLD": _threshold(q),
         "HIDES": _hides(p, c),

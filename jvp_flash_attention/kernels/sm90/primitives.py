@@ -3,7 +3,7 @@ products of tiles, masks, row sums in lanes.
 """
 
 # What is known at compile time stands in an `if` of its own.
-# ruff: noqa: SIM102, SIM108
+# ruff: noqa: SIM108
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -20,13 +20,13 @@ from .. import block_info
 # block_info's functions, as Gluon's
 (
     first_row, row_at, keys_begin, keys_end, listed_rows, listed_row, tiles_of, sequence_of,
-    _in_band, _is_valid,
+    _is_valid,
 ) = (
     gluon.jit(function.fn)
     for function in (
         block_info.first_row, block_info.row_at, block_info.keys_begin, block_info.keys_end,
         block_info.listed_rows, block_info.listed_row, block_info.tiles_of, block_info.sequence_of,
-        block_info.in_band, block_info.is_valid,
+        block_info.is_valid,
     )
 )  # fmt: skip
 
@@ -347,7 +347,13 @@ def is_in_band(
     """Which pairs of a tile, keys by queries, lie in the band, which has a bound."""
     j = gl.expand_dims(n0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_L)), 1)
     i = gl.expand_dims(m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, S_L)), 0)
-    return _in_band(i, j, LEFT, RIGHT)
+    if RIGHT is None:
+        inside = i <= j + LEFT
+    else:
+        inside = i >= j - RIGHT
+        if LEFT is not None:
+            inside = inside & (i <= j + LEFT)
+    return inside
 
 
 @gluon.jit
@@ -383,24 +389,6 @@ def query_tiles(n0, L, BLOCK_M: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.cons
     if LEFT is not None:
         end = min(L, max(n0 + (ROWS + LEFT), 0))
     return begin, (end + BLOCK_M - 1) // BLOCK_M
-
-
-@gluon.jit
-def valid_tangent(
-    t_s, mask, m0, n0, S, shift, edge, BLOCK_N: gl.constexpr, S_L: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, EDGE: gl.constexpr, BOOL: gl.constexpr,
-    ADD: gl.constexpr,
-):  # fmt: skip
-    """tS, 0 where a pair is masked: its P is 0, but 0 · NaN would not be."""
-    if BOOL:
-        t_s = gl.where(mask != 0, t_s, 0.0)
-    if ADD:
-        t_s = gl.where(mask == -float("inf"), 0.0, t_s)
-    if EDGE:
-        if edge:
-            valid = is_valid(m0, n0, S, BLOCK_N, S_L, LEFT, RIGHT, shift)
-            t_s = gl.where(valid, t_s, 0.0)
-    return t_s
 
 
 @gluon.jit
