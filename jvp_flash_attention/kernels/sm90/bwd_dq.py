@@ -146,9 +146,13 @@ def _scores(
             mbarrier.arrive(k_free.index(slot), count=1)
             r = p * (t_s * scale - gl.expand_dims(mu, 1))
             if EDGE:
-                valid = is_valid(m0, n0, S, BLOCK_N, S_L, LEFT, RIGHT, shift)
-                p = gl.where(valid, p, 0.0)
-                r = gl.where(valid, r, 0.0)
+                crossed = n0 + BLOCK_N > S
+                if LEFT is not None or RIGHT is not None:
+                    crossed = crossed | is_crossed(m0 + shift, n0, BLOCK_N, LEFT, RIGHT)
+                if crossed:
+                    valid = is_valid(m0, n0, S, BLOCK_N, S_L, LEFT, RIGHT, shift)
+                    p = gl.where(valid, p, 0.0)
+                    r = gl.where(valid, r, 0.0)
             store_p(p, r, p_tile, r_tile, p_ready, p_free, p_phase)
             p_phase ^= 1
             slot, phase = advance(slot, phase, 1, STAGES_K)
@@ -220,9 +224,10 @@ def _gradients(
             d_t_s, d_s = load_p(h_m, g, p_tile, r_tile, p_ready, p_free, p_phase, S_L)
             p_phase ^= 1
             if LEFT is not None or RIGHT is not None:
-                valid = is_valid(m0, n0, S, BLOCK_N, S_L, LEFT, RIGHT, shift)
-                d_t_s = gl.where(valid, d_t_s, 0.0)
-                d_s = gl.where(valid, d_s, 0.0)
+                if (n0 + BLOCK_N > S) | is_crossed(m0 + shift, n0, BLOCK_N, LEFT, RIGHT):
+                    valid = is_valid(m0, n0, S, BLOCK_N, S_L, LEFT, RIGHT, shift)
+                    d_t_s = gl.where(valid, d_t_s, 0.0)
+                    d_s = gl.where(valid, d_s, 0.0)
             d_q, d_t_q = add_products(d_s, d_t_s, k, t_k, d_q, d_t_q, P_L)
             mbarrier.arrive(k_free.index(slot), count=1)
             slot, phase = advance(slot, phase, 1, STAGES_K)

@@ -100,7 +100,7 @@ def _tile_overlapping_p(
     P_PRODUCTS: gl.constexpr = PIECES * (2 if T_V else 1) - (1 if PAIR else 0)
     ADD: gl.constexpr = MASK != "none" and not BOOL
     _q_ready, q_free, k_ready, k_free, v_ready, v_free, b_ready, b_free = bars
-    few = place[7]
+    _b, _h, _m0, _S, _shift, _clear_begin, _clear_end, few = place
     k = matrix(buffers[2][0], kj, BLOCK_N, D1)
     k2 = matrix(buffers[2][1], kj, BLOCK_N, D2) if TWO else None
     mbarrier.wait(k_ready.index(kj), k_phase)
@@ -163,7 +163,7 @@ def _tile_overlapping_softmax(
     V2_STEP: gl.constexpr = 2 if T_V else 1
     ADD: gl.constexpr = MASK != "none" and not BOOL
     _q_ready, q_free, k_ready, k_free, v_ready, v_free, b_ready, b_free = bars
-    few = place[7]
+    _b, _h, _m0, _S, _shift, _clear_begin, _clear_end, few = place
     k = matrix(buffers[2][0], kj, BLOCK_N, D1)
     k2 = matrix(buffers[2][1], kj, BLOCK_N, D2) if TWO else None
     mbarrier.wait(k_ready.index(kj), k_phase)
