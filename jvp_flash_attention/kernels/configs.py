@@ -166,9 +166,10 @@ class Schedule(NamedTuple):
 
 def schedule(head_dim: int, mask_bytes: int, t_mask: bool = False) -> Schedule:
     """`mask_bytes`: of an element of a mask that is read, or 0; `t_mask`: with its tangent."""
-    if t_mask:  # its tiles take the memory of a second stage
-        return schedule(head_dim, mask_bytes)._replace(STAGES_Q=1, STAGES_MASK=1)
     masks = 1 if mask_bytes == 4 else 2
+    if t_mask:  # its tiles take the memory of other stages
+        masks = 1 if head_dim > 96 else masks
+        return schedule(head_dim, mask_bytes)._replace(STAGES_Q=1, STAGES_MASK=masks)
     if head_dim <= 64 and not mask_bytes:
         return Schedule(64, 0, 128, 2, 2, 2, masks, False)
     if head_dim <= 64:
