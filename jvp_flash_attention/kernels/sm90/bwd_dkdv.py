@@ -46,6 +46,7 @@ from .primitives import (
     advance,
     allocate_stages,
     first_row,
+    is_crossed,
     is_in_band,
     keep_alive,
     matrix,
@@ -155,9 +156,11 @@ def _values(
                 t_s = warpgroup_mma_wait(0, deps=[t_s])
                 r = p * (t_s * scale - gl.expand_dims(mu, 0))
                 if LEFT is not None or RIGHT is not None:
-                    valid = is_in_band(n0, m0 + shift, BLOCK_M, S_L, LEFT, RIGHT)
-                    p = gl.where(valid, p, 0.0)
-                    r = gl.where(valid, r, 0.0)
+                    # where a bound crosses the tile; asking takes registers that D = 128 lacks
+                    if D > 64 or is_crossed(m0 + shift, n0, BLOCK_M, LEFT, RIGHT):
+                        valid = is_in_band(n0, m0 + shift, BLOCK_M, S_L, LEFT, RIGHT)
+                        p = gl.where(valid, p, 0.0)
+                        r = gl.where(valid, r, 0.0)
                 store_p(p, r, p_tile, r_tile, p_ready, p_free, p_phase)
                 p_phase ^= 1
                 p16 = gl.convert_layout(p.to(DT), P_L, assert_trivial=True)
@@ -245,9 +248,10 @@ def _keys(
                 d_t_s, d_s = load_p(h_m, g, p_tile, r_tile, p_ready, p_free, p_phase, S_L)
                 p_phase ^= 1
                 if LEFT is not None or RIGHT is not None:
-                    valid = is_in_band(n0, m0 + shift, BLOCK_M, S_L, LEFT, RIGHT)
-                    d_t_s = gl.where(valid, d_t_s, 0.0)
-                    d_s = gl.where(valid, d_s, 0.0)
+                    if D > 64 or is_crossed(m0 + shift, n0, BLOCK_M, LEFT, RIGHT):
+                        valid = is_in_band(n0, m0 + shift, BLOCK_M, S_L, LEFT, RIGHT)
+                        d_t_s = gl.where(valid, d_t_s, 0.0)
+                        d_s = gl.where(valid, d_s, 0.0)
                 d_k, d_t_k = add_products(d_s, d_t_s, q, t_q, d_k, d_t_k, P_L)
                 mbarrier.arrive(q_free.index(slot), count=1)
                 slot, phase = advance(slot, phase, 1, STAGES_Q)

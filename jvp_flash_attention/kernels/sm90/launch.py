@@ -75,9 +75,16 @@ def unsupported_reason(name: str, p: Problem, c: Call) -> str | None:
         return "needs every tangent and no mask but causal"
     if p.S <= 64:
         return "leaves few keys to the portable kernels, which take h and w from the tile"
-    if name == "bwd_dq_jvp" and p.D <= 64:
+    if name == "bwd_dq_jvp" and p.D <= 64 and not _pays_for_dq(p):
         return "leaves head dims up to 64 to the portable kernel, which is as fast"
     return None
+
+
+def _pays_for_dq(p: Problem) -> bool:
+    """Whether dQ through the tangent is faster here at D = 64: a window, and a band of packed
+    sequences, whose portable tiles are narrow and mostly checked."""
+    left, right = call.band(p.spec)
+    return p.D > 32 and (left is not None or (right is not None and p.sequences is not None))
 
 
 def _not_without_tangent(p: Problem) -> str | None:
