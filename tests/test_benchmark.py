@@ -420,6 +420,8 @@ def test_a_document_is_written_from_files_and_a_section_without_files_is_left_ou
     assert documents.regenerate(Path("docs/benchmarks.md"), tmp_path) == page
 
     report.write_json(tmp_path / "docs/results/targets_some.json", TARGETS_RESULT)
+    assert documents.regenerate(Path("README.md"), tmp_path) == empty  # of another GPU
+    report.write_json(tmp_path / headline.TARGETS, TARGETS_RESULT)
     readme = documents.regenerate(Path("README.md"), tmp_path)
     cells = "| forward + JVP | 2.94 | 560 | 79.8 | 27x | 130 | 21506 | 165x |"
     assert f"| (4, 16, 4096, 128) {cells}" in readme

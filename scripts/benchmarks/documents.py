@@ -140,9 +140,12 @@ SHORT_COLUMNS = {
 
 
 def _figures(root: Path) -> str:
-    """The block of the README: what matters of the goals, and the statistics of the other table."""
+    """The block of the README: what matters of the goals, on the headline's GPU, and the statistics
+    of the other table."""
     parts = []
     for path, result in load("targets", root).items():
+        if path != headline.TARGETS:
+            continue
         rows = [
             row
             for row in targets.judged(result["rows"])
@@ -191,10 +194,12 @@ def _structure(root: Path) -> str:
     """Windows, packed sequences, block masks and ranges."""
     parts = []
     for path, result in structure.load(root).items():
-        gpu, link = result["environment"]["gpu"], path.relative_to("docs")
-        parts += ["## Structure in the mask", f"{gpu}, bfloat16 ([{path.name}]({link})). {SHARE}"]
+        machine, link = result["environment"], path.relative_to("docs")
+        parts.append(
+            f"{machine['gpu']}, commit {machine['commit']}, bfloat16 ([{path.name}]({link}))."
+        )
         parts.append(report.markdown(structure.table(result["rows"])))
-    return _spaced(parts)
+    return _spaced(["## Structure in the mask", SHARE, *parts] if parts else [])
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
