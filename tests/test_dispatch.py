@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 from jvp_flash_attention import kernels
 from jvp_flash_attention.block_mask import block_mask
 from jvp_flash_attention.call import Inputs, Saved, Spec, Tangents
-from jvp_flash_attention.kernels import configs, cudnn
+from jvp_flash_attention.kernels import configs, cudnn, problem
 from tests.cases import Case, build
 from tests.compiling import compiling
 
@@ -19,11 +19,11 @@ import torch
 from jvp_flash_attention.call import Inputs, Saved, Spec, Tangents
 from jvp_flash_attention.kernels import launches
 
-def made(arch, head_dim=128, length=256, keys=None, causal=False, mask=None, **how):
+def made(arch, head_dim=128, length=256, keys=None, causal=False, mask=None, left=None, **how):
     q, k = (torch.zeros(1, 2, n, head_dim, dtype=torch.bfloat16) for n in (length, keys or length))
     rows = torch.zeros(1, 2, length)
     x, t, saved = Inputs(q, k, k, mask), Tangents(q, k, k), Saved(q, rows, q, rows)
-    spec = Spec(0.1, causal)
+    spec = Spec(0.1, causal, left=left)
     return [
         *launches(x, t, spec, arch=arch, **how),
         *launches(x, t, spec, saved, q, q, arch=arch, **how),
@@ -43,6 +43,9 @@ assert names("sm90", 64, 256, 64) == ["forward_jvp", "bwd_preprocess", "bwd_dkdv
 assert names("sm90", 64, 64) == ["forward", "bwd_preprocess", "bwd_dkdv", "bwd_dq"]  # short
 masked = ["forward_jvp", "repair", "bwd_preprocess"]  # the repair follows where pairs are hidden
 assert names("sm90", causal=True) == [*masked, "bwd_dkdv_jvp", "bwd_dq_jvp"]
+assert names("sm90", 64, causal=True) == [*masked, "bwd_dkdv_jvp", "bwd_dq"]
+assert names("sm90", 64, left=100) == [*masked, "bwd_dkdv_jvp", "bwd_dq_jvp"]
+assert names("sm90", 32, left=100) == [*masked, "bwd_dkdv_jvp", "bwd_dq"]
 for shape in ((1, 1, 256, 256), (1, 1, 1, 256)):
     for dtype in (torch.bool, torch.bfloat16):
         mask = torch.zeros(shape, dtype=dtype)
@@ -309,3 +312,27 @@ def test_every_block_meets_the_last_tiles_of_heads_as_often_as_any_other(tiles):
         cut[w % launch.grid[0]] += tile == per_head - 1
     assert len(seen) == items == 384 * per_head
     assert max(cut.values()) - min(cut.values()) <= 1
+
+
+@pytest.mark.parametrize("rows_first", [False, True])
+def test_a_repeated_batch_of_a_long_call_is_copied_where_tma_would_read_it(rows_first, monkeypatch):
+    arch = {"now": "sm90"}
+    monkeypatch.setattr(problem, "architecture", lambda device: arch["now"])
+    shape, order = (
+        ((1, 2**13, 16, 64), (0, 2, 1, 3)) if rows_first else ((1, 16, 2**13, 64), range(4))
+    )
+    x = (
+        torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        .permute(*order)
+        .expand(2, -1, -1, -1)
+    )
+    assert not problem.tma_can_read(x)
+    copy = problem.readable(x)
+    assert copy.stride() == (x[0].numel(), *x.stride()[1:])  # results follow the order in memory
+    for other in (x[:, :, :4096], x[:1], x[:1].float().expand(2, -1, -1, -1)):
+        # short, not repeated, no 16 bits
+        assert problem.readable(other) is other
+    heads = x[:1, :1].expand(1, 64, -1, -1)  # a copy for each head
+    assert problem.readable(heads) is heads
+    arch["now"] = "sm80"
+    assert problem.readable(x) is x

@@ -100,6 +100,8 @@ def test_repair_computes_tiles_with_an_lse_of_nan_anew_and_no_others(case, devic
 HIDDEN = (
     Case(L=276, S=340, D=64, causal=True),
     Case(L=276, S=340, D=72, causal=True),
+    Case(L=276, S=340, D=64, window=(100, 4)),
+    Case(L=276, S=340, D=128, window=(100, 4)),
     Case(L=200, S=300, D=128, H=4, Hk=2, causal=True),
     Case(L=276, S=336, D=64, mask="bool"),
     Case(L=276, S=336, D=128, mask="bool", causal=True),
@@ -138,10 +140,13 @@ def test_warp_specialised_passes_feel_nothing_of_keys_that_nobody_sees(dtype, ca
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("case", HIDDEN, ids=str)
 def test_warp_specialised_passes_feel_a_key_where_it_is_seen_alone(case, place, device):
-    """Key 150 is NaN, which rows from 150 on see, causal, and otherwise those that the mask
-    lets."""
+    """Key 150 is NaN, which rows from 150 on see, causal, those of a window, and otherwise those
+    that the mask lets."""
     p = _tensors(case, torch.bfloat16, "triton", device)
-    seen = torch.arange(case.L, device=device) >= (150 if case.causal else case.L // 3)
+    i, (left, right) = torch.arange(case.L, device=device), case.window
+    seen = i >= (150 if case.causal else case.L // 3)
+    if left is not None:
+        seen = (i - left <= 150) & (i + right >= 150)
     if case.mask == "key":
         seen[:] = False
     if case.mask:

@@ -28,7 +28,9 @@ def check_passes(table, target, variants):
         special = table.count(f"{name}_jvp_kernel")
         assert special == (wanted if hopper else 0)
         assert table.count(f"{name}_kernel") + special + joined == 2 * calls
-    assert table.count("bwd_dq_kernel") + one_launch == 2 * calls
+    special = table.count("bwd_dq_jvp_kernel")
+    assert special == (hopper and "window" in variants)
+    assert table.count("bwd_dq_kernel") + special + one_launch == 2 * calls
 
 
 def test_every_pass_compiles_and_fits(hopper):

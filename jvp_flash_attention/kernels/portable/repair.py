@@ -1,7 +1,8 @@
 """The second launch of a forward with its JVP on Hopper: tiles that a hidden value has spoiled.
 
-A warp-specialised kernel (sm90/forward.py) multiplies P by V and tV as they lie in shared memory. P
-is 0 where a pair is hidden, but 0 · NaN and 0 · inf are NaN. It leaves LSE = NaN in rows whose O or
+A warp-specialised kernel (sm90/forward.py) multiplies P by V and tV as they lie in shared memory,
+and by tS as K, tK and a mask's tangent make it. P is 0 where a pair is hidden, but 0 · NaN and
+0 · inf are NaN. It leaves LSE = NaN in rows whose O or
 tO is not finite. This kernel looks for such rows and computes their tiles anew by `forward.py`,
 which keeps hidden values out. Rows that see NaN are NaN again.
 """

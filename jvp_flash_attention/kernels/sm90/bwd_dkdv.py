@@ -157,7 +157,7 @@ def _values(
                 r = p * (t_s * scale - gl.expand_dims(mu, 0))
                 if LEFT is not None or RIGHT is not None:
                     # where a bound crosses the tile; asking takes registers that D = 128 lacks
-                    if D > 64 or is_crossed(m0 + shift, n0, BLOCK_M, LEFT, RIGHT):
+                    if D > 64 or is_crossed(m0 + shift, n0, BLOCK_M, ROWS, LEFT, RIGHT):
                         valid = is_in_band(n0, m0 + shift, BLOCK_M, S_L, LEFT, RIGHT)
                         p = gl.where(valid, p, 0.0)
                         r = gl.where(valid, r, 0.0)
@@ -248,7 +248,7 @@ def _keys(
                 d_t_s, d_s = load_p(h_m, g, p_tile, r_tile, p_ready, p_free, p_phase, S_L)
                 p_phase ^= 1
                 if LEFT is not None or RIGHT is not None:
-                    if D > 64 or is_crossed(m0 + shift, n0, BLOCK_M, LEFT, RIGHT):
+                    if D > 64 or is_crossed(m0 + shift, n0, BLOCK_M, ROWS, LEFT, RIGHT):
                         valid = is_in_band(n0, m0 + shift, BLOCK_M, S_L, LEFT, RIGHT)
                         d_t_s = gl.where(valid, d_t_s, 0.0)
                         d_s = gl.where(valid, d_s, 0.0)

@@ -1,5 +1,5 @@
-"""Gradients of queries of (O, tO) on Hopper, head dims 72 to 128: the third launch of
-`backward.py`, with one role a warp.
+"""Gradients of queries of (O, tO) on Hopper: the third launch of a backward, with one role a
+warp.
 
     S   = s Q Kᵀ                  tS = s (tQ Kᵀ + Q tKᵀ)
     P   = exp(S − LSE)            R  = P ∘ (tS − μ)
@@ -9,7 +9,8 @@
 
 The mirror image of `bwd_dkdv.py`: the two warpgroups share 64 queries, one computes S and tS and
 passes P and R on through shared memory, the other the rest. At head dims up to 64 the portable
-kernel, whose warpgroups own queries of their own, is as fast.
+kernel, whose warpgroups own queries of their own, is as fast, but beside a window and a band of
+packed sequences, where its tiles are narrow and all checked.
 """
 
 # Each role unpacks all buffers and barriers, by name, and uses its own. What is known at compile
@@ -139,7 +140,7 @@ def _scores(
             t_s = warpgroup_mma_wait(0, deps=[t_s])
             if LEFT is not None or RIGHT is not None:
                 # rows that do not see a key do not feel it, whatever it holds
-                if is_crossed(m0 + shift, n0, BLOCK_N, LEFT, RIGHT):
+                if is_crossed(m0 + shift, n0, ROWS, BLOCK_N, LEFT, RIGHT):
                     if any_not_finite(s, t_s, BLOCK_N):
                         make_finite(k, K_L)
                         make_finite(t_k, K_L)
@@ -148,7 +149,7 @@ def _scores(
             if EDGE:
                 crossed = n0 + BLOCK_N > S
                 if LEFT is not None or RIGHT is not None:
-                    crossed = crossed | is_crossed(m0 + shift, n0, BLOCK_N, LEFT, RIGHT)
+                    crossed = crossed | is_crossed(m0 + shift, n0, ROWS, BLOCK_N, LEFT, RIGHT)
                 if crossed:
                     valid = is_valid(m0, n0, S, BLOCK_N, S_L, LEFT, RIGHT, shift)
                     p = gl.where(valid, p, 0.0)
@@ -224,7 +225,7 @@ def _gradients(
             d_t_s, d_s = load_p(h_m, g, p_tile, r_tile, p_ready, p_free, p_phase, S_L)
             p_phase ^= 1
             if LEFT is not None or RIGHT is not None:
-                if (n0 + BLOCK_N > S) | is_crossed(m0 + shift, n0, BLOCK_N, LEFT, RIGHT):
+                if (n0 + BLOCK_N > S) | is_crossed(m0 + shift, n0, ROWS, BLOCK_N, LEFT, RIGHT):
                     valid = is_valid(m0, n0, S, BLOCK_N, S_L, LEFT, RIGHT, shift)
                     d_t_s = gl.where(valid, d_t_s, 0.0)
                     d_s = gl.where(valid, d_s, 0.0)

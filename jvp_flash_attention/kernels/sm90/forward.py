@@ -100,7 +100,6 @@ def _tile_overlapping_p(
     P_PRODUCTS: gl.constexpr = PIECES * (2 if T_V else 1) - (1 if PAIR else 0)
     ADD: gl.constexpr = MASK != "none" and not BOOL
     _q_ready, q_free, k_ready, k_free, v_ready, v_free, b_ready, b_free = bars
-    _b, _h, _m0, _S, _shift, _clear_begin, _clear_end, few = place
     k = matrix(buffers[2][0], kj, BLOCK_N, D1)
     k2 = matrix(buffers[2][1], kj, BLOCK_N, D2) if TWO else None
     mbarrier.wait(k_ready.index(kj), k_phase)
@@ -130,7 +129,7 @@ def _tile_overlapping_p(
     mbarrier.arrive(k_free.index(kj), count=1)
     if T_S:
         c, r, p_t_s16, p_t_s16_2 = weigh_tangent(
-            t_s, p, p16, c, r, scale, first & few, D2, BLOCK_N, CENTER
+            t_s, p, p16, c, r, scale, first, D2, BLOCK_N, CENTER
         )
         t, t2 = start_r_values(p_t_s16, p_t_s16_2, v, v2, t, t2, TWO)
     if TWO:
@@ -163,7 +162,6 @@ def _tile_overlapping_softmax(
     V2_STEP: gl.constexpr = 2 if T_V else 1
     ADD: gl.constexpr = MASK != "none" and not BOOL
     _q_ready, q_free, k_ready, k_free, v_ready, v_free, b_ready, b_free = bars
-    _b, _h, _m0, _S, _shift, _clear_begin, _clear_end, few = place
     k = matrix(buffers[2][0], kj, BLOCK_N, D1)
     k2 = matrix(buffers[2][1], kj, BLOCK_N, D2) if TWO else None
     mbarrier.wait(k_ready.index(kj), k_phase)
@@ -191,7 +189,7 @@ def _tile_overlapping_softmax(
     v_w2 = side_by_side(buffers[4][1], vj, STAGES_V, BLOCK_N, D2) if PAIR else v2
     if T_S:
         c, r, p_t_s16, p_t_s16_2 = weigh_tangent(
-            t_s, p, p16, c, r, scale, first & few, D2, BLOCK_N, CENTER
+            t_s, p, p16, c, r, scale, first, D2, BLOCK_N, CENTER
         )
     mbarrier.wait(v_ready.index(vj), v_phase)
     warp_scheduler_barrier_sync(WG)
@@ -270,8 +268,7 @@ def _consumer(
         # keys between these are seen by all rows of this warpgroup
         clear_begin = keys_begin(m0 + shift + (ROWS - 1), LEFT)
         clear_end = keys_end(m0 + shift, 1, S, RIGHT, LOWER_RIGHT)
-        few = clear_end - clear_begin <= 128  # c matters where a row sees few keys
-        place = (b, h, m0, S, shift, clear_begin, clear_end, few)
+        place = (b, h, m0, S, shift, clear_begin, clear_end)
         mbarrier.wait(q_ready.index(qj + WG), q_phase)
         if not OVERLAP_P:  # what the scores need comes before the barrier
             mbarrier.wait(k_ready.index(kj), k_phase)

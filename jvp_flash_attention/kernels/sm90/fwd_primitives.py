@@ -100,7 +100,7 @@ def mask_scores(
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     ADD: gl.constexpr = MASK != "none" and not BOOL
     mask_row, b_step, h_step = masks
-    b, h, m0, S, shift, clear_begin, clear_end, _few = place
+    b, h, m0, S, shift, clear_begin, clear_end = place
     if MASK == "full":
         mbarrier.wait(b_ready.index(bj), b_phase)
         mask = buffers[6].index(2 * bj + WG).reshape((ROWS, BLOCK_N)).load(S_L)
@@ -197,12 +197,12 @@ def start_p_values(
 
 @gluon.jit
 def weigh_tangent(
-    t_s, p, p16, c, r, scale, center, D2: gl.constexpr, BLOCK_N: gl.constexpr, CENTER: gl.constexpr
+    t_s, p, p16, c, r, scale, first, D2: gl.constexpr, BLOCK_N: gl.constexpr, CENTER: gl.constexpr
 ):  # fmt: skip
-    """P ∘ (tS − c) in 16 bits as an operand of either piece, its row sums in r; center: this tile
-    gives c, which is 0 where none does."""
+    """P ∘ (tS − c) in 16 bits as an operand of either piece, its row sums in r; the first tile
+    gives c."""
     if CENTER:
-        if center:
+        if first:
             c = weighted_mean(p, t_s) * scale
     p_t_s = p * (t_s * scale - gl.expand_dims(c, 1))
     r = r + lane_sums(p_t_s, BLOCK_N)

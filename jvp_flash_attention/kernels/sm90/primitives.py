@@ -357,14 +357,16 @@ def is_in_band(
 
 
 @gluon.jit
-def is_crossed(m0, n0, BLOCK_N: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr):
+def is_crossed(
+    m0, n0, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr
+):
     """Whether a bound of the band crosses a tile, or leaves it out; there is a bound."""
     if RIGHT is None:
-        crossed = n0 + LEFT < m0 + (ROWS - 1)
+        crossed = n0 + LEFT < m0 + (BLOCK_M - 1)
     else:
         crossed = n0 + (BLOCK_N - 1) > m0 + RIGHT
         if LEFT is not None:
-            crossed = crossed | (n0 + LEFT < m0 + (ROWS - 1))
+            crossed = crossed | (n0 + LEFT < m0 + (BLOCK_M - 1))
     return crossed
 
 
