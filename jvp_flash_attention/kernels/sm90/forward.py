@@ -87,7 +87,7 @@ def _tile_overlapping_p(
     D1: gl.constexpr, D2: gl.constexpr, BLOCK_N: gl.constexpr, STAGES_V: gl.constexpr,
     STAGES_Q: gl.constexpr, STAGES_MASK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
     EMPTY: gl.constexpr, EDGE: gl.constexpr, MASK: gl.constexpr, BOOL: gl.constexpr,
-    CENTER: gl.constexpr, THRESHOLD: gl.constexpr,
+    THRESHOLD: gl.constexpr,
     T_Q: gl.constexpr, T_K: gl.constexpr, T_V: gl.constexpr,
 ):  # fmt: skip
     """One tile of keys where the products of P start before tS is awaited."""
@@ -128,9 +128,7 @@ def _tile_overlapping_p(
         t_s = warpgroup_mma_wait(P_PRODUCTS, deps=[t_s])
     mbarrier.arrive(k_free.index(kj), count=1)
     if T_S:
-        c, r, p_t_s16, p_t_s16_2 = weigh_tangent(
-            t_s, p, p16, c, r, scale, first, D2, BLOCK_N, CENTER
-        )
+        c, r, p_t_s16, p_t_s16_2 = weigh_tangent(t_s, p, p16, c, r, scale, first, D2, BLOCK_N)
         t, t2 = start_r_values(p_t_s16, p_t_s16_2, v, v2, t, t2, TWO)
     if TWO:
         o, o2, t, t2 = warpgroup_mma_wait(0, deps=[o, o2, t, t2])
@@ -151,7 +149,7 @@ def _tile_overlapping_softmax(
     D1: gl.constexpr, D2: gl.constexpr, BLOCK_N: gl.constexpr, STAGES_V: gl.constexpr,
     STAGES_Q: gl.constexpr, STAGES_MASK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
     EMPTY: gl.constexpr, EDGE: gl.constexpr, MASK: gl.constexpr, BOOL: gl.constexpr,
-    CENTER: gl.constexpr, THRESHOLD: gl.constexpr,
+    THRESHOLD: gl.constexpr,
     T_Q: gl.constexpr, T_K: gl.constexpr, T_V: gl.constexpr,
 ):  # fmt: skip
     """One tile of keys where all that comes before the values is done in one block: the warpgroup
@@ -188,9 +186,7 @@ def _tile_overlapping_softmax(
     v2 = matrix(buffers[4][1], V2_STEP * vj, BLOCK_N, D2) if TWO else None
     v_w2 = side_by_side(buffers[4][1], vj, STAGES_V, BLOCK_N, D2) if PAIR else v2
     if T_S:
-        c, r, p_t_s16, p_t_s16_2 = weigh_tangent(
-            t_s, p, p16, c, r, scale, first, D2, BLOCK_N, CENTER
-        )
+        c, r, p_t_s16, p_t_s16_2 = weigh_tangent(t_s, p, p16, c, r, scale, first, D2, BLOCK_N)
     mbarrier.wait(v_ready.index(vj), v_phase)
     warp_scheduler_barrier_sync(WG)
     o, o2, t, t2 = start_p_values(
@@ -217,7 +213,7 @@ def _consumer(
     OVERLAP_P: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOWER_RIGHT: gl.constexpr,
     PAIRS: gl.constexpr, SEQUENCES: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     EMPTY: gl.constexpr, EDGE: gl.constexpr, MASK: gl.constexpr, BOOL: gl.constexpr,
-    CENTER: gl.constexpr, THRESHOLD: gl.constexpr, HIDES: gl.constexpr,
+    THRESHOLD: gl.constexpr, HIDES: gl.constexpr,
     T_Q: gl.constexpr, T_K: gl.constexpr, T_V: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup of the two: 64 queries of each work item against all keys they see."""
@@ -280,7 +276,7 @@ def _consumer(
                     place, scale, scale2, j, j == begin, kj, k_phase, vj, v_phase,
                     stored, bj, b_phase, m, top, l, r, o, t, o2, t2, c,
                     D1, D2, BLOCK_N, STAGES_V, STAGES_Q, STAGES_MASK, LEFT, RIGHT, EMPTY, EDGE,
-                    MASK, BOOL, CENTER, THRESHOLD, T_Q, T_K, T_V,
+                    MASK, BOOL, THRESHOLD, T_Q, T_K, T_V,
                 )  # fmt: skip
             else:
                 stored, bj, b_phase, m, top, l, r, o, t, o2, t2, c = _tile_overlapping_softmax(
@@ -288,7 +284,7 @@ def _consumer(
                     place, scale, scale2, j, j == begin, kj, k_phase, vj, v_phase, v_last,
                     stored, bj, b_phase, m, top, l, r, o, t, o2, t2, c,
                     D1, D2, BLOCK_N, STAGES_V, STAGES_Q, STAGES_MASK, LEFT, RIGHT, EMPTY, EDGE,
-                    MASK, BOOL, CENTER, THRESHOLD, T_Q, T_K, T_V,
+                    MASK, BOOL, THRESHOLD, T_Q, T_K, T_V,
                 )  # fmt: skip
             v_last = vj
             kj, k_phase = advance(kj, k_phase, 1, STAGES_K)
@@ -356,7 +352,7 @@ def forward_jvp_kernel(
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOWER_RIGHT: gl.constexpr, PAIRS: gl.constexpr,
     SEQUENCES: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, EMPTY: gl.constexpr,
     EDGE: gl.constexpr, MASK: gl.constexpr, BOOL: gl.constexpr,
-    CENTER: gl.constexpr, THRESHOLD: gl.constexpr, HIDES: gl.constexpr,
+    THRESHOLD: gl.constexpr, HIDES: gl.constexpr,
 ):  # fmt: skip
     """D1 + D2 columns; STAGES_K tiles of keys, STAGES_V of values, STAGES_Q pairs of query tiles
     and STAGES_MASK masks in flight; EDGE: a key tile may be cut by the end of the keys or the
@@ -409,7 +405,7 @@ def forward_jvp_kernel(
                  buffers, bars, scale, work,
                  D1, D2, BLOCK_N, STAGES_K, STAGES_V, STAGES_Q, STAGES_MASK, OVERLAP_P,
                  LEFT, RIGHT, LOWER_RIGHT, PAIRS, SEQUENCES, BLOCK_Q, BLOCK_K, EMPTY, EDGE, MASK,
-                 BOOL, CENTER, THRESHOLD, HIDES, HAS_T_Q, HAS_T_K, HAS_T_V),
+                 BOOL, THRESHOLD, HIDES, HAS_T_Q, HAS_T_K, HAS_T_V),
             ),
             (
                 _consumer,
@@ -417,7 +413,7 @@ def forward_jvp_kernel(
                  buffers, bars, scale, work,
                  D1, D2, BLOCK_N, STAGES_K, STAGES_V, STAGES_Q, STAGES_MASK, OVERLAP_P,
                  LEFT, RIGHT, LOWER_RIGHT, PAIRS, SEQUENCES, BLOCK_Q, BLOCK_K, EMPTY, EDGE, MASK,
-                 BOOL, CENTER, THRESHOLD, HIDES, HAS_T_Q, HAS_T_K, HAS_T_V),
+                 BOOL, THRESHOLD, HIDES, HAS_T_Q, HAS_T_K, HAS_T_V),
             ),
             (
                 producer,

@@ -197,13 +197,12 @@ def start_p_values(
 
 @gluon.jit
 def weigh_tangent(
-    t_s, p, p16, c, r, scale, first, D2: gl.constexpr, BLOCK_N: gl.constexpr, CENTER: gl.constexpr
+    t_s, p, p16, c, r, scale, first, D2: gl.constexpr, BLOCK_N: gl.constexpr
 ):  # fmt: skip
     """P ∘ (tS − c) in 16 bits as an operand of either piece, its row sums in r; the first tile
     gives c."""
-    if CENTER:
-        if first:
-            c = weighted_mean(p, t_s) * scale
+    if first:
+        c = weighted_mean(p, t_s) * scale
     p_t_s = p * (t_s * scale - gl.expand_dims(c, 1))
     r = r + lane_sums(p_t_s, BLOCK_N)
     p_t_s16 = gl.convert_layout(p_t_s.to(p16.dtype), p16.type.layout, assert_trivial=True)

@@ -161,8 +161,6 @@ def _fwd_jvp(p: Problem, c: Call) -> Launch:
         "EDGE": banded or packed or listed or p.S % N != 0,
         "MASK": kind,
         "BOOL": p.bool_mask,
-        # c takes time at D = 64, and matters most to rows that see few keys
-        "CENTER": banded or packed or listed or p.S <= 128,
         "THRESHOLD": _threshold(q),
         "HIDES": _hides(p, c),
         "num_warps": 4,
