@@ -392,3 +392,18 @@ def test_a_compiled_block_has_the_gradients_of_its_layers(width, mode, record_pr
     worst = max(float((ours - theirs).norm() / theirs.norm()) for ours, theirs in pairs)
     record_property("errors", {"worst": worst})
     assert worst < 1e-4
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 72, 96, 128])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_a_tangent_that_moves_all_keys_alike_costs_no_bits_of_t_o(causal, head_dim):
+    """As that of a time embedding. It adds a constant to each row of tS, which softmax cancels."""
+    torch.manual_seed(0)
+    q, k, v, t_q, t_k, t_v = torch.randn(
+        6, 2, 3, 520, head_dim, device="cuda", dtype=torch.bfloat16
+    )
+    t_k = t_k + 16 * torch.randn(3, 1, head_dim, device="cuda", dtype=torch.bfloat16)
+    found = attention_jvp(q, k, v, t_q, t_k, t_v, is_causal=causal)[1]
+    inputs = (x.double() for x in (q, k, v, t_q, t_k, t_v))
+    wanted = attention_jvp(*inputs, is_causal=causal, backend="reference")[1]
+    assert (found - wanted).norm() <= tolerances.FIRST[torch.bfloat16] * wanted.norm()
