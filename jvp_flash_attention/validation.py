@@ -164,7 +164,8 @@ def mask(attn_mask: Tensor | None, scores: tuple[int, ...], device: torch.device
     ):
         raise ArgumentValueError(
             f"attn_mask must broadcast to (..., heads, L, S) = {scores},"
-            f" got {tuple(attn_mask.shape)}"
+            f" got {tuple(attn_mask.shape)}; one (B, S) of keys is attn_mask[:, None, None, :],"
+            " one (B, L, S) of pairs attn_mask[:, None]"
         )
 
 
@@ -249,7 +250,7 @@ def sequences(cu: Packed, attn_mask: Tensor | None, device: torch.device) -> Non
     """Kinds and number of the packed sequences, and what does not go with them."""
     if cu.cu_q is None:
         return
-    for name, x in (("cu_seqlens_q", cu.cu_q), ("cu_seqlens_k", cu.cu_k)):
+    for name, x in zip(_names(cu), (cu.cu_q, cu.cu_k), strict=True):
         if x is None:
             continue
         if x.dtype != torch.int32:
@@ -302,7 +303,7 @@ def blocks(given: Any, q: Tensor, k: Tensor, beside: dict[str, Any]) -> None:
 def lengths(cu: Packed, L: int, S: int) -> None:
     """Packed sequences lie inside of the rows, where reading them waits for no device."""
     cu_k = cu.cu_q if cu.cu_k is None else cu.cu_k
-    for name, x, rows in (("cu_seqlens_q", cu.cu_q, L), ("cu_seqlens_k", cu_k, S)):
+    for name, x, rows in zip(_names(cu), (cu.cu_q, cu_k), (L, S), strict=True):
         if x is None or not _is_read(x):
             continue
         ends = x.tolist()
@@ -310,6 +311,11 @@ def lengths(cu: Packed, L: int, S: int) -> None:
             raise ArgumentValueError(
                 f"{name} must rise from 0 to at most {rows}, the number of rows, got {ends}"
             )
+
+
+def _names(cu: Packed) -> tuple[str, str]:
+    """Of the queries' and the keys' argument: one for both, or a pair."""
+    return ("cu_seqlens",) * 2 if cu.cu_k is None else ("cu_seqlens_q", "cu_seqlens_k")
 
 
 def _is_read(x: Tensor) -> bool:

@@ -233,8 +233,8 @@ def test_an_objective_goes_on_and_is_exported_evaluated_and_sampled(tmp_path, ca
 @pytest.mark.parametrize(
     ("script", "arguments", "says"),
     [
-        ("train.py", ["attention=flash9"], "jvp reference sdpa"),
-        ("train.py", ["experiment=nothing"], "experiment/nothing"),
+        ("train.py", ["attention=flash9"], "attention must be one of jvp, reference, sdpa"),
+        ("train.py", ["experiment=nothing"], "experiment must be one of alphaflow_b2, "),
         (
             "train.py",
             ["experiment=loss_matching_smoke", *FAST],

@@ -254,14 +254,14 @@ CU_Q = starts((4, 5))
     [
         ((4, 5), TypeError, "cu_seqlens must be a tensor, or a pair"),
         ((CU_Q,), TypeError, "cu_seqlens must be a tensor, or a pair"),
-        (CU_Q.long(), TypeError, "cu_seqlens_q must be int32, got torch.int64"),
+        (CU_Q.long(), TypeError, "cu_seqlens must be int32, got torch.int64"),
         ((CU_Q, CU_Q.float()), TypeError, "cu_seqlens_k must be int32"),
-        (CU_Q[None], ValueError, r"cu_seqlens_q must have shape \(sequences \+ 1,\)"),
+        (CU_Q[None], ValueError, r"cu_seqlens must have shape \(sequences \+ 1,\)"),
         ((CU_Q, CU_Q[:2]), ValueError, "equally many sequences, got 2 and 1"),
-        (CU_Q.to("meta"), ValueError, "cu_seqlens_q must be on query's device"),
+        (CU_Q.to("meta"), ValueError, "cu_seqlens must be on query's device"),
         ((CU_Q, CU_Q + 1), ValueError, "cu_seqlens_k must rise from 0 to at most 9"),
-        (starts((4, 6)), ValueError, "cu_seqlens_q must rise from 0 to at most 9"),
-        (starts((4, -2)), ValueError, "cu_seqlens_q must rise"),
+        (starts((4, 6)), ValueError, "cu_seqlens must rise from 0 to at most 9"),
+        (starts((4, -2)), ValueError, "cu_seqlens must rise"),
     ],
 )
 def test_what_is_no_packing_is_refused_each_time(cu, error, message):

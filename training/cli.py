@@ -119,8 +119,12 @@ def message(error: BaseException) -> str:
         return unknown_key(unknown[1])
     if missing := re.match(r"Missing mandatory value: (\S+)", text):
         return f"{missing[1]} must be given: {missing[1]}={EXAMPLES.get(missing[1], 'VALUE')}"
+    text = re.split(r" Config search path:| full_key: | object_type=", text)[0]
+    if choice := re.search(r"Could not find '(.*)/(.*)' Available options in '.*?': (.*)", text):
+        group, name, choices = choice.groups()
+        return f"{group} must be one of {', '.join(choices.split())}, got {name}"
     if "No supported gpu backend" in text:
         return (
             "trainer.accelerator=gpu: this machine has no GPU that PyTorch can use; use trainer=cpu"
         )
-    return re.split(r" Config search path:| full_key: | object_type=", text)[0]
+    return text
