@@ -315,7 +315,9 @@ def lengths(cu: Packed, L: int, S: int) -> None:
 
 def _names(cu: Packed) -> tuple[str, str]:
     """Of the queries' and the keys' argument: one for both, or a pair."""
-    return ("cu_seqlens",) * 2 if cu.cu_k is None else ("cu_seqlens_q", "cu_seqlens_k")
+    if cu.cu_k is None:
+        return "cu_seqlens", "cu_seqlens"
+    return "cu_seqlens_q", "cu_seqlens_k"
 
 
 def _is_read(x: Tensor) -> bool:
