@@ -8,7 +8,7 @@ from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..call import Inputs, Saved, Spec, Tangents, band, is_default, tf32_allowed
+from ..call import Inputs, Saved, Spec, Tangents, band, empty_rows, is_default, tf32_allowed
 from ..functorch import materialized
 from . import configs
 
@@ -247,7 +247,9 @@ def readable(x: Tensor | None) -> Tensor | None:
     x = materialized(x)
     if x.stride(-1) != 1 or x.stride(-2) >= 2**24:
         return x.contiguous()
-    return _copied(x) if _repeated(x) else x
+    if _repeated(x):  # results follow the order of its rows and heads in memory
+        return empty_rows(x, x.shape[3], Spec(1.0)).copy_(x)
+    return x
 
 
 def _repeated(x: Tensor) -> bool:
@@ -255,13 +257,6 @@ def _repeated(x: Tensor) -> bool:
     cached, which takes the host a fifth of a millisecond: less than TMA gains from here on."""
     far = x.shape[0] > 1 and x.stride(0) == 0 and x.numel() * x.shape[2] >= 2**36
     return far and x.element_size() == 2 and architecture(x.device) in TMA
-
-
-def _copied(x: Tensor) -> Tensor:
-    """In memory as x, rows or heads first: results follow."""
-    if x.stride(1) < x.stride(2):
-        return x.transpose(1, 2).contiguous().transpose(1, 2)
-    return x.contiguous()
 
 
 def readable_mask(mask: Tensor | None) -> Tensor | None:

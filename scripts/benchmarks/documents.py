@@ -143,9 +143,9 @@ def _figures(root: Path) -> str:
     """The block of the README: what matters of the goals, on the headline's GPU, and the statistics
     of the other table."""
     parts = []
-    for path, result in load("targets", root).items():
-        if path != headline.TARGETS:
-            continue
+    path = headline.TARGETS
+    result = load("targets", root).get(path)
+    if result:
         rows = [
             row
             for row in targets.judged(result["rows"])

@@ -98,6 +98,21 @@ def _clear_queries(q, t_q, d_o_buffers, d_t_o, slot, rows, BLOCK_M: gl.constexpr
 
 
 @gluon.jit
+def _keep_band(
+    x, y, n0, m0, BLOCK_M: gl.constexpr, S_L: gl.constexpr, D: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr,
+):  # fmt: skip
+    """Two tiles of pairs, 0 outside of the band. Whether a bound crosses a tile is not asked where
+    that takes registers which D = 128 lacks."""
+    if LEFT is not None or RIGHT is not None:
+        if D > 64 or is_crossed(m0, n0, BLOCK_M, ROWS, LEFT, RIGHT):
+            valid = is_in_band(n0, m0, BLOCK_M, S_L, LEFT, RIGHT)
+            x = gl.where(valid, x, 0.0)
+            y = gl.where(valid, y, 0.0)
+    return x, y
+
+
+@gluon.jit
 def _values(
     d_v_out, d_t_v_out, STATISTICS, buffers, bars, p_tile, r_tile, scale, work,
     D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES_Q: gl.constexpr, GROUP: gl.constexpr,
@@ -155,12 +170,7 @@ def _values(
                 mu = gl.load(row + padded + i)
                 t_s = warpgroup_mma_wait(0, deps=[t_s])
                 r = p * (t_s * scale - gl.expand_dims(mu, 0))
-                if LEFT is not None or RIGHT is not None:
-                    # where a bound crosses the tile; asking takes registers that D = 128 lacks
-                    if D > 64 or is_crossed(m0 + shift, n0, BLOCK_M, ROWS, LEFT, RIGHT):
-                        valid = is_in_band(n0, m0 + shift, BLOCK_M, S_L, LEFT, RIGHT)
-                        p = gl.where(valid, p, 0.0)
-                        r = gl.where(valid, r, 0.0)
+                p, r = _keep_band(p, r, n0, m0 + shift, BLOCK_M, S_L, D, LEFT, RIGHT)
                 store_p(p, r, p_tile, r_tile, p_ready, p_free, p_phase)
                 p_phase ^= 1
                 p16 = gl.convert_layout(p.to(DT), P_L, assert_trivial=True)
@@ -247,11 +257,7 @@ def _keys(
                 g = g - gl.expand_dims(w, 0)
                 d_t_s, d_s = load_p(h_m, g, p_tile, r_tile, p_ready, p_free, p_phase, S_L)
                 p_phase ^= 1
-                if LEFT is not None or RIGHT is not None:
-                    if D > 64 or is_crossed(m0 + shift, n0, BLOCK_M, ROWS, LEFT, RIGHT):
-                        valid = is_in_band(n0, m0 + shift, BLOCK_M, S_L, LEFT, RIGHT)
-                        d_t_s = gl.where(valid, d_t_s, 0.0)
-                        d_s = gl.where(valid, d_s, 0.0)
+                d_t_s, d_s = _keep_band(d_t_s, d_s, n0, m0 + shift, BLOCK_M, S_L, D, LEFT, RIGHT)
                 d_k, d_t_k = add_products(d_s, d_t_s, q, t_q, d_k, d_t_k, P_L)
                 mbarrier.arrive(q_free.index(slot), count=1)
                 slot, phase = advance(slot, phase, 1, STAGES_Q)

@@ -85,6 +85,22 @@ def _producer(
 
 
 @gluon.jit
+def _keep_valid(
+    x, y, m0, n0, S, shift, BLOCK_N: gl.constexpr, S_L: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr,
+):  # fmt: skip
+    """Two tiles of pairs, 0 where a pair does not count."""
+    crossed = n0 + BLOCK_N > S
+    if LEFT is not None or RIGHT is not None:
+        crossed = crossed | is_crossed(m0 + shift, n0, ROWS, BLOCK_N, LEFT, RIGHT)
+    if crossed:
+        valid = is_valid(m0, n0, S, BLOCK_N, S_L, LEFT, RIGHT, shift)
+        x = gl.where(valid, x, 0.0)
+        y = gl.where(valid, y, 0.0)
+    return x, y
+
+
+@gluon.jit
 def _scores(
     STATISTICS, buffers, bars, p_tile, r_tile, scale, work,
     D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES_K: gl.constexpr, LEFT: gl.constexpr,
@@ -147,13 +163,7 @@ def _scores(
             mbarrier.arrive(k_free.index(slot), count=1)
             r = p * (t_s * scale - gl.expand_dims(mu, 1))
             if EDGE:
-                crossed = n0 + BLOCK_N > S
-                if LEFT is not None or RIGHT is not None:
-                    crossed = crossed | is_crossed(m0 + shift, n0, ROWS, BLOCK_N, LEFT, RIGHT)
-                if crossed:
-                    valid = is_valid(m0, n0, S, BLOCK_N, S_L, LEFT, RIGHT, shift)
-                    p = gl.where(valid, p, 0.0)
-                    r = gl.where(valid, r, 0.0)
+                p, r = _keep_valid(p, r, m0, n0, S, shift, BLOCK_N, S_L, LEFT, RIGHT)
             store_p(p, r, p_tile, r_tile, p_ready, p_free, p_phase)
             p_phase ^= 1
             slot, phase = advance(slot, phase, 1, STAGES_K)
@@ -225,10 +235,7 @@ def _gradients(
             d_t_s, d_s = load_p(h_m, g, p_tile, r_tile, p_ready, p_free, p_phase, S_L)
             p_phase ^= 1
             if LEFT is not None or RIGHT is not None:
-                if (n0 + BLOCK_N > S) | is_crossed(m0 + shift, n0, ROWS, BLOCK_N, LEFT, RIGHT):
-                    valid = is_valid(m0, n0, S, BLOCK_N, S_L, LEFT, RIGHT, shift)
-                    d_t_s = gl.where(valid, d_t_s, 0.0)
-                    d_s = gl.where(valid, d_s, 0.0)
+                d_t_s, d_s = _keep_valid(d_t_s, d_s, m0, n0, S, shift, BLOCK_N, S_L, LEFT, RIGHT)
             d_q, d_t_q = add_products(d_s, d_t_s, k, t_k, d_q, d_t_q, P_L)
             mbarrier.arrive(k_free.index(slot), count=1)
             slot, phase = advance(slot, phase, 1, STAGES_K)

@@ -275,9 +275,7 @@ def bwd_head_kernel(
     """D1 + D2 columns, of which D exist; QUERIES tiles of queries a head; STAGES_Q tiles of Q and
     dO, STAGES_K of K and V, STAGES_P of P and dS in flight; O: (pointer, strides), which count UNIT
     elements; SUMS: `Call.sums`; EDGE: the last tile of keys is cut."""
-    AHEAD: gl.constexpr = min(
-        QUERIES, STAGES_Q - QUERIES
-    )  # tiles of the next head there is room for
+    AHEAD: gl.constexpr = min(QUERIES, STAGES_Q - QUERIES)  # as many as there is room for
     TWO: gl.constexpr = D2 > 0
     q_buffers = (
         (allocate_stages(Q, STAGES_Q), allocate_stages(Q2, STAGES_Q) if TWO else None),

@@ -8,8 +8,6 @@ comes AHEAD tiles later, as far ahead as dO is fetched: of the next head, or wit
 of the last two of this one and the first two of the next.
 """
 
-# What is known at compile time stands in an `if` of its own.
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (

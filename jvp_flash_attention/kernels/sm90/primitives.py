@@ -344,7 +344,8 @@ def is_valid(
 def is_in_band(
     n0, m0, BLOCK_M: gl.constexpr, S_L: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr
 ):
-    """Which pairs of a tile, keys by queries, lie in the band, which has a bound."""
+    """Which pairs of a tile, keys by queries, lie in the band, which has a bound. A key's bounds
+    are computed once, as those of a row in `is_valid`."""
     j = gl.expand_dims(n0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_L)), 1)
     i = gl.expand_dims(m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, S_L)), 0)
     if RIGHT is None:
