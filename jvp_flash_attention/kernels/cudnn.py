@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..call import Inputs, Saved, Spec, Tangents, is_default, laid_out
 from ..functorch import cudnn_attention, cudnn_attention_backward
-from .problem import DETAILS, architecture
+from .problem import DETAILS, architecture, tma_can_read
 
 # From this many pairs of query and key on: a new shape costs cuDNN 0.05 to 1 s of planning, which a
 # few hundred larger calls win back. Compiled code returns to the same shapes at every step, and
@@ -68,13 +68,8 @@ def supports(x: Inputs, spec: Spec, *more: Tensor) -> bool:
 
 
 def _is_readable(x: Tensor) -> bool:
-    """Rows of D without gaps, each at an address that is a multiple of 16 bytes, as cuDNN asks; the
-    views of one projection have them."""
-    return (
-        x.stride(3) == 1
-        and x.data_ptr() % 16 == 0
-        and all(step > 0 and step % 8 == 0 for step in x.stride()[:3])
-    )
+    """Rows of D without gaps that TMA can read; the views of one projection have them."""
+    return x.stride(3) == 1 and tma_can_read(x)
 
 
 def forward(x: Inputs, spec: Spec) -> Saved:

@@ -84,7 +84,7 @@ class Problem(NamedTuple):
         return configs.padded(max(self.D, self.DV))
 
     def columns(self, name: str) -> tuple[int, int]:
-        """That a row of q and k, and one of v, take in the tiles of a pass.
+        """Padded columns of q and k, and of v, in the tiles of a pass.
 
         On Hopper both are the wider one's unless TMA fetches several tiles ahead. Tiles of the one
         are then put where tiles of the other lay, and where such layouts differ, ptxas 12.8, which

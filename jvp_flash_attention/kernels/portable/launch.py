@@ -29,7 +29,7 @@ from .forward import forward_kernel
 from .repair import repair_kernel
 from .split import split_kernel
 
-MOST_ITEMS = 16  # tiles that one program of the repair looks at
+MOST_ITEMS = 64  # tiles that one program of the repair looks at
 
 
 def unsupported_reason(name: str, _p: Problem, c: Call) -> str | None:
@@ -71,9 +71,7 @@ def repair(p: Problem, c: Call) -> Launch:
     """The forward with its JVP once more, of those tiles where another kernel left an LSE NaN."""
     (whole,) = _fwd("fwd_jvp", p, c)
     (items,) = whole.grid
-    share = 1
-    if p.sequences is None:
-        share = min(cdiv(items, multiprocessors(c.x.q.device)), MOST_ITEMS)
+    share = min(cdiv(items, multiprocessors(c.x.q.device)), MOST_ITEMS)
     args = (*whole.args[:-1], items, share)
     constexprs = {**whole.constexprs, "MOST": MOST_ITEMS}
     return Launch(repair_kernel, (cdiv(items, share),), args, constexprs)

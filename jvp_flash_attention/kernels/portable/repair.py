@@ -12,24 +12,31 @@ import triton.language as tl
 
 from ..block_info import first_row, sequence_of, tiles_of
 from .forward import forward_kernel
-from .primitives import UNSPECIALIZED, head_of
+from .primitives import UNSPECIALIZED
 
 
 @triton.jit
-def any_nan(LSE, row, inside, SPLIT: tl.constexpr):
-    """Whether one of the rows has LSE = NaN."""
-    lse = tl.load(LSE + (2 if SPLIT else 1) * row, mask=inside, other=0.0)
-    return tl.max(tl.max(tl.where(lse == lse, 0, 1), 1), 0) > 0
-
-
-@triton.jit
-def any_spoiled(
-    LSE, items, end, tiles, H, L, BLOCK_M: tl.constexpr, REVERSED: tl.constexpr, SPLIT: tl.constexpr
+def row_of(
+    item, CU_Q, CU_K, H, L, S, sequences, tiles, SEQUENCES: tl.constexpr, BLOCK_M: tl.constexpr
 ):  # fmt: skip
-    """Whether one of the items (n, 1) below `end` has a row with LSE = NaN."""
-    b, h, tile = head_of(items, tiles, H, REVERSED)
-    i = tile * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-    return any_nan(LSE, first_row(b, h, H, L) + i, (items < end) & (i < L), SPLIT)
+    """Where an item, counted in the order of rows, begins in what is kept by row, (B, H, L)."""
+    tile = item % tiles
+    row = tile * BLOCK_M
+    if CU_Q is not None:
+        tile, q0, rows, _, _ = sequence_of(
+            CU_Q, CU_Q if CU_K is None else CU_K, tile, tl.arange(0, SEQUENCES), L, S, sequences,
+            BLOCK_M,
+        )  # fmt: skip
+        row = q0 + tl.minimum(tile * BLOCK_M, rows)
+    return first_row(0, item // tiles, H, L) + row
+
+
+@triton.jit
+def any_nan(LSE, begin, end, MOST: tl.constexpr, SPLIT: tl.constexpr):
+    """Whether one of these rows, MOST or fewer, has LSE = NaN."""
+    row = begin + tl.arange(0, MOST)
+    lse = tl.load(LSE + (2 if SPLIT else 1) * row, mask=row < end, other=0.0)
+    return tl.max(tl.where(lse == lse, 0, 1), 0) > 0
 
 
 @triton.jit(do_not_specialize=(*UNSPECIALIZED, "items", "share"))
@@ -45,41 +52,25 @@ def repair_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MOST: tl.constexpr,
 ):  # fmt: skip
-    """One program: `share` of the `items` tiles of `forward_kernel`, at most MOST; of packed
-    sequences one."""
+    """One program: `share` of the `items` tiles of `forward_kernel`, at most MOST."""
     SPLIT: tl.constexpr = MASK is not None and not BOOL
-    pid = tl.program_id(0)
-    REVERSED: tl.constexpr = RIGHT is not None
     tiles = tiles_of(CU_Q, L, BLOCK_M, sequences)
-    if CU_Q is not None:
-        b, h, tile = head_of(pid, tiles, H, REVERSED)
-        tile, q0, rows, _, _ = sequence_of(
-            CU_Q, CU_Q if CU_K is None else CU_K, tile, tl.arange(0, SEQUENCES), L, S, sequences,
-            BLOCK_M,
-        )  # fmt: skip
-        i = tile * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        if not any_nan(LSE, first_row(b, h, H, L) + q0 + i, i < rows, SPLIT):
-            return
-        forward_kernel(
-            Q, K, V, T_Q, T_K, T_V, MASK, T_MASK, SEED, CU_Q, CU_K, KV_BLOCKS, O, T_O, LSE, MU,
-            scale, softcap, threshold, keep_scale, batch_per_seed, H, L, S, sequences, pid,
-            GROUP, D, DV, BLOCK_D, BLOCK_DV, LEFT, RIGHT, LOWER_RIGHT, SEQUENCES,
-            BLOCK_Q, BLOCK_K, BOOL, WHOLE, PRESCALE, PRECISION, PARTS, TMA, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-    else:
-        first = pid * share
-        end = tl.minimum(first + share, items)
-        mine = first + tl.arange(0, MOST)[:, None]
-        if not any_spoiled(LSE, mine, end, tiles, H, L, BLOCK_M, REVERSED, SPLIT):
-            return
-        for item in range(first, end):
-            one = item + tl.zeros([1, 1], tl.int32)
-            if any_spoiled(LSE, one, end, tiles, H, L, BLOCK_M, REVERSED, SPLIT):
-                forward_kernel(
-                    Q, K, V, T_Q, T_K, T_V, MASK, T_MASK, SEED, CU_Q, CU_K, KV_BLOCKS,
-                    O, T_O, LSE, MU,
-                    scale, softcap, threshold, keep_scale, batch_per_seed, H, L, S, sequences, item,
-                    GROUP, D, DV, BLOCK_D, BLOCK_DV, LEFT, RIGHT, LOWER_RIGHT, SEQUENCES,
-                    BLOCK_Q, BLOCK_K, BOOL, WHOLE, PRESCALE, PRECISION, PARTS, TMA,
-                    BLOCK_M, BLOCK_N,
-                )  # fmt: skip
+    first = tl.program_id(0) * share
+    end = tl.minimum(first + share, items)
+    row = row_of(first, CU_Q, CU_K, H, L, S, sequences, tiles, SEQUENCES, BLOCK_M)
+    last = row_of(end, CU_Q, CU_K, H, L, S, sequences, tiles, SEQUENCES, BLOCK_M)
+    if not any_nan(LSE, row, last, MOST * BLOCK_M, SPLIT):
+        return
+    for item in range(first, end):
+        after = row_of(item + 1, CU_Q, CU_K, H, L, S, sequences, tiles, SEQUENCES, BLOCK_M)
+        if any_nan(LSE, row, after, BLOCK_M, SPLIT):
+            pid = item
+            if RIGHT is not None:  # as `head_of` counts
+                pid = item // tiles * tiles + (tiles - 1 - item % tiles)
+            forward_kernel(
+                Q, K, V, T_Q, T_K, T_V, MASK, T_MASK, SEED, CU_Q, CU_K, KV_BLOCKS, O, T_O, LSE, MU,
+                scale, softcap, threshold, keep_scale, batch_per_seed, H, L, S, sequences, pid,
+                GROUP, D, DV, BLOCK_D, BLOCK_DV, LEFT, RIGHT, LOWER_RIGHT, SEQUENCES,
+                BLOCK_Q, BLOCK_K, BOOL, WHOLE, PRESCALE, PRECISION, PARTS, TMA, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+        row = after

@@ -110,6 +110,7 @@ def _scores(
     """The warpgroup of S and tS."""
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, S_L)
+    Q_L: gl.constexpr = gl.DotOperandLayout(0, S_L, 2)
     K_L: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     (
         q_buffers, t_q_buffers, d_o_buffers, d_t_o_buffers,
@@ -135,6 +136,8 @@ def _scores(
         q = matrix(q_buffers, 0, ROWS, D)
         t_q = matrix(t_q_buffers, 0, ROWS, D)
         mbarrier.wait(q_ready.index(0), q_phase)
+        q = q.load(Q_L)  # registers: shared memory is wanted longer than the tensor cores
+        t_q = t_q.load(Q_L)
         blocks, seen = seen_rows(lists, b, h, m0, S, BLOCK_Q, BLOCK_K)
         first, end = key_tiles(m0 + shift, seen, BLOCK_N, LEFT, RIGHT, LOWER_RIGHT)
         for j in range(first, end):

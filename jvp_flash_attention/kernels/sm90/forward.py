@@ -128,7 +128,7 @@ def _tile_overlapping_p(
         t_s = warpgroup_mma_wait(P_PRODUCTS, deps=[t_s])
     mbarrier.arrive(k_free.index(kj), count=1)
     if T_S:
-        c, r, p_t_s16, p_t_s16_2 = weigh_tangent(t_s, p, p16, c, r, scale, first, D2, BLOCK_N)
+        c, r, p_t_s16, p_t_s16_2 = weigh_tangent(t_s, p, p16, c, l, r, scale, first, D2, BLOCK_N)
         t, t2 = start_r_values(p_t_s16, p_t_s16_2, v, v2, t, t2, TWO)
     if TWO:
         o, o2, t, t2 = warpgroup_mma_wait(0, deps=[o, o2, t, t2])
@@ -186,7 +186,7 @@ def _tile_overlapping_softmax(
     v2 = matrix(buffers[4][1], V2_STEP * vj, BLOCK_N, D2) if TWO else None
     v_w2 = side_by_side(buffers[4][1], vj, STAGES_V, BLOCK_N, D2) if PAIR else v2
     if T_S:
-        c, r, p_t_s16, p_t_s16_2 = weigh_tangent(t_s, p, p16, c, r, scale, first, D2, BLOCK_N)
+        c, r, p_t_s16, p_t_s16_2 = weigh_tangent(t_s, p, p16, c, l, r, scale, first, D2, BLOCK_N)
     mbarrier.wait(v_ready.index(vj), v_phase)
     warp_scheduler_barrier_sync(WG)
     o, o2, t, t2 = start_p_values(

@@ -31,7 +31,6 @@ from .primitives import (
     scores,
     sequence_of,
     store_at,
-    weighted_mean,
     work_item,
 )
 
@@ -197,12 +196,14 @@ def start_p_values(
 
 @gluon.jit
 def weigh_tangent(
-    t_s, p, p16, c, r, scale, first, D2: gl.constexpr, BLOCK_N: gl.constexpr
+    t_s, p, p16, c, l, r, scale, first, D2: gl.constexpr, BLOCK_N: gl.constexpr
 ):  # fmt: skip
-    """P ∘ (tS − c) in 16 bits as an operand of either piece, its row sums in r; the first tile
-    gives c."""
+    """P ∘ (tS − c) in 16 bits as an operand of either piece, its row sums in r. The first tile
+    gives c, its mean of tS weighted by P, whose row sums are l."""
     if first:
-        c = weighted_mean(p, t_s) * scale
+        sums = gl.convert_layout(gl.sum(lane_sums(p * t_s, BLOCK_N), 1), c.type.layout)
+        weight = gl.convert_layout(gl.sum(l, 1), c.type.layout)
+        c = sums * scale / gl.where(weight == 0.0, 1.0, weight)
     p_t_s = p * (t_s * scale - gl.expand_dims(c, 1))
     r = r + lane_sums(p_t_s, BLOCK_N)
     p_t_s16 = gl.convert_layout(p_t_s.to(p16.dtype), p16.type.layout, assert_trivial=True)

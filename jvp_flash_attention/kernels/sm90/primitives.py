@@ -400,10 +400,3 @@ def exponential(s, scale2, m, SCALED: gl.constexpr):
     if not SCALED:
         s = s * scale2
     return gl.exp2(s - gl.expand_dims(m, 1))
-
-
-@gluon.jit
-def weighted_mean(p, t_s):
-    """Row mean of t_s with weights p; 0 where there is no weight."""
-    weight = gl.sum(p, 1)
-    return gl.sum(p * t_s, 1) / gl.where(weight == 0.0, 1.0, weight)
