@@ -327,7 +327,7 @@ def _check(
     q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend, softcap, band,
     lower_right, ranges, _block_sizes, cu: Packed, blocks: Blocks,
 ) -> _Checked:  # fmt: skip
-    validation.scalars(dropout_p, is_causal, scale, softcap)
+    validation.scalars(dropout_p, is_causal, scale, softcap, enable_gqa)
     validation.tensors(q, k, v)
     validation.sequences(cu, attn_mask, q.device)
     sizes = validation.shapes(q, k, v, enable_gqa)

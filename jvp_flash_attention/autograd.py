@@ -43,6 +43,7 @@ from .functorch import (
     is_wanted,
     is_watched,
     nonzero,
+    primals,
     stopped_level,
     unbatched,
     unwrap_dead_wrappers,
@@ -216,7 +217,7 @@ class Attention(_Folded):
 
     @staticmethod
     def jvp(ctx, *tangents):
-        x, *_ = split(ctx.saved_tensors, Inputs)
+        x, *_ = split(primals(ctx.saved_tensors), Inputs)
         t, *_ = split(tangents, Tangents)
         return attention_jvp(x, t, ctx.spec)[1], None
 
@@ -241,8 +242,9 @@ class AttentionJvp(_Folded):
     @staticmethod
     def setup_context(ctx, inputs, output):
         *tensors, ctx.spec = inputs
-        _out, lse, _t_out, mu = output
-        ctx.mark_non_differentiable(lse, mu)
+        out, lse, _t_out, mu = output
+        constant = [] if any(ctx.needs_input_grad[: len(Inputs._fields)]) else [out]
+        ctx.mark_non_differentiable(*constant, lse, mu)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *output)
 

@@ -63,6 +63,11 @@ def _kind(mask: Any) -> str:
 
 
 def _sizes(given: Any) -> tuple[int, int]:
+    if given is None:
+        raise ArgumentValueError(
+            "block_mask must say how large its blocks are, got a bool layout alone; use"
+            f" block_mask.block_mask(layout, {UNIT})"
+        )
     pair = given if isinstance(given, tuple) else (given, given)
     if len(pair) != 2 or any(not isinstance(n, int) or n <= 0 or n % UNIT for n in pair):
         raise ArgumentValueError(

@@ -148,6 +148,11 @@ def padded(values: Sequence, kind: Any) -> tuple:
     return *values, *(None,) * (len(kind._fields) - len(values))
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type in which results are added up."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def tf32_allowed() -> bool:
     """Whether float32 products may lose digits: PyTorch's switch, by its old or its new name, one
     of which raises where the other was used."""

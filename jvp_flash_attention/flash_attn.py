@@ -185,7 +185,8 @@ def flash_attn_with_kvcache(
     )  # fmt: skip
     if cache_seqlens is None:
         return _attend(q, k_cache, v_cache, 0.0, softmax_scale, causal, window_size, softcap)
-    L, S = q.shape[1], k_cache.shape[1]
+    B, L, S = *q.shape[:2], k_cache.shape[1]
+    validation.cache_lengths(cache_seqlens, B, S)
     lengths = torch.as_tensor(cache_seqlens, device=q.device).view(-1, 1, 1, 1)
     j = torch.arange(S, device=q.device)
     rows = lengths - L + torch.arange(L, device=q.device).view(L, 1)  # key beside each query

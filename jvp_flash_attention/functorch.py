@@ -181,6 +181,14 @@ def unpack_compiled(*inputs: Tensor | None, nested: str | None = None) -> Pairs 
     return [(x, None) if x is None else unpack_dual(x, level=0) for x in inputs]
 
 
+def primals(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """What a jvp rule finds saved, without the tangents that it is given apart: below
+    `forward_ad.dual_level` saved tensors are duals, and what is saved of them in turn would be."""
+    if not SHORTCUTS or innermost() is not None:
+        return list(tensors)
+    return [None if x is None else forward_ad.unpack_dual(x).primal for x in tensors]
+
+
 def tangent(x: Tensor) -> Tensor | None:
     """The tangent of x at the current level of differentiation, in eager and in compiled code."""
     if SHORTCUTS and torch.compiler.is_compiling():  # as in `unpack_compiled`

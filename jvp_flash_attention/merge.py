@@ -17,12 +17,7 @@ before has w = 1; one that sees nothing at all keeps O = tO = Î¼ = 0 and LSE = â
 import torch
 from torch import Tensor
 
-from .call import Saved
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The type in which results are added up."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from .call import Saved, wide
 
 
 def nothing(q: Tensor, v: Tensor, jvp: bool) -> Saved:

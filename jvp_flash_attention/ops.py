@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .backends import implementation
-from .call import Inputs, Saved, Spec, Tangents, empty_rows, padded, split
+from .call import Inputs, Saved, Spec, Tangents, empty_rows, padded, split, wide
 from .operators import operator
 
 # Another copy of this package in the same process, as `kernels` loads it, has another name and so
@@ -194,8 +194,7 @@ def _fake_out(x: Inputs) -> Tensor:
 
 
 def _fake_rows(q: Tensor, *more: int) -> Tensor:
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(*q.shape[:3], *more, dtype=wide)
+    return q.new_empty(*q.shape[:3], *more, dtype=wide(q.dtype))
 
 
 def _fake_lse(x: Inputs, spec: Spec) -> Tensor:

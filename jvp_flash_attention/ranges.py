@@ -37,9 +37,10 @@ from .call import (
     band,
     banded,
     empty_rows,
+    wide,
     without_ranges,
 )
-from .merge import merge, wide
+from .merge import merge
 
 BESIDE = 2**28  # pairs of rows and keys from which on a second stream pays
 
@@ -61,6 +62,8 @@ def forward(x: Inputs, t: Tangents | None, spec: Spec) -> Saved:
         return implementation(inner).forward(x, None, inner)
     t, split = _read(x, t, spec)
     calls = _calls(x.q.shape[2], x.k.shape[2], spec, split)
+    if not calls:  # no rows
+        return implementation(inner).forward(x, t, inner)
     if len(calls) == 1:
         return _merged(calls[0], x, t)
     out = empty_rows(x.q, x.v.shape[3], spec)

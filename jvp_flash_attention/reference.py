@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from .block_mask import layout_of
-from .call import Band, Inputs, Saved, Spec, Tangents, band, empty_rows
+from .call import Band, Inputs, Saved, Spec, Tangents, band, empty_rows, wide
 from .philox import keep_mask
 
 ROWS = 512
@@ -328,7 +328,11 @@ def _rows(y: Tensor, x: Inputs, spec: Spec) -> Rows:
     if x.mask is None and not _hides(x, spec):
         return Rows(y)
     finite = y.isfinite()
-    return Rows(y) if finite.all() else Rows(y.masked_fill(~finite, 0.0), (~finite).to(y.dtype))
+    return (
+        Rows(y)
+        if y.is_meta or finite.all()
+        else Rows(y.masked_fill(~finite, 0.0), (~finite).to(y.dtype))
+    )
 
 
 def _spoil(product: Tensor, times: Callable, x: Rows, block: Block) -> Tensor:
@@ -359,16 +363,14 @@ def _wide(*tensors: Tensor | None) -> Any:
 
 def _zeros(x: Tensor, spec: Spec, mask: bool = False) -> Tensor:
     """What the gradient of x is summed in."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if mask:
-        return torch.zeros(x.shape, dtype=dtype, device=x.device)
-    return empty_rows(x, x.shape[3], spec, dtype).zero_()
+        return torch.zeros(x.shape, dtype=wide(x.dtype), device=x.device)
+    return empty_rows(x, x.shape[3], spec, wide(x.dtype)).zero_()
 
 
 def _outputs(q: Tensor, v: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
     B, H, L, _ = q.shape
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return empty_rows(q, v.shape[3], spec), q.new_empty(B, H, L, dtype=wide)
+    return empty_rows(q, v.shape[3], spec), q.new_empty(B, H, L, dtype=wide(q.dtype))
 
 
 def _accumulate(d_mask: Tensor | None, d_s: Tensor, rows: slice) -> None:

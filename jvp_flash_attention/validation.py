@@ -313,6 +313,19 @@ def lengths(cu: Packed, L: int, S: int) -> None:
             )
 
 
+def cache_lengths(given: Any, B: int, S: int) -> None:
+    """`cache_seqlens`: how many of S positions are filled, of all or of each of B entries."""
+    if isinstance(given, Tensor):
+        if given.shape not in ((), (1,), (B,)) or given.is_floating_point():
+            raise ArgumentValueError(
+                f"cache_seqlens must be an int or ({B},) integers, got {given.dtype}"
+                f" {tuple(given.shape)}"
+            )
+        return
+    if not isinstance(given, int) or not 0 <= given <= S:
+        raise ArgumentValueError(f"cache_seqlens must be from 0 to {S}, got {given!r}")
+
+
 def _names(cu: Packed) -> tuple[str, str]:
     """Of the queries' and the keys' argument: one for both, or a pair."""
     if cu.cu_k is None:
@@ -327,7 +340,9 @@ def _is_read(x: Tensor) -> bool:
     return not is_watched() and not is_functorch_wrapped_tensor(x)
 
 
-def scalars(dropout_p: float, is_causal: bool, scale: float | None, softcap: float) -> None:
+def scalars(
+    dropout_p: float, is_causal: bool, scale: float | None, softcap: float, enable_gqa: bool
+) -> None:
     """Kinds and ranges of the numbers."""
     for name, x in (("dropout_p", dropout_p), ("scale", scale)):
         if isinstance(x, Tensor):  # it would be read once, and have neither gradient nor tangent
@@ -336,8 +351,9 @@ def scalars(dropout_p: float, is_causal: bool, scale: float | None, softcap: flo
             )
         if x is not None and not isinstance(x, Real):
             raise ArgumentTypeError(f"{name} must be a Python number, got {x!r}")
-    if not isinstance(is_causal, bool):
-        raise ArgumentTypeError(f"is_causal must be a bool, got {is_causal!r}")
+    for name, x in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(x, bool):
+            raise ArgumentTypeError(f"{name} must be a bool, got {x!r}")
     if not 0.0 <= dropout_p < 1.0:
         raise ArgumentValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if scale is not None and not -math.inf < scale < math.inf:  # math.isfinite is not traced

@@ -196,6 +196,26 @@ def test_the_explicit_form_in_a_dual_level_raises():
                 attention_jvp(q, q, q, dual, None, None)
 
 
+def test_a_loss_of_the_tangent_is_differentiated_inside_of_its_dual_level_too():
+    i = Inputs()
+    w = torch.eye(i.q.shape[-1], dtype=torch.float64, requires_grad=True)
+
+    def loss(f):
+        q = forward_ad.make_dual(i.q, i.tangents[0]) @ w
+        return forward_ad.unpack_dual(f(q, i.k, i.v, i.bias)).tangent.square().sum()
+
+    with forward_ad.dual_level():
+        (got,) = torch.autograd.grad(loss(ours), w)
+        exact = loss(dense)
+    close(got, torch.autograd.grad(exact, w)[0])
+
+
+def test_a_value_of_constants_is_one_though_its_tangent_is_not():
+    q = torch.randn(1, 2, 5, 4)
+    out, t_out = attention_jvp(q, q, q, q.clone().requires_grad_(), None, None)
+    assert (out.requires_grad, t_out.requires_grad) == (False, True)
+
+
 def test_a_gradient_goes_through_one_node_of_ours():
     x, t = torch.randn(1, 2, 5, 4, requires_grad=True), torch.randn(1, 2, 5, 4)
     assert attention(x, t, t).grad_fn.name() == "AttentionBackward"
@@ -347,9 +367,10 @@ def test_a_tensor_subclass_in_any_place_reaches_the_result(wrapped):
 
 def test_tensors_without_memory_have_the_shapes_of_a_call():
     q = torch.randn(1, 2, 5, 4, device="meta")
-    out, t_out = jvp(lambda x: attention(x, x, x, dropout_p=0.1), (q,), (q,))
-    assert out.shape == t_out.shape == q.shape
-    assert out.is_meta
+    for how in ({"dropout_p": 0.1}, {"is_causal": True}, {"attn_mask": q[0, 0, :, :1] > 0}):
+        out, t_out = jvp(lambda x: attention(x, x, x, **how), (q,), (q,))  # noqa: B023
+        assert out.shape == t_out.shape == q.shape
+        assert out.is_meta
 
 
 def test_no_grad_inside_a_transform_is_a_stop():

@@ -165,7 +165,7 @@ WHOLE = block_mask(torch.ones(2, 2, dtype=torch.bool), 128)
             "block_mask must be a BlockMask .*got torch.float32",
         ),
         ({"block_mask": 3}, TypeError, "block_mask must be a BlockMask of flex_attention"),
-        ({"block_mask": torch.ones(2, 2) > 0}, ValueError, "block_size must be a multiple of 128"),
+        ({"block_mask": torch.ones(2, 2) > 0}, ValueError, "must say how large its blocks are"),
         ({"block_mask": block_mask(torch.ones(2, 3) > 0, 128)}, ValueError, "must broadcast to"),
         ({"block_mask": block_mask(torch.ones(3, 2, 2) > 0, 128)}, ValueError, "must broadcast"),
         ({"is_causal": True}, NotImplementedError, "is_causal is not supported beside"),

@@ -104,6 +104,9 @@ def test_kvcache_counts_what_is_filled():
     out = fa.flash_attn_with_kvcache(q, k, v, cache_seqlens=filled, causal=True)
     for b, n in enumerate(filled.tolist()):
         close(out[b : b + 1], exact(q[b : b + 1], k[b : b + 1, :n], v[b : b + 1, :n], causal=True))
+    for lengths in (10, -1, torch.tensor([1, 2, 3]), torch.tensor(2.0)):
+        with pytest.raises(ValueError, match="cache_seqlens must be"):
+            fa.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths)
 
 
 @pytest.mark.parametrize(

@@ -444,6 +444,8 @@ def test_what_is_outside_is_not_read(backend, device):
 
 def test_a_range_that_is_all_is_none(specs):
     q, k = torch.randn(1, 1, 5, 8), torch.randn(1, 1, 9, 8)
+    assert attention_jvp(q[:, :, :0], k, k, None, k, k, tangent_keys=(2, 4))[1].shape[2] == 0
+    specs.clear()
     for rows, keys in (((0, 5), None), ([0, 5], (0, 9)), ((0, 4), (0, 9)), ((1, 5), [2, 3])):
         attention(q, k, k, scale=0.5, tangent_rows=rows, tangent_keys=keys)
     plain = Spec(0.5)

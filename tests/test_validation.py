@@ -112,6 +112,11 @@ BAD = {
         "is_causal must be a bool",
         lambda: attention(Q, Q, Q, is_causal="no"),
     ),
+    "groups by name": (
+        TypeError,
+        "enable_gqa must be a bool",
+        lambda: attention(Q, Q, Q, enable_gqa="no"),
+    ),
     "backend": (ValueError, "backend must be one of", lambda: attention(Q, Q, Q, backend="cudnn")),
     "kernels in float64": (
         NotImplementedError,

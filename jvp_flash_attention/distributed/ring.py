@@ -22,8 +22,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import api, backends
-from ..call import Inputs, Saved, Spec, Tangents, is_default
-from ..merge import merge, nothing, wide
+from ..call import Inputs, Saved, Spec, Tangents, is_default, wide
+from ..merge import merge, nothing
 from . import rules
 from .exchange import Packed, agree, pass_on, rotate
 from .sharding import Block, block, shard_lengths

@@ -10,11 +10,14 @@ from .sharding import LAYOUTS
 
 def numbers(
     dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa=False,
-    *, softcap: float = 0.0, window=None, cu_seqlens=None, block_mask=None,
+    *, softcap: float = 0.0, window=None, cu_seqlens=None, block_mask=None, tangent_rows=None,
+    tangent_keys=None,
 ) -> tuple[tuple[float, bool, float | None, bool], float]:  # fmt: skip
     """SDPA's arguments after the mask, in their order, and the soft cap; the other ones of
     `attention` alone are refused."""
-    for name, x in {"window": window, "cu_seqlens": cu_seqlens, "block_mask": block_mask}.items():
+    refused = {"window": window, "cu_seqlens": cu_seqlens, "block_mask": block_mask}
+    refused |= {"tangent_rows": tangent_rows, "tangent_keys": tangent_keys}
+    for name, x in refused.items():
         if x is not None:
             raise NotImplementedError(
                 f"context parallel attention takes no {name}; give each process whole sequences,"

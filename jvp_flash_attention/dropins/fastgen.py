@@ -45,5 +45,6 @@ class AttentionOp:
             (B·H, L, S).
         """
         wide = torch.promote_types(q.dtype, torch.float32)
-        scores = q.to(wide).mT @ k.to(wide) * q.shape[1] ** -0.5
+        with torch.autocast(q.device.type, enabled=False):
+            scores = q.to(wide).mT @ k.to(wide) * q.shape[1] ** -0.5
         return scores.softmax(-1).to(q.dtype)
