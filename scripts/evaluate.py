@@ -76,12 +76,24 @@ def evaluate(config: DictConfig) -> None:
             Path(config.reference) if config.reference else None,
         ),
     )
+    numbers = (f"scores_{i}.json" if i > 1 else "scores.json" for i in itertools.count(1))
+    free = next(folder / name for name in numbers if not (folder / name).exists())
+    output = Path(config.output or free)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    about = {"ckpt": str(path), "step": trained.step, "features": config.features, "k": config.k}
+    about |= {"seed": config.seed, "sampler": OmegaConf.to_container(sampler)}
+    about |= {"environment": environment()}
     rows: list[dict[str, Any]] = []
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)  # written at once: the next one may take an hour, and fail
+        output.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
+
     if config.features != "inception" or data.images:
         # Real examples that nobody trained on: the best that can be reached with this many.
         n = config.n if data.drawn else min(config.n, len(data.sources["val"]))
         scores = evaluator.scores(data.parts("val", n), n)
-        rows.append({"weights": "real, held out", "n": n} | scores)
+        add({"weights": "real, held out", "n": n} | scores)
     y = balanced_labels(config.n, data.num_classes)
     for name in names:
         net = load_trained(path, name, config.get("attention")).net.to(device)
@@ -91,16 +103,8 @@ def evaluate(config: DictConfig) -> None:
             what = f"samples of {name}, NFE {nfe}"
             parts = tracked(parts, what, config.n, size=lambda part: len(part[1]))
             scores = evaluator.scores(parts, config.n)
-            rows.append({"weights": name, "nfe": nfe, "n": config.n} | scores)
+            add({"weights": name, "nfe": nfe, "n": config.n} | scores)
 
-    numbers = (f"scores_{i}.json" if i > 1 else "scores.json" for i in itertools.count(1))
-    free = next(folder / name for name in numbers if not (folder / name).exists())
-    output = Path(config.output or free)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    about = {"ckpt": str(path), "step": trained.step, "features": config.features, "k": config.k}
-    about |= {"seed": config.seed, "sampler": OmegaConf.to_container(sampler)}
-    about |= {"environment": environment()}
-    output.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
     Console().print(table_of(rows))
     few = min(len(data.sources["train"]) if not data.drawn else config.n, config.n)
     if config.features == "classifier" and "frechet_distance" not in rows[-1] and data.images:

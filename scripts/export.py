@@ -36,8 +36,11 @@ def export(config: DictConfig) -> None:
     output = Path(config.output or path.resolve().parent.parent / "model.safetensors")
     output.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "flash_jvp": json.dumps(meta)}
-    output.write_bytes(sealed_safetensors(lambda metadata: save(state, metadata), metadata))
-    print(output)
+    before = " (in place of the one before)" if output.exists() else ""
+    temporary = output.with_name(f".{output.name}.tmp")  # a killed export leaves the one before
+    temporary.write_bytes(sealed_safetensors(lambda metadata: save(state, metadata), metadata))
+    temporary.replace(output)
+    print(f"{output}{before}")
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="export")

@@ -19,6 +19,7 @@ from training.validation import positive_integer
 
 
 def build_data(config: DictConfig) -> Any:
+    """The data module of ``config.data``."""
     return instantiate(config.data, seed=config.seed)
 
 
@@ -55,6 +56,7 @@ def settle_batch(config: DictConfig) -> None:
 
 
 def build_context(config: DictConfig) -> ContextParallel | None:
+    """How processes share the tokens of an image; None where each has whole ones."""
     kind, size = config.get("context_parallel"), config.get("context_size")
     if kind is None:
         return None

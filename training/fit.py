@@ -35,6 +35,12 @@ from training.threads import choose_threads
 
 
 def train(config: DictConfig, run_dir: Path) -> None:
+    """One run of ``scripts/train.py``, from its configuration, in a directory that it holds alone.
+
+    Raises:
+        ValueError, FileExistsError, FileNotFoundError: what the configuration asks for cannot be
+            done. Nothing was written then.
+    """
     # Lightning's import has set its own level, after ``cli.run``.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     check(config)

@@ -27,7 +27,8 @@ def run_lock(run_dir: Path, rank: int = 0, wait: float = 0.0) -> Iterator[None]:
     """Hold the directory while the body runs.
 
     Rank 0 takes the lock, waiting at most ``wait`` seconds for its holder to end. The other ranks
-    wait until rank 0 of their job has it: what they read in the directory is then what rank 0 does.
+    wait as long until rank 0 of their job has it: what they read in the directory is then what
+    rank 0 does. With 0, which is right where nothing is looked for there, they do not wait.
 
     Raises:
         FileExistsError: another process trains there; the message says host, process and since

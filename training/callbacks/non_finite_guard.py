@@ -13,7 +13,8 @@ from training.validation import positive_integer
 
 
 class Diverged(RuntimeError):
-    """The loss or its gradient was not finite for too many steps in a row."""
+    """The run does not recover: its loss or gradient was not finite for too many steps in a row, or
+    its error has grown too far (`divergence.py`)."""
 
 
 class NonFiniteGuard(Callback):

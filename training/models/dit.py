@@ -289,6 +289,7 @@ class DiT(nn.Module):
         y: torch.Tensor,  # (B,) int64
         guidance: torch.Tensor | None = None,  # (B, 3): w, t_min, t_max; None is w = 1
     ) -> Any:  # (B, C, S, S), of z's dtype; Dual if z, t or r is
+        """The average velocity u(z, t, r)."""
         x, condition, context = self._tokens(z, t, r, y, guidance)
         blocks, first = list(self.blocks), len(self.blocks) - self.late_blocks
         x = self._run(blocks[:first], x, condition, context)

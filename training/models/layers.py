@@ -96,6 +96,8 @@ class QueryKeyNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
+    """Attention among the tokens of an image, (B, N, W) to (B, N, W), behind one projection."""
+
     sequence: Any = None  # tokens are shared with other processes: set by ``context_parallel``
 
     def __init__(
@@ -203,6 +205,8 @@ def handed_over(bias: torch.Tensor | None) -> torch.Tensor | None:
 
 
 class Mlp(nn.Module):
+    """Two projections with GELU between them, (B, N, W) to (B, N, W)."""
+
     def __init__(self, width: int, hidden: int, dropout: float, bias: bool = True) -> None:
         super().__init__()
         self.expand = Linear(width, hidden, bias)

@@ -211,6 +211,7 @@ class UNet(nn.Module):
         r: torch.Tensor,  # (B,)
         y: torch.Tensor,  # (B,) labels, or (B, 1 + n) labels and augmentations
     ) -> torch.Tensor:  # (B, C, S, S), of z's dtype
+        """The average velocity u(z, t, r)."""
         condition = self._condition(t, r, y)
         x = self.first(z.to(self.first.weight.dtype))
         kept = [x]

@@ -39,6 +39,9 @@ class Net(Protocol):
 
 
 class Objective(nn.Module):
+    """A loss and the random numbers of its noisy batch. A subclass gives ``sample`` and ``loss``;
+    the other methods are there to be overridden."""
+
     teaches_velocity = False  # u(z, t, t) becomes the velocity of the linear path
     one_pass = False  # the loss is differentiated through one pass of the network, no tangent
 
@@ -60,10 +63,25 @@ class Objective(nn.Module):
         """
 
     def sample(self, x: torch.Tensor, y: torch.Tensor, null_label: int, draws: Draws) -> Any:
-        """The noisy batch of images x (B, C, H, W) and labels y (B,)."""
+        """The noisy batch of a loss.
+
+        Args:
+            x: images (B, C, H, W).
+            y: labels (B,), integers; ``null_label`` is that of no class.
+            draws: where all random numbers come from.
+
+        Returns:
+            A NamedTuple of tensors, which ``loss`` takes.
+        """
         raise NotImplementedError
 
     def loss(self, net: Any, sample: Any) -> Terms:
+        """A function of tensors alone, because it is compiled and captured in a CUDA graph.
+
+        Args:
+            net: (z (B, C, H, W), t (B,), r (B,), y (B,)) -> (B, C, H, W).
+            sample: what ``sample`` returned.
+        """
         raise NotImplementedError
 
     def after_step(self, net: nn.Module) -> None:
