@@ -45,7 +45,7 @@ def evaluate(config: DictConfig) -> None:
     seed(config.seed)
     one_of("features", config.features, ("classifier", "inception"))
     counts = list(config.nfe) if isinstance(config.nfe, ListConfig) else [config.nfe]
-    for nfe in counts:
+    for nfe in counts or [None]:
         positive_integer("nfe", nfe)
     trust(config.trusted)
     path = Path(config.ckpt)

@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from training.build import build_data, build_net
+from training.build import build_data, build_net, settle_batch
 from training.cli import one_line_errors, run
 from training.config_checks import no_cuda_graphs, precision
+from training.objectives.teachers import FixedTeacher
 from training.planner import Plan, count, plans, saved_bytes
 from training.renamed import composed
 from training.validation import between, positive_integer
@@ -32,6 +33,7 @@ def plan(config: DictConfig) -> tuple[str, list[Plan]]:
     positive_integer("trainer.devices", devices)
     positive_integer("trainer.num_nodes", nodes)
     between("plan.gpu_gib", config.plan.gpu_gib, 0, open_low=True)
+    settle_batch(config, nodes * devices)
     data = build_data(config)
     batch, half = config.data.batch_size, precision(config.trainer) in ("bf16-mixed", "16-mixed")
 
@@ -39,6 +41,9 @@ def plan(config: DictConfig) -> tuple[str, list[Plan]]:
         net = build_net(config, data.shape, data.num_classes)
         objective = instantiate(config.objective)
         objective.setup(net)
+        if isinstance(objective, FixedTeacher) and objective.load_teacher is not None:
+            teacher = build_net(config, data.shape, data.num_classes)  # taken to be as large
+            objective.teacher = [teacher.requires_grad_(False)]
         return net, objective
 
     saved = saved_bytes(build, batch, data.shape, half, config.compile is not False)

@@ -48,7 +48,10 @@ def sample(config: DictConfig) -> None:
 
 def name_of(config: DictConfig, trained: Trained, sampler: DictConfig) -> str:
     """Tells the pictures of a run apart: whatever they depend on, where it is not the run's own."""
-    name = f"step{trained.step:06d}_{config.weights}_nfe{sampler.nfe}_n{config.n}_seed{config.seed}"
+    path, weights = Path(config.ckpt), config.weights
+    if path.suffix == ".safetensors":  # has one set of weights, and may be one of several files
+        weights = "_".join([path.stem] * (path.stem != "model") + trained.averages)
+    name = f"step{trained.step:06d}_{weights}_nfe{sampler.nfe}_n{config.n}_seed{config.seed}"
     own = trained.config.sampler
     for key, value in sampler.items():
         if key != "nfe" and value != own.get(key):

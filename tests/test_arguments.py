@@ -68,13 +68,22 @@ def test_a_sweep_over_paths_stays_one():
 
 
 def test_every_argument_of_lightnings_trainer_may_be_given(monkeypatch):
-    given = ["trainer.limit_train_batches=2", "trainer.max_steps=3", "trainer.callbacks=[]"]
+    given = ["trainer.limit_val_batches=2", "trainer.max_steps=3", "trainer.callbacks=[]"]
     once = prepared(given)
-    assert once == ["++trainer.limit_train_batches=2", *given[1:]]
+    assert once == ["++trainer.limit_val_batches=2", *given[1:]]
     assert prepared(once) == once
     monkeypatch.setattr(sys, "argv", ["sample.py"])
     assert prepared(given) == given
     assert prepared(["sampler.nfe=2"], adopted="sampler") == ["++sampler.nfe=2"]
+
+
+def test_a_group_is_left_out_by_null_where_a_run_can_do_without(monkeypatch):
+    given = ["budget=null", "recipe=null", "experiment=null", "context_parallel=null"]
+    assert prepared(given) == ["~budget", "~recipe", "context_parallel=null"]
+    with pytest.raises(ValueError, match=r"logger must be one of csv, wandb, .*, got null"):
+        prepared(["logger=null"])
+    monkeypatch.setattr(sys, "argv", ["sample.py"])
+    assert prepared(["sampler=null"]) == ["sampler=null"]
 
 
 def test_two_words_are_told_to_be_one():

@@ -218,6 +218,34 @@ def test_a_recipe_is_not_mixed_with_another_objective(experiment):
 
 
 @pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("+trainer.limit_train_batches=2", "without epochs, .*use trainer.max_steps"),
+        ("+trainer.profiler=simple", "scripts/profile_step.py says"),
+        ("trainer.max_epochs=1", "without epochs; use trainer.max_steps"),
+        ("trainer.max_steps=0", "trainer.max_steps must be >= 1, or -1"),
+        ("trainer.enable_progress_bar=false", "use callbacks.progress=null"),
+        ("+trainer.enable_checkpointing=false", "use callbacks.checkpoint=null"),
+        ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val must be >= 0"),
+        ("trainer.max_time=5", "must be .DD:HH:MM:SS., got 5"),
+        ("allow_config_changes=seed", r"must be a list, as \[seed\]"),
+        ("model.second_head=1", "objective=meanflow has no loss for it"),
+        ("model.log_variance=true", "objective=meanflow does not learn it"),
+    ],
+)
+def test_what_would_be_silently_something_else_is_refused(argument, message):
+    with pytest.raises((TypeError, ValueError, NotImplementedError), match=message):
+        config_checks.check(composed(argument))
+
+
+def test_a_network_that_is_not_told_r_is_warned_of():
+    assert "not told r" in config_checks.warning(composed("model.conditioning=t"))
+    for objective in ("flow_matching", "scm"):
+        config = composed(f"objective={objective}", "model.conditioning=t")
+        assert not config_checks.warning(config)
+
+
+@pytest.mark.parametrize(
     ("arguments", "batch"),
     [
         ([], 256),

@@ -75,6 +75,7 @@ def test_a_resumed_run_is_the_run_that_it_was(tmp_path, capfd):
         (["model.depth=1", "allow_config_changes=[seed]"], "model.depth=1", "[seed,model.depth]"),
         (fm, "objective._target_=training.objectives.flow_matching", "[objective,seed]"),
         (["attention=jvp"], "attention._target_=jvp_flash_attention.attention", "[attention"),
+        (["callbacks.ema=null"], "callbacks.ema=null (it was {...})", "[seed,callbacks.ema]"),
     ):
         with pytest.raises(SystemExit):
             in_process(*run, *more, *others)
@@ -82,6 +83,9 @@ def test_a_resumed_run_is_the_run_that_it_was(tmp_path, capfd):
         assert names in error
         assert f"allow_config_changes={insist}" in error
         assert len(error.splitlines()) == 1
+    with pytest.raises(SystemExit):  # not before the checkpoint is read
+        in_process(*run, *more, "allow_config_changes=[seed]", "callbacks.ema.decay=0.5")
+    assert "an average cannot begin in the middle of a run" in capfd.readouterr().err
     assert (tmp_path / "config.yaml").read_text() == config
     free = ["optimizer.lr=1e-4", "callbacks.samples=null", "logger=csv", "compile=false"]
     path = tmp_path / "checkpoints" / "last.ckpt"
@@ -94,6 +98,17 @@ def test_a_resumed_run_is_the_run_that_it_was(tmp_path, capfd):
     told += ", callbacks.samples=null (it was {...}), compile=false (it was null) and 1 more"
     assert f"resumed with other settings: {told}\n" in says
     assert column(tmp_path, "train/lr")[-1] == pytest.approx(1e-4)  # not the checkpoint's
+
+
+def test_a_sweep_goes_on_behind_a_run_that_fails(tmp_path):
+    runs = ["-m", "optimizer.lr=-1,1e-3", f"hydra.sweep.dir={tmp_path}", "trainer.max_steps=1"]
+    few = [*FAST, "callbacks.samples=null", "callbacks.sample_quality=null"]
+    result = commands.call("train.py", *runs, *few, cwd=tmp_path)
+    assert result.returncode == 1
+    first, *others = result.stderr.splitlines()
+    assert first == "error: optimizer.lr must be > 0; got -1"
+    assert not any("Traceback" in line for line in others)
+    assert len(list(tmp_path.glob("*lr=0.001*/summary.json"))) == 1
 
 
 @pytest.mark.parametrize("numbers", [[signal.SIGINT, signal.SIGINT], [signal.SIGTERM]])

@@ -22,6 +22,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 PATHS = ("path", "ckpt", "ckpt_path", "init_from", "resume", "output", "dir", "subdir")
 PATHS += ("classifier", "inception", "reference", "directory", "root", "comparison")
 PLAIN = re.compile(r"[\w./@%+*?|:-]*", re.ASCII)  # what Hydra reads as it stands
+DROPPED = ("budget", "recipe")  # groups that a run can do without
 TRAINS = ("train", "compare", "plan", "profile_step")  # scripts with a trainer
 OURS = ("callbacks", "logger", "plugins")  # arguments of Trainer that scripts/train.py gives
 # Hydra's own switches; all else is a key.
@@ -53,8 +54,27 @@ def prepared(arguments: Sequence[str], adopted: str = "") -> list[str]:
         _check(argument, arguments[i + 1] if i + 1 < len(arguments) else "")
         if adopted and argument.startswith(f"{adopted}."):
             argument = f"++{argument}"
-        done.append(_readable(_lightnings(argument), many))
+        if (argument := _without(argument)) is not None:
+            done.append(_readable(_lightnings(argument), many))
     return done
+
+
+def _without(argument: str) -> str | None:
+    """``GROUP=null`` as Hydra leaves a group out, which it has no words for otherwise. None: there
+    is nothing to leave out.
+
+    Raises:
+        ValueError: the group cannot be left out; the message has its choices.
+    """
+    group, _, value = argument.partition("=")
+    if value != "null" or Path(sys.argv[0]).stem not in TRAINS or not (CONFIGS / group).is_dir():
+        return argument
+    if group in DROPPED:
+        return f"~{group}"
+    if group == "experiment":  # by default there is none
+        return None
+    choices = ", ".join(sorted(path.stem for path in (CONFIGS / group).glob("*.yaml")))
+    raise ValueError(f"{group} must be one of {choices}, got null")
 
 
 def _check(argument: str, following: str) -> None:

@@ -23,9 +23,10 @@ def build_data(config: DictConfig) -> Any:
     return instantiate(config.data, seed=config.seed)
 
 
-def settle_batch(config: DictConfig) -> None:
+def settle_batch(config: DictConfig, processes: int | None = None) -> None:
     """Set ``data.batch_size``, that of one process and one backward pass, from
-    ``global_batch_size``, or check that both say the same.
+    ``global_batch_size``, or check that both say the same. ``processes``: None is what the trainer
+    finds.
     """
     total, given = config.get("global_batch_size"), config.data.batch_size
     if total is None:
@@ -33,8 +34,9 @@ def settle_batch(config: DictConfig) -> None:
             raise ValueError("data.batch_size must be given where global_batch_size is null")
         return
     positive_integer("global_batch_size", total)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    processes = instantiate(config.trainer, **quiet).world_size
+    if processes is None:
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        processes = int(instantiate(config.trainer, **quiet).world_size)
     if (context := build_context(config)) is not None:  # a group shares its images
         processes //= context.size(processes)
     accumulate = config.trainer.accumulate_grad_batches

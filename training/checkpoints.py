@@ -154,6 +154,9 @@ def refuse_changed(config: DictConfig, checkpoint: dict[str, Any], path: Path) -
         for key, values in differences(checkpoint["config"], now).items()
         if _under(key, KEPT) and not _under(key, free)
     }
+    averages = (checkpoint["config"].get("callbacks") or {}).get("ema")
+    if averages and not config.callbacks.get("ema") and not _under("callbacks.ema", insisted):
+        changed["callbacks.ema"] = (averages, None)  # they would be gone for good
     if not changed:
         return
     few = len(changed) <= FEW

@@ -9,7 +9,9 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -78,16 +80,26 @@ def run(
         main()
 
 
+class Failed(Exception):
+    """A run of a sweep, which has said why; the sweep goes on and ends with exit code 1."""
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Errors of the user's making end with one line on stderr and exit code 1; HYDRA_FULL_ERROR=1
     shows where they came from. An interrupt ends with 128 + the signal's number.
     """
+    before = os.environ.get(FULL, "0")
     os.environ[FULL] = str(int(TRACEBACKS))
     try:
         yield
+    except Failed:
+        sys.exit(1)
     except _imported(INTERRUPTED) as interrupt:
-        print(interrupt, file=sys.stderr)
+        from lightning.pytorch.utilities import rank_zero_only  # is there by now
+
+        if not rank_zero_only.rank:  # the others know the same
+            print(interrupt, file=sys.stderr)
         sys.exit(128 + interrupt.signal)  # type: ignore[attr-defined]
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -96,7 +108,11 @@ def one_line_errors() -> Iterator[None]:
         if TRACEBACKS:
             raise
         print(f"error: {message(error)}", file=sys.stderr)
+        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise Failed from None
         sys.exit(1)
+    finally:
+        os.environ[FULL] = before
 
 
 def _imported(names: Sequence[str]) -> tuple[type[BaseException], ...]:

@@ -21,6 +21,14 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 REPLICATED, SHARDED = "training.strategies.Replicated", "training.strategies.Sharded"
 DDP = ("lightning.pytorch.strategies.DDPStrategy", REPLICATED)
 DIGITS = "training.data.digits.Digits"
+# Arguments of Lightning's Trainer, and what to use in their place.
+ONE_TIME = ("flow_matching", "scm", "scd")  # modules of objectives whose network has one time
+EPOCHS = "the data are a stream without epochs, of which the same first batches would be repeated"
+INSTEAD = {
+    "limit_train_batches": f"{EPOCHS}; use trainer.max_steps",
+    "overfit_batches": f"{EPOCHS}; use a small data set",
+    "profiler": "scripts/profile_step.py says what a step takes",
+}
 ALIASES = {"32": "32-true", "64": "64-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 
@@ -28,9 +36,15 @@ def check(config: DictConfig) -> None:
     """Raise ``TypeError``, ``ValueError`` or ``NotImplementedError`` at the first wrong setting."""
     seed(config.seed)
     integer("trainer.max_steps", config.trainer.max_steps)
+    _check_trainer(config)
     positive_integer("trainer.log_every_n_steps", config.trainer.log_every_n_steps)
     positive_integer("trainer.accumulate_grad_batches", config.trainer.accumulate_grad_batches)
     between("lock_wait", config.lock_wait, 0)
+    if isinstance(config.allow_config_changes, str):
+        raise TypeError(
+            f"allow_config_changes must be a list, as [{config.allow_config_changes}]; got"
+            f" {config.allow_config_changes}"
+        )
     for key in SWITCHES:
         switch(key, OmegaConf.select(config, key))
     for group in ("callbacks", "logger"):
@@ -40,6 +54,7 @@ def check(config: DictConfig) -> None:
     _check_precision(config.trainer, OmegaConf.select(config, "optimizer.fused"))
     _check_strategy(config.trainer)
     _check_recipe(config)
+    _check_heads(config)
     check_guidance(config.sampler, config)
     for key in ("compile", "cuda_graphs"):
         if config[key] is not None:
@@ -47,6 +62,45 @@ def check(config: DictConfig) -> None:
     one_of("checkpointing", config.checkpointing, CHECKPOINTING)
     if config.cuda_graphs and (reason := no_cuda_graphs(config)):
         raise NotImplementedError(f"cuda_graphs=true: {reason}; use cuda_graphs=null")
+
+
+def _check_trainer(config: DictConfig) -> None:
+    """Arguments of Lightning's that a stream of steps has no use for, or that callbacks stand
+    for."""
+    trainer = config.trainer
+    for key, way in INSTEAD.items():
+        if trainer.get(key) not in (None, 0):
+            raise NotImplementedError(f"trainer.{key}={trainer[key]} is not supported; {way}")
+    if trainer.max_epochs != -1:
+        raise NotImplementedError(
+            f"trainer.max_epochs={trainer.max_epochs}: the data are a stream without epochs; use"
+            " trainer.max_steps"
+        )
+    if trainer.max_steps == 0:
+        raise ValueError("trainer.max_steps must be >= 1, or -1 for no end; got 0")
+    for key, name in (("enable_progress_bar", "progress"), ("enable_checkpointing", "checkpoint")):
+        if trainer.get(key) is False and config.callbacks.get(name) is not None:
+            raise ValueError(f"trainer.{key}=false: use callbacks.{name}=null")
+    if trainer.gradient_clip_val is not None:
+        between("trainer.gradient_clip_val", trainer.gradient_clip_val, 0)
+    time = trainer.max_time
+    if time is not None and not isinstance(time, str) and not OmegaConf.is_dict(time):
+        raise TypeError(f'trainer.max_time must be "DD:HH:MM:SS", got {time!r}')
+
+
+def _check_heads(config: DictConfig) -> None:
+    """What the network has and no loss would train."""
+    own = config.objective._target_.split(".")[-2]
+    if config.model.get("second_head") is not None and own != "imf":
+        raise ValueError(
+            f"model.second_head={config.model.second_head}: objective={own} has no loss for it; use"
+            " model.second_head=null, or objective=imf"
+        )
+    if config.model.get("log_variance") and not config.objective.get("learned_variance"):
+        raise ValueError(
+            f"model.log_variance=true: objective={own} does not learn it here; use"
+            " model.log_variance=false, or objective.learned_variance=true where there is that key"
+        )
 
 
 def on_gpu(trainer: DictConfig) -> bool:
@@ -110,6 +164,12 @@ def warning(config: DictConfig) -> str:
             f"objective.denoiser_steps={denoiser}: the tangent never starts in"
             f" trainer.max_steps={steps}, only a denoiser is trained; lower the one or raise the"
             " other"
+        )
+    blind = config.model.get("conditioning") == "t"
+    if blind and config.objective._target_.split(".")[-2] not in ONE_TIME:
+        return (
+            "model.conditioning=t: the network is not told r, so that u(z, t, r) is the same for"
+            " every r; use model.conditioning=t_h"
         )
     return ""
 

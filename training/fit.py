@@ -54,6 +54,23 @@ def train(config: DictConfig, run_dir: Path) -> None:
         _train(config, run_dir, threads)
 
 
+class Settings(Callback):
+    """Writes a configuration into the run directory after the first step, whole or not at all."""
+
+    def __init__(self, config: DictConfig, path: Path) -> None:
+        self.config, self.path, self.written = config, path, False
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if not self.written:
+            self.write()
+
+    def write(self) -> None:
+        self.written = True
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        OmegaConf.save(self.config, temporary, resolve=True)
+        temporary.replace(self.path)
+
+
 def _train(config: DictConfig, run_dir: Path, *notes: str) -> None:
     resumed = find_checkpoint(config.ckpt_path, run_dir)
     checkpoint = load_rest(resumed) if resumed else None
@@ -100,7 +117,11 @@ def _train(config: DictConfig, run_dir: Path, *notes: str) -> None:
             if isinstance(logger, CSVFile):
                 logger.resume(checkpoint["global_step"])
     if trainer.is_global_zero:
-        OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
+        settings = Settings(config, run_dir / "config.yaml")
+        if resumed:  # a start that makes no step leaves the run as it was
+            trainer.callbacks.append(settings)  # type: ignore[attr-defined]
+        else:
+            settings.write()
     for logger in loggers:
         logger.log_hyperparams(module.config)
     with interrupted_once(callbacks):

@@ -62,6 +62,8 @@ def _checked(
     between("optimizer.lr", lr, 0, open_low=True)
     between("optimizer.eps", eps, 0, open_low=True)
     between("optimizer.weight_decay", weight_decay, 0)
+    if isinstance(betas, str | float | int) or len(betas) != 2:
+        raise ValueError(f"optimizer.betas must be two numbers, as [0.9,0.95]; got {betas}")
     beta1, beta2 = betas
     for beta in (beta1, beta2):
         between("optimizer.betas", beta, 0, 1)

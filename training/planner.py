@@ -126,8 +126,10 @@ def saved_bytes(
 
     The block that is computed again in the backward pass is counted as without checkpointing.
     """
-    found = {keep: _saved(build, batch, shape, keep, half, compile) for keep in CHECKPOINTING}
-    none, blocks = found["none"]
+    none, blocks = _saved(build, batch, shape, "none", half, compile)
+    found = {"none": (none, blocks)}
+    for keep in CHECKPOINTING[1:] if blocks else ():
+        found[keep] = _saved(build, batch, shape, keep, half, compile)
     part = 1 / blocks if blocks else 0.0
     by = {keep: saved + (none - saved) * part for keep, (saved, _) in found.items()}
     return Saved(by, none * part)

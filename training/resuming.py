@@ -26,8 +26,10 @@ FRESH = ("init_from",)  # of the first start alone
 def directory(arguments: Sequence[str]) -> list[str]:
     """The arguments with the run's directory as that of the run; it must be there."""
     given = [a.partition("=")[2] for a in arguments if a.startswith("resume=")]
-    if not given or given[-1] in ("null", ""):
+    if not given or given[-1] == "null":
         return list(arguments)
+    if not given[-1]:
+        raise ValueError("resume: nothing is given; give the directory of a run")
     run = given[-1][1:-1] if given[-1][0] in "'\"" else given[-1]
     if not (Path(run) / "config.yaml").is_file():
         raise FileNotFoundError(f"resume: {run} has no config.yaml; give the directory of a run")

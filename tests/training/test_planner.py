@@ -75,6 +75,28 @@ def test_shards_are_shares_and_averages_count():
     assert (alone.sharding, others) == ("none", [])
 
 
+def test_a_network_without_blocks_has_no_other_checkpointing(tmp_path):
+    few = ["model=unet", "model.width=8", "model.blocks=1", "model.multipliers=[1]"]
+    few += ["model.attention_sizes=[]", "data.batch_size=2", "objective=flow_matching"]
+    in_process("plan.py", *few, "compile=false", f"plan.output={tmp_path / 'plan.json'}")
+    (row,) = json.loads((tmp_path / "plan.json").read_text())
+    assert (row["sharding"], row["checkpointing"]) == ("none", "none")
+    assert row["activations"] > 0
+
+
+def test_the_batch_of_a_step_is_shared_and_a_teacher_is_counted(tmp_path):
+    small = ["model.depth=2", "model.width=32", "model.heads=2", "compile=false"]
+    step = ["global_batch_size=64", "data.batch_size=null", "trainer.devices=4"]
+    found = {}
+    for name, how in {"one": [], "four": step, "taught": ["objective=scd"]}.items():
+        teacher = ["objective.teacher.ckpt=not_read.ckpt"] * (name == "taught")
+        output = tmp_path / f"{name}.json"
+        in_process("plan.py", *small, *how, *teacher, f"plan.output={output}")
+        found[name] = json.loads(output.read_text())[0]
+    assert found["four"]["activations"] < found["one"]["activations"] / 3
+    assert found["taught"]["averages"] == 2 * found["taught"]["parameters"]
+
+
 @pytest.mark.parametrize(
     "how",
     [

@@ -237,6 +237,17 @@ def test_a_signal_finishes_the_step_and_writes_a_checkpoint(tmp_path):
     assert load_checkpoint(tmp_path / "checkpoints/last.ckpt")["global_step"] == 3
 
 
+def test_a_signal_behind_the_last_step_waits_for_no_picture(tmp_path):
+    class Drawn(Callback):
+        def on_train_end(self, trainer, *_):
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("went on")
+
+    with pytest.raises(Interrupted, match="after step 2; resume with ckpt_path=last"):
+        train(tmp_path, 2, Drawn(), last(tmp_path))
+    assert load_checkpoint(tmp_path / "checkpoints/last.ckpt")["global_step"] == 2
+
+
 @pytest.mark.parametrize("at", [0, 2])
 def test_a_signal_that_ends_a_compiler_too_is_told_as_an_interrupt(tmp_path, at):
     class Compiler(Callback):

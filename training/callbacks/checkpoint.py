@@ -123,6 +123,7 @@ class LastCheckpoint(Checkpoint):
         self.signal = self.stop = 0
         self.noted, self.saved_step = 0.0, -1
         self.failed: Exception | None = None  # a write
+        self.ended = False  # the last step is made and written
         self.first = self.begun = 0  # steps made before this run, and with the one in progress
         self.handlers: dict[int, Any] = {}
         self.later = Later()
@@ -138,6 +139,9 @@ class LastCheckpoint(Checkpoint):
             self.handlers[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.ended:  # pictures and summary are missing, which a resumed run makes
+            self._restore()
+            raise Interrupted(number, self.path, self.saved_step)
         if not self.signal:
             self.signal, self.noted = number, time.monotonic()
         elif time.monotonic() - self.noted > SAME:
@@ -188,6 +192,7 @@ class LastCheckpoint(Checkpoint):
             self._finish(trainer)
         if keep and trainer.is_global_zero:
             self._keep(step)
+        self.ended = end
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step not in (self.first, self.saved_step):

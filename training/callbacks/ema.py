@@ -42,7 +42,8 @@ class EMA(Callback):
         self.warmup = warmup
         self.decays: dict[str, float] = {}
         self.exponents: dict[str, float] = {}
-        for value in decay if isinstance(decay, Sequence) else [decay]:
+        listed = isinstance(decay, Sequence) and not isinstance(decay, str)
+        for value in decay if listed else [decay]:  # type: ignore[union-attr]
             between("callbacks.ema.decay", value, 0, 1)
             self.decays[f"{value:g}"] = value
         for width in power if isinstance(power, Sequence) else [power]:

@@ -64,8 +64,8 @@ class NonFiniteGuard(Callback):
             raise Diverged(
                 "the loss or its gradient was not finite (NaN or infinite) for"
                 f" {self.in_a_row} steps in a row, up to step {trainer.global_step}; lower"
-                " optimizer.lr, set trainer.gradient_clip_val, or use"
-                " trainer.precision=32-true, then resume from the last checkpoint"
+                " optimizer.lr, set trainer.gradient_clip_val, or use trainer.precision=32-true,"
+                " then resume from the last checkpoint, if there is one"
             )
         rows = rows_of(pl_module)
         rows.record("train/grad_norm", norm)

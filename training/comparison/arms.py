@@ -41,7 +41,6 @@ MAY_DIFFER = (
     "trainer.log_every_n_steps",
     "trainer.enable_progress_bar",
     "trainer.enable_model_summary",
-    "trainer.profiler",
     "callbacks",
     "logger",
     "ckpt_path",

@@ -4,6 +4,7 @@ judge the samples where no better network is at hand.
 
 import math
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -84,7 +85,15 @@ def load_classifier(path: Path, data: DataModule, steps: int, device: str) -> Cl
     about: dict[str, Any] = {"steps": steps, "shape": list(data.shape), "data": type(data).__name__}
     about |= {"num_classes": data.num_classes, "images": len(data.sources["train"])}
     if path.is_file():
-        kept = torch.load(path, map_location=device, weights_only=True)
+        try:
+            kept = torch.load(path, map_location=device, weights_only=True)
+        except (EOFError, RuntimeError, UnpicklingError):
+            kept = None
+        if not isinstance(kept, dict) or not {"about", "state"} <= kept.keys():
+            raise ValueError(
+                f"classifier: {path} holds no classifier of scripts/evaluate.py; give another file,"
+                " or remove it"
+            )
         if kept["about"] != about:
             raise ValueError(
                 f"classifier: {path} was trained on {kept['about']}, not on {about}; give another"
