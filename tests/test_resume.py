@@ -111,7 +111,7 @@ def test_a_sweep_goes_on_behind_a_run_that_fails(tmp_path):
     assert len(list(tmp_path.glob("*lr=0.001*/summary.json"))) == 1
 
 
-@pytest.mark.parametrize("numbers", [[signal.SIGINT, signal.SIGINT], [signal.SIGTERM]])
+@pytest.mark.parametrize("numbers", [[signal.SIGINT] * 2, [signal.SIGTERM], [signal.SIGHUP]])
 def test_an_interrupted_run_leaves_a_checkpoint_that_resumes(tmp_path, numbers):
     """Two interrupts at once are one: whatever sends them, the checkpoint is written."""
     process = start(tmp_path, tmp_path, f"hydra.run.dir={tmp_path}")

@@ -95,7 +95,12 @@ def load_flow(ckpt: str | None, weights: str = "ema") -> nn.Module:
             "objective.teacher.ckpt must name the checkpoint to distil, of a run with"
             " objective=flow_matching (any other but scm and scd will do too); got null"
         )
-    trained = load_trained(Path(ckpt), weights)
+    try:
+        trained = load_trained(Path(ckpt), weights)
+    except (FileNotFoundError, ValueError) as error:
+        if not str(error).startswith(("ckpt:", "weights:")):
+            raise
+        raise type(error)(f"objective.teacher.{error}") from error
     objective = trained.config.objective
     kind = get_class(objective._target_)
     if not getattr(kind, "teaches_velocity", False) or objective.get("data_proportion") == 0:

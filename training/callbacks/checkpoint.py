@@ -104,9 +104,10 @@ def told() -> Iterator[None]:
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes ``directory/last.ckpt``. SIGINT and SIGTERM let the step in progress finish, write it
-    and raise ``Interrupted``; another signal later than ``SAME`` seconds acts as usual. An error
-    that ends the run leaves the last step that was finished; ``Diverged`` leaves the file as it is.
+    """Writes ``directory/last.ckpt``. SIGINT, SIGTERM and, without ``nohup``, SIGHUP let the step
+    in progress finish, write it and raise ``Interrupted``; another signal later than ``SAME``
+    seconds acts as usual. An error that ends the run leaves the last step that was finished;
+    ``Diverged`` leaves the file as it is.
 
     ``keep_every_n_steps`` keeps the file of every so many steps as ``step_NNNNNNN.ckpt``, to be
     evaluated, sampled or exported like the last one, whose every average it has.
@@ -135,7 +136,8 @@ class LastCheckpoint(Checkpoint):
                 f" {self.path.parent}; move it out of the way"
             )
         self.first = self.begun = trainer.global_step
-        for number in (signal.SIGINT, signal.SIGTERM):
+        heard = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+        for number in (signal.SIGINT, signal.SIGTERM, *[signal.SIGHUP] * heard):
             self.handlers[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
