@@ -23,6 +23,7 @@ from training.models.embedders import (
     InverseGuidance,
     LabelContext,
     LabelEmbedder,
+    LearnsVariance,
     LogVariance,
     PatchEmbedder,
     PrefixTokens,
@@ -78,7 +79,7 @@ POSITIONS = ("sin_cos", "rope", "rope_1d")
 INITIALISATIONS = ("dit", "imf", "spectral")
 
 
-class DiT(nn.Module):
+class DiT(LearnsVariance):
     """A DiT of the given size.
 
     Args:
@@ -321,12 +322,6 @@ class DiT(nn.Module):
         if not self.scaled or guidance is None:
             return x
         return multiply(x, guidance[:, 0].to(primal(x).dtype)[:, None, None, None])
-
-    def log_variance(self, t: torch.Tensor, r: torch.Tensor | None = None) -> torch.Tensor:
-        """(B,) -> (B,)"""
-        if self.variance is None:
-            raise ValueError("the objective learns a log-variance; set model.log_variance=true")
-        return self.variance(t, r)
 
     def _conditions(
         self, t: Tensor, r: Tensor, y: torch.Tensor, guidance: torch.Tensor | None

@@ -138,6 +138,18 @@ class LogVariance(nn.Module):
         return self.linear(waves.to(self.linear.weight.dtype))[:, 0]
 
 
+class LearnsVariance(nn.Module):
+    """A network that has a ``LogVariance`` as its ``variance``, or None."""
+
+    variance: LogVariance | None
+
+    def log_variance(self, t: torch.Tensor, r: torch.Tensor | None = None) -> torch.Tensor:
+        """(B,) -> (B,)"""
+        if self.variance is None:
+            raise ValueError("the objective learns a log-variance; set model.log_variance=true")
+        return self.variance(t, r)
+
+
 class PatchEmbedder(nn.Module):
     """Patches of p x p pixels, each projected linearly to a token."""
 

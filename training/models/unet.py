@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate, silu
 
-from training.models.embedders import LogVariance
+from training.models.embedders import LearnsVariance, LogVariance
 from training.validation import between, integer, one_of, positive_integer, switch
 
 CONDITIONINGS = ("t_h", "t_r", "t")
@@ -92,7 +92,7 @@ class ResidualBlock(nn.Module):
         return x if self.attention is None else self.attention(x)
 
 
-class UNet(nn.Module):
+class UNet(LearnsVariance):
     """A DDPM++ of the given width.
 
     Args:
@@ -223,12 +223,6 @@ class UNet(nn.Module):
         for block, twin in zip(self.up, self.twins, strict=True):
             x = block(torch.cat([x, kept.pop()], dim=1) if twin else x, condition)
         return self.last(silu(self.norm(x))).to(z.dtype)
-
-    def log_variance(self, t: torch.Tensor, r: torch.Tensor | None = None) -> torch.Tensor:
-        """(B,) -> (B,)"""
-        if self.variance is None:
-            raise ValueError("the objective learns a log-variance; set model.log_variance=true")
-        return self.variance(t, r)
 
     def _condition(self, t: torch.Tensor, r: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         times = {"t_h": (t, t - r), "t_r": (t, r), "t": (t,)}[self.conditioning]
