@@ -52,6 +52,13 @@ def test_links_lead_somewhere(page):
     assert broken(page) == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_lists_in_lists_are_lists_on_the_site_too(page):
+    """GitHub reads any indentation, the site's Markdown four spaces."""
+    text = without_code(page.read_text())
+    assert not re.findall(r"^ {1,3}(?:[-*]|\d+\.) .*", text, re.MULTILINE)
+
+
 def test_a_link_that_leads_nowhere_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
