@@ -19,7 +19,7 @@ from . import (
 )
 from .block_mask import block_mask as lists_of
 from .broadcast import Sizes
-from .call import Band, Blocks, Inputs, Packed, Spec, Tangents, banded
+from .call import Band, Blocks, Inputs, Packed, Spec, Tangents, banded, changed
 from .call import band as band_of
 from .functorch import PLAIN, SHORTCUTS, Pairs, below_duals, pack, unpack, unpack_compiled
 
@@ -259,13 +259,15 @@ def prepare(
     cu = UNPACKED if cu_seqlens is None else validation.packed(cu_seqlens)
     cu_q, cu_k, lower_right = cu
     blocks = UNBLOCKED if block_mask is None else lists_of(block_mask)
+    # not sliced: the compiler of torch 2.8 slices no named tuple
+    kv_blocks, q_blocks, block_q, block_k = blocks
     numbers = (dropout_p, is_causal, scale, enable_gqa, backend, softcap, band, lower_right)
     ranges = (tangent_rows, tangent_keys)
     if ranges != (None, None):
         ranges = validation.ranges(*ranges)
-    numbers = (*numbers, ranges, blocks[2:])
+    numbers = (*numbers, ranges, (block_q, block_k))
     dtype = _autocast_dtype(query)
-    kind = _kind((*given, cu_q, cu_k, *blocks[:2]), tangents, numbers, dtype)
+    kind = _kind((*given, cu_q, cu_k, kv_blocks, q_blocks), tangents, numbers, dtype)
     checked = None if kind is None else _checked.get(kind)
     q, k, v = query, key, value
     t_q, t_k, t_v, t_mask = tangents or Tangents()
@@ -274,8 +276,9 @@ def prepare(
     if checked is None:
         attn_mask = _with_elements(attn_mask, query)
         checked = _check(q, k, v, attn_mask, *numbers, cu, blocks)
-        for name, t, primal in zip(TANGENTS, tangents or (), given, strict=False):
-            validation.tangent(name, t, primal)
+        if tangents is not None:
+            for name, t, primal in zip(TANGENTS, tangents, given, strict=True):
+                validation.tangent(name, t, primal)
         if kind is not None and not validation.looks_transposed(q, k):
             if len(_checked) >= MOST:
                 _checked.clear()
@@ -287,12 +290,12 @@ def prepare(
     if fits:
         if tangents is not None:
             t = Tangents(t_q, t_k, t_v, t_mask)
-        others = (_seed(q, dropout_p), cu_q, cu_k, *blocks[:2])
+        others = (_seed(q, dropout_p), cu_q, cu_k, kv_blocks, q_blocks)
         return Inputs(q, k, v, attn_mask, *others), t, spec, sizes
     mask = None if attn_mask is None else broadcast.mask(attn_mask, sizes)
     q, k, v = broadcast.queries(q, sizes), broadcast.keys(k, sizes), broadcast.keys(v, sizes)
     t = broadcast.tangents(t_q, t_k, t_v, t_mask, sizes)
-    others = (_seed(q, dropout_p), cu_q, cu_k, *blocks[:2])
+    others = (_seed(q, dropout_p), cu_q, cu_k, kv_blocks, q_blocks)
     return Inputs(q, k, v, mask, *others), t, spec, sizes
 
 
@@ -349,7 +352,7 @@ def _check(
         L, S = q.shape[-2], k.shape[-2]
         spec = banded(spec, band, max(L, S) if lower_right else L, max(L, S) if lower_right else S)
     if lower_right and band_of(spec) != Band():
-        spec = spec._replace(lower_right=True)
+        spec = changed(spec, lower_right=True)
     if ranges != (None, None):
         validation.ranges_fit(ranges, spec, cu, q.shape[-2], k.shape[-2])
         spec = _ranged(spec, ranges, q.shape[-2], k.shape[-2])
@@ -361,9 +364,9 @@ def _ranged(spec: Spec, ranges: tuple[Range, Range], L: int, S: int) -> Spec:
     """With ranges, but for those that are all."""
     rows, keys = ranges
     if rows is not None and rows != (0, L):
-        spec = spec._replace(t_rows_start=rows[0], t_rows_stop=rows[1])
+        spec = changed(spec, t_rows_start=rows[0], t_rows_stop=rows[1])
     if keys is not None and keys != (0, S):
-        spec = spec._replace(t_keys_start=keys[0], t_keys_stop=keys[1])
+        spec = changed(spec, t_keys_start=keys[0], t_keys_stop=keys[1])
     return spec
 
 

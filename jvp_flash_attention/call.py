@@ -34,6 +34,12 @@ class Spec(NamedTuple):
     sharded: bool = False  # keys are a part of each row's; O, tO, LSE and μ handed in are of all
 
 
+def changed(spec: Spec, **fields: Any) -> Spec:
+    """`spec._replace`, which the compiler of torch 2.8 does not trace."""
+    values = zip(Spec._fields, spec, strict=True)
+    return Spec(*[fields.get(name, value) for name, value in values])
+
+
 class Band(NamedTuple):
     """Query i attends keys i - left <= j <= i + right; None is no bound. Either may be negative."""
 
@@ -77,8 +83,8 @@ def banded(spec: Spec, within: Band, L: int, S: int) -> Spec:
     if right is not None and right >= S - 1:
         right = None
     if right == 0 or (spec.causal and (right is None or right > 0)):
-        return spec._replace(causal=True, left=left, right=None)
-    return spec._replace(causal=False, left=left, right=right)
+        return changed(spec, causal=True, left=left, right=None)
+    return changed(spec, causal=False, left=left, right=right)
 
 
 def has_ranges(spec: Spec) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .broadcast import Sizes, together
 from .call import Band, Packed, Spec
 from .errors import ArgumentTypeError, ArgumentValueError
-from .functorch import is_functorch_wrapped_tensor, is_watched
+from .functorch import is_functorch_wrapped_tensor, is_watched, without_functorch
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -306,7 +306,8 @@ def lengths(cu: Packed, L: int, S: int) -> None:
     for name, x, rows in zip(_names(cu), (cu.cu_q, cu_k), (L, S), strict=True):
         if x is None or not _is_read(x):
             continue
-        ends = x.tolist()
+        with without_functorch():  # below a jvp torch 2.8 reads no tensor
+            ends = x.tolist()
         if ends[0] != 0 or ends[-1] > rows or any(a > b for a, b in pairwise(ends)):
             raise ArgumentValueError(
                 f"{name} must rise from 0 to at most {rows}, the number of rows, got {ends}"
