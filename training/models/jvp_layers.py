@@ -106,7 +106,7 @@ def gated_residual(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (1 + scale) + shift. (B, N, W), twice (B or 1, 1, W)"""
-    scale = scale._replace(primal=1 + scale.primal) if isinstance(scale, Dual) else 1 + scale
+    scale = scale.follow(1 + scale.primal, scale.tangent) if isinstance(scale, Dual) else 1 + scale
     return add(multiply(x, scale), shift)
 
 
@@ -240,9 +240,10 @@ def attend(attention: Callable[..., torch.Tensor], q: Tensor, k: Tensor, v: Tens
     values of some are then computed twice, which costs less than joining results and gradients.
     """
     inputs = (q, k, v)
-    dual = next((x for x in inputs if isinstance(x, Dual)), None)
-    if dual is None:
+    duals = [x for x in inputs if isinstance(x, Dual)]
+    if not duals:
         return attention(*inputs)
+    dual = duals[0]
     values = [primal(x) for x in inputs]
     tangents = [x.tangent if isinstance(x, Dual) else None for x in inputs]
     B, n = len(values[0]), len(dual.tangent)

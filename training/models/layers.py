@@ -308,7 +308,7 @@ def with_bias_gradient(y: Tensor, bias: torch.Tensor | None) -> Tensor:
     if bias is None or not (torch.is_grad_enabled() and bias.requires_grad):
         return y
     value = _WithBias.apply(primal(y), bias)
-    return y._replace(primal=value) if isinstance(y, Dual) else value
+    return y.follow(value, y.tangent) if isinstance(y, Dual) else value
 
 
 def begin(x: Tensor, n: int, bias: torch.Tensor | None) -> Residual:
@@ -331,7 +331,7 @@ def begin(x: Tensor, n: int, bias: torch.Tensor | None) -> Residual:
         zero = primal(x).new_zeros(branch.shape[-1], dtype=torch.float32, requires_grad=trained)
     if not isinstance(x, Dual):
         return Residual(x, gate, branch, zero)
-    x = x._replace(tangent=x.tangent.to(x.primal.dtype))
+    x = x.follow(x.primal, x.tangent.to(x.primal.dtype))
     t_gate, t_branch = nothing(x.tangent, wanted and x.through)
     return Residual(x, x.follow(gate, t_gate), x.follow(branch, t_branch), zero)
 
@@ -418,7 +418,7 @@ class Block(nn.Module):
         keep = self.checkpointing if torch.is_grad_enabled() else "none"
         vectors = self.modulation(condition)
 
-        def whole(x: Stream, vectors: list[Tensor]) -> tuple[Any, ...]:
+        def whole(x: Any, vectors: Any) -> Any:  # torch 2.8 traces no `list[Tensor]`
             part = _recomputed if keep == "attention" else _kept
             fused = isinstance(x, Residual)
             x, *heads = part(self._before_attention, x, vectors, angles)
