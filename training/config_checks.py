@@ -22,7 +22,7 @@ REPLICATED, SHARDED = "training.strategies.Replicated", "training.strategies.Sha
 DDP = ("lightning.pytorch.strategies.DDPStrategy", REPLICATED)
 DIGITS = "training.data.digits.Digits"
 # Arguments of Lightning's Trainer, and what to use in their place.
-ONE_TIME = ("flow_matching", "scm", "scd")  # modules of objectives whose network has one time
+ONE_TIME = ("flow_matching", "scm")  # objectives whose network has one time; scd is one of scm
 EPOCHS = "the data are a stream without epochs, of which the same first batches would be repeated"
 INSTEAD = {
     "limit_train_batches": f"{EPOCHS}; use trainer.max_steps",
@@ -90,7 +90,7 @@ def _check_trainer(config: DictConfig) -> None:
 
 def _check_heads(config: DictConfig) -> None:
     """What the network has and no loss would train."""
-    own = config.objective._target_.split(".")[-2]
+    own = objective_of(config)
     if config.model.get("second_head") is not None and own != "imf":
         raise ValueError(
             f"model.second_head={config.model.second_head}: objective={own} has no loss for it; use"
@@ -107,6 +107,11 @@ def on_gpu(trainer: DictConfig) -> bool:
     """Whether the step will run on a GPU."""
     auto = trainer.accelerator == "auto" and torch.cuda.is_available()
     return auto or trainer.accelerator in ("gpu", "cuda")
+
+
+def objective_of(config: DictConfig) -> str:
+    """The name of the objective's module."""
+    return config.objective._target_.split(".")[-2]
 
 
 def sharded(trainer: DictConfig) -> bool:
@@ -141,7 +146,7 @@ def no_cuda_graphs(config: DictConfig) -> str:
 
 def _check_recipe(config: DictConfig) -> None:
     """An experiment that is the recipe of one objective is not mixed with another one."""
-    recipe, own = config.get("recipe_of"), config.objective._target_.split(".")[-2]
+    recipe, own = config.get("recipe_of"), objective_of(config)
     if recipe not in (None, own):
         raise ValueError(
             f"objective: the experiment is the recipe of objective={recipe}, and its values would"
@@ -165,8 +170,7 @@ def warning(config: DictConfig) -> str:
             f" trainer.max_steps={steps}, only a denoiser is trained; lower the one or raise the"
             " other"
         )
-    blind = config.model.get("conditioning") == "t"
-    if blind and config.objective._target_.split(".")[-2] not in ONE_TIME:
+    if config.model.get("conditioning") == "t" and objective_of(config) not in ONE_TIME:
         return (
             "model.conditioning=t: the network is not told r, so that u(z, t, r) is the same for"
             " every r; use model.conditioning=t_h"
