@@ -188,3 +188,35 @@ def test_results_are_merged_in_place_once_all_warps_have_read_them():
         first_store = order.index("st.global")
         assert "bar.sync" in order[last_load:first_store], line
     assert len(lines) == 2
+
+
+ROLES = """
+import re, torch
+from triton.runtime import driver
+from jvp_flash_attention.call import Inputs, Saved, Spec, Tangents
+from jvp_flash_attention.kernels import launches
+from tests.offline import TARGETS, _Driver
+
+driver.set_active(_Driver(TARGETS["sm_90"]))
+q, k, v, d_out, d_t_out = (torch.empty(1, 2, 1024, 64, dtype=torch.bfloat16) for _ in range(5))
+x, t = Inputs(q, k, v, cu_q=torch.zeros(33, dtype=torch.int32)), Tangents(q, k, v)
+spec = Spec(0.125)
+saved = Saved(q, torch.empty(1, 2, 1024), q, torch.empty(1, 2, 1024))
+options = {"arch": "sm90", "tma": True}
+made = launches(x, t, spec, **options)
+made += launches(x, t, spec, saved, d_out, d_t_out, **options)
+for launch in made:
+    name = launch.kernel.fn.__name__
+    if name in ("forward_jvp_kernel", "bwd_dkdv_jvp_kernel"):
+        print(name, *re.findall(r"redux\\S+|ld\\.shared\\.b32", launch.compile().asm["ptx"]))
+"""
+
+
+def test_each_warp_of_a_role_finds_its_packed_sequence_alone():
+    """`sm90/primitives.py`, sequence_numbers: a maximum over the warps of a role went wrong where
+    another process shared the GPU. One word read from shared memory is such a maximum."""
+    lines = compiling("-c", ROLES).splitlines()
+    assert [line.split()[0] for line in lines] == ["forward_jvp_kernel", "bwd_dkdv_jvp_kernel"]
+    for line in lines:
+        assert "redux" in line
+        assert "ld.shared" not in line, line

@@ -24,6 +24,7 @@ from .primitives import (
     listed_rows,
     load,
     row_at,
+    sequence_numbers,
     sequence_of,
     store,
     store_part,
@@ -42,7 +43,7 @@ def tile_of(e, work, PAIRS: gl.constexpr, SEQUENCES: gl.constexpr, WARPS: gl.con
     first = 0
     first_other = 0
     if CU is not None:
-        all_n = gl.arange(0, SEQUENCES, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+        all_n = sequence_numbers(SEQUENCES, WARPS)
         n = tile
         tile, first, rows, first_other, others = sequence_of(
             CU, CU_OTHER, tile, all_n, rows, others, sequences, ROWS

@@ -29,6 +29,7 @@ from .primitives import (
     row_at,
     rows_times,
     scores,
+    sequence_numbers,
     sequence_of,
     store_at,
     work_item,
@@ -51,7 +52,7 @@ def work_range(
     shift = 0
     blocks = 0
     if CU_Q is not None:
-        n = gl.arange(0, SEQUENCES, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+        n = sequence_numbers(SEQUENCES, WARPS)
         tile, q0, L, k0, S = sequence_of(
             CU_Q, CU_Q if CU_K is None else CU_K, tile, n, L, S, sequences, 2 * ROWS
         )

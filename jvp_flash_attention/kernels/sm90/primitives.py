@@ -141,6 +141,15 @@ def any_above(x, THRESHOLD: gl.constexpr, FLAG: gl.constexpr):
 
 
 @gluon.jit
+def sequence_numbers(SEQUENCES: gl.constexpr, WARPS: gl.constexpr):
+    """0, 1, ... for `sequence_of`, all of them in each warp. Spread over the warps their maximum
+    went through shared memory, and wherever another process shared the GPU numbers of no sequence
+    came back: illegal addresses, or roles that waited for each other."""
+    each: gl.constexpr = max(SEQUENCES // 32, 1)
+    return gl.arange(0, SEQUENCES, layout=gl.BlockedLayout([each], [32], [WARPS], [0]))
+
+
+@gluon.jit
 def work_items(items, PAIRS: gl.constexpr):
     """How many work items this block has."""
     pid = gl.program_id(0)

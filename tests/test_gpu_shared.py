@@ -1,0 +1,78 @@
+"""Calls on a GPU that other processes use too: kernels are stopped in the middle and go on."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+
+ROOT = Path(__file__).parent.parent
+OTHERS = """
+import torch
+a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+print("begun", flush=True)
+while True:
+    for _ in range(20):
+        a @ a
+    torch.cuda.synchronize()
+"""
+CALLS = """
+import sys, time, torch
+from jvp_flash_attention.call import Inputs, Spec, Tangents
+from jvp_flash_attention.kernels import dispatch
+
+kind, D, seconds = sys.argv[1], int(sys.argv[2]), 8.0
+lengths = [97 + 59 * i for i in range(33)] if kind.startswith("packed") else [8192]
+causal = {"causal": True} if "causal" in kind else {}
+spec = Spec(D**-0.5, **causal, **({"left": 512, "right": 512} if kind == "window" else {}))
+shape = 1, sum(lengths), 16, D
+new = lambda: torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+x, t = Inputs(new(), new(), new()), Tangents(new(), new(), new())
+if len(lengths) > 1:
+    x = x._replace(cu_q=torch.tensor([0, *lengths]).cumsum(0).to("cuda", torch.int32))
+d_out, d_t_out = new(), new()
+
+def both():
+    saved = dispatch.forward(x, t, spec)
+    grads, t_grads = dispatch.backward(d_out, d_t_out, x, t, saved, spec, False)
+    return saved.out, saved.t_out, *grads[:3], *t_grads[:3]
+
+first, calls, end = both(), 0, time.time() + seconds
+while time.time() < end:
+    results = [both() for _ in range(4)]  # one behind the other: a kernel meets the end of a slice
+    torch.cuda.synchronize()
+    calls += 4
+    assert all(torch.equal(a, b) for result in results for a, b in zip(result, first)), calls
+print(calls)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "head_dim"),
+    [("packed", 64), ("packed causal", 64), ("packed", 128), ("dense", 64), ("window", 128)],
+)
+def test_calls_repeat_bit_for_bit_beside_other_processes(kind, head_dim, record_property):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    run = [sys.executable, "-c"]
+    others = [
+        subprocess.Popen([*run, OTHERS], stdout=subprocess.PIPE, env=environment, text=True)
+        for _ in range(2)
+    ]
+    try:
+        for other in others:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "begun\n"
+        done = subprocess.run(
+            [*run, CALLS, kind, str(head_dim)],
+            env=environment, capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    assert done.returncode == 0, done.stderr[-2000:]
+    record_property("calls", int(done.stdout))
+    assert int(done.stdout) > 8
