@@ -24,6 +24,7 @@ from training.progress import tracked
 from training.registry import trust
 from training.samplers.generate import balanced_labels, stream
 from training.validation import one_of, positive_integer, seed
+from training.whole_files import replaced
 
 TITLES = {
     "weights": "weights",
@@ -87,7 +88,8 @@ def evaluate(config: DictConfig) -> None:
 
     def add(row: dict[str, Any]) -> None:
         rows.append(row)  # written at once: the next one may take an hour, and fail
-        output.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
+        with replaced(output) as temporary:
+            temporary.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
 
     if config.features != "inception" or data.images:
         # Real examples that nobody trained on: the best that can be reached with this many.

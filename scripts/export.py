@@ -15,6 +15,7 @@ from training.cli import one_line_errors, run
 from training.loading import load_trained
 from training.registry import trust
 from training.validation import one_of
+from training.whole_files import replaced
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -34,12 +35,10 @@ def export(config: DictConfig) -> None:
     dtype = getattr(torch, config.dtype)
     state = {name: value.to(dtype).contiguous() for name, value in trained.net.state_dict().items()}
     output = Path(config.output or path.resolve().parent.parent / "model.safetensors")
-    output.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "flash_jvp": json.dumps(meta)}
     before = " (in place of the one before)" if output.exists() else ""
-    temporary = output.with_name(f".{output.name}.tmp")  # a killed export leaves the one before
-    temporary.write_bytes(sealed_safetensors(lambda metadata: save(state, metadata), metadata))
-    temporary.replace(output)
+    with replaced(output) as temporary:
+        temporary.write_bytes(sealed_safetensors(lambda metadata: save(state, metadata), metadata))
     print(f"{output}{before}")
 
 

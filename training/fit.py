@@ -32,6 +32,7 @@ from training.lock import run_lock
 from training.loggers.csv import CSVFile
 from training.registry import checked, trust, trust_own
 from training.threads import choose_threads
+from training.whole_files import replaced
 
 
 def train(config: DictConfig, run_dir: Path) -> None:
@@ -66,9 +67,8 @@ class Settings(Callback):
 
     def write(self) -> None:
         self.written = True
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        OmegaConf.save(self.config, temporary, resolve=True)
-        temporary.replace(self.path)
+        with replaced(self.path) as temporary:
+            OmegaConf.save(self.config, temporary, resolve=True)
 
 
 def _train(config: DictConfig, run_dir: Path, *notes: str) -> None:

@@ -16,6 +16,7 @@ from training.callbacks.sample_quality import SampleQuality
 from training.callbacks.throughput import Throughput
 from training.objectives.objective import OPTIONAL
 from training.rows import rows_of
+from training.whole_files import replaced
 
 # summary.json's name of a metric -> its row in the table; LAST is of how many steps
 LAST = "{last}"
@@ -102,8 +103,8 @@ class Summary(Callback):
         summary["seed"] = pl_module.seed
         summary["torch"] = torch.__version__
         summary["run_dir"] = str(self.directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / "summary.json").write_text(strict_json(summary))
+        with replaced(self.directory / "summary.json") as temporary:
+            temporary.write_text(strict_json(summary))
 
         table = Table(show_header=False)
         for row in rows(summary):

@@ -1,13 +1,14 @@
 """metrics.csv: one row a logged step, readable while the run goes on, continued on resuming."""
 
 import csv
-import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+from training.whole_files import replaced
 
 
 class CSVFile(Logger):
@@ -66,10 +67,7 @@ class CSVFile(Logger):
                     csv.DictWriter(file, self.columns).writerow(self.rows[-1])
 
     def _rewrite(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".csv.tmp")
-        with temporary.open("w", newline="") as file:
+        with replaced(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(self.rows)
-        os.replace(temporary, self.path)
