@@ -4,6 +4,8 @@ import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 
 def environment() -> dict[str, str | int | None]:
@@ -32,11 +34,13 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The checked-out commit; a copy of the files names its own in the variable COMMIT."""
+    """The checked-out commit of this file, with -dirty where tracked files differ from it; a copy
+    of the files names its own in the variable COMMIT."""
     if named := os.environ.get("COMMIT"):
         return named
-    command = ["git", "rev-parse", "--short=12", "HEAD"]
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
+    options: Any = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, check=True, **options).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

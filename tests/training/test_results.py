@@ -1,9 +1,13 @@
 """The tables of the documents are those of the committed result files, which say what we claim."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
+
+from training.environment import environment
+from training.whole_files import replaced
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "training" / "experiments.md").read_text()
@@ -62,3 +66,23 @@ def test_meanflow_draws_eight_gaussians_in_one_and_two_steps():
         flow, mean = distance["flow_matching", seed], distance["meanflow", seed]
         assert mean["1"] <= 0.35 * flow["1"]
         assert mean["2"] <= 0.02
+
+
+def test_the_commit_is_that_of_the_code_and_not_of_the_folder_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.delenv("COMMIT", raising=False)
+    here = environment()["commit"]
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    monkeypatch.chdir(tmp_path)
+    assert environment()["commit"] == here
+
+
+def test_a_file_that_could_not_be_finished_leaves_the_one_before(tmp_path):
+    path = tmp_path / "new folder" / "scores.json"
+    with replaced(path) as temporary:
+        temporary.write_text("first")
+        assert not path.exists()
+    with pytest.raises(OSError, match="disk"), replaced(path) as temporary:
+        temporary.write_text("half of the sec")
+        raise OSError("the disk is full")
+    assert path.read_text() == "first"
+    assert list(path.parent.iterdir()) == [path]
