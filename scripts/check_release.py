@@ -78,7 +78,7 @@ def commits(value: Any) -> Iterator[str]:
     if isinstance(value, dict):
         for key, inner in value.items():
             if key == "commit" and isinstance(inner, str):
-                yield from re.findall(r"\b[0-9a-f]{7,40}\b", inner)
+                yield from re.findall(r"\b[0-9a-f]{7,40}(?:-dirty)?\b", inner)
             else:
                 yield from commits(inner)
     elif isinstance(value, list):
