@@ -35,8 +35,9 @@ PASSES = ("forward", "forward_jvp", "backward", "backward_jvp", "merge")
 
 class Compiled(NamedTuple):
     """One kernel as assembled: registers a thread, bytes of stack a thread (spills), bytes of
-    shared memory a block, Hopper's products, columns of tensor memory a block, and addresses in
-    shared memory that are read as tiles of more than one layout."""
+    shared memory a block, Hopper's products, columns of tensor memory a block, addresses in
+    shared memory that are read as tiles of more than one layout, and barriers in shared memory
+    whose place holds something else too."""
 
     kernel: str
     registers: int
@@ -45,6 +46,7 @@ class Compiled(NamedTuple):
     hgmma: int
     columns: int = 0
     mixed: int = 0
+    reused: int = 0
 
 
 class _Driver:
@@ -140,8 +142,10 @@ def _inspect(name: str, compiled) -> Compiled:
         sass = _output(tools / "cuobjdump", "-sass", file.name)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     columns = getattr(compiled.metadata, "tmem_size", None) or 0
-    mixed = _mixed(compiled.asm["ptx"])
-    return Compiled(name, registers, stack, shared, sass.count("HGMMA"), columns, mixed)
+    ptx, hgmma = compiled.asm["ptx"], sass.count("HGMMA")
+    return Compiled(
+        name, registers, stack, shared, hgmma, columns, _mixed(ptx), len(reused_barriers(ptx))
+    )
 
 
 def _mixed(ptx: str) -> int:
@@ -154,6 +158,41 @@ def _mixed(ptx: str) -> int:
         if upper >> 30:  # the bits of a swizzle
             layouts.setdefault(register, set()).add(upper)
     return sum(len(found) > 1 for found in layouts.values())
+
+
+def reused_barriers(ptx: str) -> list[int]:
+    """Where barriers lie in shared memory whose place is written or read as something else. Triton
+    gives a barrier that no role uses the place of a later value. PTX forbids that without
+    `mbarrier.inval`, and wherever another process shared the GPU such values changed."""
+    sums: dict[str, set[tuple[str, int]]] = {}
+    for to, register, constant in re.findall(r"add\.s32\s+(%r\d+), (%r\d+), (\d+);", ptx):
+        sums.setdefault(to, set()).add((register, int(constant)))
+
+    def offset(register: str) -> int:
+        total = 0
+        for _ in range(8):
+            known = sums.get(register, set())
+            if len(known) != 1:  # the rest is not known before the kernel runs
+                break
+            ((register, constant),) = known
+            total += constant
+        return total
+
+    valid, reused = set(), set()
+    # of b8, a number at a time, is what each warp is told to do
+    access = r"(mbarrier\.(?:init|inval)|(?:st|ld)\.shared(?!\.b8\s)|(?:st|ld)matrix)\S*\s[^;]*?"
+    address = r"\[\s*(global_smem|%r\d+)\s*(?:\+\s*(\d+))?"
+    for kind, register, constant in re.findall(access + address, ptx):
+        at = offset(register) + int(constant or 0)
+        if at == 0:  # nothing is known of it
+            continue
+        if kind == "mbarrier.init":
+            valid.add(at)
+        elif kind == "mbarrier.inval":
+            valid.discard(at)
+        else:
+            reused |= valid & {*range(at - 7, at + 1)}
+    return sorted(reused)
 
 
 def _output(*command) -> str:
@@ -232,13 +271,14 @@ if __name__ == "__main__":
         arguments.target, arguments.head_dims, dtypes, arguments.variants, **how
     ):
         fits = c.shared <= SHARED[arguments.target] * 1024 and c.columns <= COLUMNS
-        failed |= not fits
+        failed |= not fits or c.reused > 0
         print(
             f"{arguments.target:7} D{head_dim:<4} {dtype:9} {variant:8} {c.kernel:17}"
             f" registers {c.registers:3}"
             f" stack {c.stack:5} shared {c.shared:6} columns {c.columns:3} wgmma {c.hgmma:3}"
             f"{'' if fits else '  DOES NOT FIT'}"
-            f"{'  ONE ADDRESS, TWO LAYOUTS' if c.mixed else ''}",
+            f"{'  ONE ADDRESS, TWO LAYOUTS' if c.mixed else ''}"
+            f"{'  A BARRIER HOLDS SOMETHING ELSE' if c.reused else ''}",
             flush=True,
         )
     raise SystemExit(failed)

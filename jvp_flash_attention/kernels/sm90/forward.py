@@ -392,8 +392,8 @@ def forward_jvp_kernel(
         barriers(STAGES_K, 2),
         barriers(STAGES_V, 1),
         barriers(STAGES_V, 2),
-        barriers(STAGES_MASK, 1),
-        barriers(STAGES_MASK, 2),
+        barriers(STAGES_MASK, 1) if MASK_TILES is not None else None,
+        barriers(STAGES_MASK, 2) if MASK_TILES is not None else None,
     )
     work = (CU_Q, CU_K, KV_BLOCKS, sequences, H, L, S, tiles, items)
     fence_async_shared()

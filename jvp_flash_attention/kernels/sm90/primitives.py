@@ -142,9 +142,7 @@ def any_above(x, THRESHOLD: gl.constexpr, FLAG: gl.constexpr):
 
 @gluon.jit
 def sequence_numbers(SEQUENCES: gl.constexpr, WARPS: gl.constexpr):
-    """0, 1, ... for `sequence_of`, all of them in each warp. Spread over the warps their maximum
-    went through shared memory, and wherever another process shared the GPU numbers of no sequence
-    came back: illegal addresses, or roles that waited for each other."""
+    """0, 1, ... for `sequence_of`, all of them in each warp, whose maximum then needs no other."""
     each: gl.constexpr = max(SEQUENCES // 32, 1)
     return gl.arange(0, SEQUENCES, layout=gl.BlockedLayout([each], [32], [WARPS], [0]))
 
