@@ -2,7 +2,9 @@
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -17,7 +19,9 @@ def blocks(section: str) -> list[str]:
 
 def namespace_of(*titles: str) -> dict:
     """What the blocks of these sections define, run one after the other."""
-    namespace = {"__name__": "integrations"}
+    module = ModuleType("the_page_of_integrations")
+    sys.modules[module.__name__] = module  # the compiler of torch 2.12 imports it by its name
+    namespace = vars(module)
     for title in titles:
         for i, block in enumerate(blocks(SECTIONS[title])):
             exec(compile(block, f"{title}, block {i + 1}", "exec"), namespace)
