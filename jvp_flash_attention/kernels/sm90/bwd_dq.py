@@ -170,6 +170,7 @@ def _scores(
             store_p(p, r, p_tile, r_tile, p_ready, p_free, p_phase)
             p_phase ^= 1
             slot, phase = advance(slot, phase, 1, STAGES_K)
+        fence_async_shared()  # Q and tQ are read before TMA writes there again
         mbarrier.arrive(q_free.index(0), count=1)
         q_phase ^= 1
 

@@ -267,6 +267,7 @@ def store_part(x, tile, b, h, row, rows, columns, D0: gl.constexpr, D: gl.conste
     column = D0 + gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, layout)), 0)
     inside = (i < rows) & (column < columns)
     gl.store(row_at(x, b, h, row + i) + column, tile.load(layout), mask=inside)
+    fence_async_shared()  # all is read before TMA writes there again
 
 
 @gluon.jit
