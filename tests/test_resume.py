@@ -83,6 +83,9 @@ def test_a_resumed_run_is_the_run_that_it_was(tmp_path, capfd):
         assert names in error
         assert f"allow_config_changes={insist}" in error
         assert len(error.splitlines()) == 1
+    with pytest.raises(SystemExit):
+        in_process(*run, *more, "allow_config_changes=[seed, modle.depth]")
+    assert "allow_config_changes: no setting is called modle.depth" in capfd.readouterr().err
     with pytest.raises(SystemExit):  # not before the checkpoint is read
         in_process(*run, *more, "allow_config_changes=[seed]", "callbacks.ema.decay=0.5")
     assert "an average cannot begin in the middle of a run" in capfd.readouterr().err

@@ -149,6 +149,12 @@ def refuse_changed(config: DictConfig, checkpoint: dict[str, Any], path: Path) -
     insisted = [renamed.key(key) for key in config.allow_config_changes]
     free = (*FREE, *insisted)
     now: Any = OmegaConf.to_container(config, resolve=True)
+    for key in insisted:
+        if not _has(now, key) and not _has(checkpoint["config"], key):
+            raise ValueError(
+                f"allow_config_changes: no setting is called {key}; give keys or groups of"
+                " config.yaml, as model.depth or data"
+            )
     changed = {
         key: values
         for key, values in differences(checkpoint["config"], now).items()
@@ -203,6 +209,14 @@ def differences(old: Any, new: Any, key: str = "") -> dict[str, tuple[Any, Any]]
         inner = f"{key}.{name}" if key else name
         found |= differences(old.get(name), new.get(name), inner)
     return found
+
+
+def _has(config: Any, key: str) -> bool:
+    for word in key.split("."):
+        if not isinstance(config, dict) or word not in config:
+            return False
+        config = config[word]
+    return True
 
 
 def _under(key: str, groups: Sequence[str]) -> bool:

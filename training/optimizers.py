@@ -66,7 +66,7 @@ def _checked(
         raise ValueError(f"optimizer.betas must be two numbers, as [0.9,0.95]; got {betas}")
     beta1, beta2 = betas
     for beta in (beta1, beta2):
-        between("optimizer.betas", beta, 0, 1)
+        between("optimizer.betas", beta, 0, 1, open_high=True)
     return {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
 
 

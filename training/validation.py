@@ -10,14 +10,24 @@ def one_of(key: str, value: object, choices: Sequence[str]) -> None:
 
 
 def between(
-    key: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False
+    key: str,
+    value: object,
+    low: float,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
 ) -> None:
-    """low <= value <= high, or low < value <= high with ``open_low``."""
+    """low <= value <= high, without low itself with ``open_low``, without high with
+    ``open_high``."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise TypeError(f"{key} must be a finite number; got {value!r}")
-    if not (low < value if open_low else low <= value) or not value <= high:
+    fits = (low < value if open_low else low <= value) and (
+        value < high if open_high else value <= high
+    )
+    if not fits:
         below = f"> {low:g}" if open_low else f">= {low:g}"
-        above = "" if high == math.inf else f" and <= {high:g}"
+        above = "" if high == math.inf else f" and <{'' if open_high else '='} {high:g}"
         raise ValueError(f"{key} must be {below}{above}; got {value!r}")
 
 

@@ -330,6 +330,7 @@ def test_time_is_embedded_in_float32_under_bfloat16_autocast():
         ({"depth": 0}, "model.depth"),
         ({"conditioning": "r"}, "model.conditioning"),
         ({"dropout": 1.5}, "model.dropout"),
+        ({"dropout": 1}, "model.dropout must be >= 0 and < 1"),
         ({"width": 6, "heads": 2}, "model.width"),
         ({"norm": "batch"}, "model.norm"),
         ({"mlp": "relu"}, "model.mlp"),

@@ -44,7 +44,7 @@ class EMA(Callback):
         self.exponents: dict[str, float] = {}
         listed = isinstance(decay, Sequence) and not isinstance(decay, str)
         for value in decay if listed else [decay]:  # type: ignore[union-attr]
-            between("callbacks.ema.decay", value, 0, 1)
+            between("callbacks.ema.decay", value, 0, 1, open_high=True)
             self.decays[f"{value:g}"] = value
         for width in power if isinstance(power, Sequence) else [power]:
             self.exponents[f"power_{width:g}"] = exponent(width)

@@ -165,7 +165,7 @@ class DiT(LearnsVariance):
         switch("model.bias", bias)
         switch("model.modulation_norm", modulation_norm)
         switch("model.residual_in_fp32", residual_in_fp32)
-        between("model.dropout", dropout, 0, 1)
+        between("model.dropout", dropout, 0, 1, open_high=True)
         patch, depth, width, heads = (
             default if given is None else given
             for given, default in zip((patch, depth, width, heads), SIZES[size], strict=True)

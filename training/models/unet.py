@@ -135,7 +135,7 @@ class UNet(LearnsVariance):
             positive_integer("model.multipliers", multiplier)
         integer("model.augmentation", augmentation)
         between("model.augmentation", augmentation, 0)
-        between("model.dropout", dropout, 0, 1)
+        between("model.dropout", dropout, 0, 1, open_high=True)
         switch("model.labels", labels)
         halvings = len(multipliers) - 1
         if width % 4 or image_size % 2**halvings:

@@ -75,7 +75,7 @@ class Shortcut(Objective):
             raise ValueError(
                 f"objective.denoise_timesteps must be a power of two >= 2; got {denoise_timesteps}"
             )
-        between("objective.teacher_decay", teacher_decay, 0, 1)
+        between("objective.teacher_decay", teacher_decay, 0, 1, open_high=True)
         one_of("objective.reduce", reduce, ("sum", "mean"))
         check_label_dropout(label_dropout)
         if clip is not None:

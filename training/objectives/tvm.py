@@ -82,7 +82,7 @@ class TVM(Objective):
         one_of("objective.gap_sampler", gap_sampler, ("uniform", "logit_normal"))
         between("objective.gap_mean", gap_mean, float("-inf"))
         between("objective.gap_std", gap_std, 0, open_low=True)
-        between("objective.teacher_decay", teacher_decay, 0, 1)
+        between("objective.teacher_decay", teacher_decay, 0, 1, open_high=True)
         between("objective.omega", omega, 0, open_low=True)
         check_label_dropout(label_dropout, f"objective.omega={omega}" if omega != 1 else "")
         self.jvp, self.reduce = jvp or Jvp("tangent_grad"), reduce
