@@ -86,15 +86,12 @@ def _producer(
 
 
 @gluon.jit
-def _clear_queries(q, t_q, d_o_buffers, d_t_o, slot, rows, BLOCK_M: gl.constexpr, D: gl.constexpr):
+def _clear_cotangents(d_o_buffers, d_t_o, slot, rows, BLOCK_M: gl.constexpr, D: gl.constexpr):
     """What belongs to the next packed sequence, before any product: its P is 0, but 0 · NaN would
     not be. Each warpgroup does so before its own products, and the other finds the same."""
-    clear_behind(q, rows, D)
-    clear_behind(t_q, rows, D)
     clear_behind(d_t_o, rows, D)
     if d_o_buffers is not None:
         clear_behind(matrix(d_o_buffers, slot, BLOCK_M, D), rows, D)
-    fence_async_shared()
 
 
 @gluon.jit
@@ -161,7 +158,9 @@ def _values(
                 mbarrier.wait(q_ready.index(slot), phase)
                 if CU is not None:
                     if m0 + BLOCK_M > L:
-                        _clear_queries(q, t_q, d_o_buffers, d_t_o, slot, L - m0, BLOCK_M, D)
+                        clear_behind(q, L - m0, D)
+                        clear_behind(t_q, L - m0, D)
+                        _clear_cotangents(d_o_buffers, d_t_o, slot, L - m0, BLOCK_M, D)
                 s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
                 t_s = warpgroup_mma(k, t_q.permute((1, 0)), zero, use_acc=False, is_async=True)
                 t_s = warpgroup_mma(t_k, q.permute((1, 0)), t_s, is_async=True)
@@ -242,9 +241,9 @@ def _keys(
                 d_t_o_t = d_t_o.permute((1, 0))
                 zero = gl.zeros([ROWS, BLOCK_M], gl.float32, S_L)
                 mbarrier.wait(q_ready.index(slot), phase)
-                if CU is not None:
+                if CU is not None:  # Q and tQ, read behind P, are the other warpgroup's to clear
                     if m0 + BLOCK_M > L:
-                        _clear_queries(q, t_q, d_o_buffers, d_t_o, slot, L - m0, BLOCK_M, D)
+                        _clear_cotangents(d_o_buffers, d_t_o, slot, L - m0, BLOCK_M, D)
                 h_m = warpgroup_mma(v, d_t_o_t, zero, use_acc=False, is_async=True)
                 g = warpgroup_mma(t_v, d_t_o_t, zero, use_acc=False, is_async=True)
                 if HAS_D_O:

@@ -150,7 +150,6 @@ def _scores(
                 if n0 + BLOCK_N > S:
                     clear_behind(k, S - n0, D)
                     clear_behind(t_k, S - n0, D)
-                    fence_async_shared()
             s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
             t_s = warpgroup_mma(t_q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
             t_s = warpgroup_mma(q, t_k.permute((1, 0)), t_s, is_async=True)
@@ -222,13 +221,10 @@ def _gradients(
             t_v_t = matrix(t_v_buffers, slot, BLOCK_N, D).permute((1, 0))
             zero = gl.zeros([ROWS, BLOCK_N], gl.float32, S_L)
             mbarrier.wait(k_ready.index(slot), phase)
-            if CU is not None:  # as the other warpgroup does, and V and tV
+            if CU is not None:  # K and tK, read behind P, are the other warpgroup's to clear
                 if n0 + BLOCK_N > S:
-                    clear_behind(k, S - n0, D)
-                    clear_behind(t_k, S - n0, D)
                     clear_behind(matrix(v_buffers, slot, BLOCK_N, D), S - n0, D)
                     clear_behind(matrix(t_v_buffers, slot, BLOCK_N, D), S - n0, D)
-                    fence_async_shared()
             h_m = warpgroup_mma(d_t_o, v_t, zero, use_acc=False, is_async=True)
             g = warpgroup_mma(d_t_o, t_v_t, zero, use_acc=False, is_async=True)
             if HAS_D_O:

@@ -74,11 +74,14 @@ def seen_row(lists, blocks, x, BLOCK_OTHER: gl.constexpr):
 
 @gluon.jit
 def clear_behind(tile, rows, D: gl.constexpr):
-    """0 behind the first rows of a tile in shared memory, which belong to the next sequence."""
+    """0 behind the first rows of a tile in shared memory, which belong to the next sequence. Two
+    warpgroups may clear the same tile, for they write the same, but then neither changes it
+    otherwise."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     i = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)), 1)
     x = tile.load(layout)
     tile.store(gl.where(i < rows, x, 0.0))
+    fence_async_shared()
 
 
 @gluon.jit
