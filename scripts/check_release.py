@@ -119,9 +119,10 @@ def unexplained(found: list[Result]) -> list[str]:
     lines = []
     for r in found:
         if r.unknown:
-            lines.append(
-                f"{r.name}: {', '.join(r.unknown)} is not in the history; add it to REWRITTEN"
-            )
+            remedy = "add it to REWRITTEN"
+            if any(commit.endswith("-dirty") for commit in r.unknown):
+                remedy = "commit the files that had changed and measure again"
+            lines.append(f"{r.name}: {', '.join(r.unknown)} is not in the history; {remedy}")
         elif r.commit is None:
             lines.append(f"{r.name}: names no commit; write training/environment.py's into it")
     return lines

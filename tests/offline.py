@@ -161,9 +161,10 @@ def _mixed(ptx: str) -> int:
 
 
 def reused_barriers(ptx: str) -> list[int]:
-    """Where barriers lie in shared memory whose place is written or read as something else. Triton
-    gives a barrier that no role uses the place of a later value. PTX forbids that without
-    `mbarrier.inval`, and wherever another process shared the GPU such values changed."""
+    """Where barriers lie in shared memory whose place is written or read as something else: of
+    stores and loads of threads, at addresses whose constant part is known. Triton gives a barrier
+    that no role uses the place of a later value. PTX forbids that without `mbarrier.inval`, and
+    wherever another process shared the GPU such values changed."""
     sums: dict[str, set[tuple[str, int]]] = {}
     for to, register, constant in re.findall(r"add\.s32\s+(%r\d+), (%r\d+), (\d+);", ptx):
         sums.setdefault(to, set()).add((register, int(constant)))
@@ -180,9 +181,9 @@ def reused_barriers(ptx: str) -> list[int]:
 
     valid, reused = set(), set()
     # of b8, a number at a time, is what each warp is told to do
-    access = r"(mbarrier\.(?:init|inval)|(?:st|ld)\.shared(?!\.b8\s)|(?:st|ld)matrix)\S*\s[^;]*?"
+    access = r"(mbarrier\.(?:init|inval)|(?:st|ld)\.shared(?!\.b8\s)|(?:st|ld)matrix)(\S*)\s[^;]*?"
     address = r"\[\s*(global_smem|%r\d+)\s*(?:\+\s*(\d+))?"
-    for kind, register, constant in re.findall(access + address, ptx):
+    for kind, how, register, constant in re.findall(access + address, ptx):
         at = offset(register) + int(constant or 0)
         if at == 0:  # nothing is known of it
             continue
@@ -191,7 +192,9 @@ def reused_barriers(ptx: str) -> list[int]:
         elif kind == "mbarrier.inval":
             valid.discard(at)
         else:
-            reused |= valid & {*range(at - 7, at + 1)}
+            words = re.search(r"\.v(\d)\.b(\d+)", how) or re.search(r"()\.b(\d+)", how)
+            width = int(words[1] or 1) * int(words[2]) // 8 if words else 16
+            reused |= valid & {*range(at - 7, at + width)}
     return sorted(reused)
 
 
@@ -221,8 +224,8 @@ def table(target: str, head_dims, dtypes, variants=("plain",), **kwargs):
         "window": {"window": (96, 32), "length": 200},
         "softcap": {"softcap": 50.0},
         "blocks": {"blocks": block_mask(torch.ones(2, 2, dtype=torch.bool), 128)},
-        "packed": {"sequences": 9},
-        "packed causal": {"sequences": 9, "causal": True},
+        "packed": {"sequences": 40},
+        "packed causal": {"sequences": 40, "causal": True},
         "tiles": {"mask": torch.zeros(1, 1, 256, 256, dtype=torch.bool)},  # a mask that TMA reads
         "keys": {"mask": torch.zeros(1, 1, 1, 256, dtype=torch.bool)},
     }
@@ -255,6 +258,7 @@ if __name__ == "__main__":
             "softcap",
             "tiles",
             "keys",
+            "packed",
         ],
     )
     parser.add_argument("--passes", nargs="+", default=list(PASSES))

@@ -79,7 +79,10 @@ def test_an_unknown_commit_and_none_at_all_are_errors_unless_the_reason_is_given
     write("b.json", {"rows": []})
     write("c.json", {"environment": {"commit": f"{first}-dirty"}})  # of changed files
     lines = sorted(unexplained(results(root)))
-    assert lines.pop().startswith(f"c.json: {first}-dirty is not in the history")
+    assert lines.pop() == (
+        f"c.json: {first}-dirty is not in the history; commit the files that had changed and"
+        " measure again"
+    )
     (root / "docs" / "results" / "c.json").unlink()
     assert lines[0].startswith("a.json: 0123456789ab is not in the history")
     assert lines[1].startswith("b.json: names no commit")

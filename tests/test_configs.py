@@ -6,6 +6,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf, open_dict
 
@@ -228,7 +229,10 @@ def test_a_recipe_is_not_mixed_with_another_objective(experiment):
         ("+trainer.enable_checkpointing=false", "use callbacks.checkpoint=null"),
         ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val must be >= 0"),
         ("trainer.max_time=5", "must be .DD:HH:MM:SS., got 5"),
-        ("allow_config_changes=seed", r"must be a list, as \[seed\]"),
+        ("allow_config_changes=seed", "must be a list of keys or groups, .* got seed"),
+        ("allow_config_changes=[1]", r"must be a list of keys or groups, .* got \[1\]"),
+        ("allow_config_changes=['']", "must be a list of keys or groups"),
+        ("allow_config_changes=null", "must be a list of keys or groups, .* got None"),
         ("model.second_head=1", "objective=meanflow has no loss for it"),
         ("model.log_variance=true", "objective=meanflow does not learn it"),
     ],
@@ -271,3 +275,19 @@ def test_the_batch_of_a_process_follows_from_that_of_a_step(arguments, batch):
     else:
         with pytest.raises(ValueError, match=batch):
             settle_batch(config)
+
+
+@pytest.mark.parametrize(
+    ("part", "arguments"),
+    [
+        ("callbacks.ema", ["callbacks.ema.decay=1"]),
+        ("objective", ["objective=tvm", "objective.teacher_decay=1"]),
+        ("objective", ["objective=shortcut", "objective.teacher_decay=1"]),
+        ("model", ["model=unet", "model.dropout=1"]),
+    ],
+)
+def test_an_average_that_never_moves_and_a_layer_that_drops_everything_are_refused(part, arguments):
+    config = composed(*arguments)
+    key = arguments[-1].split("=")[0]
+    with pytest.raises((ValueError, InstantiationException), match=f"{key} must be >= 0 and < 1"):
+        instantiate(OmegaConf.select(config, part))

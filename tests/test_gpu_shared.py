@@ -78,10 +78,11 @@ def test_calls_repeat_bit_for_bit_beside_other_processes(kind, head_dim, tokens,
             [*run, CALLS, kind, str(head_dim), str(tokens)],
             env=environment, capture_output=True, text=True, timeout=240,
         )  # fmt: skip
+        assert all(other.poll() is None for other in others)
     finally:
         for other in others:
             other.kill()
             other.wait()
     assert done.returncode == 0, done.stderr[-2000:]
     record_property("calls", int(done.stdout))
-    assert int(done.stdout) >= 8
+    assert int(done.stdout) >= (80 if tokens <= 2048 else 8)

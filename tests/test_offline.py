@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests import offline
 from tests.compiling import compiling
 
 pytestmark = pytest.mark.timeout(420)
@@ -190,15 +191,41 @@ def test_results_are_merged_in_place_once_all_warps_have_read_them():
     assert len(lines) == 2
 
 
+PTX = """
+add.s32 %r2, %r1, 1024;
+mbarrier.init.shared::cta.b64 [%r2], 1;
+add.s32 %r4, %r3, {at};
+{access}
+"""
+
+
+@pytest.mark.parametrize(
+    ("at", "access", "found"),
+    [
+        (1024, "st.shared.b32 [ %r4 + 0 ], %r5;", True),
+        (1020, "@%p1 st.shared.v4.b32 [ %r4 + 0 ], {%r5, %r6, %r7, %r8};", True),
+        (1016, "ld.shared.b32 %r5, [%r4+8];", True),
+        (1000, "ld.shared.b32 %r5, [global_smem+1028];", True),
+        (1032, "st.shared.b32 [ %r4 + 0 ], %r5;", False),
+        (1024, "mbarrier.try_wait.parity.shared.b64 complete, [%r4], %r5;", False),
+        (1024, "mbarrier.inval.shared::cta.b64 [%r2];\nst.shared.b32 [%r4], %r5;", False),
+    ],
+)
+def test_a_barrier_whose_place_holds_something_else_is_found(at, access, found):
+    ptx = PTX.replace("{at}", str(at)).replace("{access}", access)
+    assert offline.reused_barriers(ptx) == [1024] * found
+
+
 ROLES = """
-import re, torch
+import re, sys, torch
 from triton.runtime import driver
 from jvp_flash_attention.call import Inputs, Saved, Spec, Tangents
 from jvp_flash_attention.kernels import launches
 from tests.offline import TARGETS, _Driver, reused_barriers
 
 driver.set_active(_Driver(TARGETS["sm_90"]))
-q, k, v, d_out, d_t_out = (torch.empty(1, 2, 1024, 64, dtype=torch.bfloat16) for _ in range(5))
+D = int(sys.argv[1])
+q, k, v, d_out, d_t_out = (torch.empty(1, 2, 1024, D, dtype=torch.bfloat16) for _ in range(5))
 x, t = Inputs(q, k, v, cu_q=torch.zeros(33, dtype=torch.int32)), Tangents(q, k, v)
 spec = Spec(0.125)
 saved = Saved(q, torch.empty(1, 2, 1024), q, torch.empty(1, 2, 1024))
@@ -207,17 +234,19 @@ made = launches(x, t, spec, **options)
 made += launches(x, t, spec, saved, d_out, d_t_out, **options)
 for launch in made:
     name = launch.kernel.fn.__name__
-    if name in ("forward_jvp_kernel", "bwd_dkdv_jvp_kernel"):
+    if name.endswith("_jvp_kernel"):
         ptx = launch.compile().asm["ptx"]
         print(name, *re.findall(r"redux\\S+|ld\\.shared\\.b32", ptx), *reused_barriers(ptx))
 """
 
 
-def test_each_warp_of_a_role_finds_its_packed_sequence_and_no_barrier_holds_it():
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_each_warp_of_a_role_finds_its_packed_sequence_and_no_barrier_holds_it(head_dim):
     """One word read from shared memory would be a maximum over warps. It lay where a barrier did,
     and went wrong where another process shared the GPU."""
-    lines = compiling("-c", ROLES).splitlines()
-    assert [line.split()[0] for line in lines] == ["forward_jvp_kernel", "bwd_dkdv_jvp_kernel"]
+    lines = compiling("-c", ROLES, str(head_dim)).splitlines()
+    names = ["forward_jvp_kernel", "bwd_dkdv_jvp_kernel", "bwd_dq_jvp_kernel"]
+    assert [line.split()[0] for line in lines] == names[: 2 if head_dim == 64 else 3]
     for line in lines:
         found = line.split()[1:]
         assert found

@@ -40,10 +40,11 @@ def check(config: DictConfig) -> None:
     positive_integer("trainer.log_every_n_steps", config.trainer.log_every_n_steps)
     positive_integer("trainer.accumulate_grad_batches", config.trainer.accumulate_grad_batches)
     between("lock_wait", config.lock_wait, 0)
-    if isinstance(config.allow_config_changes, str):
+    allowed = config.allow_config_changes
+    if not OmegaConf.is_list(allowed) or not all(isinstance(key, str) and key for key in allowed):
         raise TypeError(
-            f"allow_config_changes must be a list, as [{config.allow_config_changes}]; got"
-            f" {config.allow_config_changes}"
+            "allow_config_changes must be a list of keys or groups, as [seed,data], or []; got"
+            f" {allowed}"
         )
     for key in SWITCHES:
         switch(key, OmegaConf.select(config, key))

@@ -7,6 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+CODE = ("jvp_flash_attention", "training", "configs", "scripts")
+
 
 def environment() -> dict[str, str | int | None]:
     """What a reader of a result needs to reproduce it."""
@@ -34,13 +36,23 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The checked-out commit of this file, with -dirty where tracked files differ from it; a copy
+    """The checked-out commit of this file, with -dirty where files of code differ from it; a copy
     of the files names its own in the variable COMMIT."""
     if named := os.environ.get("COMMIT"):
         return named
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
-    options: Any = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
+    if _git("ls-files", "--error-unmatch", __file__) is None:  # another project's repository
+        return None
+    commit = _git("rev-parse", "--short=12", "HEAD")
+    unchanged = _git("diff", "--quiet", "HEAD", "--", *(f":/{folder}" for folder in CODE))
+    return commit if commit is None or unchanged is not None else f"{commit}-dirty"
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the repository that this file is in, None where it fails."""
+    others = {k: v for k, v in os.environ.items() if k not in ("GIT_DIR", "GIT_WORK_TREE")}
+    options: Any = {"cwd": Path(__file__).parent, "env": others, "text": True}
     try:
-        return subprocess.run(command, check=True, **options).stdout.strip()
+        done = subprocess.run(["git", *arguments], check=True, capture_output=True, **options)
     except (OSError, subprocess.CalledProcessError):
         return None
+    return done.stdout.strip()

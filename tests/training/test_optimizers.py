@@ -15,6 +15,7 @@ from training.optimizers import adamw, factor
         ({"min_lr_ratio": 2}, "optimizer.min_lr_ratio"),
         ({"decay_steps": 0}, "optimizer.decay_steps"),
         ({"betas": (0.9, 1.5)}, "optimizer.betas"),
+        ({"betas": (0.9, 1.0)}, "optimizer.betas must be >= 0 and < 1"),
         ({"schedule": "cosine", "max_steps": -1}, "optimizer.schedule"),
         ({"warmup_steps": -1}, "optimizer.warmup_steps"),
         ({"half_weights": "no"}, "optimizer.half_weights"),

@@ -1,13 +1,15 @@
 """The tables of the documents are those of the committed result files, which say what we claim."""
 
 import json
+import os
+import runpy
+import shutil
 import subprocess
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from training.environment import environment
 from training.whole_files import replaced
 
 ROOT = Path(__file__).parents[2]
@@ -69,12 +71,32 @@ def test_meanflow_draws_eight_gaussians_in_one_and_two_steps():
         assert mean["2"] <= 0.02
 
 
-def test_the_commit_is_that_of_the_code_and_not_of_the_folder_of_the_user(tmp_path, monkeypatch):
+def test_the_commit_is_that_of_the_code_and_says_where_the_code_differs(tmp_path, monkeypatch):
     monkeypatch.delenv("COMMIT", raising=False)
-    here = environment()["commit"]
-    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    code = tmp_path / "project" / "training"
+    code.mkdir(parents=True)
+    shutil.copy(ROOT / "training" / "environment.py", code)
+    (code.parent / "README.md").write_text("words")
+
+    def git(*arguments):
+        names = ("-c", "user.name=A", "-c", "user.email=a@b.c")
+        done = ["git", "-C", code.parent, *names, *arguments]
+        return subprocess.run(done, check=True, capture_output=True, text=True).stdout.strip()
+
+    def said():
+        return runpy.run_path(str(code / "environment.py"))["environment"]()["commit"]
+
+    git("init", "-q")
     monkeypatch.chdir(tmp_path)
-    assert environment()["commit"] == here
+    assert said() is None  # files of nobody's, in a repository
+    git("add", "."), git("commit", "-qm", "all")
+    commit = git("rev-parse", "--short=12", "HEAD")
+    assert said() == commit
+    (code.parent / "README.md").write_text("other words")
+    assert said() == commit
+    with (code / "environment.py").open("a") as file:
+        file.write("\n")
+    assert said() == f"{commit}-dirty"
 
 
 def test_a_file_that_could_not_be_finished_leaves_the_one_before(tmp_path):
@@ -87,3 +109,20 @@ def test_a_file_that_could_not_be_finished_leaves_the_one_before(tmp_path):
         raise OSError("the disk is full")
     assert path.read_text() == "first"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_is_replaced_is_what_a_link_points_to_with_its_mode(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("first")
+    target.chmod(0o640)
+    link.symlink_to(target)
+    with replaced(link) as temporary:
+        temporary.write_text("second")
+    assert link.is_symlink()
+    assert target.read_text() == "second"
+    assert target.stat().st_mode & 0o777 == 0o640
+    with pytest.raises(IsADirectoryError, match="is a folder; give the name of a file"):
+        replaced(tmp_path).__enter__()
+    os.mkfifo(tmp_path / "pipe")
+    with replaced(tmp_path / "pipe") as itself:
+        assert itself == tmp_path / "pipe"
