@@ -93,6 +93,8 @@ def test_it_sees_both_times_labels_where_it_should_and_the_augmentation(inputs):
         small()(z, t, r, told)
     with pytest.raises(ValueError, match=r"model\.width must be a multiple of 4"):
         UNet(sdpa, 9, 3, 10)
+    with pytest.raises(ValueError, match=r"model\.dropout must be >= 0 and < 1"):
+        small(dropout=1)
 
 
 def test_the_filter_there_and_back_changes_nothing_and_shifts_are_shifts():
