@@ -192,8 +192,10 @@ def reused_barriers(ptx: str) -> list[int]:
         elif kind == "mbarrier.inval":
             valid.discard(at)
         else:
-            words = re.search(r"\.v(\d)\.b(\d+)", how) or re.search(r"()\.b(\d+)", how)
-            width = int(words[1] or 1) * int(words[2]) // 8 if words else 16
+            words = re.search(r"(?:\.v(\d))?\.b(\d+)", how)
+            width = 16  # a row of a matrix
+            if words and "matrix" not in kind:
+                width = int(words[1] or 1) * int(words[2]) // 8
             reused |= valid & {*range(at - 7, at + width)}
     return sorted(reused)
 

@@ -206,6 +206,7 @@ add.s32 %r4, %r3, {at};
         (1020, "@%p1 st.shared.v4.b32 [ %r4 + 0 ], {%r5, %r6, %r7, %r8};", True),
         (1016, "ld.shared.b32 %r5, [%r4+8];", True),
         (1000, "ld.shared.b32 %r5, [global_smem+1028];", True),
+        (1012, "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r4], {%r5, %r6, %r7, %r8};", True),
         (1032, "st.shared.b32 [ %r4 + 0 ], %r5;", False),
         (1024, "mbarrier.try_wait.parity.shared.b64 complete, [%r4], %r5;", False),
         (1024, "mbarrier.inval.shared::cta.b64 [%r2];\nst.shared.b32 [%r4], %r5;", False),

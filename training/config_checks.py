@@ -21,8 +21,8 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 REPLICATED, SHARDED = "training.strategies.Replicated", "training.strategies.Sharded"
 DDP = ("lightning.pytorch.strategies.DDPStrategy", REPLICATED)
 DIGITS = "training.data.digits.Digits"
-# Arguments of Lightning's Trainer, and what to use in their place.
 ONE_TIME = ("flow_matching", "scm")  # objectives whose network has one time; scd is one of scm
+# Arguments of Lightning's Trainer, and what to use in their place.
 EPOCHS = "the data are a stream without epochs, of which the same first batches would be repeated"
 INSTEAD = {
     "limit_train_batches": f"{EPOCHS}; use trainer.max_steps",
